@@ -1,0 +1,69 @@
+# Every target sets up .venv by itself and does nothing twice. `make help` lists them.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+BENCHMARKS := $(wildcard benchmarks/*.py)
+
+# Nothing here reports home.
+export RAY_USAGE_STATS_ENABLED := 0
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-cluster soak lint format bench wheel clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "raylarge needs Python 3.10 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv (several GB the first time, torch with CUDA among them) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--editable ".[test,dev]" --constraint constraints.txt
+	@touch $@
+
+demo: $(STAMP)  ## slide to served image; SLIDES='a.svs b.svs' MINUTES=20 ARGS='key=value'
+	@$(BIN)/python jobs/demo.py $(if $(SLIDES),slides='$(SLIDES)') \
+		$(if $(MINUTES),minutes=$(MINUTES)) $(ARGS)
+
+test: $(STAMP)  ## every test that needs no GPU, no second node and no patience; ARGS='-k name'
+	$(BIN)/pytest -m "not slow and not cluster and not gpu" $(ARGS)
+
+test-fast: $(STAMP)  ## the tests that start no Ray
+	$(BIN)/pytest -m "not ray and not slow and not cluster and not gpu" $(ARGS)
+
+# pytest ends with 5 where no test carries the mark: nothing to do is no failure.
+test-cluster: $(STAMP)  ## the tests that start several Ray nodes on this machine
+	$(BIN)/pytest -m "cluster and not slow" $(ARGS) || [ $$? -eq 5 ]
+
+soak: $(STAMP)  ## the tests that take minutes
+	$(BIN)/pytest -m slow $(ARGS) || [ $$? -eq 5 ]
+
+lint: $(STAMP)  ## format, rules, types, layers, spelling, cluster files
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python cluster/check.py
+
+format: $(STAMP)  ## rewrite the files as lint wants them
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## run benchmarks/*.py; ARGS='key=value'
+	@set -e; for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python $$file $(ARGS); done
+	@$(if $(BENCHMARKS),true,echo "No benchmark stands in benchmarks/ yet.")
+
+wheel: $(STAMP)  ## dist/: the wheel and the versions that the nodes of cluster/*.yaml install
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	cp constraints.txt dist/
+
+clean:  ## remove caches and build products; .venv and out/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		.import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,8 @@
+"""The one exception that speaks to a user: what is wrong, with the value, and the cure."""
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one clear sentence that says what and how.
+
+    Jobs print it without a traceback and exit with status 2 (`raylarge.report.entry`).
+    """

@@ -1,0 +1,128 @@
+"""The worker: a bundle that answers requests, one at a time, on one device.
+
+It knows the models and nothing of plans, orders in flight or other workers. The same object
+answers in a notebook (`plan.run`), in an actor pool and behind Ray Serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import singledispatchmethod
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from raylarge.errors import UserError
+from raylarge.models.bundle import Bundle
+from raylarge.models.denoiser import Denoiser, guided
+from raylarge.models.summarizer import SLOTS, cells_of
+from raylarge.order import Order
+from raylarge.sampling import canvas, trajectory
+from raylarge.sampling.plan import Decode, DecodeEach, Draw, Guide, Task, Windows
+
+
+class Worker:
+    """Answers the requests of any plan with one bundle.
+
+    Args:
+        bundle: the models.
+        denoiser: in place of the bundle's own, for closed-form tests.
+    """
+
+    def __init__(self, bundle: Bundle, denoiser: Denoiser | None = None) -> None:
+        self.bundle = bundle
+        self._denoiser = denoiser or bundle.denoiser()
+
+    @torch.no_grad()
+    def answer(self, task: Task, *inputs: Any) -> Any:
+        """The reply to a task, from the replies it takes; on the CPU.
+
+        Raises:
+            UserError: the bundle lacks what the task needs.
+        """
+        return self._answer(task, *inputs)
+
+    @singledispatchmethod
+    def _answer(self, task: Task, *inputs: Any) -> Any:
+        raise TypeError(f"no worker answers {type(task).__name__}")
+
+    @_answer.register
+    def _draw(self, task: Draw) -> Float[Tensor, "B n D"]:
+        how: dict[str, Callable[[Draw], Tensor]] = {
+            "null": self._null,
+            "cdm": self._from_cdm,
+            "embeddings": self._from_embeddings,
+        }
+        return how[task.kind](task)
+
+    @_answer.register
+    def _guide(self, task: Guide, tokens: Tensor) -> Float[Tensor, "S1 3 P P"]:
+        return trajectory.guide(self._networks(task.order, tokens), task, tokens)
+
+    @_answer.register
+    def _windows(self, task: Windows, tokens: Tensor, *rest: Tensor) -> Float[Tensor, "B c p p"]:
+        replies = list(rest)
+        frames = replies.pop(0) if task.guided_by is not None else None
+        x_t = replies.pop(0) if task.first else None
+        return trajectory.windows(self._networks(task.order, tokens), task, tokens, frames, x_t)
+
+    @_answer.register
+    def _decode(self, task: Decode, *latents: Tensor) -> UInt8[np.ndarray, "rows W 3"]:
+        patch, order = self.bundle.patch, task.order
+        cells = [cell for group in task.windows for cell in group]
+        first, last = min(row for row, _ in cells), max(row for row, _ in cells)
+        side = patch.side_lat
+        size = ((last + 1 - first) * side, order.size[1] // patch.factor)
+        places = [((row - first) * side, column * side) for row, column in cells]
+        latent = canvas.scatter(torch.cat(latents), places, size)
+        band = canvas.Band(task.top, task.bottom, order.size[0], first * side)
+        image = canvas.decode_band(self.bundle.vae, latent, band, patch, order.batch)
+        return canvas.to_bytes(image).numpy()
+
+    @_answer.register
+    def _decode_each(self, task: DecodeEach, latents: Tensor) -> UInt8[np.ndarray, "B P P 3"]:
+        images = self.bundle.vae.decode(latents)
+        return np.stack([canvas.to_bytes(image).numpy() for image in images])
+
+    def _networks(self, order: Order, tokens: Tensor) -> trajectory.Networks:
+        """Guided, unless the tokens are the null condition, which guidance would not change."""
+        denoiser = guided(self._denoiser, order.sampler.guidance if tokens.any() else 1.0)
+        return trajectory.Networks(denoiser, self.bundle.vae, self.bundle.patch)
+
+    def _null(self, task: Draw) -> Tensor:
+        width = self.bundle.unet.config.cross_attention_dim
+        return torch.zeros(len(task.windows), SLOTS + 1, width)
+
+    def _from_cdm(self, task: Draw) -> Tensor:
+        if self.bundle.cdm is None:
+            raise UserError("the bundle has no CDM; train one with python jobs/train.py model=cdm.")
+        addresses = [(task.scale, row, column) for row, column in task.windows]
+        drawn: Tensor = self.bundle.cdm.draw(task.scale, task.order.seed, addresses)
+        return drawn
+
+    def _from_embeddings(self, task: Draw) -> Tensor:
+        grid = task.order.condition.grid()
+        side = 1 << task.scale
+        if grid.ndim == 4:
+            cut = np.stack([grid[column] for _, column in task.windows])
+        else:  # where a square guide reaches past the canvas, its edge is repeated
+            short = [(0, max(0, side - length)) for length in grid.shape[:2]]
+            grid = np.pad(grid, [*short, (0, 0)], mode="edge")
+            cut = np.stack(
+                [
+                    grid[row * side : (row + 1) * side, column * side : (column + 1) * side]
+                    for row, column in task.windows
+                ]
+            )
+        channels = self.bundle.summarizer.config.channels
+        if cut.shape[-1] != channels:
+            raise UserError(
+                f"the embeddings have {cut.shape[-1]} channels, the bundle's Summarizer takes "
+                f"{channels}; embed with the encoder that the bundle was trained with."
+            )
+        cells, count = cells_of(torch.from_numpy(cut).permute(0, 3, 1, 2))
+        tokens: Tensor = self.bundle.summarizer(cells, count, torch.full_like(count, task.scale))
+        return tokens

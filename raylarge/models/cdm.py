@@ -1,0 +1,146 @@
+"""The conditioning diffusion model (CDM): a diffusion transformer over the 65 tokens.
+
+It draws Summarizer outputs for a scale, so that sampling needs no real image: x_0-prediction
+on the squared-cosine schedule, adaLN-zero blocks. Source: ZoomLDM, section 3.1 and S3.1; DiT
+(Peebles & Xie 2023), whose parameter names it keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from jaxtyping import Float, Int, Num
+from torch import Tensor, nn
+
+from raylarge.diffusion.noise import normal
+from raylarge.diffusion.schedule import Schedule
+from raylarge.diffusion.steps import ddim
+
+
+def sinusoid(t: Num[Tensor, "B"], width: int, sine_first: bool) -> Float[Tensor, "B width"]:
+    """Sinusoidal embedding with periods up to 10,000; DiT's positions put the sines first."""
+    half = width // 2
+    rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device) / half)
+    angles = t[:, None].float() * rates
+    waves = [angles.sin(), angles.cos()] if sine_first else [angles.cos(), angles.sin()]
+    return torch.cat(waves, dim=1)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "B n D"]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class _Block(nn.Module):
+    """A transformer block modulated by (timestep, scale), the identity at the start."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = _Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = _Mlp(width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)
+        x = x + gate_a[:, None] * self.attn(_modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(_modulate(self.norm2(x), shift_m, scale_m))
+
+
+class _Final(nn.Module):
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
+        out: Tensor = self.linear(_modulate(self.norm_final(x), shift, scale))
+        return out
+
+
+class CDM(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """Predicts clean tokens from noisy ones, a timestep and a scale (DiT-B as published)."""
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 512,
+        tokens: int = 65,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        scales: int = 8,
+    ) -> None:
+        super().__init__()
+        self.x_embedder = nn.Linear(channels, width)
+        positions = sinusoid(torch.arange(tokens), width, sine_first=True)
+        self.register_buffer("pos_embed", positions[None])
+        self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.y_embedder = nn.Embedding(scales, width)
+        self.blocks = nn.ModuleList([_Block(width, heads) for _ in range(depth)])
+        self.final_layer = _Final(width, channels)
+        self.schedule = Schedule("squaredcos")
+        self._start_as_identity()
+
+    def _start_as_identity(self) -> None:
+        """adaLN-zero: every block and the output start at zero (DiT, section 3.2)."""
+        zeroed = [self.final_layer.linear, self.final_layer.adaLN_modulation[-1]]
+        for layer in [*zeroed, *[block.adaLN_modulation[-1] for block in self.blocks]]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, x_t: Float[Tensor, "B n C"], t: Int[Tensor, "B"], scale: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B n C"]:
+        """The estimate of the clean tokens."""
+        c = self.t_embedder(sinusoid(t, 256, sine_first=False)) + self.y_embedder(scale)
+        x = self.x_embedder(x_t) + self.pos_embed
+        for block in self.blocks:
+            x = block(x, c)
+        return self.final_layer(x, c)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def draw(
+        self, scale: int, seed: int, addresses: Sequence[Sequence[int]], steps: int = 50
+    ) -> Float[Tensor, "B n C"]:
+        """Tokens for one scale by DDIM (eta 0), one sample per noise address."""
+        shape = (self.config.tokens, self.config.channels)
+        weight = self.x_embedder.weight
+        x_t = normal(shape, seed, "cdm", addresses).to(weight)
+        scales = torch.full((len(x_t),), scale, device=weight.device)
+        for step in self.schedule.steps(steps):
+            t = torch.full_like(scales, step.t)
+            x_t = ddim(x_t, self(x_t, t, scales), step)
+        return x_t

@@ -1,0 +1,65 @@
+"""The constraint of joint sampling: windows should look like the guide when made small.
+
+Algorithm S2 (ZoomLDM supplement), per correction, with A the bicubic downsampling and U the
+bicubic upsampling in place of A^T (U = s^2 A^T; see `resample`):
+
+    e_img = U (y - A Dec(x_0(x_t)))        e = dEnc/dimage . e_img
+    g     = d x_0/d x_t . e                x_t <- x_t + lambda g
+
+The formulas as printed ascend the error; this descends, as the authors' code does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from raylarge.models.autoencoder import Autoencoder
+from raylarge.order import Sampler
+from raylarge.resample import downsample, upsample
+
+Function = Callable[[Tensor], Tensor]
+
+
+def derivative(f: Function, at: Tensor, along: Tensor, sampler: Sampler) -> Tensor:
+    """The directional derivative of f.
+
+    `jvp` is exact in every precision; `difference` is the papers' (f(x + d v) - f(x)) / d,
+    which loses its digits in half precision.
+    """
+    if sampler.derivative == "difference":
+        return (f(at + sampler.step * along) - f(at)) / sampler.step
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward mode
+        return torch.func.jvp(f, (at,), (along,))[1]
+
+
+def correct(
+    x_t: Float[Tensor, "B c p p"],
+    x_0: Function,
+    autoencoder: Autoencoder,
+    y: Float[Tensor, "B 3 q q"],
+    sampler: Sampler,
+) -> Float[Tensor, "B c p p"]:
+    """One correction of x_t towards windows whose downsampled images equal y.
+
+    Args:
+        x_0: the denoiser at this step, a function of x_t alone.
+        y: each window's block of the guide's frame.
+    """
+    image = autoencoder.decode(x_0(x_t))
+    factor = image.shape[-1] // y.shape[-1]
+    e_img = _scaled(upsample(y - downsample(image, factor), factor), sampler)
+    e = _scaled(derivative(autoencoder.encode, image, e_img, sampler), sampler)
+    g = _scaled(derivative(x_0, x_t, e, sampler), sampler)
+    return x_t + sampler.rate * g
+
+
+def _scaled(direction: Tensor, sampler: Sampler) -> Tensor:
+    """The direction divided by its largest magnitude per window, if the recipe says so."""
+    if not sampler.unit:
+        return direction
+    return direction / direction.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)

@@ -1,0 +1,118 @@
+"""Files on a disk and objects in S3 behind one small set of verbs.
+
+Every write is whole or absent: local files are written beside, synced and renamed; object
+stores take one PUT per object. A path is a local path or a URL such as `s3://bucket/key`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raylarge.errors import UserError
+
+
+def is_local(path: str) -> bool:
+    """Whether a path names the local disk."""
+    return "://" not in path or path.startswith("file://")
+
+
+def join(folder: str, *names: str) -> str:
+    """A path below a folder."""
+    return "/".join([folder.rstrip("/"), *names])
+
+
+def exists(path: str) -> bool:
+    """Whether a file, an object or a folder stands at a path (never from a stale listing)."""
+    fs, root = fsspec.core.url_to_fs(path)
+    fs.invalidate_cache()
+    return bool(fs.exists(root))
+
+
+def listing(pattern: str) -> list[str]:
+    """Sorted paths that match a pattern such as `s3://bucket/*.svs`."""
+    fs, root = fsspec.core.url_to_fs(pattern)
+    fs.invalidate_cache()
+    found = sorted(fs.glob(root))
+    return [name if is_local(pattern) else fs.unstrip_protocol(name) for name in found]
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole content of a file.
+
+    Raises:
+        UserError: nothing stands at the path.
+    """
+    fs, root = fsspec.core.url_to_fs(path)
+    try:
+        return bytes(fs.cat_file(root))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path.") from error
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Write a file atomically: a reader sees the old content or the new, never a part."""
+    if not is_local(path):
+        fs, root = fsspec.core.url_to_fs(path)
+        fs.pipe_file(root, content)
+        return
+    target = Path(path.removeprefix("file://"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with beside.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_json(path: str) -> Any:
+    """A JSON document."""
+    return json.loads(read_bytes(path))
+
+
+def write_json(path: str, document: Any) -> None:
+    """Write a JSON document atomically, in a form people can read and diff."""
+    write_bytes(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_table(path: str, columns: Iterable[str] | None = None) -> pa.Table:
+    """One parquet file."""
+    return pq.read_table(
+        pa.BufferReader(read_bytes(path)), columns=None if columns is None else list(columns)
+    )
+
+
+def write_table(path: str, table: pa.Table) -> None:
+    """Write one parquet file atomically."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def replace_folder(made: Path, target: Path) -> None:
+    """Put a finished local folder in the place of another; readers never see half of one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(made, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def digest(content: bytes) -> str:
+    """A short name for bytes: the first 16 hexadecimal digits of their SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]

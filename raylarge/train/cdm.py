@@ -1,0 +1,88 @@
+"""Task `cdm`: the diffusion transformer that draws Summarizer outputs for a scale.
+
+Targets are the trained Summarizer's raw tokens for the grids of LATENTS; the loss is on the
+predicted x_0. Source: ZoomLDM section 3.1, supplement S3.1; DiT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from raylarge.diffusion.loss import draws, per_sample
+from raylarge.models import bundle as bundles
+from raylarge.models.cdm import CDM
+from raylarge.models.summarizer import Summarizer
+from raylarge.train.task import Batch, Facts
+
+if TYPE_CHECKING:
+    from raylarge.train.launch import Train
+
+
+@dataclass(frozen=True)
+class CdmConfig:
+    """Size of the diffusion transformer; the defaults are DiT-B, as published."""
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+
+
+class _Network(nn.Module):
+    """The CDM and its loss per sample; the Summarizer is frozen and not part of it."""
+
+    def __init__(self, cdm: CDM, summarizer: Summarizer, seed: int) -> None:
+        super().__init__()
+        self.cdm, self.seed = cdm, seed
+        self._frozen = [summarizer.requires_grad_(False)]  # in a list: not a submodule
+
+    def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+        summarizer = self._frozen[0].to(batch["grid"].device)
+        count = batch["grid_rows"] * batch["grid_columns"]
+        with torch.no_grad():
+            x_0 = summarizer(batch["grid"], count, batch["scale"])
+        schedule = self.cdm.schedule
+        drawn = draws(batch["sample"], x_0.shape[1:], self.seed, "cdm-train", schedule.length)
+        x_t = schedule.noised(x_0, drawn.eps, drawn.t)
+        return per_sample(self.cdm(x_t, drawn.t, batch["scale"]), x_0)
+
+
+class CdmTask:
+    """Trains the conditioning diffusion model."""
+
+    name = "cdm"
+    table = "latents"
+
+    def __init__(self, config: CdmConfig, summarizer: Summarizer, seed: int) -> None:
+        cdm = CDM(
+            channels=summarizer.config.width, scales=summarizer.config.scales, **vars(config)
+        )
+        self.network = _Network(cdm, summarizer, seed)
+        self.averaged = cdm
+
+    def finish(
+        self,
+        bundle: str,
+        averaged: dict[str, Tensor] | None,
+        facts: dict[str, Any],
+        batch: Batch,
+    ) -> None:
+        """Write `cdm/` (averaged)."""
+        if averaged is not None:
+            self.network.cdm.load_state_dict(averaged)
+        bundles.save(bundle, {"cdm": self.network.cdm.cpu()}, {"cdm": facts})
+
+
+def build(config: Train, facts: Facts) -> CdmTask:
+    """The task, its weights drawn from the training's seed.
+
+    Raises:
+        UserError: the bundle `out` holds no trained Summarizer yet.
+    """
+    torch.manual_seed(config.recipe.seed)
+    summarizer = bundles.load(config.out).summarizer
+    return CdmTask(config.cdm, summarizer, config.recipe.seed)

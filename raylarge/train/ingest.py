@@ -1,0 +1,204 @@
+"""From a table on disk or in S3 to batches: which sample is which row is a pure function.
+
+    sample (global index) -> scale by weight -> row, uniform within the scale
+
+drawn at the address (seed, sample). Step s holds the samples s*B .. s*B + B - 1, split into
+equal slices by rank, so the world size only divides the work. Rows are held in memory, in an
+order that does not depend on how the parts were written.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from jaxtyping import UInt8
+
+from raylarge import images, schema, storage
+from raylarge.diffusion import noise
+from raylarge.errors import UserError
+from raylarge.train.task import Batch, Facts, Recipe
+
+GRID_CELLS = 64  # an embedding grid is stored pooled to 8 x 8 where larger
+LATENT_CHANNELS = 3
+CACHE_BYTES = 1 << 30  # of decoded images
+
+
+class Ingest:
+    """The training rows of one table."""
+
+    def __init__(self, folder: str, recipe: Recipe, split: str = "train") -> None:
+        """Read a table's rows of one split.
+
+        Args:
+            folder: `DATA/examples` or `DATA/latents-<digest>`; a path or an `s3://` URL.
+            recipe: gives seed, batch and scale_weights.
+            split: rows of other splits are left out.
+
+        Raises:
+            UserError: no table, one of another version, no row of the split, unfit weights.
+        """
+        table = _rows(folder, split)
+        self.recipe = recipe
+        self.scale = table["scale"].to_numpy().astype(np.int64)
+        self.rows = table["grid_rows"].to_numpy().astype(np.int64)
+        self.columns = table["grid_columns"].to_numpy().astype(np.int64)
+        self.grid, self.grid_start = _lists(table["grid"])
+        self.images: dict[int, UInt8[np.ndarray, "p p 3"]] = {}
+        self.png = table["image"] if "image" in table.column_names else None
+        self.latent = None if self.png is not None else _latents(folder, table)
+        self.digest = _digest(folder, table)
+        self.facts = self._facts()
+        self._begin, self._count, self._edges = self._scales(folder)
+
+    def index(self, sample: int) -> int:
+        """The row that a global sample index stands for."""
+        draw = noise.generator(self.recipe.seed, "ingest", sample >> 32, sample & 0xFFFFFFFF)
+        which, within = draw.random(2)
+        k = int(np.searchsorted(self._edges, which, side="right"))
+        return int(self._begin[k] + int(within * self._count[k]))
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """One rank's slice of a step's global batch.
+
+        Returns:
+            sample, scale, grid_rows, grid_columns: int64 [b]; grid: float32 [b, 64, C], cells
+            row by row, zeros after them; image: float32 [b, 3, P, P] in [-1, 1], or latent:
+            float32 [b, c, h, w].
+        """
+        size = self.recipe.batch // world_size
+        first = step * self.recipe.batch + rank * size
+        samples = range(first, first + size)
+        rows = np.array([self.index(sample) for sample in samples])
+        batch = {
+            "sample": torch.tensor(samples, dtype=torch.int64),
+            "scale": torch.from_numpy(self.scale[rows]),
+            "grid": self._grids(rows),
+            "grid_rows": torch.from_numpy(self.rows[rows]),
+            "grid_columns": torch.from_numpy(self.columns[rows]),
+        }
+        if self.latent is None:
+            stack = np.stack([self._image(int(row)) for row in rows])
+            return {**batch, "image": images.to_float(stack)}
+        return {**batch, "latent": torch.from_numpy(self.latent[rows].astype(np.float32))}
+
+    def sample(self, least: int) -> Batch:
+        """The global batches of the first steps together: at least so many training samples."""
+        batches = [self.batch(step) for step in range(-(-least // self.recipe.batch))]
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+    def _grids(self, rows: np.ndarray) -> torch.Tensor:
+        grids = np.zeros((len(rows), GRID_CELLS, self.facts.channels), np.float32)
+        for i, row in enumerate(rows):
+            cells = self.grid[self.grid_start[row] : self.grid_start[row + 1]]
+            grids[i, : len(cells) // self.facts.channels] = cells.reshape(-1, self.facts.channels)
+        return torch.from_numpy(grids)
+
+    def _image(self, row: int) -> np.ndarray:
+        image = self.images.get(row)
+        if image is None:
+            assert self.png is not None
+            image = images.from_bytes(self.png[row].as_py())
+            if len(self.images) * image.nbytes < CACHE_BYTES:
+                self.images[row] = image
+        return image
+
+    def _facts(self) -> Facts:
+        cells = int(self.rows[0] * self.columns[0])
+        values, counts = np.unique(self.scale, return_counts=True)
+        side = self._image(0).shape[0] if self.latent is None else 0
+        return Facts(
+            channels=int(self.grid_start[1] - self.grid_start[0]) // cells,
+            counts={int(k): int(n) for k, n in zip(values, counts, strict=True)},
+            image=(3, side, side) if self.latent is None else None,
+            latent=None if self.latent is None else tuple(self.latent.shape[1:]),
+        )
+
+    def _scales(self, folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First row, number of rows and upper edge of the cumulative weight of each scale."""
+        counts = np.array([self.facts.counts[k] for k in self.facts.scales])
+        weights = np.array(self.recipe.scale_weights or [1.0] * len(counts))
+        if len(weights) != len(counts) or (weights < 0).any() or weights.sum() <= 0:
+            raise UserError(
+                f"scale_weights={list(weights)} does not fit {folder}; give one weight, 0 or "
+                f"more, for each of its scales {list(self.facts.scales)}."
+            )
+        edges = np.cumsum(weights) / weights.sum()
+        return np.cumsum(counts) - counts, counts, edges[:-1]
+
+
+def check_batch(recipe: Recipe, world_size: int) -> None:
+    """Refuse a global batch that does not divide among workers and micro-batches.
+
+    Raises:
+        UserError: with the nearest batch that does.
+    """
+    unit = world_size * recipe.accumulation
+    if recipe.batch < 1 or recipe.batch % unit:
+        raise UserError(
+            f"batch={recipe.batch} does not divide by {world_size} worker(s) x "
+            f"accumulation={recipe.accumulation}; batch={max(1, -(-recipe.batch // unit)) * unit} "
+            f"does."
+        )
+
+
+def _rows(folder: str, split: str) -> pa.Table:
+    """The rows of a split in canonical order, whatever parts they were written in."""
+    parts = storage.listing(storage.join(folder, "*.parquet"))
+    if not parts:
+        raise UserError(f"{folder} holds no table; make it with python jobs/prepare.py first.")
+    tables = [_checked(path) for path in parts]
+    table = pa.concat_tables(tables)
+    chosen = table.filter(pc.equal(table["split"], split))
+    if not chosen.num_rows:
+        raise UserError(
+            f"none of the {table.num_rows} rows of {folder} is of the split '{split}'; prepare "
+            f"the data with more slides, or with another share for testing."
+        )
+    keys = [(name, "ascending") for name in ("scale", "slide_id", "row", "column")]
+    return chosen.take(pc.sort_indices(chosen, sort_keys=keys)).combine_chunks()
+
+
+def _checked(path: str) -> pa.Table:
+    table = storage.read_table(path)
+    kind = schema.LATENTS if "latent" in table.column_names else schema.EXAMPLES
+    found = (table.schema.metadata or {}).get(b"version", b"?").decode()
+    try:
+        checked = schema.check(table, kind)
+    except (KeyError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} does not fit: {error}; prepare the data again.") from error
+    if found != schema.VERSION:
+        raise UserError(
+            f"{path} is of version {found}, not {schema.VERSION}; prepare the data again."
+        )
+    return checked
+
+
+def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """All values of a list column end to end, and where each row's begin."""
+    array = column.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
+
+
+def _latents(folder: str, table: pa.Table) -> np.ndarray:
+    """All latents as float16 [n, c, h, w]."""
+    values, starts = _lists(table["latent"])
+    length = int(starts[1] - starts[0])
+    side = math.isqrt(length // LATENT_CHANNELS)
+    if not (np.diff(starts) == length).all() or LATENT_CHANNELS * side * side != length:
+        raise UserError(
+            f"the latents in {folder} are no squares of {LATENT_CHANNELS} channels "
+            f"({length} values in the first); encode them again with this autoencoder."
+        )
+    return values[starts[0] : starts[-1]].reshape(-1, LATENT_CHANNELS, side, side)
+
+
+def _digest(folder: str, table: pa.Table) -> str:
+    """A short name for the rows, so that a run never goes on with other data."""
+    keys = [table[name].to_pylist() for name in ("slide_id", "scale", "row", "column")]
+    rows = [folder.rstrip("/").rsplit("/", 1)[-1], *zip(*keys, strict=True)]
+    return storage.digest(repr(rows).encode())

@@ -1,0 +1,103 @@
+"""Law 9 and the house rules that a machine can check."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*(ROOT / "raylarge").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")])
+TREES = {str(file.relative_to(ROOT)): ast.parse(file.read_text()) for file in FILES}
+ABOVE = {"data", "train", "serve", "evaluate", "fleet"}  # these may know Ray
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions() -> Iterator[tuple[str, Function]]:
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, Function):
+                yield f"{name}:{node.lineno} {node.name}", node
+
+
+def public(body: list[ast.stmt]) -> Iterator[Function]:
+    """What others may call: functions of the module and of its public classes."""
+    for node in body:
+        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
+            yield from [node] if isinstance(node, Function) else public(node.body)
+
+
+def lines(node: Function) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+def test_the_layers_hold(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True, no_logo=True) == EXIT_STATUS_SUCCESS
+
+
+def test_the_root_package_is_empty():
+    # It belongs to no layer, so an import in it would escape the contracts.
+    body = TREES["raylarge/__init__.py"].body
+    assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
+
+
+def test_the_layers_below_the_fleet_run_without_ray():
+    modules = [
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for name in TREES
+        if name.startswith("raylarge/") and name.split("/")[1] not in ABOVE
+    ]
+    code = f"""
+import importlib, sys
+sys.modules.update(ray=None, deepspeed=None)  # importing them now fails
+for name in {modules}: importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_deepspeed_is_imported_inside_the_worker():
+    for node in TREES["raylarge/train/engine.py"].body:
+        for part in ast.walk(node) if not isinstance(node, Function | ast.ClassDef) else ():
+            names = [a.name for a in part.names] if isinstance(part, ast.Import) else []
+            names += [part.module or ""] if isinstance(part, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "deepspeed" for name in names)
+
+
+def test_files_are_small_and_named_for_what_they_are():
+    counts = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in FILES}
+    assert {name: count for name, count in counts.items() if count > 350} == {}
+    assert not {file.name for file in FILES} & {"utils.py", "helpers.py", "common.py"}
+
+
+def test_a_file_opens_with_a_short_docstring():
+    docs = {name: ast.get_docstring(tree) for name, tree in TREES.items() if tree.body}
+    assert [name for name, doc in docs.items() if not doc or len(doc.splitlines()) > 12] == []
+
+
+def test_functions_are_small():
+    assert [f"{name}: {lines(f)} lines" for name, f in functions() if lines(f) > 40] == []
+
+
+def test_public_functions_say_what_they_do():
+    assert [
+        f"{name}:{f.lineno} {f.name}"
+        for name, tree in TREES.items()
+        if name.startswith("raylarge/")
+        for f in public(tree.body)
+        if lines(f) > 6 and not ast.get_docstring(f)
+    ] == []
+
+
+def test_no_bare_except():
+    handlers = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ]
+    assert handlers == []

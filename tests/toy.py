@@ -1,0 +1,132 @@
+"""A task small enough to train in milliseconds, and tables of random rows for it.
+
+Its loss draws noise at the address (seed, sample), like the real ones. Its hooks record which
+process saw which sample, and can kill that process, once.
+"""
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from raylarge import images, schema, storage
+from raylarge.diffusion import noise
+
+CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class Toy:
+    """How to build the task; a callable that travels to the workers."""
+
+    seed: int = 0
+    seen: str = ""  # folder: one line per sample and process
+    fatal_sample: int = -1  # whose step kills the process that computes it ...
+    fatal_once: str = ""  # ... unless this file exists; "raise" instead of a path: always raise
+    poison: tuple[int, ...] = ()  # samples whose loss is NaN
+
+    def __call__(self, config, facts):
+        return ToyTask(self, facts)
+
+
+class ToyTask:
+    def __init__(self, toy, facts):
+        self.network = ToyNetwork(toy, facts)
+        self.averaged = self.network.body
+
+    def finish(self, bundle, averaged, facts, batch):
+        folder = Path(bundle, "toy")
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {"network": self.network.state_dict(), "averaged": averaged, "n": len(batch["sample"])},
+            folder / "weights.pt",
+        )
+
+
+class ToyNetwork(nn.Module):
+    def __init__(self, toy, facts):
+        super().__init__()
+        self.toy = toy
+        size = int(np.prod(facts.latent or facts.image))
+        self.body = nn.Sequential(
+            nn.Linear(size + facts.channels, 32), nn.SiLU(), nn.Linear(32, size)
+        )
+        self.head = nn.Parameter(torch.zeros(size))
+
+    def forward(self, batch):
+        x = batch.get("latent", batch.get("image")).flatten(1)
+        samples = batch["sample"].tolist()
+        self.record(samples)
+        addresses = [(sample,) for sample in samples]
+        eps = noise.normal(x.shape[1:], self.toy.seed, "toy", addresses).to(x.device)
+        condition = batch["grid"].mean(dim=1)
+        guess = self.body(torch.cat([x + eps, condition], dim=1)) + self.head
+        loss = (guess.float() - eps).square().mean(dim=1)
+        bad = torch.tensor([sample in self.toy.poison for sample in samples], device=x.device)
+        return torch.where(bad, torch.nan, loss)
+
+    def record(self, samples):
+        if self.toy.seen:
+            with Path(self.toy.seen, f"{os.getpid()}.txt").open("a") as file:
+                file.writelines(f"{sample}\n" for sample in samples)
+        if self.toy.fatal_sample in samples:
+            if self.toy.fatal_once == "raise":
+                raise RuntimeError("the toy was told to fail")
+            if not Path(self.toy.fatal_once).exists():
+                Path(self.toy.fatal_once).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_latents(folder, counts=(24, 12, 6), split="train", name="latents-0", seed=0):
+    """A table of latents [3, 4, 4], so many rows at each scale, in two parts."""
+    rng = np.random.default_rng(seed)
+    rows = [row | {"latent": half(rng, 48)} for row in keys(rng, counts, split)]
+    return write(Path(folder, name), rows, schema.LATENTS, split)
+
+
+def write_examples(folder, counts=(6, 4), split="train", seed=0):
+    """A table of 8 px images."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        row
+        | {
+            "tissue": 1.0,
+            "image": images.png_bytes(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)),
+        }
+        for row in keys(rng, counts, split)
+    ]
+    return write(Path(folder, "examples"), rows, schema.EXAMPLES, split)
+
+
+def keys(rng, counts, split):
+    for k, count in enumerate(counts):
+        side = min(8, 2**k)
+        for i in range(count):
+            yield {
+                "slide_id": f"slide-{i % 3}",
+                "patient_id": "p",
+                "split": split,
+                "scale": k,
+                "row": i,
+                "column": 2 * i,
+                "grid": half(rng, side * side * CHANNELS),
+                "grid_rows": side,
+                "grid_columns": side,
+            }
+
+
+def half(rng, size):
+    return rng.standard_normal(size).astype(np.float16)
+
+
+def write(folder, rows, kind, part):
+    for half_name, some in (("a", rows[::2]), ("b", rows[1::2])):
+        columns = {name: [row[name] for row in some] for name in kind.names}
+        table = schema.check(pa.table(columns), kind)
+        storage.write_table(str(folder / f"{part}-{half_name}.parquet"), table)
+    return str(folder)
