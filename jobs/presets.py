@@ -19,3 +19,48 @@ PREPARE: dict[str, dict[str, Any]] = {
         "embed": {"encoder": "efficientnet_lite0"},
     },
 }
+
+TRAIN: dict[str, dict[str, dict[str, Any]]] = {
+    # 64 px patches of scales 0-3 on two cores: minutes, a few million parameters, mud to
+    # palette and coarse structure. The learning rate falls to 0 when the time is up.
+    "vae": {
+        "tiny": {
+            "steps": 4000,
+            "batch": 16,
+            "lr": 2e-3,
+            "betas": [0.9, 0.95],
+            "warmup": 50,
+            "schedule": "cosine",
+            "vae": {"width": 64, "blocks": 3},
+        },
+    },
+    "ldm": {
+        "tiny": {
+            "steps": 20000,
+            "batch": 32,
+            "lr": 1e-3,
+            "warmup": 100,
+            "schedule": "cosine",
+            "ldm": {
+                "unet": {
+                    "channels": [32, 64, 128],
+                    "attention": [False, False, True],
+                    "layers": 1,
+                    "heads": 4,
+                    "groups": 16,
+                },
+                "summarizer": {"width": 128, "layers": 2, "heads": 4},
+            },
+        },
+    },
+    "cdm": {
+        "tiny": {
+            "steps": 20000,
+            "batch": 32,
+            "lr": 5e-4,
+            "warmup": 100,
+            "schedule": "cosine",
+            "cdm": {"width": 128, "depth": 4, "heads": 4},
+        },
+    },
+}

@@ -168,6 +168,8 @@ def parse(values: Mapping[str, Any]) -> Order:
     Raises:
         UserError: an unknown recipe, key or kind, or a value of the wrong type.
     """
+    if "${" in json.dumps(dict(values), default=str):  # would be resolved, environment included
+        raise UserError("an order holds plain values, no ${...} expressions.")
     recipe = str(values.get("recipe", "paper"))
     if recipe not in RECIPES:
         raise UserError(f"there is no recipe '{recipe}'; choose one of: {', '.join(RECIPES)}.")
@@ -189,6 +191,8 @@ def check(order: Order, patch: Patch) -> None:
         raise UserError(f"sampler.derivative '{sampler.derivative}' is not jvp or difference.")
     if min(order.batch, order.chunk, sampler.steps) < 1 or min(order.seed, sampler.inner) < 0:
         raise UserError("batch, chunk and sampler.steps start at 1, seed and sampler.inner at 0.")
+    if order.seed >= 1 << 64:
+        raise UserError(f"seed {order.seed} does not fit 64 bits; choose one below 2**64.")
 
 
 def _check_patches(order: Order, patch: Patch) -> None:
@@ -231,7 +235,7 @@ def _size(value: Any) -> tuple[int, int]:
     try:
         sides = [int(side) for side in parts] if isinstance(parts, (list, tuple)) else [int(parts)]
         rows, columns = sides * 2 if len(sides) == 1 else sides
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise UserError(
             f"size '{value}' is not a number of pixels such as 4096 or 4096x6144."
         ) from error

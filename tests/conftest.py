@@ -34,3 +34,91 @@ def tiny_bundle(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("bundle"))
     bundle.save(folder, parts, {"patch_px": 64})
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Real slides and weights (not in the repository); without them a test is skipped."""
+    folder = HERE.parents[1] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/data beside the repository: real slides are missing")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_slide(tmp_path_factory):
+    """A procedural slide of 12 x 10 tiles of 64 px, with tissue in the middle."""
+    from raylarge.slides import procedural
+
+    path = str(tmp_path_factory.mktemp("slide") / "tiny.tif")
+    procedural.write(path, (800, 660), seed=7)
+    return path
+
+
+@pytest.fixture
+def tiny_prepare(tiny_slide, tmp_path):
+    """Builds the config that prepares the tiny slide: scales 0 to 2, four blocks, toy encoder."""
+    from raylarge import config
+    from raylarge.data.prepare import Prepare
+
+    small = {
+        "slides": tiny_slide,
+        "out": str(tmp_path / "data"),
+        "tile": {
+            "patch_px": 64,
+            "scales": [0, 1, 2],
+            "tissue": [0.3, 0.2],
+            "crops": 8,
+            "split": "band",
+            "val_fraction": 0.35,
+            "block_tiles": 30,
+        },
+        "embed": {"encoder": "toy", "batch": 8},
+        "encode": {"batch": 8},
+    }
+
+    def build(**overrides):
+        return config.build(Prepare, small, overrides)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """A quiet Ray on this machine, with four logical CPUs."""
+    import ray
+
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    patch.setenv("RAY_AUTH_MODE", "disabled")
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        logging_level="error",
+        log_to_driver=False,
+    )
+    yield ray
+    ray.shutdown()
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def s3_bucket():
+    """The URL of a bucket that a moto server holds on loopback."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    patch = pytest.MonkeyPatch()
+    patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    boto3.client("s3").create_bucket(Bucket="raylarge")
+    yield "s3://raylarge"
+    server.stop()
+    patch.undo()

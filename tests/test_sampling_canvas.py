@@ -60,7 +60,9 @@ def test_blended_decode_equals_the_published_one_however_it_is_banded(parity, ba
     latent = torch.from_numpy(figures["z"])[0]
     patch = Patch(side_px=256, factor=4, channels=3, scales=1)
     bands = [
-        canvas.decode_band(Stretch(), latent, canvas.Band(top, min(top + band_px, 384), 384), patch, 4)
+        canvas.decode_band(
+            Stretch(), latent, canvas.Band(top, min(top + band_px, 384), 384), patch, 4
+        )
         for top in range(0, 384, band_px)
     ]
     image = torch.cat(bands, dim=1)

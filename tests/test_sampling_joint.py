@@ -15,6 +15,7 @@ from raylarge.metrics.consistency import cross_scale_error
 from raylarge.models.denoiser import GaussianDenoiser
 from raylarge.resample import bicubic_matrix
 from raylarge.sampling import joint
+from raylarge.sampling.canvas import scatter
 from raylarge.sampling.plan import Decode, Windows, run
 
 PATCH = oracle.PATCH
@@ -41,7 +42,9 @@ def an_order(**values):
 def test_the_sampler_equals_its_closed_form_recursion(recipe):
     """Law 3. Dense matrices, float64, one window: no autograd, no windows, no plan."""
     mean, variance, cell = 0.2, 0.7, (1, 2)
-    order = an_order(recipe=recipe, sampler={"unit": False, "clamp": False, "steps": 10, "inner": 2})
+    order = an_order(
+        recipe=recipe, sampler={"unit": False, "clamp": False, "steps": 10, "inner": 2}
+    )
     worker = Worker(oracle.bundle(), GaussianDenoiser(mean, variance))
     (image, frames), latents = finished_latents(joint.plan(order, PATCH), worker.answer)
 
@@ -61,7 +64,10 @@ def test_the_sampler_equals_its_closed_form_recursion(recipe):
         def x_0(z, root=root, gain=gain):
             return mean + gain * (z - root * mean)
 
-        sigma = sampler.eta * ((1 - step.abar_prev) / (1 - step.abar) * (1 - step.abar / step.abar_prev)) ** 0.5
+        sigma = (
+            sampler.eta
+            * ((1 - step.abar_prev) / (1 - step.abar) * (1 - step.abar / step.abar_prev)) ** 0.5
+        )
 
         def down(z, scale, place, i=i, step=step, root=root, sigma=sigma):
             eps = (z - root * x_0(z)) / (1 - step.abar) ** 0.5
@@ -82,21 +88,25 @@ def test_the_sampler_equals_its_closed_form_recursion(recipe):
     assert image.shape == (4 * side, 4 * side, 3)
 
 
-@pytest.mark.parametrize(("recipe", "falls"), [("paper", 4), ("released", 10)])
-def test_the_constraint_lowers_the_cross_scale_error(recipe, falls):
+@pytest.mark.parametrize(
+    ("recipe", "variance", "falls"),
+    # The released steps have a fixed size in latent units, made for VQ-f4's raw latents, whose
+    # standard deviation is several; the guide is not clamped, since such values are no pixels.
+    [("paper", 0.25, 4), ("released", 25.0, 10)],
+)
+def test_the_constraint_lowers_the_cross_scale_error(recipe, variance, falls):
     """Law 3: at least 4 times under `paper`, 10 times under `released`."""
+    patch = dataclasses.replace(PATCH, side_px=64)
     error = {}
     for inner in (0, orders.RECIPES[recipe].get("inner", 1)):
-        order = an_order(recipe=recipe, sampler={"inner": inner})
-        worker = Worker(oracle.bundle(), GaussianDenoiser(0.0, 0.25))
-        plan = joint.plan(order, PATCH)
-        (_, frames), latents = finished_latents(plan, worker.answer)
-        canvas = torch.zeros(3, *order.size)
-        side = PATCH.side_px
-        for (row, column), latent in latents.items():
-            window = oracle.Unshuffle().decode(latent)
-            canvas[:, row * side : (row + 1) * side, column * side : (column + 1) * side] = window
-        error[bool(inner)] = cross_scale_error(canvas, frames[-1])
+        settings = {"inner": inner, "clamp": False, "derivative": "difference"}
+        order = an_order(recipe=recipe, size=4 * patch.side_px, sampler=settings)
+        worker = Worker(oracle.bundle(patch), GaussianDenoiser(0.0, variance))
+        (_, frames), latents = finished_latents(joint.plan(order, patch), worker.answer)
+        places = [(row * 32, column * 32) for row, column in latents]
+        canvas = scatter(torch.stack(list(latents.values())), places, (128, 128))
+        image = oracle.Unshuffle().decode(canvas[None])[0]
+        error[bool(inner)] = cross_scale_error(image, frames[-1])
     assert error[False] > 0.9
     assert error[False] / error[True] >= falls, error
 
@@ -183,9 +193,10 @@ def test_guide_first_equals_algorithm_s2_step_by_step(tiny_bundle, recipe, deriv
                 e_img = unit(upsample(parts - downsample(image, 2), 2))
                 e = unit(along(enc, image, e_img))
                 z = z + sampler.rate * unit(along(f, z, e))
-            sigma = sampler.eta * (
-                (1 - step.abar_prev) / (1 - step.abar) * (1 - step.abar / step.abar_prev)
-            ) ** 0.5
+            sigma = (
+                sampler.eta
+                * ((1 - step.abar_prev) / (1 - step.abar) * (1 - step.abar / step.abar_prev)) ** 0.5
+            )
             for name, now, c, scale, places in (
                 ("fine", z, c_fine, 0, cells),
                 ("guide", z_l, c_guide, 1, [(0, 0)]),
@@ -217,7 +228,9 @@ def test_each_condition_lands_at_its_own_row_and_column(tiny_bundle):
         )
         _, sides[name] = finished_latents(joint.plan(order, bundle.patch), worker.answer)
     differ = {
-        cell for cell in sides["before"] if not torch.equal(sides["before"][cell], sides["after"][cell])
+        cell
+        for cell in sides["before"]
+        if not torch.equal(sides["before"][cell], sides["after"][cell])
     }
     assert differ == {(1, 2)}
 

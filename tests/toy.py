@@ -86,7 +86,7 @@ def write_latents(folder, counts=(24, 12, 6), split="train", name="latents-0", s
     """A table of latents [3, 4, 4], so many rows at each scale, in two parts."""
     rng = np.random.default_rng(seed)
     rows = [row | {"latent": half(rng, 48)} for row in keys(rng, counts, split)]
-    return write(Path(folder, name), rows, schema.LATENTS, split)
+    return write(str(folder), name, rows, schema.LATENTS, split)
 
 
 def write_examples(folder, counts=(6, 4), split="train", seed=0):
@@ -100,7 +100,7 @@ def write_examples(folder, counts=(6, 4), split="train", seed=0):
         }
         for row in keys(rng, counts, split)
     ]
-    return write(Path(folder, "examples"), rows, schema.EXAMPLES, split)
+    return write(str(folder), "examples", rows, schema.EXAMPLES, split)
 
 
 def keys(rng, counts, split):
@@ -124,9 +124,24 @@ def half(rng, size):
     return rng.standard_normal(size).astype(np.float16)
 
 
-def write(folder, rows, kind, part):
-    for half_name, some in (("a", rows[::2]), ("b", rows[1::2])):
-        columns = {name: [row[name] for row in some] for name in kind.names}
-        table = schema.check(pa.table(columns), kind)
-        storage.write_table(str(folder / f"{part}-{half_name}.parquet"), table)
-    return str(folder)
+def write(root, name, rows, kind, split):
+    """Two parts, and the manifest that names them beside those already there."""
+    path = f"{root}/{'shard' if name == 'examples' else name.replace('latents', 'encode')}.json"
+    parts = storage.read_json(path)["parts"] if storage.exists(path) else []
+    for i, some in enumerate((rows[::2], rows[1::2])):
+        table = schema.check(
+            pa.table({column: [row[column] for row in some] for column in kind.names}), kind
+        )
+        part = f"{name}/{split}-{i}.parquet"
+        storage.write_table(f"{root}/{part}", table)
+        parts.append({"part": part, "counts": {"0": {split: len(some)}}})
+    manifest = {
+        "verb": name,
+        "parts": parts,
+        "rows": len(rows),
+        "digest": storage.digest(repr(rows).encode()),
+        "patch_px": 8,
+        "encoder": {"name": "toy", "width": CHANNELS},
+    }
+    storage.write_json(path, manifest)
+    return root

@@ -96,9 +96,7 @@ class Embedding(Maker):
         return vectors
 
 
-def covered(
-    root: str, slide_id: str, top: int, bottom: int
-) -> Bool[np.ndarray, "rows columns"]:
+def covered(root: str, slide_id: str, top: int, bottom: int) -> Bool[np.ndarray, "rows columns"]:
     """Which base tiles of the rows [top, bottom) some kept example of a slide covers."""
     table = kept(root, slide_id)
     scale, row, column = (table[name].to_numpy() for name in ("scale", "row", "column"))

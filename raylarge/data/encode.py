@@ -22,7 +22,6 @@ from raylarge.data.parts import Maker
 from raylarge.data.pipeline import Facts, Unit
 from raylarge.errors import UserError
 from raylarge.geometry import batches
-from raylarge.models.bundle import load_autoencoder
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ def run(root: str, bundle: str, config: Encode, workers: int | None) -> Facts:
     Raises:
         UserError: `shard` has not run, or there is no autoencoder in the bundle.
     """
+    from raylarge.models.bundle import load_autoencoder  # diffusers takes seconds to import
+
     sharded = parts.manifest(root, "shard", "encode")
     digest = load_autoencoder(bundle).digest
     sections = {"encode": plain(config)}
@@ -54,9 +55,7 @@ def run(root: str, bundle: str, config: Encode, workers: int | None) -> Facts:
         for one in sharded["parts"]
     ]
     verb = f"encode-{digest}"
-    facts = parts.build(
-        root, units, partial(Encoding, root, bundle, digest, config), workers, verb
-    )
+    facts = parts.build(root, units, partial(Encoding, root, bundle, digest, config), workers, verb)
     more = {name: sharded[name] for name in ("encoder", "patch_px")}
     done = parts.finish(
         root, verb, facts, {**sharded["config"], **sections}, input=sharded["digest"], **more
@@ -75,6 +74,8 @@ class Encoding(Maker):
         Raises:
             UserError: the bundle's autoencoder is not the one that the run began with.
         """
+        from raylarge.models.bundle import load_autoencoder
+
         self._root = root
         self._batch = config.batch
         self._autoencoder = load_autoencoder(bundle)

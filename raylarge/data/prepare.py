@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from raylarge.data.embed import Embed
 from raylarge.data.encode import Encode
 from raylarge.data.tile import Tile
 from raylarge.errors import UserError
+from raylarge.fleet.session import session
 
 VERBS = ("tile", "embed", "shard", "encode")
 
@@ -47,11 +49,13 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
     """
     root = absolute(config.out)
     done: dict[str, dict[str, Any]] = {}
-    for verb in _verbs(config):
-        with log.stage(verb) as facts:
-            facts.update(_run(verb, root, config))
-        done[verb] = dict(facts)
-        report.say(f"{verb}: {facts['rows']} rows, {facts['made']} of {facts['parts']} parts new")
+    with nullcontext() if config.workers is None else session(config.workers + 1):
+        for verb in _verbs(config):
+            with log.stage(verb) as facts:
+                facts.update(_run(verb, root, config))
+            done[verb] = dict(facts)
+            news = f"{facts['made']} of {facts['parts']} parts new"
+            report.say(f"{verb}: {facts['rows']} rows, {news}")
     return done
 
 
@@ -79,6 +83,8 @@ def find_slides(slides: str) -> list[str]:
         paths = storage.listing(absolute(word))
         if not paths:
             raise UserError(f"no slide fits {word}; check the path (a pattern needs quotes).")
+        if storage.is_local(word) and any(os.path.isdir(path) for path in paths):
+            raise UserError(f"{word} is a folder; name the slides in it: slides='{word}/*.svs'.")
         found.update(paths)
     if not found:
         raise UserError("which slides? Give slides='a.svs,folder/*.tif'.")

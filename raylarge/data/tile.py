@@ -248,9 +248,7 @@ def candidates(
     return np.array(sorted(regular), dtype=np.int64).reshape(-1, 2)
 
 
-def _box_means(
-    tissue: Grid, cells: Int[np.ndarray, "n 2"], factor: int
-) -> Float[np.ndarray, "n"]:
+def _box_means(tissue: Grid, cells: Int[np.ndarray, "n 2"], factor: int) -> Float[np.ndarray, "n"]:
     """Mean tissue of the tiles under each candidate; there is none beyond the grid."""
     sums = np.zeros((tissue.shape[0] + factor + 1, tissue.shape[1] + factor + 1))
     padded = np.pad(tissue.astype(np.float64), ((0, factor), (0, factor)))

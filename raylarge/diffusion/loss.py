@@ -1,7 +1,7 @@
 """Losses per sample, with every draw at the sample's own address.
 
-    eps-prediction:  mean (eps(x_t, t, c) - eps)^2          (DDPM, Eq. 14)
-    x_0-prediction:  mean (x_0(x_t, t, c) - x_0)^2
+eps-prediction:  mean (eps(x_t, t, c) - eps)^2          (DDPM, Eq. 14)
+x_0-prediction:  mean (x_0(x_t, t, c) - x_0)^2
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from raylarge.slides.reader import Pixels
 LIMIT_PX = 178_956_970
 """Pillow's own limit against decompression bombs, for every format."""
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_DAMAGE = (OSError, SyntaxError, ValueError, LookupError, RuntimeError, tifffile.TiffFileError)
+"""What Pillow, tifffile and imagecodecs raise on files that are cut short or garbled."""
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}
 
 
@@ -39,7 +41,7 @@ class ImagePyramid:
                 f"slide {path} is neither a slide that OpenSlide knows nor a PNG, JPEG or TIFF "
                 "image; it may be damaged: fetch it again or leave it out."
             ) from error
-        except (OSError, SyntaxError, ValueError, IndexError, tifffile.TiffFileError) as error:
+        except _DAMAGE as error:
             raise UserError(
                 f"slide {path} is damaged or incomplete ({error}); fetch it again or leave it out."
             ) from error
@@ -60,7 +62,7 @@ def _read_image(path: str) -> tuple[Pixels, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            picture = Image.open(path)
+            picture: Image.Image = Image.open(path)
         except Image.DecompressionBombError as error:
             raise _too_large(path) from error
     dots_per_inch = float(picture.info.get("dpi", (0, 0))[0])

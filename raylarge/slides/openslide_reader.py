@@ -48,7 +48,7 @@ class OpenSlidePyramid:
             region = self._slide.read_region(corner, level, (columns, rows))
         except openslide.OpenSlideError as error:
             raise _broken(self._path, error) from error
-        if region.getextrema()[3][0] == 255:
+        if region.getchannel("A").getextrema() == (255, 255):
             return np.asarray(region)[..., :3]
         page = Image.new("RGBA", region.size, (255, 255, 255, 255))
         return np.asarray(Image.alpha_composite(page, region))[..., :3]

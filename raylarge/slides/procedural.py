@@ -90,9 +90,7 @@ class Scene:
     def _fatty(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
         return fractal(y, x, 260.0, self.key(3), octaves=2) > 0.64
 
-    def _worley(
-        self, y: np.ndarray, x: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _worley(self, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Distances to the nearest two fat-lattice points, and whether the nearest is fat."""
         reach = 75.0
         first = np.full(np.broadcast_shapes(y.shape, x.shape), np.inf, np.float32)
@@ -102,9 +100,7 @@ class Scene:
             window = _window(y, x, py, px, reach)
             distance = np.hypot(y[window[0]] - py, x[:, window[1]] - px).astype(np.float32)
             closer = distance < first[window]
-            second[window] = np.where(
-                closer, first[window], np.minimum(second[window], distance)
-            )
+            second[window] = np.where(closer, first[window], np.minimum(second[window], distance))
             first[window] = np.minimum(first[window], distance)
             is_fat[window] = np.where(closer, fatty, is_fat[window])
         return first, second, is_fat
@@ -175,36 +171,17 @@ class Scene:
         points = points.where(_stromal(maps, points))
         radius = points.draw(2, 2.7, 3.5)
         wide = radius * points.draw(3, 0.8, 1.0)
-        return _ellipses(points, radius, wide, points.draw(4, 0, np.pi), points.draw(5, 1.1, 1.45))
+        return _ellipses(
+            points, radius, wide, points.draw(4, 0.0, np.pi), points.draw(5, 1.1, 1.45)
+        )
 
     def _epithelium(self, maps: _Maps) -> np.ndarray:
-        """Nuclei in a ring near each gland's edge, their long axes towards its centre."""
+        """Nuclei in rings near each gland's edge, their long axes towards its centre."""
         glands = self._gland_points(maps.y, maps.x)
-        found = [np.empty((0, 6))]
-        for i, radius in enumerate(_gland_radius_um(glands)):
-            for layer, (place, density) in enumerate([(0.86, 1.0), (0.72, 0.45)]):
-                count = int(2 * np.pi * radius * place / 7.4)
-                number = np.arange(count)
-                draws = [
-                    uniform(glands.key, glands.row[i], glands.column[i], number, 20 + 9 * layer + k)
-                    for k in range(7)
-                ]
-                angle = 2 * np.pi * (number + 0.7 * (draws[0] - 0.5)) / count
-                away = radius * _outline(glands, i, angle) * (place + 0.09 * (draws[1] - 0.5))
-                ring = np.stack(
-                    [
-                        glands.y[i] + away * np.sin(angle),
-                        glands.x[i] + away * np.cos(angle),
-                        4.0 + 1.6 * draws[2],
-                        2.7 + 0.9 * draws[3],
-                        angle + 0.5 * (draws[4] - 0.5),
-                        0.7 + 0.5 * draws[5],
-                    ],
-                    axis=1,
-                )
-                found.append(ring[draws[6] < density])
-        rings = np.concatenate(found)
-        return rings[_value(maps, maps.gland, rings[:, 0], rings[:, 1], 9.0) < 1.0]
+        sizes = _gland_radius_um(glands).tolist()
+        rings = [_ring(glands, i, sizes[i], layer) for i in range(len(sizes)) for layer in (0, 1)]
+        found = np.concatenate([np.empty((0, 6)), *rings])
+        return found[_value(maps, maps.gland, found[:, 0], found[:, 1], 9.0) < 1.0]
 
     def _stain(self, maps: _Maps, nuclei: np.ndarray) -> Pixels:
         """Colour by Beer-Lambert from the amounts of the two stains."""
@@ -255,6 +232,21 @@ def write(path: str, size_px: tuple[int, int], seed: int, mpp: float = 0.5) -> N
 
 def _gland_radius_um(points: Points) -> np.ndarray:
     return points.draw(1, 34.0, 54.0)
+
+
+def _ring(glands: Points, i: int, radius: float, layer: int) -> np.ndarray:
+    """One gland's nuclei, [n, 6] as in `_ellipses`: layer 0 at its edge, 1 further in, sparser."""
+    place, density = ((0.86, 1.0), (0.72, 0.45))[layer]
+    row, column = int(glands.row[i]), int(glands.column[i])
+    count = int(2 * np.pi * radius * place / 7.4)
+    number = np.arange(count)
+    draws = [uniform(glands.key, row, column, number, 20 + 9 * layer + k) for k in range(7)]
+    angle = 2 * np.pi * (number + 0.7 * (draws[0] - 0.5)) / count
+    away = radius * _outline(glands, i, angle) * (place + 0.09 * (draws[1] - 0.5))
+    long, wide = 4.0 + 1.6 * draws[2], 2.7 + 0.9 * draws[3]
+    y, x = glands.y[i] + away * np.sin(angle), glands.x[i] + away * np.cos(angle)
+    turn, ink = angle + 0.5 * (draws[4] - 0.5), 0.7 + 0.5 * draws[5]
+    return np.stack([y, x, long, wide, turn, ink], axis=1)[draws[6] < density]
 
 
 def _outline(points: Points, i: int, angle: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import fsspec
 import numpy as np
@@ -34,13 +34,19 @@ _PLAUSIBLE_MPP = (0.05, 20.0)
 _STRIP_PX = 256
 
 
+@runtime_checkable
 class Pyramid(Protocol):
     """What the reader of one file format gives: levels of pixels, finest first."""
 
-    sizes: Sequence[tuple[int, int]]
-    """(rows, columns) of each level."""
-    mpp_hints: Sequence[tuple[str, float]]
-    """Micrometres per level-0 pixel as the file tells it, most trusted first."""
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """(rows, columns) of each level."""
+        ...
+
+    @property
+    def mpp_hints(self) -> Sequence[tuple[str, float]]:
+        """Micrometres per level-0 pixel as the file tells it, most trusted first."""
+        ...
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
         """A region that lies inside a level, in that level's pixels."""
@@ -161,8 +167,8 @@ def open_slide(path: str, mpp_override: float | None = None, base_mpp: float = B
     local = local_copy(path)
     if not os.path.isfile(local):
         raise UserError(f"slide {path} does not exist; check the path.")
-    pyramid: Pyramid
-    pyramid = (OpenSlidePyramid if OpenSlidePyramid.knows(local) else ImagePyramid)(local)
+    known = OpenSlidePyramid.knows(local)
+    pyramid: Pyramid = OpenSlidePyramid(local) if known else ImagePyramid(local)
     try:
         mpp = resolve_mpp(path, mpp_override, pyramid.mpp_hints)
         if mpp > base_mpp * (1 + _TOLERANCE):
@@ -184,7 +190,7 @@ def resolve_mpp(path: str, override: float | None, hints: Sequence[tuple[str, fl
     """
     if override is not None:
         if override <= 0:
-            raise UserError(f"tile.mpp={override} for slide {path}: micrometres per pixel are above 0.")
+            raise UserError(f"tile.mpp={override} for slide {path}: it must be above 0.")
         return override
     low, high = _PLAUSIBLE_MPP
     for _, mpp in hints:

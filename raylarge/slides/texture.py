@@ -33,12 +33,12 @@ def uniform(key: int, *parts: np.ndarray | int) -> np.ndarray:
     return (state >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
-def noise(
-    y: np.ndarray, x: np.ndarray, cell: tuple[float, float], key: int
-) -> np.ndarray:
+def noise(y: np.ndarray, x: np.ndarray, cell: tuple[float, float], key: int) -> np.ndarray:
     """Smooth value noise in [0, 1) at broadcast points; `cell` is its grain along y and x."""
     rows, fy = _split(y / cell[0])
     columns, fx = _split(x / cell[1])
+    if not rows.size:
+        return np.zeros(np.broadcast_shapes(rows.shape, columns.shape), np.float32)
     first = int(rows.min()), int(columns.min())
     lattice = uniform(
         key,
@@ -54,7 +54,7 @@ def noise(
 
 def fractal(y: np.ndarray, x: np.ndarray, cell_um: float, key: int, octaves: int = 3) -> np.ndarray:
     """Noise of halving grain and weight, in [0, 1)."""
-    total = np.zeros(1, np.float32)
+    total: np.ndarray = np.zeros(1, np.float32)
     for octave in range(octaves):
         size = cell_um / 2**octave
         total = total + noise(y, x, (size, size), key + octave) * np.float32(0.5**octave)
@@ -68,7 +68,7 @@ def _split(value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return whole.astype(np.int64), t * t * (3 - 2 * t)
 
 
-def ramp(value: np.ndarray, low: float, high: float) -> np.ndarray:
+def ramp(value: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
     """0 below `low`, 1 above `high` (or the other way round), eased between."""
     t = np.clip((value - low) / (high - low), 0, 1)
     return t * t * (3 - 2 * t)
@@ -99,7 +99,8 @@ def scatter(
     y_um: tuple[float, float], x_um: tuple[float, float], pitch_um: float, jitter: float, key: int
 ) -> Points:
     """One point per lattice cell of side `pitch_um`, moved by up to `jitter` cells, that may
-    lie in the ranges given; cells in row-major order."""
+    lie in the ranges given; cells in row-major order.
+    """
     rows, columns = (
         np.arange(int(np.floor(low / pitch_um)) - 1, int(np.ceil(high / pitch_um)) + 1)
         for low, high in (y_um, x_um)

@@ -58,9 +58,7 @@ class CdmTask:
     table = "latents"
 
     def __init__(self, config: CdmConfig, summarizer: Summarizer, seed: int) -> None:
-        cdm = CDM(
-            channels=summarizer.config.width, scales=summarizer.config.scales, **vars(config)
-        )
+        cdm = CDM(channels=summarizer.config.width, scales=summarizer.config.scales, **vars(config))
         self.network = _Network(cdm, summarizer, seed)
         self.averaged = cdm
 
@@ -83,6 +81,6 @@ def build(config: Train, facts: Facts) -> CdmTask:
     Raises:
         UserError: the bundle `out` holds no trained Summarizer yet.
     """
-    torch.manual_seed(config.recipe.seed)
+    torch.manual_seed(config.seed)
     summarizer = bundles.load(config.out).summarizer
-    return CdmTask(config.cdm, summarizer, config.recipe.seed)
+    return CdmTask(config.cdm, summarizer, config.seed)

@@ -22,6 +22,7 @@ import fsspec
 from raylarge import storage
 
 COMMIT = "checkpoint.json"
+HISTORY = "loss.csv"  # shown beside the checkpoints, too
 
 
 class Checkpoints:
@@ -68,6 +69,9 @@ class Checkpoints:
                 )
             files |= storage.read_json(listed)
         storage.write_json(self._path(step, COMMIT), {**facts, "step": step, "files": files})
+        if HISTORY in files:
+            history = storage.read_bytes(self._path(step, HISTORY))
+            storage.write_bytes(storage.join(self.root, HISTORY), history)
         for old in sorted(self._committed())[: -self.keep]:
             self._remove(old)
 

@@ -3,13 +3,15 @@
     sample (global index) -> scale by weight -> row, uniform within the scale
 
 drawn at the address (seed, sample). Step s holds the samples s*B .. s*B + B - 1, split into
-equal slices by rank, so the world size only divides the work. Rows are held in memory, in an
-order that does not depend on how the parts were written.
+equal slices by rank, so the world size only divides the work. The table's manifest says
+which parts belong to it. Rows are held in memory, in an order that does not depend on how
+the parts were cut.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,29 +32,30 @@ CACHE_BYTES = 1 << 30  # of decoded images
 class Ingest:
     """The training rows of one table."""
 
-    def __init__(self, folder: str, recipe: Recipe, split: str = "train") -> None:
+    def __init__(self, root: str, name: str, recipe: Recipe, split: str = "train") -> None:
         """Read a table's rows of one split.
 
         Args:
-            folder: `DATA/examples` or `DATA/latents-<digest>`; a path or an `s3://` URL.
+            root: the data folder; a path or an `s3://` URL.
+            name: of the table, `examples` or `latents-<digest>`.
             recipe: gives seed, batch and scale_weights.
             split: rows of other splits are left out.
 
         Raises:
             UserError: no table, one of another version, no row of the split, unfit weights.
         """
-        table = _rows(folder, split)
-        self.recipe = recipe
+        made = manifest(root, name)
+        table = _rows(root, made, split)
+        self.recipe, self.digest = recipe, str(made["digest"])
         self.scale = table["scale"].to_numpy().astype(np.int64)
         self.rows = table["grid_rows"].to_numpy().astype(np.int64)
         self.columns = table["grid_columns"].to_numpy().astype(np.int64)
         self.grid, self.grid_start = _lists(table["grid"])
         self.images: dict[int, UInt8[np.ndarray, "p p 3"]] = {}
         self.png = table["image"] if "image" in table.column_names else None
-        self.latent = None if self.png is not None else _latents(folder, table)
-        self.digest = _digest(folder, table)
-        self.facts = self._facts()
-        self._begin, self._count, self._edges = self._scales(folder)
+        self.latent = None if self.png is not None else _latents(table)
+        self.facts = self._facts(made)
+        self._begin, self._count, self._edges = self._scales()
 
     def index(self, sample: int) -> int:
         """The row that a global sample index stands for."""
@@ -106,25 +109,26 @@ class Ingest:
                 self.images[row] = image
         return image
 
-    def _facts(self) -> Facts:
+    def _facts(self, made: dict[str, Any]) -> Facts:
         cells = int(self.rows[0] * self.columns[0])
         values, counts = np.unique(self.scale, return_counts=True)
-        side = self._image(0).shape[0] if self.latent is None else 0
+        side = int(made["patch_px"])
         return Facts(
             channels=int(self.grid_start[1] - self.grid_start[0]) // cells,
             counts={int(k): int(n) for k, n in zip(values, counts, strict=True)},
-            image=(3, side, side) if self.latent is None else None,
+            image=(3, side, side),
             latent=None if self.latent is None else tuple(self.latent.shape[1:]),
+            encoder=dict(made["encoder"]),
         )
 
-    def _scales(self, folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _scales(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """First row, number of rows and upper edge of the cumulative weight of each scale."""
         counts = np.array([self.facts.counts[k] for k in self.facts.scales])
         weights = np.array(self.recipe.scale_weights or [1.0] * len(counts))
         if len(weights) != len(counts) or (weights < 0).any() or weights.sum() <= 0:
             raise UserError(
-                f"scale_weights={list(weights)} does not fit {folder}; give one weight, 0 or "
-                f"more, for each of its scales {list(self.facts.scales)}."
+                f"scale_weights={weights.tolist()} does not fit; give one weight, 0 or more, for "
+                f"each of the scales {list(self.facts.scales)} that have training rows."
             )
         edges = np.cumsum(weights) / weights.sum()
         return np.cumsum(counts) - counts, counts, edges[:-1]
@@ -145,19 +149,37 @@ def check_batch(recipe: Recipe, world_size: int) -> None:
         )
 
 
-def _rows(folder: str, split: str) -> pa.Table:
-    """The rows of a split in canonical order, whatever parts they were written in."""
-    parts = storage.listing(storage.join(folder, "*.parquet"))
-    if not parts:
-        raise UserError(f"{folder} holds no table; make it with python jobs/prepare.py first.")
-    tables = [_checked(path) for path in parts]
-    table = pa.concat_tables(tables)
-    chosen = table.filter(pc.equal(table["split"], split))
-    if not chosen.num_rows:
+def manifest(root: str, name: str) -> dict[str, Any]:
+    """What the verb that made a table wrote when it had finished.
+
+    Raises:
+        UserError: it has not.
+    """
+    verb = "shard" if name == "examples" else name.replace("latents", "encode", 1)
+    path = storage.join(root, f"{verb}.json")
+    if not storage.exists(path):
         raise UserError(
-            f"none of the {table.num_rows} rows of {folder} is of the split '{split}'; prepare "
-            f"the data with more slides, or with another share for testing."
+            f"{path} is missing, so there are no {name} yet; run python jobs/prepare.py "
+            f"out={root}{'' if verb == 'shard' else ' verbs=encode bundle=...'} first."
         )
+    made: dict[str, Any] = storage.read_json(path)
+    return made
+
+
+def _rows(root: str, made: dict[str, Any], split: str) -> pa.Table:
+    """The rows of a split in canonical order, whatever parts they were written in."""
+    parts = [
+        storage.join(root, part["part"])
+        for part in made["parts"]
+        if any(by.get(split) for by in part["counts"].values())
+    ]
+    if not parts:
+        raise UserError(
+            f"none of the {made['rows']} rows that {made['verb']} made in {root} is of the "
+            f"split '{split}'; prepare more slides, or hold out fewer."
+        )
+    table = pa.concat_tables([_checked(path) for path in parts])
+    chosen = table.filter(pc.equal(table["split"], split))
     keys = [(name, "ascending") for name in ("scale", "slide_id", "row", "column")]
     return chosen.take(pc.sort_indices(chosen, sort_keys=keys)).combine_chunks()
 
@@ -184,21 +206,14 @@ def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
 
 
-def _latents(folder: str, table: pa.Table) -> np.ndarray:
+def _latents(table: pa.Table) -> np.ndarray:
     """All latents as float16 [n, c, h, w]."""
     values, starts = _lists(table["latent"])
     length = int(starts[1] - starts[0])
     side = math.isqrt(length // LATENT_CHANNELS)
     if not (np.diff(starts) == length).all() or LATENT_CHANNELS * side * side != length:
         raise UserError(
-            f"the latents in {folder} are no squares of {LATENT_CHANNELS} channels "
-            f"({length} values in the first); encode them again with this autoencoder."
+            f"the latents are no squares of {LATENT_CHANNELS} channels ({length} values in the "
+            f"first); encode the examples again with this autoencoder."
         )
     return values[starts[0] : starts[-1]].reshape(-1, LATENT_CHANNELS, side, side)
-
-
-def _digest(folder: str, table: pa.Table) -> str:
-    """A short name for the rows, so that a run never goes on with other data."""
-    keys = [table[name].to_pylist() for name in ("slide_id", "scale", "row", "column")]
-    rows = [folder.rstrip("/").rsplit("/", 1)[-1], *zip(*keys, strict=True)]
-    return storage.digest(repr(rows).encode())

@@ -4,16 +4,16 @@
     OUT/.train/<model>/        config.json, step-*/ (checkpoints), loss.csv, facts.json
 
 The same command run again goes on from the newest checkpoint, whatever killed it; a command
-that differs in what shapes the result is refused. Workers need no runtime environment of
-their own, so Ray hands them processes that have started already.
+that differs in what shapes the result is refused.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import pickle
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,13 +27,16 @@ from omegaconf import MISSING
 from raylarge import config as configuration
 from raylarge import report, storage
 from raylarge.errors import UserError
+from raylarge.train import driver
 from raylarge.train.cdm import CdmConfig
-from raylarge.train.checkpoint import Checkpoints
-from raylarge.train.context import Context, LocalContext, RayContext, Status, status_path
+from raylarge.train.checkpoint import HISTORY, Checkpoints
+from raylarge.train.context import Context, LocalContext, RayContext, Status
 from raylarge.train.engine import DeepSpeedEngine, Engine, TorchEngine
-from raylarge.train.ingest import Ingest, check_batch
-from raylarge.train.loop import HISTORY, fit
+from raylarge.train.ingest import Ingest, check_batch, manifest
+from raylarge.train.ldm import LdmConfig
+from raylarge.train.loop import fit
 from raylarge.train.task import Build, Recipe
+from raylarge.train.vae import VaeConfig
 
 TASKS = {"vae": "examples", "ldm": "latents", "cdm": "latents"}
 """The models and the tables they learn from; raylarge/train/<model>.py has their `build`."""
@@ -52,12 +55,6 @@ CHOICES = {
 FREE = {"out", "data", "steps", "minutes", "logs", "checkpoint_every", "keep", "log_every", "gpu"}
 FREE |= {"patience", "accumulation", "workers", "strategy", "zero", "max_failures"}
 """Keys that a resumed run may change (see `_identity` for what the engine pins)."""
-
-RAY_SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # 2 s by default, waited at every end
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same everywhere
-}
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,7 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
     _refuse_mixing(config, root)
     facts = _finished(config, root)
     if facts is None:
+        manifest(config.data, table_name(config))  # before any worker starts
         with _line(config.model) as show:
             facts = (_on_ray if config.workers else _here)(config, build, show)
         facts |= {"bundle": config.out, "loss_csv": storage.join(root, HISTORY)}
@@ -110,37 +108,37 @@ def run_folder(config: Train) -> str:
     return storage.join(config.out, ".train", config.model)
 
 
-def table_folder(config: Train) -> str:
+def table_name(config: Train) -> str:
     """The table that a model learns from; of latents, those of the bundle's autoencoder.
 
     Raises:
-        UserError: no latents, or no telling which.
+        UserError: no autoencoder, and no telling which latents.
     """
     if TASKS[config.model] == "examples":
-        return storage.join(config.data, "examples")
-    found = storage.listing(storage.join(config.data, "latents-*"))
+        return "examples"
     if storage.exists(storage.join(config.out, "vae", "config.json")):
         from raylarge.models import bundle
 
-        found = [storage.join(config.data, f"latents-{bundle.digest(config.out, ('vae',))}")]
-    if len(found) != 1 or not storage.exists(found[0]):
+        return f"latents-{bundle.digest(config.out, ('vae',))}"
+    found = storage.listing(storage.join(config.data, "encode-*.json"))
+    if len(found) != 1:
         raise UserError(
-            f"{config.data} has no latents of the autoencoder in {config.out}; train that with "
-            f"python jobs/train.py model=vae, then encode with python jobs/prepare.py."
+            f"there is no autoencoder in {config.out}; train one with python jobs/train.py "
+            f"model=vae out={config.out}, then encode the examples with it."
         )
-    return found[0]
+    return "latents-" + found[0].rsplit("encode-")[-1].removesuffix(".json")
 
 
 def _work(config: Train, build: Build | None, context: Context) -> dict[str, Any]:
     """What every worker does, and the local twin."""
     torch.manual_seed(config.seed)
     build = build or importlib.import_module(f"raylarge.train.{config.model}").build
-    ingest = Ingest(table_folder(config), config)
+    ingest = Ingest(config.data, table_name(config), config)
     task = build(config, ingest.facts)
     deepspeed = config.workers and config.strategy == "deepspeed"
     engine: Engine = (DeepSpeedEngine if deepspeed else TorchEngine)(task, config, context)
     facts = fit(engine, context, ingest, config)
-    facts |= {"config": configuration.plain(config), "data_digest": ingest.digest}
+    facts |= {"config": _told(config), "data_digest": ingest.digest}
     average = engine.average()
     with engine.whole():
         if context.rank == 0:
@@ -153,47 +151,25 @@ def _here(config: Train, build: Build | None, show: Callable[[Status], None]) ->
 
 
 def _on_ray(config: Train, build: Build | None, show: Callable[[Status], None]) -> dict[str, Any]:
-    with _session(config.workers) as ray, _environment(_settings(ray)):
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchTrainer
-
-        resources = ray.cluster_resources()
-        gpu = config.gpu if config.gpu is not None else resources.get("GPU", 0) >= config.workers
-        cpus = min(1.0, max(0.01, resources.get("CPU", 0) / config.workers))
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"config": config, "build": build},
-            scaling_config=ScalingConfig(
-                config.workers, use_gpu=gpu, resources_per_worker={"CPU": cpus, "GPU": int(gpu)}
-            ),
-            run_config=RunConfig(
-                name="ray",
-                storage_path=run_folder(config),
-                failure_config=FailureConfig(max_failures=config.max_failures),
-            ),
-        )
-        try:
-            facts = _watched(trainer.fit, run_folder(config), show).return_value
-        except TrainingFailedError as error:
-            raise _explained(config, error) from error
-    if "refused" in facts:
-        raise UserError(facts["refused"])
-    return facts
+    crew = driver.Crew(
+        config.workers, config.gpu, config.max_failures, run_folder(config), config.logs
+    )
+    return driver.run(_worker, (config, build), crew, show)
 
 
-def _worker(settings: dict[str, Any]) -> dict[str, Any]:
+def _worker(settings: dict[str, bytes]) -> dict[str, Any]:
     """The training function that Ray Train runs in each worker.
 
     What a user can mend (a `UserError`) is the same on every rank and will not go away by
     starting again, so it is returned; anything else is raised, and Ray starts again.
     """
-    config: Train = settings["config"]
+    config, build = pickle.loads(settings["job"])
     context = RayContext(run_folder(config), config.keep)
     context.use_cores()
     if config.logs is not None:
         _redirect(Path(config.logs, f"train-{config.model}-rank{context.rank}.log"))
     try:
-        return _work(config, settings["build"], context)
+        return _work(config, build, context)
     except UserError as error:
         return {"refused": str(error)}
 
@@ -223,10 +199,16 @@ def _checked(config: Train) -> Train:
 
 def _identity(config: Train) -> dict[str, Any]:
     """What shapes the result: a run is only ever gone on with under the same values."""
-    kept = {k: v for k, v in configuration.plain(config).items() if k not in FREE}
     sharded = config.workers and config.strategy == "deepspeed"
     engine = f"deepspeed, zero={config.zero}, workers={config.workers}" if sharded else "torch"
+    kept = {key: value for key, value in _told(config).items() if key not in FREE}
     return kept | {"engine": engine}
+
+
+def _told(config: Train) -> dict[str, Any]:
+    """The config as JSON holds it, without the other models' parts."""
+    values = json.loads(json.dumps(configuration.plain(config)))
+    return {k: v for k, v in values.items() if k not in TASKS or k == config.model}
 
 
 def _refuse_mixing(config: Train, root: str) -> None:
@@ -253,86 +235,22 @@ def _finished(config: Train, root: str) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _session(workers: int) -> Iterator[Any]:
-    """A Ray that is up already, the cluster that RAY_ADDRESS names, or one of our own."""
-    import ray
-
-    if ray.is_initialized():
-        yield ray
-        return
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        cores = max(len(os.sched_getaffinity(0)), workers)
-        ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _settings(ray: Any) -> dict[str, str]:
-    """On one node nothing is preempted, and the watcher is one more process to start."""
-    alone = len(ray.nodes()) == 1
-    return RAY_SETTINGS | ({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if alone else {})
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for a while; what the user has set stays."""
-    mine = {key: value for key, value in values.items() if key not in os.environ}
-    os.environ.update(mine)
-    try:
-        yield
-    finally:
-        for key in mine:
-            os.environ.pop(key, None)
-
-
-def _watched(work: Callable[[], Any], root: str, show: Callable[[Status], None]) -> Any:
-    """Run something in a thread; meanwhile show what rank 0 tells. Ctrl-C gets through."""
-    done: list[Any] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            done.append(work())
-        except BaseException as error:
-            failed.append(error)
-
-    path, seen = status_path(root), _status(status_path(root))
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
-        status = _status(path)
-        if status and status != seen:
-            seen = status
-            show(status)
-    if failed:
-        raise failed[0]
-    return done[0]
-
-
-def _status(path: str) -> Status | None:
-    return storage.read_json(path) if storage.exists(path) else None
-
-
-@contextmanager
 def _line(model: str) -> Iterator[Callable[[Status], None]]:
-    """One progress line."""
+    """One progress line, drawn anew now and then."""
     style = "{desc}{percentage:3.0f}%|{bar}|{postfix}"
-    with report.progress(None, model, total=100, bar_format=style) as bar:
-        bar.set_postfix_str("starting")
+    with report.progress(None, model, total=100, bar_format=style, postfix="starting") as bar:
+        drawn = time.monotonic()
 
         def show(status: Status) -> None:
-            loss, eta = status["loss"], status["eta_s"]
+            nonlocal drawn
+            if time.monotonic() - drawn < bar.mininterval:
+                return
+            drawn, loss, eta = time.monotonic(), status["loss"], status["eta_s"]
             parts = [f"step {status['step']}", f"{status['rate']:.3g} samples/s"]
             parts += [f"loss {loss:.4g}"] if loss is not None else []
             parts += [f"{_clock(eta)} left"] if eta is not None else []
-            bar.set_postfix_str(", ".join(parts), refresh=False)
-            bar.update(int(100 * status["fraction"]) - bar.n)
+            bar.n = 100 * status["fraction"]
+            bar.set_postfix_str(", ".join(parts))
 
         yield show
 
@@ -346,18 +264,10 @@ def _closing(config: Train, facts: Mapping[str, Any]) -> str:
 
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
-
-
-def _explained(config: Train, error: Exception) -> UserError:
-    """What stopped the workers in one sentence; the whole of it in a file."""
-    failures = getattr(error, "worker_failures", {}) or {0: error}
-    cause = str(next(iter(failures.values()))).strip().splitlines() or [repr(error)]
-    path = storage.join(run_folder(config), "error.txt")
-    storage.write_bytes(path, str(error).encode())
-    return UserError(
-        f"training {config.model} failed more than max_failures={config.max_failures} times: "
-        f"{cause[-1]}; the whole error is in {path}; the last checkpoint is kept."
+    return (
+        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        if minutes > 59
+        else f"{minutes}:{rest:02d}"
     )
 
 

@@ -96,5 +96,5 @@ class LdmTask:
 
 def build(config: Train, facts: Facts) -> LdmTask:
     """The task, its weights drawn from the training's seed."""
-    torch.manual_seed(config.recipe.seed)
-    return LdmTask(config.ldm, facts, config.recipe.seed)
+    torch.manual_seed(config.seed)
+    return LdmTask(config.ldm, facts, config.seed)

@@ -18,14 +18,13 @@ from types import TracebackType
 from typing import Any
 
 from raylarge.errors import UserError
+from raylarge.train.checkpoint import HISTORY
 from raylarge.train.context import Context
 from raylarge.train.engine import Engine
 from raylarge.train.ingest import Ingest
 from raylarge.train.task import Batch, Recipe
 
-BEAT = 5  # steps between two looks at rank 0's clock
 COLUMNS = ("step", "loss", "lr", "samples_per_s", "seconds", "skipped")
-HISTORY = "loss.csv"
 
 
 def fit(engine: Engine, context: Context, ingest: Ingest, recipe: Recipe) -> dict[str, Any]:
@@ -83,6 +82,7 @@ class Journal:
     skipped: int = 0
     running: int = 0  # skipped steps since the last good one
     loss: float = math.nan  # running mean, decay 0.98
+    first: float = math.nan
     rows: list[tuple[Any, ...]] = field(default_factory=list)
     since: list[float] = field(default_factory=list)  # losses since the last row
     began: tuple[int, float] = (0, 0.0)  # step and seconds at this session's start
@@ -90,7 +90,8 @@ class Journal:
     def resume(self, facts: dict[str, Any], history: str) -> None:
         """Go on from a checkpoint's facts and its loss.csv."""
         self.step, self.seconds, self.skipped = facts["step"], facts["seconds"], facts["skipped"]
-        self.loss, self.since = facts["loss"] or math.nan, facts["since"]
+        self.loss, self.first = (_value(facts[name]) for name in ("loss", "first_loss"))
+        self.since = facts["since"]
         self.rows = [tuple(row) for row in list(csv.reader(io.StringIO(history)))[1:]]
         self.began = (self.step, self.seconds)
 
@@ -105,6 +106,7 @@ class Journal:
         if math.isfinite(loss):
             self.running = 0
             self.loss = loss if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss
+            self.first = loss if math.isnan(self.first) else self.first
             self.since.append(loss)
         else:
             self.skipped += 1
@@ -137,7 +139,7 @@ class Journal:
             "samples": self.step * self.recipe.batch,
             "seconds": round(self.seconds, 3),
             "loss": _number(self.loss),
-            "first_loss": _number(float(self.rows[0][1])) if self.rows else None,
+            "first_loss": _number(self.first),
             "samples_per_s": round(self.speed(), 2),
             "skipped": self.skipped,
         }
@@ -160,20 +162,19 @@ class Journal:
 
 
 class _Clock:
-    """Training time, all sessions together; ranks agree on it every few steps."""
+    """Training time, all sessions together; under a time limit all ranks go by rank 0's."""
 
     def __init__(self, recipe: Recipe, context: Context, before: float) -> None:
         self.recipe, self.context, self.before = recipe, context, before
-        self.start = time.monotonic()
-        self.agreed, self.looked = before, -BEAT
+        self.start, self.agreed = time.monotonic(), before
 
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.start
 
     def over(self, step: int) -> bool:
         """Whether to stop before this step; every rank gets the same answer."""
-        if self.recipe.minutes is not None and step - self.looked >= BEAT:
-            self.agreed, self.looked = self.context.agree(self.seconds()), step
+        if self.recipe.minutes is not None:
+            self.agreed = self.context.agree(self.seconds())
         return self.fraction(step) >= 1.0
 
     def fraction(self, step: int) -> float:
@@ -247,3 +248,7 @@ def _same_data(before: str, now: str) -> None:
 def _number(value: float) -> float | None:
     """A value as JSON can hold it: NaN becomes null."""
     return value if math.isfinite(value) else None
+
+
+def _value(number: float | None) -> float:
+    return math.nan if number is None else number

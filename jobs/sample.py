@@ -1,0 +1,35 @@
+"""An order in, an image out.
+
+python jobs/sample.py bundle=DIR order.size=512 order.seed=7 out=DIR [order.recipe=released]
+    [order.condition.kind=cdm] [reference=DATA[:slide_id] [at=row,column]] [workers=N]
+
+Run again after an interruption, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+
+from raylarge import report, storage
+from raylarge.config import parse
+from raylarge.fleet.sample import Sample, sample
+
+
+def main(arguments: list[str]) -> None:
+    config = parse(Sample, arguments, {})
+    log = report.Report(storage.join(config.out, "report.json"))
+    files = sample(config, log)
+    facts = log.facts
+    done = facts["stages"]["sample"]
+    made = f"{done['requests']} requests in {done['seconds']} s"
+    again = f", {done['resumed']} more from an earlier run" if done["resumed"] else ""
+    rows = [[name, os.path.relpath(path)] for name, path in files.items()]
+    report.say(report.table(["file", "path"], [*rows, ["report.json", log.path]]))
+    report.say(f"{made}{again}")
+    for name in ("cross_scale_error", "seam_ratio"):
+        if name in facts:
+            report.say(f"{name.replace('_', ' ')}: {facts[name]:.3f}")
+
+
+if __name__ == "__main__":
+    report.entry(main)

@@ -1,0 +1,86 @@
+"""Does the model follow its condition? The denoising loss with true and with shuffled grids.
+
+A model that ignores its condition has equal losses; one that follows it does worse when each
+image is given another image's embeddings. Both use the same noise and timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from raylarge import storage
+from raylarge.diffusion.loss import draws, per_sample
+from raylarge.errors import UserError
+from raylarge.models.bundle import Bundle
+from raylarge.models.summarizer import SLOTS
+
+
+@torch.no_grad()
+def shuffled_loss(
+    bundle: Bundle, latents: str, split: str, repeats: int = 8, seed: int = 0
+) -> dict[int, Mapping[str, float]]:
+    """Mean denoising loss per scale with true, shuffled and null conditions.
+
+    Args:
+        latents: the folder `DATA/latents-<digest>` of the bundle's own autoencoder.
+        split: rows of this split are used, at most 64 per scale.
+        repeats: noise draws per row.
+
+    Raises:
+        UserError: the folder holds no row of the split.
+    """
+    table = _rows(latents, split)
+    found = {}
+    for k in sorted(set(table["scale"].to_pylist())):
+        rows = table.filter(pc.equal(table["scale"], k)).slice(0, 64)
+        x_0, cells, count = _tensors(rows, bundle)
+        scale = torch.full((len(x_0),), k)
+        true = bundle.summarizer(cells, count, scale)
+        contexts = {
+            "true": true,
+            "shuffled": true.roll(max(1, len(true) // 2), dims=0),
+            "null": torch.zeros_like(true),
+        }
+        found[int(k)] = {"rows": len(x_0)} | {
+            name: _loss(bundle, x_0, context, repeats, seed) for name, context in contexts.items()
+        }
+    return found
+
+
+def _loss(
+    bundle: Bundle, x_0: torch.Tensor, context: torch.Tensor, repeats: int, seed: int
+) -> float:
+    losses = []
+    for repeat in range(repeats):
+        samples = torch.arange(len(x_0)) + repeat * len(x_0)
+        drawn = draws(samples, x_0.shape[1:], seed, "evaluate", bundle.schedule.length)
+        x_t = bundle.schedule.noised(x_0, drawn.eps, drawn.t)
+        eps = bundle.unet(x_t, drawn.t, encoder_hidden_states=context, return_dict=False)[0]
+        losses.append(per_sample(eps, drawn.eps))
+    return float(torch.cat(losses).mean())
+
+
+def _rows(folder: str, split: str) -> pa.Table:
+    parts = storage.listing(storage.join(folder, "*.parquet"))
+    tables = [storage.read_table(path) for path in parts]
+    table = pa.concat_tables(tables) if tables else None
+    rows = table.filter(pc.equal(table["split"], split)) if table is not None else ()
+    if not len(rows):
+        raise UserError(f"{folder} holds no row of the split '{split}'; hold some slides out.")
+    return rows
+
+
+def _tensors(rows: pa.Table, bundle: Bundle) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents, padded cells and their counts of rows of one scale."""
+    x_0 = np.array(rows["latent"].to_pylist(), dtype=np.float32)
+    grid = np.array(rows["grid"].to_pylist(), dtype=np.float32)
+    channels = bundle.summarizer.config.channels
+    cells = torch.from_numpy(grid.reshape(len(grid), -1, channels))
+    count = torch.full((len(cells),), cells.shape[1])
+    padded = torch.nn.functional.pad(cells, (0, 0, 0, SLOTS - cells.shape[1]))
+    return torch.from_numpy(x_0.reshape(-1, *bundle.patch.latent)), padded, count

@@ -1,0 +1,231 @@
+"""Many workers behind one `answer(task, *inputs)`, which is all that `plan.arun` wants.
+
+    ActorPool   Ray actors of this process      (jobs/sample.py workers=N)
+    Replicas    a Ray Serve deployment          (serve/app.py)
+
+Requests are pure: one that was lost with its worker is asked again, of another worker or of
+the same one once it is back. A large reply that many requests take (the guide's frames) is
+put into Ray's object store once, owned by the asker, for as long as the plan keeps it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from torch import Tensor
+
+from raylarge.errors import UserError
+from raylarge.fleet.facts import Facts
+from raylarge.fleet.worker import Worker
+from raylarge.models.bundle import load
+from raylarge.report import say
+from raylarge.sampling.plan import Reply, Task
+
+LARGE_BYTES = 1 << 20
+TRIES = 5
+PATIENCE_S = 60.0
+LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+"""What a lost worker looks like: ActorDiedError and ActorUnavailableError are RayActorErrors."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor in the object store: the reference to its bytes, and its type."""
+
+    ref: ray.ObjectRef[Any]
+    dtype: torch.dtype
+
+    def open(self, content: np.ndarray) -> Tensor:
+        """The tensor of the bytes that the reference stands for."""
+        return torch.from_numpy(content.copy()).view(self.dtype)
+
+
+class Shelf:
+    """Puts each large tensor into the object store once; it goes when the tensor does."""
+
+    def __init__(self) -> None:
+        """An empty shelf."""
+        self._held: dict[int, Held] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def hold(self, reply: Reply) -> Reply | Held:
+        """What to hand on in place of a reply: itself if it is small."""
+        if not isinstance(reply, Tensor) or reply.nbytes < LARGE_BYTES:
+            return reply
+        name = id(reply)
+        if name not in self._held:
+            content = reply.contiguous().view(torch.uint8).numpy()
+            self._held[name] = Held(ray.put(content), reply.dtype)
+            weakref.finalize(reply, self._held.pop, name).atexit = False
+        return self._held[name]
+
+
+async def persist(ask: Callable[[], Awaitable[Reply]], task: Task) -> Reply:
+    """Ask until an answer comes, over the loss of a few workers.
+
+    Raises:
+        UserError: the worker raised one, or `TRIES` workers were lost over this request.
+    """
+    for attempt in range(TRIES):
+        try:
+            return await ask()
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        except LOST as error:
+            last = error
+            await asyncio.sleep(0.1 * 2**attempt)  # lets the news of the death spread
+    raise UserError(
+        f"{TRIES} workers in a row were lost over one {type(task).__name__} request; if memory "
+        f"ran out, lower order.batch ({task.order.batch}) or use fewer workers per machine "
+        f"(the last one: {str(last).splitlines()[0]})."
+    ) from last
+
+
+class PooledWorker:
+    """A worker in an actor. It loads at its first call, so that errors reach the asker."""
+
+    def __init__(self, bundle: str, threads: int) -> None:
+        """Nothing is loaded yet."""
+        self._bundle, self._threads = bundle, threads
+        self._worker: Worker | None = None
+
+    def ready(self) -> Worker:
+        """The worker, loaded."""
+        if self._worker is None:
+            torch.set_num_threads(self._threads)
+            self._worker = Worker(load(self._bundle))
+        return self._worker
+
+    def facts(self) -> Facts:
+        """What the bundle is."""
+        return Facts.of(self.ready().bundle)
+
+    def answer(self, task: Task, *inputs: Any) -> Reply:
+        """The reply to a task."""
+        opened = [i.open(ray.get(i.ref)) if isinstance(i, Held) else i for i in inputs]
+        return self.ready().answer(task, *opened)
+
+
+class ActorPool:
+    """Ray actors that answer, one request at a time each; the first idle one is asked.
+
+    Args:
+        bundle: the bundle's folder, visible on every node.
+        workers: how many actors.
+        threads: CPU threads (and cores) of each. They decide the last bits: the same number
+            gives the same bytes, however many workers there are.
+    """
+
+    def __init__(self, bundle: str, workers: int, threads: int = 1) -> None:
+        actor = ray.remote(PooledWorker).options(num_cpus=threads, max_restarts=-1)
+        self._actors = [actor.remote(bundle, threads) for _ in range(workers)]
+        self._idle: asyncio.Queue[Any] = asyncio.Queue()
+        self._shelf = Shelf()
+        self._coming: set[asyncio.Task[None]] = set()
+        self._threads = threads
+
+    async def facts(self) -> Facts:
+        """Call the actors to work, and wait for the first; the others join as they come.
+
+        Raises:
+            UserError: the bundle cannot be loaded.
+        """
+        for actor in self._actors:
+            self._await(actor)
+        try:
+            actor = await asyncio.wait_for(self._next(), PATIENCE_S)
+        except (asyncio.TimeoutError, TimeoutError):
+            room = ray.cluster_resources().get("CPU", 0)
+            say(f"waiting for a worker: each wants {self._threads} of the cluster's {room:g} CPUs")
+            actor = await self._next()
+        self._idle.put_nowait(actor)
+        return await actor.facts.remote()
+
+    async def answer(self, task: Task, *inputs: Reply) -> Reply:
+        """The reply to a task, from whichever actor is idle first."""
+        held = [self._shelf.hold(reply) for reply in inputs]
+        return await persist(lambda: self._ask(task, held), task)
+
+    def close(self) -> None:
+        """End the actors."""
+        for waiting in self._coming:
+            waiting.cancel()
+        for actor in self._actors:
+            ray.kill(actor)
+
+    async def _ask(self, task: Task, inputs: Sequence[Any]) -> Reply:
+        actor = await self._next()
+        try:
+            reply = await actor.answer.remote(task, *inputs)
+        except BaseException:  # lost, failed or cancelled: it is idle when it says so
+            self._await(actor)
+            raise
+        self._idle.put_nowait(actor)
+        return reply
+
+    async def _next(self) -> Any:
+        """The next idle actor, or the reason why one will never come."""
+        actor = await self._idle.get()
+        if isinstance(actor, BaseException):
+            self._idle.put_nowait(actor)
+            raise actor
+        return actor
+
+    def _await(self, actor: Any) -> None:
+        waiting = asyncio.ensure_future(self._until_ready(actor))
+        self._coming.add(waiting)
+        waiting.add_done_callback(self._coming.discard)
+
+    async def _until_ready(self, actor: Any) -> None:
+        """Make an actor idle once it is up; Ray restarts a dead one before it answers."""
+        try:
+            await actor.facts.options(max_task_retries=-1).remote()
+            self._idle.put_nowait(actor)
+        except RayTaskError as error:
+            cause = error.cause
+            self._idle.put_nowait(cause if isinstance(cause, UserError) else error)
+        except RayActorError as error:
+            self._idle.put_nowait(error)
+
+
+class Replicas:
+    """The replicas of a Serve deployment of workers, which Serve chooses among and restarts.
+
+    Args:
+        handle: the deployment's handle.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._shelf = Shelf()
+
+    async def answer(self, task: Task, *inputs: Reply) -> Reply:
+        """The reply to a task. Cancelling it cancels the request at the replica."""
+        held = [self._shelf.hold(reply) for reply in inputs]
+        return await persist(lambda: self._ask(task, held), task)
+
+    async def _ask(self, task: Task, inputs: Sequence[Any]) -> Reply:
+        response = self._handle.answer.remote(task, *inputs)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise

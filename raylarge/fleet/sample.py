@@ -1,0 +1,197 @@
+"""sample: one order carried out, here or on Ray actors, and its files written.
+
+The verb's engine stands in the fleet and not above it because it is the fleet at work: a
+plan, workers, a ledger. Killed and run again, the same command goes on where it stopped.
+
+    OUT/image.png  guide.png  order.json  report.json    (OUT/.ledger-* while it runs)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from omegaconf import MISSING
+
+from raylarge import order as orders
+from raylarge import report, storage
+from raylarge.errors import UserError
+from raylarge.fleet import result
+from raylarge.fleet.facts import Facts, require
+from raylarge.fleet.ledger import Ledger
+from raylarge.fleet.reference import region
+from raylarge.fleet.session import session
+from raylarge.fleet.worker import Worker
+from raylarge.models import bundle as bundles
+from raylarge.order import Condition, Order
+from raylarge.sampling import joint
+from raylarge.sampling.plan import Plan, arun, run
+
+VERSIONS = ("raylarge", "torch", "diffusers", "ray")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What `jobs/sample.py` understands.
+
+    Attributes:
+        bundle: the folder of the models.
+        out: the folder to write into.
+        order: the keys of `order.Order`, such as `order.size=512 order.recipe=released`.
+        workers: Ray actors; 0 samples in this process.
+        threads: CPU threads of each worker. They decide the last bits: more threads give
+            another image in the last digits, more workers do not.
+        reference: `DATA` or `DATA:slide_id`, whose embeddings condition the image.
+        at: `row,column` of the region's first base tile; left out: the first that has them all.
+    """
+
+    bundle: str = MISSING
+    out: str = MISSING
+    order: dict[str, Any] = field(default_factory=dict)
+    workers: int = 0
+    threads: int = 1
+    reference: str = ""
+    at: Any = None
+
+
+def sample(config: Sample, log: report.Report) -> dict[str, str]:
+    """Carry out the order, unless its image is there already; file name -> path.
+
+    Raises:
+        UserError: no bundle, an order or a reference that does not fit, lost workers.
+    """
+    if config.workers < 0 or config.threads < 1:
+        raise UserError("workers starts at 0 (no Ray, in this process) and threads at 1.")
+    folder, out = _absolute(config.bundle), _absolute(config.out)
+    require(folder)
+    order = _order(config, folder)
+    known = log.facts
+    same = known.get("order") == order.digest and known.get("bundle") == bundles.digest(folder)
+    if same and all(storage.exists(path) for path in known["files"].values()):
+        report.say("this order was carried out before; nothing is left to do")
+        return dict(known["files"])
+    carry_out = _on_ray if config.workers else _here
+    return carry_out(config, folder, _Run(out, order, log))
+
+
+class _Run:
+    """An order under way: its plan, its ledger, its bar."""
+
+    def __init__(self, out: str, order: Order, log: report.Report) -> None:
+        self.out, self.order, self.log = out, order, log
+        log.facts = {"stages": {}}  # of an earlier order, whose files this one replaces
+
+    def begin(self, facts: Facts) -> Plan:
+        """The order's plan, as far as an earlier run has brought it."""
+        self.facts = facts
+        self.plan = joint.plan(self.order, facts.patch)
+        self.ledger = Ledger(self.out, self.order, facts.digest)
+        self.resumed = self.ledger.resume(self.plan)
+        return self.plan
+
+    @contextmanager
+    def watched(self) -> Iterator[Callable[[Plan], None]]:
+        """What to call after each reply: it keeps the reply and moves the bar."""
+        total = len(self.plan.requests)
+        bar = report.progress(None, "sample", total=total, initial=self.resumed, unit="request")
+
+        def watch(plan: Plan) -> None:
+            self.ledger.save(plan)
+            bar.update()
+
+        with self.log.stage("sample") as facts, bar:
+            yield watch
+            facts.update(requests=bar.n - self.resumed, resumed=self.resumed)
+
+    def write(self, made: Any) -> dict[str, str]:
+        """Write the files, then the report; then the ledger has had its use."""
+        with self.log.stage("write"):
+            files = result.write(self.out, self.order, self.facts, made)
+        self.log.add(
+            order=self.order.digest,
+            bundle=self.facts.digest,
+            seed=self.order.seed,
+            versions={name: version(name) for name in VERSIONS},
+            files=files,
+            **result.measure(made, self.facts.patch.side_px),
+        )
+        self.ledger.remove()
+        return files
+
+
+def _here(config: Sample, folder: str, this: _Run) -> dict[str, str]:
+    """The local twin: one worker in this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        with this.log.stage("start"):
+            worker = Worker(bundles.load(folder))
+        plan = this.begin(Facts.of(worker.bundle))
+        with this.watched() as watch:
+            made = run(plan, worker.answer, watch)
+        return this.write(made)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _on_ray(config: Sample, folder: str, this: _Run) -> dict[str, str]:
+    """Actors on the cluster that RAY_ADDRESS names, or on a Ray of our own."""
+    with session(config.workers * config.threads):
+        return asyncio.run(_many(config, folder, this))
+
+
+async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
+    from raylarge.fleet.pool import ActorPool  # knows Ray, which workers=0 does without
+
+    pool = ActorPool(folder, config.workers, config.threads)
+    try:
+        with this.log.stage("start"):
+            plan = this.begin(await pool.facts())
+        with this.watched() as watch:
+            made = await arun(plan, pool.answer, watch)
+        return this.write(made)
+    finally:
+        pool.close()
+
+
+def _order(config: Sample, folder: str) -> Order:
+    """The order of a configuration, with the embeddings of its reference, if it names one.
+
+    Raises:
+        UserError: an order that cannot be read, or a reference beside another condition.
+    """
+    order = orders.parse(config.order)
+    if not config.reference:
+        return order
+    if "condition" in config.order or order.count:
+        raise UserError(
+            "reference= conditions one large image: leave out order.condition.kind and order.count."
+        )
+    tiles = [
+        (length << order.scale) // int(bundles.facts(folder)["patch_px"]) for length in order.size
+    ]
+    if min(tiles) < 1:
+        raise UserError(f"order.size {order.size} is smaller than a patch of the bundle.")
+    grid = region(_absolute(config.reference), _place(config.at), (tiles[0], tiles[1]))
+    return replace(order, condition=Condition.of(grid))
+
+
+def _place(at: Any) -> tuple[int, int] | None:
+    if at is None:
+        return None
+    try:
+        row, column = (int(part) for part in (at.split(",") if isinstance(at, str) else at))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"at={at} is not a row and a column such as at=3,5.") from error
+    return row, column
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same to every worker on this machine."""
+    return os.path.abspath(path.removeprefix("file://")) if storage.is_local(path) else path

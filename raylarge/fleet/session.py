@@ -1,0 +1,69 @@
+"""A Ray session: the one that is up, the cluster that RAY_ADDRESS names, or a quiet one of ours.
+
+One of ours runs on this machine only, tells nobody, prints nothing, and is gone at the end;
+its logs are copied to a folder when one is given.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # One line instead of a page for every worker that dies: whoever asked it says what follows.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed|infinite retries remaining",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextmanager
+def session(workers: int, logs: str = "") -> Iterator[None]:
+    """Be connected to Ray inside the block.
+
+    Args:
+        workers: one-CPU workers that must find room, however few cores the machine has.
+        logs: a local folder for the logs of a session of ours; "" leaves them in Ray's own.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray  # after the environment: Ray reads it when it is imported
+
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="error")
+        own = None
+    else:
+        own = _start(workers)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if own is not None and logs:
+            keep_logs(own, logs)
+
+
+def _start(workers: int) -> Path:
+    """Start Ray on this machine; the folder of its logs."""
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=max(len(os.sched_getaffinity(0)), workers),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    return Path(context.address_info["session_dir"], "logs")
+
+
+def keep_logs(made: Path, logs: str) -> None:
+    """Copy what Ray logged to a folder."""
+    shutil.copytree(
+        made, logs, dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns("*.sock*")
+    )

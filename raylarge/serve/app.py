@@ -1,0 +1,128 @@
+"""The image service on Ray Serve: `serve run raylarge.serve.app:build bundle=DIR`.
+
+    HTTP -> Ingress (one: the desk, its plans) -requests-> Worker (as many as wanted)
+
+Orders live in the Ingress's memory: it is one replica, and when it goes they go. Workers come
+and go freely. Serve listens on loopback and asks nobody for a token.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+from raylarge import config as configuration
+from raylarge import storage
+from raylarge.errors import UserError
+from raylarge.fleet.facts import require
+from raylarge.fleet.session import session
+from raylarge.serve.desk import Limits
+
+
+HOST = "127.0.0.1"
+_running: list[ExitStack] = []
+
+
+@dataclass(frozen=True)
+class Service(Limits):
+    """What `build` understands, besides the limits.
+
+    Attributes:
+        bundle: the folder of the models, visible on every node.
+        workers: replicas of the Worker, unless the deployment's configuration says otherwise.
+        threads: CPU threads of each; they decide the last bits.
+    """
+
+    bundle: str = MISSING
+    workers: int = 1
+    threads: int = 1
+
+
+def build(args: dict[str, Any]) -> Any:
+    """The `ray.serve.Application` of arguments such as `bundle=DIR workers=2`.
+
+    Raises:
+        UserError: an unknown argument, or a bundle that cannot sample.
+    """
+    config = configuration.build(Service, args)
+    folder = _absolute(config.bundle)
+    require(folder)
+    from ray import serve  # here, for `session` settles Ray's environment before
+
+    from raylarge.serve.deployments import ServiceIngress, WorkerReplica
+
+    worker = serve.deployment(
+        WorkerReplica,
+        name="Worker",
+        num_replicas=config.workers,
+        max_ongoing_requests=2,  # one computing, one whose inputs arrive meanwhile
+        ray_actor_options={"num_cpus": config.threads},
+    )
+    ingress = serve.deployment(
+        serve.ingress()(ServiceIngress),
+        name="Ingress",
+        max_ongoing_requests=100,
+    )
+    limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
+    return ingress.bind(worker.bind(folder, config.threads), limits)
+
+
+def start(bundle: str, port: int = 8000, workers: int = 1, logs: str = "") -> str:
+    """Start the service on this machine; returns its URL. `stop` ends it.
+
+    Args:
+        bundle: the folder of the models.
+        port: on loopback; 0 takes a free one.
+        workers: replicas of the worker.
+        logs: a folder for Ray's logs, if Ray is started here.
+
+    Raises:
+        UserError: no bundle, or the port is taken. Then nothing was started.
+    """
+    folder = _absolute(bundle)
+    require(folder)
+    port = _claim(port)
+    with ExitStack() as stack:
+        stack.enter_context(session(workers + 1, logs))
+        from ray import serve
+
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        stack.callback(serve.shutdown)
+        serve.start(http_options={"host": HOST, "port": port})
+        serve.run(build({"bundle": folder, "workers": workers}), name="raylarge")
+        _running.append(stack.pop_all())
+    return f"http://{HOST}:{port}"
+
+
+def stop() -> None:
+    """End what `start` started: the service, and Ray if that was ours."""
+    while _running:
+        _running.pop().close()
+
+
+def _claim(port: int) -> int:
+    """A port that can be listened on.
+
+    Raises:
+        UserError: something listens there.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} is in use on this machine; choose another, such as port={port + 1}."
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same to every process on this machine."""
+    return os.path.abspath(path.removeprefix("file://")) if storage.is_local(path) else path

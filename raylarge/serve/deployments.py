@@ -1,0 +1,58 @@
+"""The two deployments: workers that compute, and the ingress with the desk."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+
+from raylarge.fleet.facts import Facts
+from raylarge.fleet.pool import Held, Replicas
+from raylarge.fleet.worker import Worker
+from raylarge.models.bundle import load
+from raylarge.sampling.plan import Reply, Task
+from raylarge.serve.api import Api
+from raylarge.serve.desk import Desk, Limits
+
+
+class WorkerReplica:
+    """A worker as a Serve deployment: one request at a time, in a thread of its own.
+
+    A cancelled request is felt at once; the one being computed ends by itself, and its reply
+    is dropped.
+    """
+
+    def __init__(self, bundle: str, threads: int) -> None:
+        """Load the bundle; the replica is healthy when this has come back."""
+        self._worker = Worker(load(bundle))
+        self._thread = ThreadPoolExecutor(1, "answer", torch.set_num_threads, (threads,))
+
+    async def facts(self) -> Facts:
+        """What the bundle is."""
+        return Facts.of(self._worker.bundle)
+
+    async def answer(self, task: Task, *inputs: Any) -> Reply:
+        """The reply to a task."""
+        opened = [i.open(await i.ref) if isinstance(i, Held) else i for i in inputs]
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._worker.answer, task, *opened)
+
+
+class ServiceIngress:
+    """The desk behind HTTP, as a Serve deployment."""
+
+    def __init__(self, worker: DeploymentHandle, limits: Limits) -> None:
+        """Open the desk."""
+
+        async def facts() -> Facts:
+            return await worker.facts.remote()
+
+        self._desk = Desk(Replicas(worker).answer, facts, limits)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application, made where the desk is."""
+        return Api(self._desk).app()

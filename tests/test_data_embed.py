@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+
+from raylarge import storage
+from raylarge.data.prepare import prepare
+from raylarge.errors import UserError
+from raylarge.models import ssl
+from raylarge.report import Report
+from raylarge.slides.reader import open_slide
+
+
+@pytest.fixture
+def run(tmp_path):
+    return lambda config: prepare(config, Report(str(tmp_path / "report.json")))
+
+
+def rows_of(folder):
+    tables = [storage.read_table(path) for path in storage.listing(f"{folder}/*.parquet")]
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def covered(root):
+    cells = set()
+    for row in rows_of(f"{root}/tiles"):
+        factor = 1 << row["scale"] if row["kept"] else 0
+        for r in range(factor):
+            cells |= {(row["row"] + r, row["column"] + c) for c in range(factor)}
+    return cells
+
+
+def test_each_covered_tile_has_one_raw_vector(tiny_prepare, run, tiny_slide):
+    config = tiny_prepare(verbs="tile,embed")
+    facts = run(config)["embed"]
+    found = rows_of(f"{config.out}/embeddings")
+    cells = [(row["row"], row["column"]) for row in found]
+    assert len(cells) == len(set(cells)) == facts["rows"]
+    assert set(cells) == covered(config.out)
+    assert facts["parts"] == 4  # blocks of three rows of ten tiles
+    encoder = ssl.load("toy")
+    with open_slide(tiny_slide) as slide:
+        for row in (found[0], found[len(found) // 2], found[-1]):
+            tile = slide.read(row["row"] * 64, row["column"] * 64, 64, 64)
+            expected = encoder(np.stack([tile] * 8))[0]
+            assert (np.array(row["embedding"], np.float16) == expected).all()
+
+
+def test_batches_never_reach_over_a_block(tiny_prepare, run, monkeypatch):
+    sizes = []
+    call = ssl.Encoder.__call__
+
+    def watched(self, images):
+        sizes.append(len(images))
+        return call(self, images)
+
+    monkeypatch.setattr(ssl.Encoder, "__call__", watched)
+    config = tiny_prepare(verbs="tile,embed")
+    run(config)
+    assert set(sizes) == {8}  # padded, whatever is left of a block
+    per_part = [
+        storage.read_table(path).num_rows
+        for path in storage.listing(f"{config.out}/embeddings/*.parquet")
+    ]
+    assert len(sizes) == sum(-(-count // 8) for count in per_part)
+
+
+def test_the_manifest_names_the_encoder(tiny_prepare, run):
+    config = tiny_prepare(verbs="tile,embed")
+    run(config)
+    manifest = storage.read_json(f"{config.out}/embed.json")
+    assert manifest["encoder"]["name"] == "toy"
+    assert manifest["encoder"]["width"] == 32
+
+
+def test_a_rerun_makes_nothing_and_a_lost_part_comes_back(tiny_prepare, run, monkeypatch):
+    config = tiny_prepare(verbs="tile,embed")
+    run(config)
+    paths = storage.listing(f"{config.out}/*/*.parquet") + storage.listing(f"{config.out}/*.json")
+    before = {path: storage.read_bytes(path) for path in paths}
+    monkeypatch.setattr(ssl, "load", lambda name: pytest.fail("nothing is left to embed"))
+    assert [facts["made"] for facts in run(config).values()] == [0, 0]
+    monkeypatch.undo()
+    fs_path = storage.listing(f"{config.out}/embeddings/*.parquet")[1]
+    storage.Path(fs_path).unlink()
+    assert [facts["made"] for facts in run(config).values()] == [0, 1]
+    assert {path: storage.read_bytes(path) for path in paths} == before
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (
+            {"embed": {"encoder": "efficientnet_lite0"}},
+            r"embed\.encoder=toy, not efficientnet_lite0",
+        ),
+        ({"tile": {"patch_px": 32}}, r"tile\.patch_px=64, not 32"),
+        ({"tile": {"crops": 0}}, r"tile\.crops=8, not 0"),
+    ],
+)
+def test_another_config_is_not_mixed_in(tiny_prepare, run, other, told):
+    config = tiny_prepare(verbs="tile,embed")
+    run(config)
+    with pytest.raises(UserError, match=rf"was made with {told}; choose another out= or delete"):
+        run(tiny_prepare(verbs="tile,embed", **other))
+    with pytest.raises(UserError, match=told):
+        run(tiny_prepare(verbs="embed", **other))
+
+
+def test_parts_of_an_unfinished_run_with_another_config_are_made_anew(tiny_prepare, run):
+    config = tiny_prepare(verbs="tile,embed")
+    run(config)
+    mine = storage.listing(f"{config.out}/embeddings/*.parquet")
+    before = [storage.read_bytes(path) for path in mine]
+    storage.Path(f"{config.out}/embed.json").unlink()  # as if killed before the end
+    assert run(tiny_prepare(verbs="embed", embed={"batch": 16}))["embed"]["made"] == 4
+    assert [storage.read_bytes(path) for path in mine] != before  # the stamp differs
+
+
+def test_embed_wants_tile_first_and_a_known_encoder(tiny_prepare, run):
+    with pytest.raises(UserError, match=r"embed needs .*tile\.json; run verbs=tile"):
+        run(tiny_prepare(verbs="embed"))
+    with pytest.raises(UserError, match=r"no encoder 'uni9'"):
+        run(tiny_prepare(verbs="tile,embed", embed={"encoder": "uni9"}))

@@ -1,0 +1,81 @@
+import json
+
+import numpy as np
+import openslide
+import pytest
+import torch
+
+from raylarge import images
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (300, 700, 3), dtype=np.uint8)
+
+
+def test_pixels_survive_the_network_range():
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    x = images.to_float(ramp)
+    assert x.shape == (3, 16, 16)
+    assert (x.min(), x.max()) == (-1, 1)
+    assert (images.to_uint8(x) == ramp).all()
+
+
+def test_one_rounding_rule():
+    x = torch.tensor([-3.0, -1.0, 0.0, 0.001, 0.005, 1.0, 3.0]).view(1, 7, 1).expand(3, 7, 1)
+    expected = [0, 0, 128, 128, 128, 255, 255]  # 127.5 and 127.6 round to 128
+    assert images.to_uint8(x)[:, 0, 0].tolist() == expected
+
+
+def test_batches_convert_like_single_images(picture):
+    batch = np.stack([picture[:64, :64], picture[64:128, :64]])
+    assert torch.equal(images.to_float(batch)[1], images.to_float(batch[1]))
+    assert (images.to_uint8(images.to_float(batch)) == batch).all()
+
+
+def test_png_bytes_carry_pixels_and_no_mark(picture):
+    content = images.png_bytes(picture)
+    assert (images.from_bytes(content) == picture).all()
+    assert b"Synthetic" not in content
+
+
+def test_a_written_png_says_that_it_is_synthetic(tmp_path, picture):
+    order = json.dumps({"size": [512, 512], "text": "Drüse"})
+    images.write_png(str(tmp_path / "made.png"), picture, {"order": order, "Synthetic": "false"})
+    pixels, text = images.read_png(str(tmp_path / "made.png"))
+    assert (pixels == picture).all()
+    assert text == {"Software": "raylarge", "Synthetic": "true", "order": order}
+
+
+def test_only_the_caller_can_vouch_for_real_pixels(tmp_path, picture):
+    images.write_png(str(tmp_path / "real.png"), picture, synthetic=False)
+    assert "Synthetic" not in images.read_png(str(tmp_path / "real.png"))[1]
+
+
+def test_a_sheet_holds_every_image_and_its_labels(picture):
+    cells = [picture[:64, :64], picture[:256, :256]]
+    page = images.sheet([cells, cells[:1]], ["first row", "second"], ["a", "b"], cell_px=128)
+    height, width, _ = page.shape
+    enlarged = cells[0].repeat(2, axis=0).repeat(2, axis=1)
+    places = np.lib.stride_tricks.sliding_window_view(page[..., 0], (128, 128))
+    assert (places == enlarged[..., 0]).all(axis=(2, 3)).sum() == 2  # in both rows
+    assert height > 256
+    assert width > 256
+    left = page[:, : width - 2 * 132 - 4]
+    assert (left[:140] < 100).any()  # ink of both row labels
+    assert (left[150:] < 100).any()
+
+
+def test_a_pyramid_opens_in_openslide(tmp_path, picture):
+    path = str(tmp_path / "deep" / "made.tif")
+    images.write_pyramid(path, picture, 0.5, "An order.")
+    with openslide.OpenSlide(path) as slide:
+        assert slide.level_dimensions == ((700, 300), (350, 150), (175, 75))
+        assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(0.5)
+        assert slide.properties["tiff.ImageDescription"].startswith("Synthetic image made by")
+        whole = np.asarray(slide.read_region((0, 0), 0, (700, 300)))[..., :3]
+        half = np.asarray(slide.read_region((0, 0), 1, (350, 150)))[..., :3]
+    assert (whole == picture).all()
+    means = picture.reshape(150, 2, 350, 2, 3).mean(axis=(1, 3))
+    assert np.abs(half - means).max() <= 0.5
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["made.tif"]
