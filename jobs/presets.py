@@ -50,6 +50,7 @@ TRAIN: dict[str, dict[str, dict[str, Any]]] = {
                     "groups": 16,
                 },
                 "summarizer": {"width": 128, "layers": 2, "heads": 4},
+                "prediction": "v_prediction",
             },
         },
     },

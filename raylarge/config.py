@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -39,11 +40,7 @@ def parse(schema: type[T], arguments: Sequence[str], presets: Mapping[str, Mappi
         raise UserError(f"there is no preset '{name}'; choose one of: {known}.")
     layers = [OmegaConf.create(dict(presets[name]))] if name else []
     words = [word for word in arguments if not word.startswith("preset=")]
-    try:
-        layers.append(OmegaConf.from_dotlist(words))
-    except OmegaConfBaseException as error:
-        raise UserError(f"cannot read {' '.join(words)}: {_first_line(error)}.") from error
-    return build(schema, *layers)
+    return build(schema, *layers, *[_word(word) for word in words])
 
 
 def build(schema: type[T], *layers: Mapping[str, Any] | DictConfig) -> T:
@@ -55,7 +52,7 @@ def build(schema: type[T], *layers: Mapping[str, Any] | DictConfig) -> T:
     base = OmegaConf.structured(schema)
     _thaw(base)
     try:
-        merged = OmegaConf.merge(base, *[OmegaConf.create(layer) for layer in layers])
+        merged = OmegaConf.merge(base, *layers)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
@@ -64,6 +61,22 @@ def build(schema: type[T], *layers: Mapping[str, Any] | DictConfig) -> T:
     except OmegaConfBaseException as error:
         key = f"'{error.full_key}': " if error.full_key else ""
         raise UserError(f"{key}{_first_line(error)}.") from error
+
+
+def _word(word: str) -> DictConfig:
+    """One `a.b=value`; a value that YAML reads as nothing, or not at all, is a plain string."""
+    key, value = word.split("=", 1)
+    try:
+        layer = OmegaConf.from_dotlist([word])
+        if OmegaConf.select(layer, key) is not None or value in ("null", "~"):
+            return layer
+    except yaml.YAMLError:
+        pass
+    except OmegaConfBaseException as error:
+        raise UserError(f"cannot read {word}: {_first_line(error)}.") from error
+    layer = OmegaConf.create()
+    OmegaConf.update(layer, key, value)
+    return layer
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -82,10 +95,12 @@ def _thaw(node: DictConfig) -> None:
 
 def _leaves(node: DictConfig, prefix: str = "") -> list[str]:
     names: list[str] = []
-    for key in node:
+    for key in map(str, node):
         child = node._get_node(key)
-        nested = isinstance(child, DictConfig) and not child._is_none() and len(child)
-        names += _leaves(child, f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
+        if isinstance(child, DictConfig) and not child._is_none() and len(child):
+            names += _leaves(child, f"{prefix}{key}.")
+        else:
+            names.append(f"{prefix}{key}")
     return names
 
 

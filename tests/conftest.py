@@ -36,6 +36,43 @@ def tiny_bundle(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def one_thread():
+    """One torch thread: as many as every worker of the fleet has."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def law_order():
+    """The order of law 4, as JSON: 21 requests, some waiting for others, on `tiny_bundle`."""
+    sampler = {"steps": 2, "derivative": "difference"}
+    condition = {"kind": "cdm", "fine": "independent"}
+    return {"size": "128x192", "batch": 1, "chunk": 1, "sampler": sampler, "condition": condition}
+
+
+@pytest.fixture(scope="session")
+def law_image(tiny_bundle, law_order):
+    """What everybody's answer to `law_order` is held against: one process, one thread."""
+    import torch
+
+    from raylarge import order
+    from raylarge.fleet.worker import Worker
+    from raylarge.models import bundle
+    from raylarge.sampling import joint, plan
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    loaded = bundle.load(tiny_bundle)
+    made = plan.run(joint.plan(order.parse(law_order), loaded.patch), Worker(loaded).answer)
+    torch.set_num_threads(before)
+    return made.image
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """Real slides and weights (not in the repository); without them a test is skipped."""

@@ -123,14 +123,15 @@ def test_a_unit_that_kills_every_worker_ends_the_run(ray_here):
 
 @pytest.mark.ray
 def test_law_5_how_many_workers_does_not_matter(ray_session, tiny_prepare, tmp_path, tiny_bundle):
-    found = []
-    for workers in (None, 1, 4):
+    found = {}
+    for workers, verbs in ((None, VERBS), (1, "tile,embed"), (4, VERBS)):
         root = tmp_path / f"workers-{workers}"
-        config = tiny_prepare(out=str(root), workers=workers, verbs=VERBS, bundle=tiny_bundle)
-        found.append(made_here(config, root))
-    assert found[0].keys() == found[1].keys() == found[2].keys()
-    assert sum(name.suffix == ".parquet" for name in found[0]) == 1 + 3 * 4
-    assert found[0] == found[1] == found[2]
+        config = tiny_prepare(out=str(root), workers=workers, verbs=verbs, bundle=tiny_bundle)
+        found[workers] = made_here(config, root)
+    assert sum(name.suffix == ".parquet" for name in found[4]) == 1 + 3 * 4
+    assert sum(name.suffix == ".parquet" for name in found[1]) == 1 + 4
+    assert found[4] == found[None]
+    assert found[1] == {name: found[None][name] for name in found[1]}
 
 
 @pytest.mark.ray

@@ -2,8 +2,9 @@
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                       (DDPM, Eq. 4)
 
-Published (Latent Diffusion, ZoomLDM): `scaled_linear`, 1000 steps from .0015 to .0195.
-The CDM (DiT) uses `squaredcos`. Timesteps count from 0 to T - 1 and index alpha-bar.
+Published (Latent Diffusion, ZoomLDM): `scaled_linear`, 1000 steps from .0015 to .0195, and
+networks that predict eps. The CDM (DiT) uses `squaredcos` and predicts x_0. v is that of
+Salimans & Ho (2022): v = sqrt(abar) eps - sqrt(1 - abar) x_0. Timesteps are 0 .. T - 1.
 """
 
 from __future__ import annotations
@@ -28,12 +29,20 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A named schedule; everything about it follows from its name and length."""
+    """A named schedule; everything about it follows from its name and length.
+
+    `prediction` is what a network gives: `epsilon`, `v_prediction` or `sample` (x_0).
+    """
 
     name: str = "scaled_linear"
     length: int = 1000
     beta_start: float = 0.0015
     beta_end: float = 0.0195
+    prediction: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.prediction not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"prediction '{self.prediction}' is not epsilon, v_prediction, sample")
 
     @cached_property
     def betas(self) -> Float[Tensor, "T"]:
@@ -69,11 +78,26 @@ class Schedule:
         return abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
 
     def x_0(
-        self, x_t: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."], t: Int[Tensor, "B"] | int
+        self, x_t: Float[Tensor, "B ..."], output: Float[Tensor, "B ..."], t: Int[Tensor, "B"] | int
     ) -> Float[Tensor, "B ..."]:
-        """The clean sample that a prediction of the noise implies (Tweedie)."""
+        """The clean sample that a network's output implies."""
         abar = self.at(t, x_t)
-        return (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
+        if self.prediction == "epsilon":
+            return (x_t - (1 - abar).sqrt() * output) / abar.sqrt()
+        if self.prediction == "v_prediction":
+            return abar.sqrt() * x_t - (1 - abar).sqrt() * output
+        return output
+
+    def target(
+        self, x_0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."], t: Int[Tensor, "B"] | int
+    ) -> Float[Tensor, "B ..."]:
+        """What a network should give for a clean sample and its noise."""
+        abar = self.at(t, x_0)
+        if self.prediction == "epsilon":
+            return eps
+        if self.prediction == "v_prediction":
+            return abar.sqrt() * eps - (1 - abar).sqrt() * x_0
+        return x_0
 
     def steps(self, count: int) -> list[Step]:
         """The published uniform spacing, noisiest first: t = 1 + i (T // count); 50 -> 981 … 1.

@@ -60,8 +60,8 @@ def _loss(
         samples = torch.arange(len(x_0)) + repeat * len(x_0)
         drawn = draws(samples, x_0.shape[1:], seed, "evaluate", bundle.schedule.length)
         x_t = bundle.schedule.noised(x_0, drawn.eps, drawn.t)
-        eps = bundle.unet(x_t, drawn.t, encoder_hidden_states=context, return_dict=False)[0]
-        losses.append(per_sample(eps, drawn.eps))
+        output = bundle.unet(x_t, drawn.t, encoder_hidden_states=context, return_dict=False)[0]
+        losses.append(per_sample(output, bundle.schedule.target(x_0, drawn.eps, drawn.t)))
     return float(torch.cat(losses).mean())
 
 

@@ -47,7 +47,7 @@ class _Residual(nn.Module):
         return out
 
 
-class LightAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class LightAutoencoder(ModelMixin, ConfigMixin):
     """Deterministic convolutional autoencoder; `shift` and `scale` standardise the latent."""
 
     @register_to_config

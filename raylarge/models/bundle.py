@@ -52,17 +52,23 @@ class Bundle:
         return NetworkDenoiser(self.unet, self.schedule)
 
 
-def save(folder: str, parts: dict[str, Any], facts: dict[str, Any]) -> None:
+def save(
+    folder: str,
+    parts: dict[str, Any],
+    facts: dict[str, Any],
+    schedule: Schedule | None = None,
+) -> None:
     """Write parts and facts into a bundle, new or begun, atomically part by part.
 
     Args:
         parts: some of `PARTS` by name.
         facts: merged into what the bundle knows: `patch_px`, `encoder`, the config of each
             training, digests of the data.
+        schedule: the U-Net's; the published one if left out.
     """
     index = _index(folder) if storage.exists(storage.join(folder, "model_index.json")) else {}
     if "unet" in parts:
-        parts = {**parts, "scheduler": DDIMScheduler(**_scheduler_config(Schedule()))}
+        parts = {**parts, "scheduler": DDIMScheduler(**_scheduler_config(schedule or Schedule()))}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         with tempfile.TemporaryDirectory(dir=folder) as made:
@@ -151,6 +157,7 @@ def _schedule(folder: str) -> Schedule:
         length=values["num_train_timesteps"],
         beta_start=values["beta_start"],
         beta_end=values["beta_end"],
+        prediction=values["prediction_type"],
     )
 
 
@@ -160,6 +167,7 @@ def _scheduler_config(schedule: Schedule) -> dict[str, Any]:
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
         "beta_schedule": schedule.name,
+        "prediction_type": schedule.prediction,
         "steps_offset": 1,
         "set_alpha_to_one": False,
         "clip_sample": False,

@@ -90,7 +90,7 @@ class _Final(nn.Module):
         return out
 
 
-class CDM(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class CDM(ModelMixin, ConfigMixin):
     """Predicts clean tokens from noisy ones, a timestep and a scale (DiT-B as published)."""
 
     @register_to_config
@@ -116,10 +116,9 @@ class CDM(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _start_as_identity(self) -> None:
         """adaLN-zero: every block and the output start at zero (DiT, section 3.2)."""
-        zeroed = [self.final_layer.linear, self.final_layer.adaLN_modulation[-1]]
-        for layer in [*zeroed, *[block.adaLN_modulation[-1] for block in self.blocks]]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or "final_layer.linear" in name:
+                nn.init.zeros_(parameter)
 
     def forward(
         self, x_t: Float[Tensor, "B n C"], t: Int[Tensor, "B"], scale: Int[Tensor, "B"]
@@ -129,7 +128,8 @@ class CDM(ModelMixin, ConfigMixin):  # type: ignore[misc]
         x = self.x_embedder(x_t) + self.pos_embed
         for block in self.blocks:
             x = block(x, c)
-        return self.final_layer(x, c)  # type: ignore[no-any-return]
+        clean: Tensor = self.final_layer(x, c)
+        return clean
 
     @torch.no_grad()
     def draw(

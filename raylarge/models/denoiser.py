@@ -29,7 +29,7 @@ class Denoiser(Protocol):
 
 
 class NetworkDenoiser:
-    """A noise-predicting U-Net as a denoiser."""
+    """A U-Net as a denoiser, whatever the schedule says that it predicts."""
 
     def __init__(self, unet: nn.Module, schedule: Schedule) -> None:
         self.unet, self.schedule = unet, schedule
@@ -37,9 +37,9 @@ class NetworkDenoiser:
     def __call__(
         self, x_t: Float[Tensor, "B c h w"], t: int, context: Float[Tensor, "B n D"]
     ) -> Float[Tensor, "B c h w"]:
-        """x_0 of the predicted noise, in the U-Net's own precision."""
-        eps = self.unet(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
-        return self.schedule.x_0(x_t, eps, t)
+        """x_0 of the prediction, in the U-Net's own precision."""
+        output = self.unet(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
+        return self.schedule.x_0(x_t, output, t)
 
 
 class Guided:

@@ -57,7 +57,7 @@ class _Layer(nn.Module):
         return out
 
 
-class Summarizer(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class Summarizer(ModelMixin, ConfigMixin):
     """ViT over up to 64 embeddings and a scale token; 12 layers of width 512 as published."""
 
     @register_to_config

@@ -208,17 +208,17 @@ async def arun(
 
     When a request fails for good its exception is raised, after the others were cancelled.
     """
-    asked: dict[asyncio.Future[Reply], Request] = {}
+    asked: dict[asyncio.Future[Any], Request] = {}
     try:
         while not plan.done:
             for request in plan.ready():
                 future = asyncio.ensure_future(answer(request.task, *plan.inputs(request)))
                 asked[future] = request
             finished, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
-            for future in finished:
-                plan.feed(asked.pop(future).id, future.result())
+            for done in finished:
+                plan.feed(asked.pop(done).id, done.result())
                 watch(plan)
     finally:
-        for future in asked:
-            future.cancel()
+        for left in asked:
+            left.cancel()
     return plan.result

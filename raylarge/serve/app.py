@@ -24,7 +24,6 @@ from raylarge.fleet.facts import require
 from raylarge.fleet.session import session
 from raylarge.serve.desk import Limits
 
-
 HOST = "127.0.0.1"
 _running: list[ExitStack] = []
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed
@@ -26,6 +26,7 @@ Status = dict[str, Any]
 TELL_SECONDS = 1.0  # between two tellings
 
 
+@runtime_checkable
 class Context(Protocol):
     """One worker's view of the run."""
 

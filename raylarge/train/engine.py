@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed
@@ -29,6 +29,7 @@ EMA_DECAY = 0.9999
 REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's own 500 M would reserve 2 GB a worker
 
 
+@runtime_checkable
 class Engine(Protocol):
     """One worker's hand on the network. Every rank makes the same calls."""
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from omegaconf import MISSING
+from tqdm import tqdm
 
 from raylarge import config as configuration
 from raylarge import report, storage
@@ -248,7 +249,7 @@ def _line(model: str) -> Iterator[Callable[[Status], None]]:
             drawn, loss, eta = time.monotonic(), status["loss"], status["eta_s"]
             parts = [f"step {status['step']}", f"{status['rate']:.3g} samples/s"]
             parts += [f"loss {loss:.4g}"] if loss is not None else []
-            parts += [f"{_clock(eta)} left"] if eta is not None else []
+            parts += [f"{tqdm.format_interval(eta)} left"] if eta is not None else []
             bar.n = 100 * status["fraction"]
             bar.set_postfix_str(", ".join(parts))
 
@@ -257,18 +258,10 @@ def _line(model: str) -> Iterator[Callable[[Status], None]]:
 
 def _closing(config: Train, facts: Mapping[str, Any]) -> str:
     loss = "none" if facts["loss"] is None else f"{facts['loss']:.4g}"
-    line = f"{config.model}: {facts['step']} steps in {_clock(facts['seconds'])}, loss {loss}"
+    spent = tqdm.format_interval(facts["seconds"])
+    line = f"{config.model}: {facts['step']} steps in {spent}, loss {loss}"
     line += f", {facts['skipped']} skipped" if facts["skipped"] else ""
     return f"{line} -> {config.out} (curve: {facts['loss_csv']})"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-        if minutes > 59
-        else f"{minutes}:{rest:02d}"
-    )
 
 
 def _redirect(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Task `ldm`: the U-Net and the Summarizer, jointly, on LATENTS of all scales.
 
-Loss: noise prediction (L2). With probability p the whole condition becomes zeros, after the
-Summarizer. The U-Net is averaged, as published. Source: ZoomLDM section 3.1, supplement S3.1.
+Loss: L2 on the prediction (noise, as published, or v). With probability p the whole condition
+becomes zeros, after the Summarizer. The U-Net is averaged, as published. Source: ZoomLDM section 3.1, supplement S3.1.
 """
 
 from __future__ import annotations
@@ -36,20 +36,29 @@ class SummarizerConfig:
 
 @dataclass(frozen=True)
 class LdmConfig:
-    """Sizes of the networks and the share of samples whose condition is dropped."""
+    """Sizes of the networks, and what they learn.
+
+    Attributes:
+        drop: share of samples whose condition is dropped.
+        prediction: `epsilon` as published, or `v_prediction`, which samples well much sooner.
+    """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)
     drop: float = 0.1
+    prediction: str = "epsilon"
 
 
 class _Network(nn.Module):
     """U-Net and Summarizer and their loss per sample."""
 
-    def __init__(self, unet: nn.Module, summarizer: Summarizer, drop: float, seed: int) -> None:
+    def __init__(
+        self, unet: nn.Module, summarizer: Summarizer, config: LdmConfig, seed: int
+    ) -> None:
         super().__init__()
         self.unet, self.summarizer = unet, summarizer
-        self.drop, self.seed, self.schedule = drop, seed, Schedule()
+        self.drop, self.seed = config.drop, seed
+        self.schedule = Schedule(prediction=config.prediction)
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         x_0, samples = batch["latent"], batch["sample"]
@@ -59,8 +68,8 @@ class _Network(nn.Module):
         drawn = draws(samples, x_0.shape[1:], self.seed, "ldm", self.schedule.length)
         tokens = tokens * (drawn.coin >= self.drop)[:, None, None]
         x_t = self.schedule.noised(x_0, drawn.eps, drawn.t)
-        eps = self.unet(x_t, drawn.t, encoder_hidden_states=tokens, return_dict=False)[0]
-        return per_sample(eps, drawn.eps)
+        output = self.unet(x_t, drawn.t, encoder_hidden_states=tokens, return_dict=False)[0]
+        return per_sample(output, self.schedule.target(x_0, drawn.eps, drawn.t))
 
 
 class LdmTask:
@@ -77,7 +86,7 @@ class LdmTask:
         summarizer = Summarizer(
             channels=facts.channels, scales=max(facts.scales) + 1, **vars(config.summarizer)
         )
-        self.network = _Network(unet, summarizer, config.drop, seed)
+        self.network = _Network(unet, summarizer, config, seed)
         self.averaged = unet
 
     def finish(
@@ -91,7 +100,7 @@ class LdmTask:
         if averaged is not None:
             self.network.unet.load_state_dict(averaged)
         parts = {"unet": self.network.unet.cpu(), "summarizer": self.network.summarizer.cpu()}
-        bundles.save(bundle, parts, {"ldm": facts})
+        bundles.save(bundle, parts, {"ldm": facts}, self.network.schedule)
 
 
 def build(config: Train, facts: Facts) -> LdmTask:

@@ -54,6 +54,7 @@ def fit(engine: Engine, context: Context, ingest: Ingest, recipe: Recipe) -> dic
             context.tell(journal.status(clock))
             if journal.step % recipe.checkpoint_every == 0:
                 saved = _save(engine, context, journal, ingest.digest)
+    journal.seconds = max(journal.seconds, clock.agreed)
     if saved != journal.step:
         _save(engine, context, journal, ingest.digest)
     return journal.facts() | {"resumed_from": resumed_from}

@@ -1,0 +1,169 @@
+"""Law 4 over actors: one, four, a killed one; large replies travel once; errors arrive."""
+
+import asyncio
+import contextlib
+import gc
+import subprocess
+import sys
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+
+from raylarge import order
+from raylarge.errors import UserError
+from raylarge.fleet import pool as pools
+from raylarge.fleet.pool import TRIES, ActorPool, Held, Shelf, persist
+from raylarge.order import Condition
+from raylarge.sampling import joint
+from raylarge.sampling.plan import Draw, Task, arun
+
+TASK = Task(order.parse({"size": 64}))
+
+
+@contextlib.asynccontextmanager
+async def hired(bundle, workers):
+    pool = ActorPool(bundle, workers)
+    try:
+        yield pool, await pool.facts()
+    finally:
+        pool.close()
+
+
+def busy_workers():
+    """Processes of actors of this test that compute an answer right now."""
+    named = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "PooledWorker.answer" in " ".join(process.cmdline()):
+                named.append(process)
+    return named
+
+
+@pytest.mark.ray
+def test_law_4_one_actor_even_if_it_is_killed(ray_session, tiny_bundle, law_order, law_image):
+    killed = []
+
+    def kill_once(plan):
+        if plan.progress > 0.3 and not killed:
+            killed.extend(busy_workers())
+            for process in killed:
+                process.kill()
+
+    async def main():
+        async with hired(tiny_bundle, 1) as (pool, facts):
+            plan = joint.plan(order.parse(law_order), facts.patch)
+            return await arun(plan, pool.answer, kill_once)
+
+    np.testing.assert_array_equal(asyncio.run(main()).image, law_image)
+    assert len(killed) == 1
+
+
+@pytest.mark.ray
+def test_law_4_four_actors_with_and_without_losses(
+    ray_session, tiny_bundle, law_order, law_image, monkeypatch
+):
+    monkeypatch.setattr(pools, "LARGE_BYTES", 10_000)  # so that the small guide is held, too
+    killed = []
+
+    def kill_two(plan):
+        if plan.progress > 0.2 * (1 + len(killed)) and len(killed) < 2:
+            for process in busy_workers()[:1]:
+                process.kill()
+                killed.append(process.pid)
+
+    async def main():
+        async with hired(tiny_bundle, 4) as (pool, facts):
+            plans = [joint.plan(order.parse(law_order), facts.patch) for _ in range(3)]
+            calm = await arun(plans[0], pool.answer)
+            rough = await arun(plans[1], pool.answer, kill_two)
+            assert len(pool._shelf) > 0
+            images = calm.image, rough.image
+            del calm, rough, plans
+            gc.collect()
+            assert len(pool._shelf) == 0
+            return images
+
+    calm, rough = asyncio.run(main())
+    np.testing.assert_array_equal(calm, law_image)
+    np.testing.assert_array_equal(rough, law_image)
+    assert len(killed) == 2
+
+
+@pytest.mark.ray
+def test_what_a_user_can_mend_arrives_as_it_was_raised(ray_session, tiny_bundle, tmp_path):
+    async def wrong_embeddings():
+        async with hired(tiny_bundle, 1) as (pool, _):
+            grid = Condition.of(np.ones((1, 1, 5)))
+            values = {"size": 64, "condition": vars(grid)}
+            with pytest.raises(UserError, match="have 5 channels") as caught:
+                await pool.answer(Draw(order.parse(values), "embeddings", 0, ((0, 0),)))
+            assert type(caught.value) is UserError
+            reply = await pool.answer(Draw(TASK.order, "null", 0, ((0, 0),)))
+            assert reply.shape == (1, 65, 64)  # the actor goes on
+
+    async def no_bundle():
+        async with hired(str(tmp_path), 2):
+            pass
+
+    asyncio.run(wrong_embeddings())
+    with pytest.raises(UserError, match="there is no bundle at"):
+        asyncio.run(no_bundle())
+
+
+@pytest.mark.ray
+def test_a_large_reply_is_put_once_and_goes_with_its_tensor(ray_session):
+    shelf, frames = Shelf(), torch.randn(3, 512, 512).to(torch.bfloat16)
+    held = shelf.hold(frames)
+    assert isinstance(held, Held)
+    assert shelf.hold(frames) is held
+    assert torch.equal(held.open(ray_session.get(held.ref)), frames)
+    assert shelf.hold(small := torch.zeros(3)) is small
+    assert len(shelf) == 1
+    del frames
+    gc.collect()
+    assert len(shelf) == 0
+
+
+def test_lost_workers_are_borne_with_a_few_times(monkeypatch):
+    losses = iter([ActorDiedError(), ActorUnavailableError("restarting", b"0" * 16)])
+
+    async def ask():
+        for loss in losses:
+            raise loss
+        return "answer"
+
+    assert asyncio.run(persist(ask, TASK)) == "answer"
+
+
+def test_then_it_says_what_to_do(monkeypatch):
+    asked, no_wait = [], asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: no_wait(0))
+
+    async def ask():
+        asked.append(1)
+        raise ActorDiedError()
+
+    with pytest.raises(UserError, match=r"5 workers in a row .* lower order\.batch \(16\)"):
+        asyncio.run(persist(ask, TASK))
+    assert len(asked) == TRIES
+
+
+def test_a_fault_of_ours_is_not_tried_again():
+    asked = []
+
+    async def ask():
+        asked.append(1)
+        raise RayTaskError("answer", "traceback", ValueError("a fault"))
+
+    with pytest.raises(RayTaskError, match="traceback"):
+        asyncio.run(persist(ask, TASK))
+    assert len(asked) == 1
+
+
+def test_sampling_without_workers_needs_no_ray():
+    code = "import sys; sys.modules['ray'] = None; import raylarge.fleet.sample"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,193 @@
+"""jobs/sample.py: files and marks, resumption after a kill, one sentence for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+
+from jobs import sample as job
+from raylarge import images, schema, storage
+from raylarge.errors import UserError
+from raylarge.order import parse
+
+ROOT = Path(__file__).parents[1]
+EMBEDDED = {(row, column) for row in range(3, 9) for column in range(2, 7)} - {(3, 2)}
+
+
+@pytest.fixture
+def words(tiny_bundle, law_order):
+    """The command line of the law's order."""
+
+    def flat(values, prefix):
+        for key, value in values.items():
+            name = f"{prefix}.{key}"
+            yield from flat(value, name) if isinstance(value, dict) else [f"{name}={value}"]
+
+    return [f"bundle={tiny_bundle}", *flat(law_order, "order")]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A data folder with the EMBEDDINGS of one slide: each vector tells its row and column."""
+    folder = str(tmp_path_factory.mktemp("data"))
+    for number, rows in enumerate([range(6), range(6, 12)]):
+        cells = sorted(cell for cell in EMBEDDED if cell[0] in rows)
+        table = pa.table(
+            {
+                "slide_id": ["s-1"] * len(cells),
+                "row": [row for row, _ in cells],
+                "column": [column for _, column in cells],
+                "embedding": [np.array([*cell, 1, 2, 3, 4, 5, 6], np.float16) for cell in cells],
+            }
+        )
+        path = storage.join(folder, "embeddings", f"s-1-{number:04d}.parquet")
+        storage.write_table(path, schema.check(table, schema.EMBEDDINGS))
+    return folder
+
+
+def pixels(folder):
+    return images.read_png(str(folder / "image.png"))[0]
+
+
+def test_an_order_becomes_marked_files(words, law_order, law_image, tmp_path, capsys):
+    job.main([*words, f"out={tmp_path}"])
+    image, text = images.read_png(str(tmp_path / "image.png"))
+    np.testing.assert_array_equal(image, law_image)
+    report = json.loads((tmp_path / "report.json").read_text())
+    order = parse(json.loads((tmp_path / "order.json").read_text()))
+    assert order == parse(law_order)
+    assert text["Synthetic"] == "true"
+    assert text["Origin"] == "novel"
+    assert text["Bundle"] == report["bundle"]
+    assert parse(json.loads(text["Order"])) == order
+    assert images.read_png(str(tmp_path / "guide.png"))[1] == text
+    assert report["stages"]["sample"]["requests"] == 21
+    assert {"start", "write"} < report["stages"].keys()
+    assert 0 < report["cross_scale_error"] < 10
+    assert report["seam_ratio"] > 0
+    assert {"raylarge", "torch"} < report["versions"].keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "guide.png", "image.png", "order.json", "report.json",
+    ]  # fmt: skip
+    assert "cross scale error" in capsys.readouterr().out
+
+    before = (tmp_path / "image.png").stat().st_mtime_ns
+    job.main([*words, f"out={tmp_path}"])
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert (tmp_path / "image.png").stat().st_mtime_ns == before
+
+    job.main([*words, f"out={tmp_path}", "order.seed=1"])
+    assert (pixels(tmp_path) != law_image).any()
+
+
+def test_patches_become_a_mosaic(tiny_bundle, tmp_path):
+    words = ["order.count=3", "order.scale=1", "order.sampler.steps=1", f"out={tmp_path}"]
+    job.main([f"bundle={tiny_bundle}", *words])
+    image = pixels(tmp_path)
+    assert image.shape == (128, 128, 3)
+    assert (image[64:, 64:] == 255).all()
+    assert not (tmp_path / "guide.png").exists()
+
+
+def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path):
+    words = [f"bundle={tiny_bundle}", "order.size=128x192", "order.sampler.steps=1"]
+
+    def grid(*more, at):
+        out = tmp_path / at
+        job.main([*words, f"out={out}", *more])
+        assert images.read_png(str(out / "image.png"))[1]["Origin"] == "derived from a real image"
+        return parse(json.loads((out / "order.json").read_text())).condition.grid()
+
+    first = grid(f"reference={prepared}", at="first")
+    assert first.shape == (2, 3, 8)
+    np.testing.assert_array_equal(first[0, 0], [3, 3, 1, 2, 3, 4, 5, 6])
+    placed = grid(f"reference={prepared}:s-1", "at=6,4", at="placed")
+    np.testing.assert_array_equal(placed[1, 2], [7, 6, 1, 2, 3, 4, 5, 6])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["bundle=nowhere"], "there is no bundle at"),
+        (["order.size=100"], "multiples of the patch side 64"),
+        (["order.sampler.stepz=3"], "did you mean 'sampler.step"),
+        (["order.sampler=3"], "not a subclass of Sampler"),
+        (["order.size=${oc.env:HOME}"], "plain values|not a number"),
+        (["seed=3"], "unknown key 'seed'"),
+        (["workers=-1"], "workers starts at 0"),
+        (["reference={data}:other"], "has no slide 'other'; it has: s-1"),
+        (["reference={data}/nothing"], "there are no embeddings in .*jobs/prepare.py"),
+        (["reference={data}", "order.size=512"], "nowhere has 8 x 8 embedded base tiles"),
+        (["reference={data}", "at=3,2"], "no embeddings for all of the 2 x 3 base tiles"),
+        (["reference={data}", "at=here"], "at=here is not a row and a column"),
+        (["reference={data}", "order.condition.kind=cdm"], "leave out order.condition"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_starts_nothing(tiny_bundle, prepared, tmp_path, wrong, says):
+    words = [f"bundle={tiny_bundle}", "order.size=128x192", f"out={tmp_path}", "workers=3"]
+    with pytest.raises(UserError, match=says):
+        job.main([*words, *[word.format(data=prepared) for word in wrong]])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_bundle_ends_with_status_2_and_no_traceback(tmp_path):
+    command = [sys.executable, "jobs/sample.py", f"bundle={tmp_path}/none", f"out={tmp_path}/o"]
+    done = subprocess.run(
+        [*command, "order.size=64"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "there is no bundle at" in done.stderr
+
+
+def killed_half_way(words, out, kept=8):
+    """Start the job, and kill it for good once some replies are on disk; its offspring."""
+    process = subprocess.Popen(
+        [sys.executable, "jobs/sample.py", *words, f"out={out}"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while len(list(out.glob(".ledger-*/[a-z]*"))) < kept:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    offspring = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (out / "image.png").exists()
+    return offspring
+
+
+def test_law_4_killed_and_run_again(words, law_image, tmp_path):
+    killed_half_way(words, tmp_path)
+    job.main([*words, f"out={tmp_path}"])
+    np.testing.assert_array_equal(pixels(tmp_path), law_image)
+    done = json.loads((tmp_path / "report.json").read_text())["stages"]["sample"]
+    assert done["resumed"] >= 8
+    assert done["requests"] == 21 - done["resumed"]
+
+
+@pytest.mark.ray
+def test_law_4_begun_by_actors_killed_and_ended_here(words, law_image, tmp_path):
+    offspring = killed_half_way([*words, "workers=2"], tmp_path)
+    assert len(offspring) > 2
+    assert psutil.wait_procs(offspring, timeout=30)[1] == []
+    job.main([*words, f"out={tmp_path}"])
+    np.testing.assert_array_equal(pixels(tmp_path), law_image)
+
+
+@pytest.mark.ray
+def test_law_4_actors_give_the_files_that_this_process_gives(
+    ray_session, words, law_image, tmp_path
+):
+    job.main([*words, f"out={tmp_path}", "workers=2"])
+    np.testing.assert_array_equal(pixels(tmp_path), law_image)
+    assert json.loads((tmp_path / "report.json").read_text())["stages"]["sample"]["requests"] == 21
