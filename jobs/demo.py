@@ -57,7 +57,7 @@ SHARES = {"vae": 0.22, "ldm": 0.58, "cdm": 0.20}
 """How the minutes of training are divided."""
 
 COLUMNS = 4
-SAMPLER = {"steps": 20, "derivative": "difference"}
+SAMPLER = {"steps": 20, "clamp": True, "derivative": "difference"}
 IMAGES = {
     "reference": "conditioned on the slide's embeddings",
     "novel": "conditioned on tokens drawn by the CDM",
@@ -257,8 +257,8 @@ class Thread:
         sheet = images.sheet(rows, list(IMAGES), ["reference", "guide", "image"], 512)
         images.write_png(str(self.out / "images.png"), sheet, {"Title": "guides and large images"})
         places = {"model": "ldm", "data": self.data, "out": self.bundle}
-        latents = storage.join(self.data, table_name(self._config(Train, places)))
-        losses = shuffled_loss(bundle, latents, "val", seed=self.config.seed)
+        latents = table_name(self._config(Train, places))
+        losses = shuffled_loss(bundle, self.data, latents, seed=self.config.seed)
         return {"images": found, "loss": {str(k): dict(v) for k, v in losses.items()}}
 
 

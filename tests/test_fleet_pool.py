@@ -15,6 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from raylarge import order
 from raylarge.errors import UserError
 from raylarge.fleet import pool as pools
+from raylarge.fleet.facts import Facts
 from raylarge.fleet.pool import TRIES, ActorPool, Held, Shelf, persist
 from raylarge.order import Condition
 from raylarge.sampling import joint
@@ -27,7 +28,8 @@ TASK = Task(order.parse({"size": 64}))
 async def hired(bundle, workers):
     pool = ActorPool(bundle, workers)
     try:
-        yield pool, await pool.facts()
+        await pool.start()
+        yield pool
     finally:
         pool.close()
 
@@ -53,8 +55,8 @@ def test_law_4_one_actor_even_if_it_is_killed(ray_session, tiny_bundle, law_orde
                 process.kill()
 
     async def main():
-        async with hired(tiny_bundle, 1) as (pool, facts):
-            plan = joint.plan(order.parse(law_order), facts.patch)
+        async with hired(tiny_bundle, 1) as pool:
+            plan = joint.plan(order.parse(law_order), Facts.read(tiny_bundle).patch)
             return await arun(plan, pool.answer, kill_once)
 
     np.testing.assert_array_equal(asyncio.run(main()).image, law_image)
@@ -75,8 +77,9 @@ def test_law_4_four_actors_with_and_without_losses(
                 killed.append(process.pid)
 
     async def main():
-        async with hired(tiny_bundle, 4) as (pool, facts):
-            plans = [joint.plan(order.parse(law_order), facts.patch) for _ in range(3)]
+        async with hired(tiny_bundle, 4) as pool:
+            patch = Facts.read(tiny_bundle).patch
+            plans = [joint.plan(order.parse(law_order), patch) for _ in range(2)]
             calm = await arun(plans[0], pool.answer)
             rough = await arun(plans[1], pool.answer, kill_two)
             assert len(pool._shelf) > 0
@@ -95,7 +98,7 @@ def test_law_4_four_actors_with_and_without_losses(
 @pytest.mark.ray
 def test_what_a_user_can_mend_arrives_as_it_was_raised(ray_session, tiny_bundle, tmp_path):
     async def wrong_embeddings():
-        async with hired(tiny_bundle, 1) as (pool, _):
+        async with hired(tiny_bundle, 1) as pool:
             grid = Condition.of(np.ones((1, 1, 5)))
             values = {"size": 64, "condition": vars(grid)}
             with pytest.raises(UserError, match="have 5 channels") as caught:
@@ -135,7 +138,7 @@ def test_lost_workers_are_borne_with_a_few_times(monkeypatch):
             raise loss
         return "answer"
 
-    assert asyncio.run(persist(ask, TASK)) == "answer"
+    assert asyncio.run(persist(ask, "one Draw")) == "answer"
 
 
 def test_then_it_says_what_to_do(monkeypatch):
@@ -146,8 +149,8 @@ def test_then_it_says_what_to_do(monkeypatch):
         asked.append(1)
         raise ActorDiedError()
 
-    with pytest.raises(UserError, match=r"5 workers in a row .* lower order\.batch \(16\)"):
-        asyncio.run(persist(ask, TASK))
+    with pytest.raises(UserError, match=r"5 workers in a row .* one Draw .* lower order\.batch"):
+        asyncio.run(persist(ask, "one Draw"))
     assert len(asked) == TRIES
 
 
@@ -159,7 +162,7 @@ def test_a_fault_of_ours_is_not_tried_again():
         raise RayTaskError("answer", "traceback", ValueError("a fault"))
 
     with pytest.raises(RayTaskError, match="traceback"):
-        asyncio.run(persist(ask, TASK))
+        asyncio.run(persist(ask, "one Draw"))
     assert len(asked) == 1
 
 

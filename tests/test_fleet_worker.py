@@ -3,12 +3,14 @@
 import asyncio
 import dataclasses
 import random
+import shutil
 
 import numpy as np
 import pytest
 
-from raylarge import order
+from raylarge import order, storage
 from raylarge.errors import UserError
+from raylarge.fleet.facts import Facts
 from raylarge.fleet.worker import Worker
 from raylarge.models import bundle
 from raylarge.order import Condition
@@ -111,6 +113,31 @@ def test_a_request_failing_in_arun_stops_the_others():
 
     asyncio.run(main())
     assert len(cancelled) == 1
+
+
+def test_the_facts_of_a_folder_are_those_of_the_bundle_loaded_from_it(worker, tiny_bundle):
+    assert Facts.read(tiny_bundle) == Facts.of(worker.bundle)
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("vae", "lacks vae; train it with .*model=vae"),
+        ("unet", "lacks unet; train it with .*model=ldm"),
+        ("", "there is no bundle at"),
+    ],
+)
+def test_an_unfinished_bundle_says_what_to_train(tiny_bundle, tmp_path, missing, says):
+    folder = tmp_path / "bundle"
+    if missing:
+        shutil.copytree(tiny_bundle, folder)
+        shutil.rmtree(folder / missing)
+        index = storage.read_json(str(folder / "model_index.json"))
+        storage.write_json(
+            str(folder / "model_index.json"), {k: v for k, v in index.items() if k != missing}
+        )
+    with pytest.raises(UserError, match=says):
+        Facts.read(str(folder))
 
 
 def test_an_unknown_task_is_refused(worker):

@@ -120,7 +120,7 @@ def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path):
         (["order.size=100"], "multiples of the patch side 64"),
         (["order.sampler.stepz=3"], "did you mean 'sampler.step"),
         (["order.sampler=3"], "not a subclass of Sampler"),
-        (["order.size=${oc.env:HOME}"], "plain values|not a number"),
+        (["order.size=${{oc.env:HOME}}"], "plain values|not a number"),
         (["seed=3"], "unknown key 'seed'"),
         (["workers=-1"], "workers starts at 0"),
         (["reference={data}:other"], "has no slide 'other'; it has: s-1"),
@@ -159,6 +159,7 @@ def killed_half_way(words, out, kept=8):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.002)
+    os.kill(process.pid, signal.SIGSTOP)  # so that it does not end meanwhile
     offspring = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -179,7 +180,9 @@ def test_law_4_killed_and_run_again(words, law_image, tmp_path):
 def test_law_4_begun_by_actors_killed_and_ended_here(words, law_image, tmp_path):
     offspring = killed_half_way([*words, "workers=2"], tmp_path)
     assert len(offspring) > 2
-    assert psutil.wait_procs(offspring, timeout=30)[1] == []
+    # Two small agents of Ray's look for their parent once a minute, then leave as well.
+    workers = [process for process in offspring if "Agent" not in process.name()]
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
     job.main([*words, f"out={tmp_path}"])
     np.testing.assert_array_equal(pixels(tmp_path), law_image)
 

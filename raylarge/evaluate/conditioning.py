@@ -13,31 +13,34 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from raylarge import storage
+from raylarge import tables
 from raylarge.diffusion.loss import draws, per_sample
-from raylarge.errors import UserError
 from raylarge.models.bundle import Bundle
 from raylarge.models.summarizer import SLOTS
+
+ROWS = 64
 
 
 @torch.no_grad()
 def shuffled_loss(
-    bundle: Bundle, latents: str, split: str, repeats: int = 8, seed: int = 0
+    bundle: Bundle, data: str, latents: str, split: str = "val", repeats: int = 8, seed: int = 0
 ) -> dict[int, Mapping[str, float]]:
     """Mean denoising loss per scale with true, shuffled and null conditions.
 
     Args:
-        latents: the folder `DATA/latents-<digest>` of the bundle's own autoencoder.
-        split: rows of this split are used, at most 64 per scale.
+        data: the data folder.
+        latents: its table `latents-<digest>` of the bundle's own autoencoder.
+        split: rows of this split are used, at most 64 per scale, spread over it.
         repeats: noise draws per row.
 
     Raises:
-        UserError: the folder holds no row of the split.
+        UserError: no such table, or no row of the split.
     """
-    table = _rows(latents, split)
+    table = tables.rows(data, latents, split)
     found = {}
     for k in sorted(set(table["scale"].to_pylist())):
-        rows = table.filter(pc.equal(table["scale"], k)).slice(0, 64)
+        rows = table.filter(pc.equal(table["scale"], k))
+        rows = rows.take(np.unique(np.linspace(0, len(rows) - 1, ROWS).round().astype(int)))
         x_0, cells, count = _tensors(rows, bundle)
         scale = torch.full((len(x_0),), k)
         true = bundle.summarizer(cells, count, scale)
@@ -63,16 +66,6 @@ def _loss(
         output = bundle.unet(x_t, drawn.t, encoder_hidden_states=context, return_dict=False)[0]
         losses.append(per_sample(output, bundle.schedule.target(x_0, drawn.eps, drawn.t)))
     return float(torch.cat(losses).mean())
-
-
-def _rows(folder: str, split: str) -> pa.Table:
-    parts = storage.listing(storage.join(folder, "*.parquet"))
-    tables = [storage.read_table(path) for path in parts]
-    table = pa.concat_tables(tables) if tables else None
-    rows = table.filter(pc.equal(table["split"], split)) if table is not None else ()
-    if not len(rows):
-        raise UserError(f"{folder} holds no row of the split '{split}'; hold some slides out.")
-    return rows
 
 
 def _tensors(rows: pa.Table, bundle: Bundle) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float16, UInt8
 
-from raylarge import images, storage
+from raylarge import images, tables
 from raylarge.errors import UserError
 
 
@@ -29,9 +28,7 @@ def references(data: str, scale: int, count: int | None, split: str = "val") -> 
     Raises:
         UserError: the data hold no example of the scale.
     """
-    parts = storage.listing(storage.join(data, "examples", "*.parquet"))
-    tables = [storage.read_table(path) for path in parts]
-    rows = pa.concat_tables(tables) if tables else pa.table({"scale": []})
+    rows = tables.rows(data, "examples")
     rows = rows.filter(pc.equal(rows["scale"], scale))
     if not len(rows):
         raise UserError(f"{data} holds no example of scale {scale}; prepare it with that scale.")

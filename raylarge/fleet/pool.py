@@ -38,6 +38,7 @@ from raylarge.sampling.plan import Reply, Task
 LARGE_BYTES = 1 << 20
 TRIES = 5
 PATIENCE_S = 60.0
+IN_FLIGHT = 64
 LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 """What a lost worker looks like: ActorDiedError and ActorUnavailableError are RayActorErrors."""
 
@@ -76,7 +77,7 @@ class Shelf:
         return self._held[name]
 
 
-async def persist(ask: Callable[[], Awaitable[Reply]], task: Task) -> Reply:
+async def persist(ask: Callable[[], Awaitable[Any]], what: str) -> Any:
     """Ask until an answer comes, over the loss of a few workers.
 
     Raises:
@@ -93,9 +94,8 @@ async def persist(ask: Callable[[], Awaitable[Reply]], task: Task) -> Reply:
             last = error
             await asyncio.sleep(0.1 * 2**attempt)  # lets the news of the death spread
     raise UserError(
-        f"{TRIES} workers in a row were lost over one {type(task).__name__} request; if memory "
-        f"ran out, lower order.batch ({task.order.batch}) or use fewer workers per machine "
-        f"(the last one: {str(last).splitlines()[0]})."
+        f"{TRIES} workers in a row were lost over {what}; if memory ran out, lower order.batch "
+        f"or use fewer workers per machine (the last one: {str(last).splitlines()[0]})."
     ) from last
 
 
@@ -107,21 +107,17 @@ class PooledWorker:
         self._bundle, self._threads = bundle, threads
         self._worker: Worker | None = None
 
-    def ready(self) -> Worker:
-        """The worker, loaded."""
+    def ready(self) -> None:
+        """Load, unless that is done; comes back when the actor is idle."""
         if self._worker is None:
             torch.set_num_threads(self._threads)
             self._worker = Worker(load(self._bundle))
-        return self._worker
-
-    def facts(self) -> Facts:
-        """What the bundle is."""
-        return Facts.of(self.ready().bundle)
 
     def answer(self, task: Task, *inputs: Any) -> Reply:
         """The reply to a task."""
+        self.ready()
         opened = [i.open(ray.get(i.ref)) if isinstance(i, Held) else i for i in inputs]
-        return self.ready().answer(task, *opened)
+        return self._worker.answer(task, *opened)  # type: ignore[union-attr]
 
 
 class ActorPool:
@@ -142,7 +138,7 @@ class ActorPool:
         self._coming: set[asyncio.Task[None]] = set()
         self._threads = threads
 
-    async def facts(self) -> Facts:
+    async def start(self) -> None:
         """Call the actors to work, and wait for the first; the others join as they come.
 
         Raises:
@@ -151,18 +147,17 @@ class ActorPool:
         for actor in self._actors:
             self._await(actor)
         try:
-            actor = await asyncio.wait_for(self._next(), PATIENCE_S)
+            first = await asyncio.wait_for(self._next(), PATIENCE_S)
         except (asyncio.TimeoutError, TimeoutError):
             room = ray.cluster_resources().get("CPU", 0)
             say(f"waiting for a worker: each wants {self._threads} of the cluster's {room:g} CPUs")
-            actor = await self._next()
-        self._idle.put_nowait(actor)
-        return await actor.facts.remote()
+            first = await self._next()
+        self._idle.put_nowait(first)
 
     async def answer(self, task: Task, *inputs: Reply) -> Reply:
         """The reply to a task, from whichever actor is idle first."""
         held = [self._shelf.hold(reply) for reply in inputs]
-        return await persist(lambda: self._ask(task, held), task)
+        return await persist(lambda: self._ask(task, held), _name(task))
 
     def close(self) -> None:
         """End the actors."""
@@ -170,6 +165,9 @@ class ActorPool:
             waiting.cancel()
         for actor in self._actors:
             ray.kill(actor)
+        # A handle that outlives its Ray would, when it goes, end an actor of the next one.
+        self._actors.clear()
+        self._idle = asyncio.Queue()
 
     async def _ask(self, task: Task, inputs: Sequence[Any]) -> Reply:
         actor = await self._next()
@@ -197,7 +195,7 @@ class ActorPool:
     async def _until_ready(self, actor: Any) -> None:
         """Make an actor idle once it is up; Ray restarts a dead one before it answers."""
         try:
-            await actor.facts.options(max_task_retries=-1).remote()
+            await actor.ready.options(max_task_retries=-1).remote()
             self._idle.put_nowait(actor)
         except RayTaskError as error:
             cause = error.cause
@@ -216,11 +214,17 @@ class Replicas:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._shelf = Shelf()
+        self._room = asyncio.Semaphore(IN_FLIGHT)
+
+    async def facts(self) -> Facts:
+        """What bundle the replicas have."""
+        return await persist(lambda: self._handle.facts.remote(), "a question for the bundle")
 
     async def answer(self, task: Task, *inputs: Reply) -> Reply:
         """The reply to a task. Cancelling it cancels the request at the replica."""
         held = [self._shelf.hold(reply) for reply in inputs]
-        return await persist(lambda: self._ask(task, held), task)
+        async with self._room:
+            return await persist(lambda: self._ask(task, held), _name(task))
 
     async def _ask(self, task: Task, inputs: Sequence[Any]) -> Reply:
         response = self._handle.answer.remote(task, *inputs)
@@ -229,3 +233,8 @@ class Replicas:
         except asyncio.CancelledError:
             response.cancel()
             raise
+
+
+def _name(task: Task) -> str:
+    """A task in words."""
+    return f"one {type(task).__name__} request (order.batch={task.order.batch})"

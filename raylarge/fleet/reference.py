@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float16
 
-from raylarge import storage
+from raylarge import storage, tables
 from raylarge.errors import UserError
 
 
@@ -45,21 +45,25 @@ def _parse(reference: str) -> tuple[str, str]:
     folder, _, slide = reference.rpartition(":")
     if not folder or "/" in slide:  # no id; a colon may be part of a URL
         folder, slide = reference, ""
-    paths = storage.listing(storage.join(folder, "embeddings", "*.parquet"))
-    slides = sorted({path.rsplit("/", 1)[-1].rsplit("-", 1)[0] for path in paths})
-    if not slides:
-        raise UserError(
-            f"there are no embeddings in {folder}; make them with "
-            f"python jobs/prepare.py slides=... out={folder}."
-        )
+    slides = sorted({_slide_of(path) for path in _parts(folder)})
     if slide and slide not in slides:
         raise UserError(f"{folder} has no slide '{slide}'; it has: {', '.join(slides)}.")
     return folder, slide or slides[0]
 
 
+def _parts(folder: str) -> list[str]:
+    """Paths of the parts of EMBEDDINGS, one or more per slide."""
+    made = tables.manifest(folder, "embeddings")
+    return [storage.join(folder, part["part"]) for part in made["parts"]]
+
+
+def _slide_of(path: str) -> str:
+    return path.rsplit("/", 1)[-1].rsplit("-", 1)[0]
+
+
 def _read(folder: str, slide: str) -> tuple[np.ndarray, np.ndarray]:
     """All (row, column) of a slide [n, 2] and their embeddings [n, C]."""
-    paths = storage.listing(storage.join(folder, "embeddings", f"{slide}-*.parquet"))
+    paths = [path for path in _parts(folder) if _slide_of(path) == slide]
     cells, vectors = [], []
     for path in paths:
         table = storage.read_table(path, ("row", "column", "embedding"))

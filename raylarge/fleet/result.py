@@ -38,8 +38,7 @@ def marks(order: Order, facts: Facts) -> dict[str, str]:
 
 def write(folder: str, order: Order, facts: Facts, result: Any) -> dict[str, str]:
     """Write the files of a result, the image last; name -> path."""
-    paths = {"order.json": storage.join(folder, "order.json")}
-    storage.write_json(paths["order.json"], order.as_json())
+    paths = {"order.json": write_order(folder, order)}
     text = marks(order, facts)
     if (guide := guide_of(result)) is not None:
         paths["guide.png"] = storage.join(folder, "guide.png")
@@ -47,6 +46,13 @@ def write(folder: str, order: Order, facts: Facts, result: Any) -> dict[str, str
     paths["image.png"] = storage.join(folder, "image.png")
     images.write_png(paths["image.png"], image_of(result), text)
     return paths
+
+
+def write_order(folder: str, order: Order) -> str:
+    """Write the order as JSON that `order.parse` reads; the path."""
+    path = storage.join(folder, "order.json")
+    storage.write_json(path, order.as_json())
+    return path
 
 
 def image_of(result: Any) -> UInt8[np.ndarray, "H W 3"]:

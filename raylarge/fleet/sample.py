@@ -9,7 +9,6 @@ plan, workers, a ledger. Killed and run again, the same command goes on where it
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,11 +22,12 @@ from raylarge import order as orders
 from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.fleet import result
-from raylarge.fleet.facts import Facts, require
+from raylarge.fleet.facts import Facts
 from raylarge.fleet.ledger import Ledger
 from raylarge.fleet.reference import region
-from raylarge.fleet.session import session
+from raylarge.fleet.session import absolute, session
 from raylarge.fleet.worker import Worker
+from raylarge.geometry import Patch
 from raylarge.models import bundle as bundles
 from raylarge.order import Condition, Order
 from raylarge.sampling import joint
@@ -68,32 +68,29 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     """
     if config.workers < 0 or config.threads < 1:
         raise UserError("workers starts at 0 (no Ray, in this process) and threads at 1.")
-    folder, out = _absolute(config.bundle), _absolute(config.out)
-    require(folder)
-    order = _order(config, folder)
+    folder, out = absolute(config.bundle), absolute(config.out)
+    facts = Facts.read(folder)
+    order = _order(config, facts.patch)
+    plan = joint.plan(order, facts.patch)
     known = log.facts
-    same = known.get("order") == order.digest and known.get("bundle") == bundles.digest(folder)
+    same = known.get("order") == order.digest and known.get("bundle") == facts.digest
     if same and all(storage.exists(path) for path in known["files"].values()):
         report.say("this order was carried out before; nothing is left to do")
         return dict(known["files"])
     carry_out = _on_ray if config.workers else _here
-    return carry_out(config, folder, _Run(out, order, log))
+    return carry_out(config, folder, _Run(out, order, facts, plan, log))
 
 
 class _Run:
-    """An order under way: its plan, its ledger, its bar."""
+    """An order under way: its plan, as far as an earlier run has brought it, and its ledger."""
 
-    def __init__(self, out: str, order: Order, log: report.Report) -> None:
-        self.out, self.order, self.log = out, order, log
+    def __init__(
+        self, out: str, order: Order, facts: Facts, plan: Plan, log: report.Report
+    ) -> None:
+        self.out, self.order, self.facts, self.plan, self.log = out, order, facts, plan, log
         log.facts = {"stages": {}}  # of an earlier order, whose files this one replaces
-
-    def begin(self, facts: Facts) -> Plan:
-        """The order's plan, as far as an earlier run has brought it."""
-        self.facts = facts
-        self.plan = joint.plan(self.order, facts.patch)
-        self.ledger = Ledger(self.out, self.order, facts.digest)
-        self.resumed = self.ledger.resume(self.plan)
-        return self.plan
+        self.ledger = Ledger(out, order, facts.digest)
+        self.resumed = self.ledger.resume(plan)
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[Plan], None]]:
@@ -132,9 +129,8 @@ def _here(config: Sample, folder: str, this: _Run) -> dict[str, str]:
     try:
         with this.log.stage("start"):
             worker = Worker(bundles.load(folder))
-        plan = this.begin(Facts.of(worker.bundle))
         with this.watched() as watch:
-            made = run(plan, worker.answer, watch)
+            made = run(this.plan, worker.answer, watch)
         return this.write(made)
     finally:
         torch.set_num_threads(before)
@@ -152,15 +148,15 @@ async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
     pool = ActorPool(folder, config.workers, config.threads)
     try:
         with this.log.stage("start"):
-            plan = this.begin(await pool.facts())
+            await pool.start()
         with this.watched() as watch:
-            made = await arun(plan, pool.answer, watch)
+            made = await arun(this.plan, pool.answer, watch)
         return this.write(made)
     finally:
         pool.close()
 
 
-def _order(config: Sample, folder: str) -> Order:
+def _order(config: Sample, patch: Patch) -> Order:
     """The order of a configuration, with the embeddings of its reference, if it names one.
 
     Raises:
@@ -173,12 +169,10 @@ def _order(config: Sample, folder: str) -> Order:
         raise UserError(
             "reference= conditions one large image: leave out order.condition.kind and order.count."
         )
-    tiles = [
-        (length << order.scale) // int(bundles.facts(folder)["patch_px"]) for length in order.size
-    ]
+    tiles = [(length << order.scale) // patch.side_px for length in order.size]
     if min(tiles) < 1:
         raise UserError(f"order.size {order.size} is smaller than a patch of the bundle.")
-    grid = region(_absolute(config.reference), _place(config.at), (tiles[0], tiles[1]))
+    grid = region(absolute(config.reference), _place(config.at), (tiles[0], tiles[1]))
     return replace(order, condition=Condition.of(grid))
 
 
@@ -190,8 +184,3 @@ def _place(at: Any) -> tuple[int, int] | None:
     except (TypeError, ValueError) as error:
         raise UserError(f"at={at} is not a row and a column such as at=3,5.") from error
     return row, column
-
-
-def _absolute(path: str) -> str:
-    """A path that means the same to every worker on this machine."""
-    return os.path.abspath(path.removeprefix("file://")) if storage.is_local(path) else path

@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from raylarge import storage
+
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # One line instead of a page for every worker that dies: whoever asked it says what follows.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed|infinite retries remaining",
+    # Threads that wait by spinning cost a busy machine tenfold.
+    "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -60,6 +64,11 @@ def _start(workers: int) -> Path:
         logging_level="error",
     )
     return Path(context.address_info["session_dir"], "logs")
+
+
+def absolute(path: str) -> str:
+    """A path that means the same in every process, wherever that was started."""
+    return os.path.abspath(path.removeprefix("file://")) if storage.is_local(path) else path
 
 
 def keep_logs(made: Path, logs: str) -> None:

@@ -72,8 +72,8 @@ class Api:
         return _document(ticket)
 
     async def order(self, id: str) -> Any:
-        """The order, as it would be posted again."""
-        return JSONResponse(self._ticket(id).order.as_json())
+        """The order with all its settings, as it may be posted again."""
+        return FileResponse(self._ticket(id).folder / "order.json", media_type="application/json")
 
     async def image(self, id: str) -> Any:
         """The picture."""
@@ -129,7 +129,7 @@ def _document(ticket: Ticket) -> dict[str, Any]:
         "progress": round(ticket.progress, 4),
         "seconds": round(ticket.seconds, 2),
         "error": ticket.error or None,
-        "order_digest": ticket.order.digest,
+        "order_digest": ticket.digest,
         "links": links,
     }
 

@@ -9,7 +9,6 @@ and go freely. Serve listens on loopback and asks nobody for a token.
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from raylarge import config as configuration
-from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.fleet.facts import require
-from raylarge.fleet.session import session
+from raylarge.fleet.session import absolute, session
 from raylarge.serve.desk import Limits
 
 HOST = "127.0.0.1"
@@ -50,7 +48,7 @@ def build(args: dict[str, Any]) -> Any:
         UserError: an unknown argument, or a bundle that cannot sample.
     """
     config = configuration.build(Service, args)
-    folder = _absolute(config.bundle)
+    folder = absolute(config.bundle)
     require(folder)
     from ray import serve  # here, for `session` settles Ray's environment before
 
@@ -82,9 +80,9 @@ def start(bundle: str, port: int = 8000, workers: int = 1, logs: str = "") -> st
         logs: a folder for Ray's logs, if Ray is started here.
 
     Raises:
-        UserError: no bundle, or the port is taken. Then nothing was started.
+        UserError: no bundle, the port is taken, or Serve runs already. Then nothing was started.
     """
-    folder = _absolute(bundle)
+    folder = absolute(bundle)
     require(folder)
     port = _claim(port)
     with ExitStack() as stack:
@@ -92,6 +90,10 @@ def start(bundle: str, port: int = 8000, workers: int = 1, logs: str = "") -> st
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        if serve.status().proxies:
+            raise UserError(
+                "Serve runs on this Ray already: use serve deploy, or end it with serve shutdown."
+            )
         stack.callback(serve.shutdown)
         serve.start(http_options={"host": HOST, "port": port})
         serve.run(build({"bundle": folder, "workers": workers}), name="raylarge")
@@ -120,8 +122,3 @@ def _claim(port: int) -> int:
                 f"port {port} is in use on this machine; choose another, such as port={port + 1}."
             ) from error
         return int(probe.getsockname()[1])
-
-
-def _absolute(path: str) -> str:
-    """A path that means the same to every process on this machine."""
-    return os.path.abspath(path.removeprefix("file://")) if storage.is_local(path) else path

@@ -47,11 +47,8 @@ class ServiceIngress:
 
     def __init__(self, worker: DeploymentHandle, limits: Limits) -> None:
         """Open the desk."""
-
-        async def facts() -> Facts:
-            return await worker.facts.remote()
-
-        self._desk = Desk(Replicas(worker).answer, facts, limits)
+        replicas = Replicas(worker)
+        self._desk = Desk(replicas.answer, replicas.facts, limits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, made where the desk is."""

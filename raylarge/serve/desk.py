@@ -60,10 +60,10 @@ class FullError(Exception):
 
 @dataclass
 class Ticket:
-    """One order and what became of it."""
+    """One order and what became of it; the order itself is a file in the folder."""
 
     id: str
-    order: Order
+    digest: str
     folder: Path
     state: str = "queued"
     progress: float = 0.0
@@ -119,14 +119,14 @@ class Desk:
             UserError: it cannot be read, does not fit the bundle, or is beyond the limits.
             FullError: too many orders wait.
         """
-        if sum(ticket.state == "queued" for ticket in self._tickets.values()) >= self.limits.queued:
-            raise FullError(f"{self.limits.queued} orders are waiting already; try again later.")
+        self._turn_away()
         facts = await self.facts()
         order, plan = await asyncio.to_thread(self._plan, values, facts.patch)
         name = uuid.uuid4().hex
-        ticket = Ticket(name, order, Path(self._scratch.name, name))
+        self._turn_away()  # others came in while this one was read
+        ticket = Ticket(name, order.digest, Path(self._scratch.name, name))
         self._tickets[name] = ticket
-        ticket.work = asyncio.create_task(self._carry_out(ticket, plan, facts))
+        ticket.work = asyncio.create_task(self._carry_out(ticket, order, plan, facts))
         ticket.work.add_done_callback(lambda work: self._settle(ticket, work))
         return ticket
 
@@ -148,6 +148,11 @@ class Desk:
             self.cancel(ticket)
         self._scratch.cleanup()
 
+    def _turn_away(self) -> None:
+        waiting = sum(ticket.state == "queued" for ticket in self._tickets.values())
+        if waiting >= self.limits.queued:
+            raise FullError(f"{waiting} orders are waiting already; try again later.")
+
     def _plan(self, values: Mapping[str, Any], patch: Patch) -> tuple[Order, Plan]:
         order = orders.parse(values)
         self._bound(order, patch)
@@ -168,11 +173,12 @@ class Desk:
             if value > (most := getattr(limits, name)):
                 raise UserError(f"the order asks for {value} {name}; this service allows {most}.")
 
-    async def _carry_out(self, ticket: Ticket, plan: Plan, facts: Facts) -> None:
+    async def _carry_out(self, ticket: Ticket, order: Order, plan: Plan, facts: Facts) -> None:
+        await asyncio.to_thread(result.write_order, str(ticket.folder), order)
         async with self._room:
             ticket.state, ticket.began = "running", time.monotonic()
             made = await arun(plan, self._answer, ticket.watch)
-            await asyncio.to_thread(result.write, str(ticket.folder), ticket.order, facts, made)
+            await asyncio.to_thread(result.write, str(ticket.folder), order, facts, made)
 
     def _settle(self, ticket: Ticket, work: asyncio.Task[None]) -> None:
         """Note how an order ended, and forget the oldest."""

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from jaxtyping import UInt8
 
-from raylarge import images, schema, storage
+from raylarge import images, tables
 from raylarge.diffusion import noise
 from raylarge.errors import UserError
 from raylarge.train.task import Batch, Facts, Recipe
@@ -44,13 +43,12 @@ class Ingest:
         Raises:
             UserError: no table, one of another version, no row of the split, unfit weights.
         """
-        made = manifest(root, name)
-        table = _rows(root, made, split)
+        made, table = tables.manifest(root, name), tables.rows(root, name, split)
         self.recipe, self.digest = recipe, str(made["digest"])
         self.scale = table["scale"].to_numpy().astype(np.int64)
         self.rows = table["grid_rows"].to_numpy().astype(np.int64)
         self.columns = table["grid_columns"].to_numpy().astype(np.int64)
-        self.grid, self.grid_start = _lists(table["grid"])
+        self.grid, self.grid_start = tables.lists(table["grid"])
         self.images: dict[int, UInt8[np.ndarray, "p p 3"]] = {}
         self.png = table["image"] if "image" in table.column_names else None
         self.latent = None if self.png is not None else _latents(table)
@@ -149,66 +147,9 @@ def check_batch(recipe: Recipe, world_size: int) -> None:
         )
 
 
-def manifest(root: str, name: str) -> dict[str, Any]:
-    """What the verb that made a table wrote when it had finished.
-
-    Raises:
-        UserError: it has not.
-    """
-    verb = "shard" if name == "examples" else name.replace("latents", "encode", 1)
-    path = storage.join(root, f"{verb}.json")
-    if not storage.exists(path):
-        raise UserError(
-            f"{path} is missing, so there are no {name} yet; run python jobs/prepare.py "
-            f"out={root}{'' if verb == 'shard' else ' verbs=encode bundle=...'} first."
-        )
-    made: dict[str, Any] = storage.read_json(path)
-    return made
-
-
-def _rows(root: str, made: dict[str, Any], split: str) -> pa.Table:
-    """The rows of a split in canonical order, whatever parts they were written in."""
-    parts = [
-        storage.join(root, part["part"])
-        for part in made["parts"]
-        if any(by.get(split) for by in part["counts"].values())
-    ]
-    if not parts:
-        raise UserError(
-            f"none of the {made['rows']} rows that {made['verb']} made in {root} is of the "
-            f"split '{split}'; prepare more slides, or hold out fewer."
-        )
-    table = pa.concat_tables([_checked(path) for path in parts])
-    chosen = table.filter(pc.equal(table["split"], split))
-    keys = [(name, "ascending") for name in ("scale", "slide_id", "row", "column")]
-    return chosen.take(pc.sort_indices(chosen, sort_keys=keys)).combine_chunks()
-
-
-def _checked(path: str) -> pa.Table:
-    table = storage.read_table(path)
-    kind = schema.LATENTS if "latent" in table.column_names else schema.EXAMPLES
-    found = (table.schema.metadata or {}).get(b"version", b"?").decode()
-    try:
-        checked = schema.check(table, kind)
-    except (KeyError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} does not fit: {error}; prepare the data again.") from error
-    if found != schema.VERSION:
-        raise UserError(
-            f"{path} is of version {found}, not {schema.VERSION}; prepare the data again."
-        )
-    return checked
-
-
-def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """All values of a list column end to end, and where each row's begin."""
-    array = column.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
-
-
 def _latents(table: pa.Table) -> np.ndarray:
     """All latents as float16 [n, c, h, w]."""
-    values, starts = _lists(table["latent"])
+    values, starts = tables.lists(table["latent"])
     length = int(starts[1] - starts[0])
     side = math.isqrt(length // LATENT_CHANNELS)
     if not (np.diff(starts) == length).all() or LATENT_CHANNELS * side * side != length:

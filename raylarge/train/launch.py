@@ -26,14 +26,14 @@ from omegaconf import MISSING
 from tqdm import tqdm
 
 from raylarge import config as configuration
-from raylarge import report, storage
+from raylarge import report, storage, tables
 from raylarge.errors import UserError
 from raylarge.train import driver
 from raylarge.train.cdm import CdmConfig
 from raylarge.train.checkpoint import HISTORY, Checkpoints
 from raylarge.train.context import Context, LocalContext, RayContext, Status
 from raylarge.train.engine import DeepSpeedEngine, Engine, TorchEngine
-from raylarge.train.ingest import Ingest, check_batch, manifest
+from raylarge.train.ingest import Ingest, check_batch
 from raylarge.train.ldm import LdmConfig
 from raylarge.train.loop import fit
 from raylarge.train.task import Build, Recipe
@@ -94,7 +94,7 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
     _refuse_mixing(config, root)
     facts = _finished(config, root)
     if facts is None:
-        manifest(config.data, table_name(config))  # before any worker starts
+        tables.manifest(config.data, table_name(config))  # before any worker starts
         with _line(config.model) as show:
             facts = (_on_ray if config.workers else _here)(config, build, show)
         facts |= {"bundle": config.out, "loss_csv": storage.join(root, HISTORY)}

@@ -1,7 +1,8 @@
 """Task `ldm`: the U-Net and the Summarizer, jointly, on LATENTS of all scales.
 
 Loss: L2 on the prediction (noise, as published, or v). With probability p the whole condition
-becomes zeros, after the Summarizer. The U-Net is averaged, as published. Source: ZoomLDM section 3.1, supplement S3.1.
+becomes zeros, after the Summarizer. The U-Net is averaged, as published. Source: ZoomLDM
+section 3.1, supplement S3.1.
 """
 
 from __future__ import annotations

@@ -1,0 +1,90 @@
+"""Reading a table by the manifest of the verb that made it, never by what lies in its folder.
+
+The manifest lists the table's parts, so parts of an unfinished run or of a slide that was
+taken out are not seen. Rows come in one canonical order, however the parts were cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raylarge import schema, storage
+from raylarge.errors import UserError
+
+VERBS = {"tiles": "tile", "embeddings": "embed", "examples": "shard"}
+KEYS = ("scale", "slide_id", "row", "column")
+
+
+def manifest(root: str, name: str) -> dict[str, Any]:
+    """What the verb that made a table wrote when it had finished.
+
+    Args:
+        root: the data folder; a path or an `s3://` URL.
+        name: tiles, embeddings, examples or latents-<digest>.
+
+    Raises:
+        UserError: it has not finished, or not here.
+    """
+    verb = VERBS.get(name, name.replace("latents", "encode", 1))
+    path = storage.join(root, f"{verb}.json")
+    if not storage.exists(path):
+        more = " verbs=encode bundle=..." if verb.startswith("encode") else ""
+        raise UserError(
+            f"{path} is missing, so there are no {name} yet; run python jobs/prepare.py "
+            f"out={root}{more} first."
+        )
+    made: dict[str, Any] = storage.read_json(path)
+    return made
+
+
+def rows(
+    root: str, name: str, split: str | None = None, columns: Iterable[str] | None = None
+) -> pa.Table:
+    """The rows of a table, of one split if given, sorted by scale, slide, row and column.
+
+    Raises:
+        UserError: no such table, none of its rows is of the split, or a part does not fit.
+    """
+    made = manifest(root, name)
+    parts = [
+        storage.join(root, part["part"])
+        for part in made["parts"]
+        if split is None or any(by.get(split) for by in part["counts"].values())
+    ]
+    if not parts:
+        raise UserError(
+            f"none of the {made['rows']} rows that {made['verb']} made in {root} is of the "
+            f"split '{split}'; prepare more slides, or hold out fewer."
+        )
+    table = pa.concat_tables([_checked(path, name) for path in parts])
+    if split is not None:
+        table = table.filter(pc.equal(table["split"], split))
+    keys = [(key, "ascending") for key in KEYS if key in table.column_names]
+    table = table.take(pc.sort_indices(table, sort_keys=keys))
+    return (table if columns is None else table.select(list(columns))).combine_chunks()
+
+
+def lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """All values of a list column end to end, and where each row's begin."""
+    array = column.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
+
+
+def _checked(path: str, name: str) -> pa.Table:
+    kind = schema.LATENTS if name.startswith("latents") else getattr(schema, name.upper())
+    table = storage.read_table(path)
+    found = (table.schema.metadata or {}).get(b"version", b"?").decode()
+    if found != schema.VERSION:
+        raise UserError(
+            f"{path} is of version {found}, not {schema.VERSION}; prepare the data again."
+        )
+    try:
+        return schema.check(table, kind)
+    except (KeyError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} does not fit: {error}; prepare the data again.") from error

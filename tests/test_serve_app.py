@@ -1,0 +1,360 @@
+"""The service: what its HTTP says without Ray, and law 4 over HTTP with Ray Serve."""
+
+import asyncio
+import contextlib
+import logging
+import re
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import yaml
+from ray import serve
+
+from raylarge import images
+from raylarge.errors import UserError
+from raylarge.fleet.facts import Facts
+from raylarge.fleet.worker import Worker
+from raylarge.models import bundle
+from raylarge.serve import app
+from raylarge.serve.api import Api
+from raylarge.serve.desk import Desk, Limits
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"size": 64, "sampler": {"steps": 1}}
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_bundle):
+    return Worker(bundle.load(tiny_bundle))
+
+
+class Service:
+    """The API over a desk in this process, whose worker answers when the gate is open."""
+
+    def __init__(self, worker, **limits):
+        self.worker, self.gate, self.asked = worker, asyncio.Event(), 0
+        self.desk = Desk(self.answer, self.facts, Limits(**limits))
+        transport = httpx.ASGITransport(Api(self.desk).app())
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://here")
+
+    async def facts(self):
+        return Facts.of(self.worker.bundle)
+
+    async def answer(self, task, *inputs):
+        self.asked += 1
+        await self.gate.wait()
+        return self.worker.answer(task, *inputs)
+
+    async def post(self, values=SMALL, **more):
+        return await self.http.post("/v1/images", json={**values, **more})
+
+    async def state(self, id, *until):
+        while True:
+            state = (await self.http.get(f"/v1/images/{id}")).json()
+            if not until or state["state"] in until:
+                return state
+            await asyncio.sleep(0.01)
+
+
+def serving(worker, talk, **limits):
+    async def main():
+        service = Service(worker, **limits)
+        try:
+            async with service.http:
+                await asyncio.wait_for(talk(service), 60)
+        finally:
+            service.desk.close()
+            scratch = Path(service.desk._scratch.name)
+        assert not scratch.exists()
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_order_becomes_a_marked_picture(worker, law_order, law_image):
+    async def talk(service):
+        answer = await service.post(law_order)
+        assert answer.status_code == 202
+        state = answer.json()
+        image = f"/v1/images/{state['id']}/image.png"
+        assert (state["state"], state["progress"], state["error"]) == ("queued", 0.0, None)
+        assert (await service.http.get(image)).status_code == 409
+        service.gate.set()
+        state = await service.state(state["id"], "done", "failed")
+        assert (state["state"], state["progress"]) == ("done", 1.0)
+        assert state["seconds"] > 0
+        assert state["links"]["image"] == image
+        picture = await service.http.get(image)
+        assert picture.headers["content-type"] == "image/png"
+        np.testing.assert_array_equal(images.from_bytes(picture.content), law_image)
+        for mark in (b"Synthetic", b"novel", state["order_digest"].encode()):
+            assert mark in picture.content
+        guide = await service.http.get(state["links"]["guide"])
+        assert images.from_bytes(guide.content).shape == (64, 64, 3)
+        order = (await service.http.get(state["links"]["order"])).json()
+        assert (order["size"], order["sampler"]["guidance"]) == ([128, 192], 2.0)
+
+        forgotten = await service.http.delete(state["links"]["self"])
+        assert forgotten.json()["state"] == "done"
+        assert (await service.http.get(image)).status_code == 404
+
+    serving(worker, talk)
+
+
+def test_a_single_patch_has_no_guide(worker):
+    async def talk(service):
+        service.gate.set()
+        id = (await service.post()).json()["id"]
+        assert "guide" not in (await service.state(id, "done"))["links"]
+        assert (await service.http.get(f"/v1/images/{id}/guide.png")).status_code == 404
+
+    serving(worker, talk)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ('{"size": 100}', 422, "multiples of the patch side 64"),
+        ('{"size": 64, "sampler": {"stepz": 3}}', 422, "did you mean 'sampler.step"),
+        ('{"size": 1e999}', 422, "is not a number of pixels"),
+        ('{"size": "${oc.env:HOME}"}', 422, "plain values"),
+        ('{"size": 64, "seed": 100000000000000000000}', 422, "below 2\\*\\*64|seed"),
+        ('{"size": 64, "batch": 1000000000}', 422, "asks for 1000000000 batch"),
+        ('{"count": 1000000000}', 422, "asks for 1000000000 windows"),
+        ('{"size": 64, "sampler": {"steps": 100000}}', 422, "asks for 200000 passes"),
+        ('{"size": 64, "condition": {"kind": "embeddings", "data": "?", "shape": [1, 1, 8]}}', 422,
+         "does not hold"),
+        ("[1]", 422, "an order is a JSON object"),
+        ("{", 422, "the body is not JSON"),
+        ("[" * 3000, 422, "the body is not JSON"),
+        ("\xff", 422, "the body is not JSON"),
+        ('{"a": "' + "x" * 5000 + '"}', 413, "at most 4096 bytes"),
+    ],
+)  # fmt: skip
+def test_an_order_that_is_no_order_is_one_sentence(worker, body, status, says, monkeypatch):
+    monkeypatch.setenv("HOME", "a-secret")
+
+    async def talk(service):
+        answer = await service.http.post("/v1/images", content=body.encode("latin-1"))
+        assert answer.status_code == status
+        detail = answer.json()["detail"]
+        assert "a-secret" not in detail
+        assert "\n" not in detail
+        assert re.search(says, detail)
+        assert service.asked == 0
+
+    serving(worker, talk, body_bytes=4096)
+
+
+def test_unknown_images_are_not_found(worker):
+    async def talk(service):
+        for path in ("", "/image.png", "/guide.png", "/order"):
+            answer = await service.http.get(f"/v1/images/nobody{path}")
+            assert answer.status_code == 404
+            assert "there is no image 'nobody'" in answer.json()["detail"]
+        assert (await service.http.delete("/v1/images/nobody")).status_code == 404
+
+    serving(worker, talk)
+
+
+def test_orders_wait_their_turn_and_too_many_are_turned_away(worker):
+    async def talk(service):
+        first, second, third = [(await service.post(seed=seed)).json()["id"] for seed in range(3)]
+        await service.state(first, "running")
+        assert (await service.state(second))["state"] == "queued"
+        full = await service.post()
+        assert full.status_code == 429
+        assert full.headers["retry-after"]
+        assert "2 orders are waiting" in full.json()["detail"]
+
+        await service.http.delete(f"/v1/images/{second}")
+        assert (await service.state(second))["state"] == "cancelled"
+        assert (await service.post(seed=9)).status_code == 202
+        await service.http.delete(f"/v1/images/{first}")
+        await service.state(first, "cancelled")
+        await service.state(third, "running")
+        answer = await service.http.get(f"/v1/images/{first}/image.png")
+        assert answer.status_code == 409
+        assert "cancelled" in answer.json()["detail"]
+        service.gate.set()
+        await service.state(third, "done")
+
+    serving(worker, talk, running=1, queued=2)
+
+
+def test_only_so_many_results_are_kept(worker):
+    async def talk(service):
+        service.gate.set()
+        ids = []
+        for seed in range(4):
+            ids.append((await service.post(seed=seed)).json()["id"])
+            await service.state(ids[-1], "done")
+        found = [(await service.http.get(f"/v1/images/{id}")).status_code for id in ids]
+        assert found == [404, 404, 200, 200]
+        assert len(list(Path(service.desk._scratch.name).iterdir())) == 2
+
+    serving(worker, talk, kept=2)
+
+
+def test_failures_are_told_apart(worker, caplog):
+    """A user's mistake is told whole, a fault of ours by its kind; the log has the rest."""
+
+    async def talk(service):
+        service.gate.set()
+        values = {"kind": "embeddings", "data": "AAA=", "shape": [1, 1, 1]}
+        id = (await service.post(condition=values)).json()["id"]
+        state = await service.state(id, "failed")
+        assert "have 1 channels, the bundle's Summarizer takes 8" in state["error"]
+
+        async def broken(task, *inputs):
+            raise ZeroDivisionError("at /secret/path")
+
+        service.desk._answer = broken
+        id = (await service.post()).json()["id"]
+        state = await service.state(id, "failed")
+        assert state["error"] == "the service failed (ZeroDivisionError); its log says more."
+        assert (await service.http.get(f"/v1/images/{id}/image.png")).status_code == 409
+
+    with caplog.at_level(logging.ERROR):
+        serving(worker, talk)
+    assert "at /secret/path" in caplog.text
+
+
+def test_the_bundle_tells_what_it_takes(worker):
+    async def talk(service):
+        facts = (await service.http.get("/v1/bundle")).json()
+        assert facts["patch"]["side_px"] == 64
+        assert facts["scales"] == [0, 1, 2, 3]
+        assert facts["largest_px"] == 512
+        assert facts["embedding_channels"] == 8
+        assert facts["cdm"] is True
+        assert (await service.http.get("/healthz")).status_code == 200
+
+    serving(worker, talk)
+
+
+def test_nothing_starts_on_a_mistake(tiny_bundle, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} is in use .* port={port + 1}"):
+            app.start(tiny_bundle, port)
+    with pytest.raises(UserError, match="there is no bundle at"):
+        app.start(str(tmp_path), 0)
+    with pytest.raises(UserError, match="there is no bundle at"):
+        app.build({"bundle": str(tmp_path)})
+    with pytest.raises(UserError, match="unknown key 'bundel'; did you mean 'bundle'"):
+        app.build({"bundel": tiny_bundle})
+    app.stop()
+    assert "ray" not in [process.name() for process in psutil.Process().children()]
+
+
+@pytest.fixture(scope="module")
+def url(ray_session, tiny_bundle):
+    yield app.start(tiny_bundle, port=0, workers=2)
+    app.stop()
+
+
+@pytest.fixture
+def http(url):
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def ended(http, id, watch=lambda state: None):
+    deadline = time.monotonic() + 240
+    while True:
+        state = http.get(f"/v1/images/{id}").json()
+        watch(state)
+        if state["state"] not in ("queued", "running"):
+            return state
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def busy_replicas():
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "Worker" in (name := " ".join(process.cmdline())) and "Replica" in name:
+                found.append(process)
+    return found
+
+
+@pytest.mark.ray
+def test_law_4_over_http(http, law_order, law_image):
+    answer = http.post("/v1/images", json=law_order)
+    assert answer.status_code == 202
+    seen = []
+    state = ended(http, answer.json()["id"], lambda state: seen.append(state["progress"]))
+    assert state["state"] == "done", state
+    assert seen == sorted(seen)
+    content = http.get(state["links"]["image"]).content
+    np.testing.assert_array_equal(images.from_bytes(content), law_image)
+    assert http.get("/v1/bundle").json()["digest"].encode() in content
+    assert http.post("/v1/images", json={"size": 1}).status_code == 422
+
+
+@pytest.mark.ray
+def test_law_4_over_http_with_two_orders_and_a_killed_replica(http, law_order, law_image):
+    ids = [http.post("/v1/images", json=law_order).json()["id"] for _ in range(2)]
+    killed = []
+
+    def kill_once(state):
+        if state["progress"] > 0.2 and not killed:
+            killed.extend(busy_replicas()[:1])
+            killed[0].kill()
+
+    for id in ids:
+        state = ended(http, id, kill_once)
+        assert state["state"] == "done", state
+        content = http.get(state["links"]["image"]).content
+        np.testing.assert_array_equal(images.from_bytes(content), law_image)
+    assert len(killed) == 1
+
+
+@pytest.mark.ray
+def test_a_cancelled_order_leaves_the_workers_to_others(http, law_order):
+    long = {**law_order, "chunk": 50, "sampler": {**law_order["sampler"], "steps": 1000}}
+    id = http.post("/v1/images", json={**long, "size": 64}).json()["id"]
+    while http.get(f"/v1/images/{id}").json()["state"] != "running":
+        time.sleep(0.02)
+    assert http.delete(f"/v1/images/{id}").json()["state"] == "cancelled"
+    assert ended(http, http.post("/v1/images", json=SMALL).json()["id"])["state"] == "done"
+    assert http.get(f"/v1/images/{id}").json()["state"] == "cancelled"
+
+
+@pytest.mark.ray
+def test_the_deployments_are_those_that_the_cluster_file_configures(url, tiny_bundle):
+    [ours] = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())["applications"]
+    deployments = serve.status().applications["raylarge"].deployments
+    assert deployments.keys() == {deployment["name"] for deployment in ours["deployments"]}
+    assert ours["args"].keys() <= app.Service.__dataclass_fields__.keys()
+    with pytest.raises(UserError, match="Serve runs on this Ray already"):
+        app.start(tiny_bundle, port=0)
+
+
+@pytest.mark.ray
+def test_it_listens_on_loopback_only(url):
+    port = int(url.rsplit(":", 1)[1])
+    listening = {
+        connection.laddr.ip
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    }
+    assert listening == {"127.0.0.1"}
+
+
+@pytest.mark.ray
+def test_stop_leaves_nothing_behind(url):
+    app.stop()
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{url}/healthz")
+    assert busy_replicas() == []
