@@ -113,6 +113,9 @@ def replace_folder(made: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def digest(content: bytes) -> str:
+def digest(*contents: bytes) -> str:
     """A short name for bytes: the first 16 hexadecimal digits of their SHA-256."""
-    return hashlib.sha256(content).hexdigest()[:16]
+    total = hashlib.sha256()
+    for content in contents:
+        total.update(content)
+    return total.hexdigest()[:16]

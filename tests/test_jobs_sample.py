@@ -37,7 +37,7 @@ def words(tiny_bundle, law_order):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A data folder with the EMBEDDINGS of one slide: each vector tells its row and column."""
-    folder = str(tmp_path_factory.mktemp("data"))
+    folder, parts = str(tmp_path_factory.mktemp("data")), []
     for number, rows in enumerate([range(6), range(6, 12)]):
         cells = sorted(cell for cell in EMBEDDED if cell[0] in rows)
         table = pa.table(
@@ -48,8 +48,10 @@ def prepared(tmp_path_factory):
                 "embedding": [np.array([*cell, 1, 2, 3, 4, 5, 6], np.float16) for cell in cells],
             }
         )
-        path = storage.join(folder, "embeddings", f"s-1-{number:04d}.parquet")
+        parts.append({"part": f"embeddings/s-1-{number:04d}.parquet"})
+        path = storage.join(folder, parts[-1]["part"])
         storage.write_table(path, schema.check(table, schema.EMBEDDINGS))
+    storage.write_json(storage.join(folder, "embed.json"), {"verb": "embed", "parts": parts})
     return folder
 
 
@@ -124,7 +126,7 @@ def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path):
         (["seed=3"], "unknown key 'seed'"),
         (["workers=-1"], "workers starts at 0"),
         (["reference={data}:other"], "has no slide 'other'; it has: s-1"),
-        (["reference={data}/nothing"], "there are no embeddings in .*jobs/prepare.py"),
+        (["reference={data}/nothing"], "there are no embeddings yet; run python jobs/prepare.py"),
         (["reference={data}", "order.size=512"], "nowhere has 8 x 8 embedded base tiles"),
         (["reference={data}", "at=3,2"], "no embeddings for all of the 2 x 3 base tiles"),
         (["reference={data}", "at=here"], "at=here is not a row and a column"),

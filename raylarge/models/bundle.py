@@ -65,7 +65,12 @@ def save(
         facts: merged into what the bundle knows: `patch_px`, `encoder`, the config of each
             training, digests of the data.
         schedule: the U-Net's; the published one if left out.
+
+    Raises:
+        UserError: the folder is no local path.
     """
+    if not storage.is_local(folder):
+        raise UserError(f"a bundle is written to a disk that the nodes share, not to {folder}.")
     index = _index(folder) if storage.exists(storage.join(folder, "model_index.json")) else {}
     if "unet" in parts:
         parts = {**parts, "scheduler": DDIMScheduler(**_scheduler_config(schedule or Schedule()))}
@@ -130,9 +135,18 @@ def facts(folder: str) -> dict[str, Any]:
 
 
 def digest(folder: str, names: tuple[str, ...] = tuple(PARTS)) -> str:
-    """A short name for the weights of some parts."""
+    """A short name for the weights and configurations of some parts, wherever they lie."""
     files = [path for name in names for path in storage.listing(f"{folder}/{name}/*")]
-    return storage.digest(b"".join(storage.read_bytes(path) for path in files))
+    return storage.digest(*map(_content, files))
+
+
+def _content(path: str) -> bytes:
+    """A file without what tells where it was loaded from."""
+    if not path.endswith(".json"):
+        return storage.read_bytes(path)
+    values = storage.read_json(path)
+    values.pop("_name_or_path", None)
+    return json.dumps(values, sort_keys=True).encode()
 
 
 def _part(folder: str, name: str, dtype: torch.dtype = torch.float32) -> Any:

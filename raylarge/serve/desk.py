@@ -125,6 +125,7 @@ class Desk:
         name = uuid.uuid4().hex
         self._turn_away()  # others came in while this one was read
         ticket = Ticket(name, order.digest, Path(self._scratch.name, name))
+        result.write_order(str(ticket.folder), order)
         self._tickets[name] = ticket
         ticket.work = asyncio.create_task(self._carry_out(ticket, order, plan, facts))
         ticket.work.add_done_callback(lambda work: self._settle(ticket, work))
@@ -174,7 +175,6 @@ class Desk:
                 raise UserError(f"the order asks for {value} {name}; this service allows {most}.")
 
     async def _carry_out(self, ticket: Ticket, order: Order, plan: Plan, facts: Facts) -> None:
-        await asyncio.to_thread(result.write_order, str(ticket.folder), order)
         async with self._room:
             ticket.state, ticket.began = "running", time.monotonic()
             made = await arun(plan, self._answer, ticket.watch)

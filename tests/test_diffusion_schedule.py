@@ -1,0 +1,102 @@
+"""Schedules and steps against the published figures (law 8), and what must hold by algebra."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from raylarge.diffusion.loss import draws
+from raylarge.diffusion.noise import generator, normal
+from raylarge.diffusion.schedule import Schedule
+from raylarge.diffusion.steps import ddim
+
+
+@pytest.fixture(scope="module")
+def figures(parity):
+    return np.load(parity / "samplers.npz")
+
+
+def test_the_schedule_is_the_published_one(figures):
+    schedule = Schedule()
+    assert np.abs(schedule.betas.numpy() - figures["betas"]).max() <= 1e-6
+    assert np.abs(schedule.abar.numpy() - figures["alphas_cumprod"]).max() <= 1e-6
+    steps = schedule.steps(50)
+    assert [step.t for step in steps] == sorted(figures["ts50"].tolist(), reverse=True)
+    assert np.abs([s.abar_prev for s in steps[::-1]] - figures["alphas_prev"]).max() <= 1e-6
+
+
+@pytest.mark.parametrize("count", [10, 50])
+def test_guided_ddim_equals_the_published_samples(figures, count):
+    """The figures' analytic model, guidance 2.0 as u + w (c - u), eta 0."""
+    schedule = Schedule()
+    x_t, c = torch.from_numpy(figures["xT"]), torch.from_numpy(figures["cond"])[..., None, None]
+    for step in schedule.steps(count):
+        u_eps = 0.5 * torch.tanh(x_t) + 1e-4 * step.t
+        eps = u_eps + 2.0 * (0.1 * c)
+        x_t = ddim(x_t, schedule.x_0(x_t, eps, step.t), step)
+    published = figures[f"ddim{count}"]  # values of up to 100: relative to the largest
+    assert np.abs(x_t.numpy() - published).max() <= 2e-6 * np.abs(published).max()
+
+
+def test_sigma_at_eta_one_is_the_published_one(figures):
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    sigmas = [float(ddim(zero, zero, step, 1.0, one)) for step in Schedule().steps(50)]
+    assert np.abs(sigmas[::-1] - figures["sigmas_eta1"].squeeze()).max() <= 1e-6
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_the_target_implies_the_clean_sample(prediction):
+    schedule = Schedule(prediction=prediction)
+    x_0, eps, t = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 20, 500, 900])
+    x_t = schedule.noised(x_0, eps, t)
+    found = schedule.x_0(x_t, schedule.target(x_0, eps, t), t)
+    assert (found - x_0).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("count", [0, 1000])
+def test_steps_that_do_not_fit_are_refused(count):
+    with pytest.raises(ValueError, match="steps do not fit"):
+        Schedule().steps(count)
+
+
+def test_noise_is_a_function_of_its_address():
+    here = normal((3, 4), 7, "sampling", [(0, 1, 2, 3), (0, 1, 2, 4)])
+    again = normal((3, 4), 7, "sampling", [(0, 1, 2, 4)])
+    assert torch.equal(here[1], again[0])
+    assert not torch.equal(here[0], here[1])
+    others = [
+        (8, "sampling", (0, 1, 2, 3)),
+        (7, "flip", (0, 1, 2, 3)),
+        (7, "sampling", (1, 0, 2, 3)),
+    ]
+    for seed, stream, address in others:
+        assert not torch.equal(normal((3, 4), seed, stream, [address])[0], here[0])
+    many = normal((64, 64), 1, "x", [(i,) for i in range(50)])
+    assert abs(float(many.mean())) < 0.01
+    assert abs(float(many.std()) - 1) < 0.01
+    neighbours = many.flatten(1)
+    assert abs(float((neighbours[:-1] * neighbours[1:]).mean())) < 0.01
+
+
+@pytest.mark.parametrize("address", [(-1,), (1 << 32,), (0,) * 7])
+def test_an_address_out_of_range_is_refused(address):
+    with pytest.raises(ValueError, match="noise address"):
+        generator(0, "x", *address)
+
+
+def test_draws_belong_to_samples_not_to_batches():
+    whole = draws(torch.arange(6), (2, 3), 5, "ldm", 1000)
+    part = draws(torch.tensor([4, 1]), (2, 3), 5, "ldm", 1000)
+    for one, other in zip(whole, part, strict=True):
+        assert torch.equal(one[[4, 1]], other)
+
+
+def test_the_published_average(parity):
+    trace = json.loads((parity / "meta.json").read_text())["ema_trace_0_to_1"]
+    value, found = 0.0, []
+    for n in range(1, len(trace) + 1):
+        decay = min(0.9999, (1 + n) / (10 + n))
+        value = decay * value + (1 - decay)
+        found.append(value)
+    assert np.abs(np.array(found) - np.array(trace)).max() <= 1e-6

@@ -1,0 +1,87 @@
+"""Orders travel as JSON and are refused at the boundary."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from raylarge.errors import UserError
+from raylarge.geometry import Patch, Scale, batches, guide_scale, origins, spans, windows
+from raylarge.order import Condition, check, parse
+
+PATCH = Patch(side_px=64, factor=4, channels=3, scales=4)
+GRID = np.arange(2 * 3 * 5).reshape(2, 3, 5).astype(np.float16)
+
+
+def test_an_order_survives_json():
+    condition = dataclasses.asdict(Condition.of(GRID))
+    order = parse({"size": "128x192", "recipe": "released", "condition": condition})
+    again = parse(json.loads(json.dumps(order.as_json())))
+    assert again == order
+    assert again.digest == order.digest
+    assert np.array_equal(again.condition.grid(), GRID)
+    assert parse({**order.as_json(), "seed": 1}).digest != order.digest
+
+
+def test_the_recipe_fills_what_is_left_open():
+    order = parse({"size": 64, "recipe": "released", "sampler": {"steps": 7}})
+    assert (order.sampler.steps, order.sampler.inner, order.sampler.guidance) == (7, 10, 3.0)
+    assert parse({"size": 64}).sampler.steps == 50
+
+
+@pytest.mark.parametrize(("size", "k"), [(64, 0), (128, 1), ("64x192", 2), (512, 3)])
+def test_the_guide_covers_the_canvas(size, k):
+    assert parse({"size": size}).guide(PATCH) == Scale(k)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"size": 100}, "multiples of the patch side 64"),
+        ({}, "multiples of the patch side 64"),
+        ({"size": 1 << 20}, "at most 131072"),
+        ({"size": 1024}, "the largest side is 512"),
+        ({"size": 512, "scale": 1}, "the largest side is 256"),
+        ({"count": 3, "scale": 4}, "scales 0 to 3"),
+        ({"size": 64, "sampler": {"derivative": "exact"}}, "not jvp or difference"),
+        ({"size": 64, "sampler": {"steps": 0}}, "start at 1"),
+        ({"size": 64, "batch": 0}, "start at 1"),
+        ({"size": 128, "condition": dataclasses.asdict(Condition.of(GRID))}, r"takes \(2, 2\)"),
+    ],
+)
+def test_what_a_bundle_cannot_do_is_refused(values, says):
+    with pytest.raises(UserError, match=says):
+        check(parse(values), PATCH)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"sise": 64}, "did you mean 'size'"),
+        ({"size": "big"}, "not a number of pixels"),
+        ({"recipe": "mine"}, "choose one of: paper, released"),
+        ({"condition": {"kind": "magic"}}, "null, cdm or embeddings"),
+        ({"condition": {"fine": "magic"}}, "null or independent"),
+        ({"seed": "x"}, "'seed'"),
+    ],
+)
+def test_what_is_no_order_is_refused(values, says):
+    with pytest.raises(UserError, match=says):
+        parse(values)
+
+
+def test_damaged_embeddings_are_refused():
+    condition = Condition.of(GRID)
+    with pytest.raises(UserError, match="float16 values"):
+        dataclasses.replace(condition, data=condition.data[:-8]).grid()
+
+
+def test_windows_cover_and_batches_are_full():
+    assert origins(100, 64, 16) == [0, 16, 32, 36]
+    assert windows((64, 80), 64, 16) == [(0, 0), (0, 16)]
+    assert batches(5, 2) == [(0, 1), (2, 3), (4, 4)]
+    assert spans(10, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert guide_scale((65, 1), 64) == Scale(1)
+    with pytest.raises(ValueError, match="leave gaps"):
+        origins(100, 64, 65)
