@@ -140,14 +140,25 @@ def test_a_mistake_is_one_sentence_and_starts_nothing(tiny_bundle, prepared, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_bundle_ends_with_status_2_and_no_traceback(tmp_path):
-    command = [sys.executable, "jobs/sample.py", f"bundle={tmp_path}/none", f"out={tmp_path}/o"]
+def test_a_missing_bundle_ends_with_status_2_and_one_line_even_without_ray(tmp_path):
+    code = "import runpy, sys; sys.modules['ray'] = None; sys.argv.remove('-c')"
+    run = f"{code}; runpy.run_path('jobs/sample.py', run_name='__main__')"
+    words = [f"bundle={tmp_path}/none", f"out={tmp_path}/o", "order.size=64"]
     done = subprocess.run(
-        [*command, "order.size=64"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
+        [sys.executable, "-c", run, "jobs/sample.py", *words],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "there is no bundle at" in done.stderr
+
+
+def wait_for_replies(out, process, kept):
+    deadline = time.monotonic() + 300
+    while len(list(out.glob(".ledger-*/[a-z]*"))) < kept:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def killed_half_way(words, out, kept=8):
@@ -156,11 +167,7 @@ def killed_half_way(words, out, kept=8):
         [sys.executable, "jobs/sample.py", *words, f"out={out}"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 300
-    while len(list(out.glob(".ledger-*/[a-z]*"))) < kept:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for_replies(out, process, kept)
     os.kill(process.pid, signal.SIGSTOP)  # so that it does not end meanwhile
     offspring = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
@@ -196,3 +203,35 @@ def test_law_4_actors_give_the_files_that_this_process_gives(
     job.main([*words, f"out={tmp_path}", "workers=2"])
     np.testing.assert_array_equal(pixels(tmp_path), law_image)
     assert json.loads((tmp_path / "report.json").read_text())["stages"]["sample"]["requests"] == 21
+
+
+@pytest.mark.cluster
+def test_law_4_on_a_cluster_that_loses_a_node(words, tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    fast = {
+        "health_check_initial_delay_ms": 1000,
+        "health_check_period_ms": 500,
+        "health_check_timeout_ms": 500,
+        "health_check_failure_threshold": 3,
+    }
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": fast}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        doomed, _ = (cluster.add_node(num_cpus=1) for _ in range(2))
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        long = [word.replace("chunk=1", "chunk=2") for word in words]
+        command = [sys.executable, "jobs/sample.py", *long, f"out={tmp_path}", "workers=2"]
+        process = subprocess.Popen([*command, "order.sampler.steps=40"], cwd=ROOT)
+        wait_for_replies(tmp_path, process, 6)
+        raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
+        for victim in [raylet, *raylet.children(recursive=True)]:
+            victim.kill()
+        assert process.wait(timeout=300) == 0
+    finally:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        cluster.shutdown()
+    there = pixels(tmp_path)
+    job.main([*long, "order.sampler.steps=40", f"out={tmp_path}/here"])
+    np.testing.assert_array_equal(pixels(tmp_path / "here"), there)

@@ -249,8 +249,8 @@ def test_nothing_starts_on_a_mistake(tiny_bundle, tmp_path):
         app.start(str(tmp_path), 0)
     with pytest.raises(UserError, match="there is no bundle at"):
         app.build({"bundle": str(tmp_path)})
-    with pytest.raises(UserError, match="unknown key 'bundel'; did you mean 'bundle'"):
-        app.build({"bundel": tiny_bundle})
+    with pytest.raises(UserError, match="unknown key 'bundl'; did you mean 'bundle'"):
+        app.build({"bundl": tiny_bundle})
     app.stop()
     assert "ray" not in [process.name() for process in psutil.Process().children()]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,17 +40,37 @@ def session(workers: int, logs: str = "") -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="error")
+    with _native_stderr(logs):
         own = None
-    else:
-        own = _start(workers)
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level="error")
+        else:
+            own = _start(workers)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+            if own is not None and logs:
+                keep_logs(own, logs)
+
+
+@contextmanager
+def _native_stderr(logs: str) -> Iterator[None]:
+    """Send what Ray's C++ writes to descriptor 2 to LOGS/native.log; ours still gets through."""
+    if not logs:
+        yield
+        return
+    Path(logs).mkdir(parents=True, exist_ok=True)
+    before, terminal = sys.stderr, os.dup(2)
+    with Path(logs, "native.log").open("ab") as log:
+        os.dup2(log.fileno(), 2)
+    sys.stderr = os.fdopen(terminal, "w", buffering=1)
     try:
         yield
     finally:
-        ray.shutdown()
-        if own is not None and logs:
-            keep_logs(own, logs)
+        os.dup2(terminal, 2)
+        sys.stderr.close()
+        sys.stderr = before
 
 
 def _start(workers: int) -> Path:

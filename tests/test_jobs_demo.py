@@ -1,0 +1,42 @@
+"""The demo at its smallest: every stage real, then a second run that skips them all."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from raylarge import images, order
+from raylarge.slides import procedural
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_the_thread_from_slide_to_served_images(tmp_path):
+    slide, out = tmp_path / "slide.tiff", tmp_path / "demo"
+    procedural.write(str(slide), (1280, 1280), seed=3)
+    command = [sys.executable, "jobs/demo.py", f"slides={slide}", f"out={out}", "size=128"]
+    command += ["minutes=0.1", "workers=1"]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stdout + first.stderr
+    facts = json.loads((out / "report.json").read_text())
+    stages = ["slide", "prepare", "train vae", "encode", "train ldm", "train cdm", "patches"]
+    assert {*stages, "serve", "check"} <= facts["stages"].keys()
+    assert facts["stages"]["train ldm"]["steps"] > 0
+    for name in ("reference", "novel", "uncorrected"):
+        image, text = images.read_png(str(out / "images" / name / "image.png"))
+        assert image.shape == (128, 128, 3)
+        assert image.std() > 0
+        assert text["Synthetic"] == "true"
+        assert order.parse(json.loads(text["Order"])).seed == 7
+    assert text["Origin"] == "derived from a real image"
+    errors = facts["stages"]["check"]["images"]
+    corrected, plain = (errors[n]["cross_scale_error"] for n in ("reference", "uncorrected"))
+    assert corrected < plain
+    assert (out / "logs").is_dir()
+
+    before = (out / "images" / "novel" / "image.png").stat().st_mtime_ns
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert second.stdout.count("done before") == len(stages) + 2
+    assert (out / "images" / "novel" / "image.png").stat().st_mtime_ns == before
