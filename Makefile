@@ -31,11 +31,15 @@ demo: $(STAMP)  ## slide to served image; SLIDES='a.svs b.svs' MINUTES=20 ARGS='
 	@$(BIN)/python jobs/demo.py $(if $(SLIDES),slides='$(SLIDES)') \
 		$(if $(MINUTES),minutes=$(MINUTES)) $(ARGS)
 
-test: $(STAMP)  ## every test that needs no GPU, no second node and no patience; ARGS='-k name'
-	$(BIN)/pytest -m "not slow and not cluster and not gpu" $(ARGS)
+# Two processes for what starts no Ray; one for what does, since that fills the machine alone.
+FAST := $(BIN)/pytest -n 2 --dist loadfile -m "not ray and not slow and not cluster and not gpu"
 
-test-fast: $(STAMP)  ## the tests that start no Ray
-	$(BIN)/pytest -m "not ray and not slow and not cluster and not gpu" $(ARGS)
+test: $(STAMP)  ## every test that needs no GPU, no second node and no patience
+	$(FAST)
+	$(BIN)/pytest -m "ray and not slow and not cluster and not gpu"
+
+test-fast: $(STAMP)  ## the tests that start no Ray; ARGS='-k name'
+	$(FAST) $(ARGS)
 
 # pytest ends with 5 where no test carries the mark: nothing to do is no failure.
 test-cluster: $(STAMP)  ## the tests that start several Ray nodes on this machine

@@ -80,7 +80,7 @@ class Demo:
 
     slides: str = ""
     out: str = "out/demo"
-    minutes: float = 4.0
+    minutes: float = 3.5
     size: int = 512
     seed: int = 7
     workers: int = 2
