@@ -117,10 +117,9 @@ class Thread:
 
     def run(self) -> None:
         """Everything, and the closing table."""
-        began = time.monotonic()
         with self._stack:
             checks = self._stages()
-        self.report.add(seconds=round(time.monotonic() - began, 1), versions=versions())
+        self.report.add(seed=self.config.seed, versions=versions())
         report.say("\n" + report.table(["stage", "time", "rows", "output"], self.rows))
         report.say("\n" + told(checks))
         report.say(f"report: {os.path.relpath(self.report.path)}")

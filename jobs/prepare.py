@@ -9,12 +9,12 @@ from __future__ import annotations
 from jobs.presets import PREPARE
 from raylarge import report, storage
 from raylarge.config import parse
-from raylarge.data.prepare import Prepare, absolute, prepare
+from raylarge.data.prepare import Prepare, prepare
 
 
 def main(arguments: list[str]) -> None:
     config = parse(Prepare, arguments, PREPARE)
-    log = report.Report(storage.join(absolute(config.out), "report.json"))
+    log = report.Report(storage.join(storage.absolute(config.out), "report.json"))
     done = prepare(config, log)
     seconds = {verb: log.facts["stages"][verb]["seconds"] for verb in done}
     rows = [[verb, seconds[verb], facts["rows"], facts["output"]] for verb, facts in done.items()]

@@ -22,6 +22,7 @@ from raylarge.errors import UserError
 from raylarge.geometry import Patch, Scale, guide_scale
 
 LIMIT_PX = 1 << 17
+LIMIT_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,10 @@ def check(order: Order, patch: Patch) -> None:
         raise UserError(f"sampler.derivative '{sampler.derivative}' is not jvp or difference.")
     if min(order.batch, order.chunk, sampler.steps) < 1 or min(order.seed, sampler.inner) < 0:
         raise UserError("batch, chunk and sampler.steps start at 1, seed and sampler.inner at 0.")
+    if order.batch > LIMIT_BATCH:
+        raise UserError(
+            f"batch {order.batch} is more than {LIMIT_BATCH}; short batches are padded."
+        )
     if order.seed >= 1 << 64:
         raise UserError(f"seed {order.seed} does not fit 64 bits; choose one below 2**64.")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -44,6 +45,7 @@ def entry(job: Callable[[list[str]], None]) -> NoReturn:
 
     A `UserError` becomes one sentence on stderr and status 2; Ctrl-C becomes status 130.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     try:
         job(sys.argv[1:])
     except UserError as error:

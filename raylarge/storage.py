@@ -32,6 +32,11 @@ def join(folder: str, *names: str) -> str:
     return "/".join([folder.rstrip("/"), *names])
 
 
+def absolute(path: str) -> str:
+    """A path that means the same in every process: local ones from the root of the disk."""
+    return os.path.abspath(path.removeprefix("file://")) if is_local(path) else path
+
+
 def exists(path: str) -> bool:
     """Whether a file, an object or a folder stands at a path (never from a stale listing)."""
     fs, root = fsspec.core.url_to_fs(path)

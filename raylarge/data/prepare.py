@@ -47,7 +47,7 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: whatever the verbs raise, an unknown verb, no slide, no bundle.
     """
-    root = absolute(config.out)
+    root = storage.absolute(config.out)
     done: dict[str, dict[str, Any]] = {}
     with nullcontext() if config.workers is None else session(config.workers + 1):
         for verb in _verbs(config):
@@ -69,7 +69,7 @@ def _run(verb: str, root: str, config: Prepare) -> dict[str, Any]:
         return shard.run(root, config.tile, config.embed, workers)
     if not config.bundle:
         raise UserError("encode needs bundle=, the folder that jobs/train.py model=vae wrote.")
-    return encode.run(root, absolute(config.bundle), config.encode, workers)
+    return encode.run(root, storage.absolute(config.bundle), config.encode, workers)
 
 
 def find_slides(slides: str) -> list[str]:
@@ -80,7 +80,7 @@ def find_slides(slides: str) -> list[str]:
     """
     found: set[str] = set()
     for word in filter(None, (word.strip() for word in slides.split(","))):
-        paths = storage.listing(absolute(word))
+        paths = storage.listing(storage.absolute(word))
         if not paths:
             raise UserError(f"no slide fits {word}; check the path (a pattern needs quotes).")
         if storage.is_local(word) and any(os.path.isdir(path) for path in paths):
@@ -89,11 +89,6 @@ def find_slides(slides: str) -> list[str]:
     if not found:
         raise UserError("which slides? Give slides='a.svs,folder/*.tif'.")
     return sorted(found)
-
-
-def absolute(path: str) -> str:
-    """A path that means the same in every process: local ones from the root of the disk."""
-    return os.path.abspath(path.removeprefix("file://")) if storage.is_local(path) else path
 
 
 def _verbs(config: Prepare) -> list[str]:

@@ -31,7 +31,7 @@ from torch import Tensor
 from raylarge.errors import UserError
 from raylarge.fleet.facts import Facts
 from raylarge.fleet.worker import Worker
-from raylarge.models.bundle import load
+from raylarge.models.bundle import load, usable_device
 from raylarge.report import say
 from raylarge.sampling.plan import Reply, Task
 
@@ -111,7 +111,7 @@ class PooledWorker:
         """Load, unless that is done; comes back when the actor is idle."""
         if self._worker is None:
             torch.set_num_threads(self._threads)
-            self._worker = Worker(load(self._bundle))
+            self._worker = Worker(load(self._bundle, usable_device()))
 
     def answer(self, task: Task, *inputs: Any) -> Reply:
         """The reply to a task."""

@@ -25,7 +25,7 @@ from raylarge.fleet import result
 from raylarge.fleet.facts import Facts
 from raylarge.fleet.ledger import Ledger
 from raylarge.fleet.reference import region
-from raylarge.fleet.session import absolute, session
+from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import Patch
 from raylarge.models import bundle as bundles
@@ -68,7 +68,7 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     """
     if config.workers < 0 or config.threads < 1:
         raise UserError("workers starts at 0 (no Ray, in this process) and threads at 1.")
-    folder, out = absolute(config.bundle), absolute(config.out)
+    folder, out = storage.absolute(config.bundle), storage.absolute(config.out)
     facts = Facts.read(folder)
     order = _order(config, facts.patch)
     plan = joint.plan(order, facts.patch)
@@ -128,7 +128,7 @@ def _here(config: Sample, folder: str, this: _Run) -> dict[str, str]:
     torch.set_num_threads(config.threads)
     try:
         with this.log.stage("start"):
-            worker = Worker(bundles.load(folder))
+            worker = Worker(bundles.load(folder, bundles.usable_device()))
         with this.watched() as watch:
             made = run(this.plan, worker.answer, watch)
         return this.write(made)
@@ -172,7 +172,7 @@ def _order(config: Sample, patch: Patch) -> Order:
     tiles = [(length << order.scale) // patch.side_px for length in order.size]
     if min(tiles) < 1:
         raise UserError(f"order.size {order.size} is smaller than a patch of the bundle.")
-    grid = region(absolute(config.reference), _place(config.at), (tiles[0], tiles[1]))
+    grid = region(storage.absolute(config.reference), _place(config.at), (tiles[0], tiles[1]))
     return replace(order, condition=Condition.of(grid))
 
 

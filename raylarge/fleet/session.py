@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from raylarge import storage
-
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # One line instead of a page for every worker that dies: whoever asked it says what follows.
@@ -85,11 +83,6 @@ def _start(workers: int) -> Path:
         logging_level="error",
     )
     return Path(context.address_info["session_dir"], "logs")
-
-
-def absolute(path: str) -> str:
-    """A path that means the same in every process, wherever that was started."""
-    return os.path.abspath(path.removeprefix("file://")) if storage.is_local(path) else path
 
 
 def keep_logs(made: Path, logs: str) -> None:

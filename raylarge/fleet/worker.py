@@ -16,6 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from raylarge.errors import UserError
+from raylarge.images import to_uint8
 from raylarge.models.bundle import Bundle
 from raylarge.models.denoiser import Denoiser, guided
 from raylarge.models.summarizer import SLOTS, cells_of
@@ -38,12 +39,15 @@ class Worker:
 
     @torch.no_grad()
     def answer(self, task: Task, *inputs: Any) -> Any:
-        """The reply to a task, from the replies it takes; on the CPU.
+        """The reply to a task, from the replies it takes; both on the CPU, wherever the models are.
 
         Raises:
             UserError: the bundle lacks what the task needs.
         """
-        return self._answer(task, *inputs)
+        device = self.bundle.device
+        moved = [i.to(device) if isinstance(i, Tensor) else i for i in inputs]
+        reply = self._answer(task, *moved)
+        return reply.cpu() if isinstance(reply, Tensor) else reply
 
     @singledispatchmethod
     def _answer(self, task: Task, *inputs: Any) -> Any:
@@ -80,12 +84,11 @@ class Worker:
         latent = canvas.scatter(torch.cat(latents), places, size)
         band = canvas.Band(task.top, task.bottom, order.size[0], first * side)
         image = canvas.decode_band(self.bundle.vae, latent, band, patch, order.batch)
-        return canvas.to_bytes(image).numpy()
+        return to_uint8(image)
 
     @_answer.register
     def _decode_each(self, task: DecodeEach, latents: Tensor) -> UInt8[np.ndarray, "B P P 3"]:
-        images = self.bundle.vae.decode(latents)
-        return np.stack([canvas.to_bytes(image).numpy() for image in images])
+        return to_uint8(self.bundle.vae.decode(latents))
 
     def _networks(self, order: Order, tokens: Tensor) -> trajectory.Networks:
         """Guided, unless the tokens are the null condition, which guidance would not change."""
@@ -94,7 +97,7 @@ class Worker:
 
     def _null(self, task: Draw) -> Tensor:
         width = self.bundle.unet.config.cross_attention_dim
-        return torch.zeros(len(task.windows), SLOTS + 1, width)
+        return torch.zeros(len(task.windows), SLOTS + 1, width, device=self.bundle.device)
 
     def _from_cdm(self, task: Draw) -> Tensor:
         if self.bundle.cdm is None:
@@ -123,6 +126,7 @@ class Worker:
                 f"the embeddings have {cut.shape[-1]} channels, the bundle's Summarizer takes "
                 f"{channels}; embed with the encoder that the bundle was trained with."
             )
-        cells, count = cells_of(torch.from_numpy(cut).permute(0, 3, 1, 2))
+        grids = torch.from_numpy(cut).permute(0, 3, 1, 2).to(self.bundle.device)
+        cells, count = cells_of(grids)
         tokens: Tensor = self.bundle.summarizer(cells, count, torch.full_like(count, task.scale))
         return tokens

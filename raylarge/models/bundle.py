@@ -46,10 +46,16 @@ class Bundle:
     schedule: Schedule
     patch: Patch
     digest: str
+    device: str = "cpu"
 
     def denoiser(self) -> Denoiser:
         """The U-Net as a denoiser."""
         return NetworkDenoiser(self.unet, self.schedule)
+
+
+def usable_device() -> str:
+    """`cuda` where this process may use a GPU (Ray hides those it was not given), else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def save(
@@ -108,7 +114,13 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
         channels=vae.config.latent_channels,  # type: ignore[union-attr]
         scales=summarizer.config.scales,  # type: ignore[union-attr]
     )
-    return Bundle(**parts, schedule=_schedule(folder), patch=patch, digest=digest(folder))
+    return Bundle(
+        **parts,
+        schedule=_schedule(folder),
+        patch=patch,
+        digest=digest(folder),
+        device=device,
+    )
 
 
 def load_autoencoder(folder: str) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from raylarge.geometry import Patch, batches, origins
@@ -103,8 +103,3 @@ def decode_band(
             total[:, there, k : k + side] += weight[inside] * image[:, inside]
             mass[:, there, k : k + side] += weight[inside]
     return total / mass
-
-
-def to_bytes(image: Float[Tensor, "3 H W"]) -> UInt8[Tensor, "H W 3"]:
-    """An image in [-1, 1] as bytes, rounded to nearest."""
-    return ((image.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -17,9 +17,10 @@ from typing import Any
 from omegaconf import MISSING
 
 from raylarge import config as configuration
+from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.fleet.facts import require
-from raylarge.fleet.session import absolute, session
+from raylarge.fleet.session import session
 from raylarge.serve.desk import Limits
 
 HOST = "127.0.0.1"
@@ -48,7 +49,7 @@ def build(args: dict[str, Any]) -> Any:
         UserError: an unknown argument, or a bundle that cannot sample.
     """
     config = configuration.build(Service, args)
-    folder = absolute(config.bundle)
+    folder = storage.absolute(config.bundle)
     require(folder)
     from ray import serve  # here, for `session` settles Ray's environment before
 
@@ -82,7 +83,7 @@ def start(bundle: str, port: int = 8000, workers: int = 1, logs: str = "") -> st
     Raises:
         UserError: no bundle, the port is taken, or Serve runs already. Then nothing was started.
     """
-    folder = absolute(bundle)
+    folder = storage.absolute(bundle)
     require(folder)
     port = _claim(port)
     with ExitStack() as stack:

@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from raylarge.fleet.facts import Facts
 from raylarge.fleet.pool import Held, Replicas
 from raylarge.fleet.worker import Worker
-from raylarge.models.bundle import load
+from raylarge.models.bundle import load, usable_device
 from raylarge.sampling.plan import Reply, Task
 from raylarge.serve.api import Api
 from raylarge.serve.desk import Desk, Limits
@@ -28,7 +28,7 @@ class WorkerReplica:
 
     def __init__(self, bundle: str, threads: int) -> None:
         """Load the bundle; the replica is healthy when this has come back."""
-        self._worker = Worker(load(bundle))
+        self._worker = Worker(load(bundle, usable_device()))
         self._thread = ThreadPoolExecutor(1, "answer", torch.set_num_threads, (threads,))
 
     async def facts(self) -> Facts:
