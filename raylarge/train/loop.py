@@ -32,7 +32,7 @@ def fit(engine: Engine, context: Context, ingest: Ingest, recipe: Recipe) -> dic
 
     Returns:
         step, samples, seconds, loss (running mean at the end), first_loss, samples_per_s (of
-        this session), skipped (steps), resumed_from (step or None).
+        since it was started), skipped (steps), resumed_from (step or None).
 
     Raises:
         UserError: checkpoints of other data; too many steps without a finite gradient.
@@ -86,7 +86,7 @@ class Journal:
     first: float = math.nan
     rows: list[tuple[Any, ...]] = field(default_factory=list)
     since: list[float] = field(default_factory=list)  # losses since the last row
-    began: tuple[int, float] = (0, 0.0)  # step and seconds at this session's start
+    began: tuple[int, float] = (0, 0.0)  # step and seconds when it was started
 
     def resume(self, facts: dict[str, Any], history: str) -> None:
         """Go on from a checkpoint's facts and its loss.csv."""
@@ -120,7 +120,7 @@ class Journal:
             self.since = []
 
     def speed(self) -> float:
-        """Samples per second of this session."""
+        """Samples per second since it was started."""
         steps, seconds = self.step - self.began[0], self.seconds - self.began[1]
         return steps * self.recipe.batch / seconds if seconds > 0 else 0.0
 
