@@ -31,8 +31,8 @@ def fit(engine: Engine, context: Context, ingest: Ingest, recipe: Recipe) -> dic
     """Train until the recipe's steps are done or its minutes are over.
 
     Returns:
-        step, samples, seconds, loss (running mean at the end), first_loss, samples_per_s (of
-        since it was started), skipped (steps), resumed_from (step or None).
+        step, samples, seconds, loss (running mean at the end), first_loss, samples_per_s
+        (since it was started), skipped (steps), resumed_from (step or None).
 
     Raises:
         UserError: checkpoints of other data; too many steps without a finite gradient.
