@@ -13,6 +13,7 @@ from raylarge.data.prepare import Prepare, prepare
 
 
 def main(arguments: list[str]) -> None:
+    """Run the verbs and print what each made."""
     config = parse(Prepare, arguments, PREPARE)
     log = report.Report(storage.join(storage.absolute(config.out), "report.json"))
     done = prepare(config, log)

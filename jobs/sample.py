@@ -16,6 +16,7 @@ from raylarge.fleet.sample import Sample, sample
 
 
 def main(arguments: list[str]) -> None:
+    """Carry out the order and print its files and figures."""
     config = parse(Sample, arguments, {})
     log = report.Report(storage.join(config.out, "report.json"))
     files = sample(config, log)

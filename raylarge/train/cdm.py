@@ -41,6 +41,7 @@ class _Network(nn.Module):
         self._frozen = [summarizer.requires_grad_(False)]  # in a list: not a submodule
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+        """The loss of each sample."""
         summarizer = self._frozen[0].to(batch["grid"].device)
         count = batch["grid_rows"] * batch["grid_columns"]
         with torch.no_grad():

@@ -62,6 +62,7 @@ class _Network(nn.Module):
         self.schedule = Schedule(prediction=config.prediction)
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+        """The loss of each sample."""
         x_0, samples = batch["latent"], batch["sample"]
         tokens = self.summarizer(
             batch["grid"], batch["grid_rows"] * batch["grid_columns"], batch["scale"]

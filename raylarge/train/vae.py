@@ -41,6 +41,7 @@ class _Network(nn.Module):
         self.vae, self.gradient, self.seed = vae, gradient, seed
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+        """The loss of each sample."""
         image = _mirrored(batch["image"], batch["sample"], self.seed)
         error = self.vae(image) - image
         loss = error.abs().flatten(1).mean(dim=1)
