@@ -322,6 +322,7 @@ def told(checks: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    """Run the stages that are not done yet."""
     Thread(configuration.parse(Demo, arguments, {})).run()
 
 

@@ -61,7 +61,7 @@ TRAIN: dict[str, dict[str, dict[str, Any]]] = {
             "lr": 5e-4,
             "warmup": 100,
             "schedule": "cosine",
-            "cdm": {"width": 128, "depth": 4, "heads": 4},
+            "cdm": {"width": 128, "depth": 4, "heads": 4, "learn_sigma": False},
         },
     },
 }

@@ -16,6 +16,7 @@ from raylarge.train.launch import TASKS, Train, train
 
 
 def main(arguments: list[str]) -> None:
+    """Train one model, as the words say."""
     words = dict(word.split("=", 1) for word in arguments if "=" in word)
     if words.get("model") not in TASKS:
         raise UserError(f"say what to train: model= one of {', '.join(TASKS)}.")

@@ -75,12 +75,14 @@ class Condition:
         kind: `null` (nothing), `cdm` (tokens drawn by the CDM), `embeddings` (a grid of raw
             base embeddings, or one such grid per patch).
         fine: under `cdm`, how the fine windows are conditioned: `null` or `independent` draws.
+        draw: how the CDM draws: `paper` (50 steps of DDIM) or `released` (200 respaced steps).
         data: base64 of little-endian float16 values in row-major order.
         shape: (rows, columns, channels), with the number of patches in front for patches.
     """
 
     kind: str = "null"
     fine: str = "null"
+    draw: str = "paper"
     data: str = ""
     shape: Any = ()
 
@@ -90,6 +92,8 @@ class Condition:
             raise UserError(f"condition.kind '{self.kind}' is not null, cdm or embeddings.")
         if self.fine not in ("null", "independent"):
             raise UserError(f"condition.fine '{self.fine}' is not null or independent.")
+        if self.draw not in RECIPES:
+            raise UserError(f"condition.draw '{self.draw}' is not {' or '.join(RECIPES)}.")
 
     @classmethod
     def of(cls, grid: np.ndarray) -> Condition:
@@ -175,7 +179,8 @@ def parse(values: Mapping[str, Any]) -> Order:
     recipe = str(values.get("recipe", "paper"))
     if recipe not in RECIPES:
         raise UserError(f"there is no recipe '{recipe}'; choose one of: {', '.join(RECIPES)}.")
-    return config.build(Order, {"sampler": RECIPES[recipe]}, dict(values))
+    settings = {"sampler": RECIPES[recipe], "condition": {"draw": recipe}}
+    return config.build(Order, settings, dict(values))
 
 
 def check(order: Order, patch: Patch) -> None:

@@ -118,9 +118,32 @@ def replace_folder(made: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def put_folder(made: Path, target: str) -> None:
+    """Move a finished local folder of plain files to a path or URL, in the place of another.
+
+    On a disk (the same one) readers never see half of it; an object store gets file after
+    file, and its reader needs an index, written last, to tell.
+    """
+    if is_local(target):
+        replace_folder(made, Path(absolute(target)))
+        return
+    fs, root = fsspec.core.url_to_fs(target)
+    for path in sorted(made.iterdir()):
+        fs.put_file(str(path), f"{root}/{path.name}")
+
+
 def digest(*contents: bytes) -> str:
     """A short name for bytes: the first 16 hexadecimal digits of their SHA-256."""
     total = hashlib.sha256()
     for content in contents:
         total.update(content)
+    return total.hexdigest()[:16]
+
+
+def digest_file(path: str | Path) -> str:
+    """The same short name for the content of a large local file, read piece by piece."""
+    total = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(1 << 22):
+            total.update(piece)
     return total.hexdigest()[:16]

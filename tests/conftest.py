@@ -19,8 +19,8 @@ def tiny_bundle(tmp_path_factory):
     import torch
 
     from raylarge.models import bundle, unet
-    from raylarge.models.autoencoder import LightAutoencoder
     from raylarge.models.cdm import CDM
+    from raylarge.models.light import LightAutoencoder
     from raylarge.models.summarizer import Summarizer
 
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def tiny_bundle(tmp_path_factory):
         "vae": LightAutoencoder(width=16, blocks=1),
         "unet": unet.build(config, (3, 16, 16), context=64),
         "summarizer": Summarizer(channels=8, width=64, layers=1, heads=4, scales=4),
-        "cdm": CDM(channels=64, width=64, depth=1, heads=4, scales=4),
+        "cdm": CDM(channels=64, width=64, depth=1, heads=4, scales=4, learn_sigma=False),
     }
     folder = str(tmp_path_factory.mktemp("bundle"))
     bundle.save(folder, parts, {"patch_px": 64})

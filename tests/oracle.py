@@ -1,12 +1,11 @@
 """A bundle without weights: closed-form denoiser, exact autoencoder. Sampling becomes linear."""
 
-from types import SimpleNamespace
-
 import torch
 
 from raylarge.diffusion.schedule import Schedule
 from raylarge.geometry import Patch
 from raylarge.models.bundle import Bundle
+from raylarge.models.summarizer import ConvSummarizer
 
 PATCH = Patch(side_px=32, factor=2, channels=12, scales=4)
 
@@ -22,6 +21,5 @@ class Unshuffle:
 
 
 def bundle(patch=PATCH):
-    config = SimpleNamespace(cross_attention_dim=4)
-    unet = SimpleNamespace(config=config)
-    return Bundle(Unshuffle(), unet, None, None, Schedule(), patch, "oracle")
+    conditioner = ConvSummarizer(channels=4, width=4, scales=patch.scales)
+    return Bundle(Unshuffle(), None, conditioner, None, Schedule(), patch, "oracle")

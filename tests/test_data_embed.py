@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+import timm
+import torch
 
 from raylarge import storage
 from raylarge.data.prepare import prepare
@@ -67,8 +69,36 @@ def test_the_manifest_names_the_encoder(tiny_prepare, run):
     config = tiny_prepare(verbs="tile,embed")
     run(config)
     manifest = storage.read_json(f"{config.out}/embed.json")
-    assert manifest["encoder"]["name"] == "toy"
+    assert manifest["encoder"] == {**ssl.card("toy").as_json(), "weights": ""}
     assert manifest["encoder"]["width"] == 32
+    assert "weights" not in manifest["config"]["embed"]
+
+
+def test_weights_count_by_their_content_and_their_path_is_told_to_nobody(
+    tiny_prepare, run, tmp_path
+):
+    first, second = (tmp_path / folder / "weights.pth" for folder in ("first", "second"))
+    for path in (first, second):
+        path.parent.mkdir()
+        torch.manual_seed(0)
+        torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), path)
+    vit = {"encoder": "timm:test_vit", "batch": 64}
+    config = tiny_prepare(verbs="tile,embed,shard", embed={**vit, "weights": str(first)})
+    run(config)
+    digest = storage.digest_file(first)
+    for verb in ("embed", "shard"):
+        manifest = storage.read_json(f"{config.out}/{verb}.json")
+        assert manifest["encoder"]["weights"] == manifest["config"]["embed"]["weights"] == digest
+        assert manifest["encoder"]["width"] == 64
+        assert "weights.pth" not in str(manifest)
+    moved = tiny_prepare(verbs="embed,shard", embed={**vit, "weights": str(second)})
+    assert [facts["made"] for facts in run(moved).values()] == [0, 0]  # the same content
+    torch.save({"other": torch.zeros(1)}, second)
+    told = rf"embed\.weights={digest}, not {storage.digest_file(second)}"
+    with pytest.raises(UserError, match=told):
+        run(moved)
+    with pytest.raises(UserError, match=r"no weights at .*gone\.pth; check the path"):
+        run(tiny_prepare(verbs="embed", embed={**vit, "weights": str(tmp_path / "gone.pth")}))
 
 
 def test_a_rerun_makes_nothing_and_a_lost_part_comes_back(tiny_prepare, run, monkeypatch):
@@ -76,7 +106,7 @@ def test_a_rerun_makes_nothing_and_a_lost_part_comes_back(tiny_prepare, run, mon
     run(config)
     paths = storage.listing(f"{config.out}/*/*.parquet") + storage.listing(f"{config.out}/*.json")
     before = {path: storage.read_bytes(path) for path in paths}
-    monkeypatch.setattr(ssl, "load", lambda name: pytest.fail("nothing is left to embed"))
+    monkeypatch.setattr(ssl, "load", lambda *_: pytest.fail("nothing is left to embed"))
     assert [facts["made"] for facts in run(config).values()] == [0, 0]
     monkeypatch.undo()
     fs_path = storage.listing(f"{config.out}/embeddings/*.parquet")[1]

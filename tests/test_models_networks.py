@@ -9,10 +9,11 @@ from raylarge.metrics.restoration import psnr
 from raylarge.metrics.seams import seam_ratio
 from raylarge.models import bundle as bundles
 from raylarge.models import unet
-from raylarge.models.autoencoder import LightAutoencoder
 from raylarge.models.cdm import CDM
+from raylarge.models.cells import cells_of, normalise
 from raylarge.models.denoiser import GaussianDenoiser, Guided, guided
-from raylarge.models.summarizer import Summarizer, cells_of, normalise
+from raylarge.models.light import LightAutoencoder
+from raylarge.models.summarizer import Summarizer
 from raylarge.resample import upsample
 
 
@@ -35,23 +36,23 @@ def test_cells_stand_in_the_middle_of_64_slots(summarizer, side, first):
 
 def test_a_batch_of_mixed_grids_equals_single_ones(summarizer):
     grids = [torch.randn(1, 6, side, side) for side in (1, 2, 8)]
-    cells, count = (torch.cat(parts) for parts in zip(*map(cells_of, grids), strict=True))
-    together = summarizer(cells, count, torch.tensor([0, 1, 2]))
+    cells, size = (torch.cat(parts) for parts in zip(*map(cells_of, grids), strict=True))
+    together = summarizer(cells, torch.tensor([0, 1, 2]), size)
     assert together.shape == (3, 65, 8)
     for k in range(3):
-        alone = summarizer(cells[k : k + 1], count[k : k + 1], torch.tensor([k]))
+        alone = summarizer(grids[k], torch.tensor([k]))
         assert torch.allclose(together[k], alone[0], atol=1e-5)
 
 
 def test_larger_grids_are_pooled_and_rows_come_first():
     grid = torch.zeros(1, 1, 16, 16)
     grid[:, :, 0, 2:4] = 1
-    cells, count = cells_of(grid)
-    assert int(count) == 64
+    cells, size = cells_of(grid)
+    assert size.tolist() == [[8, 8]]
     assert cells[0, :, 0].nonzero().flatten().tolist() == [1]
-    cells, count = cells_of(torch.arange(6.0).reshape(1, 1, 2, 3))
+    cells, size = cells_of(torch.arange(6.0).reshape(1, 1, 2, 3))
     assert cells[0, :7, 0].tolist() == [0, 1, 2, 3, 4, 5, 0]
-    assert int(count) == 6
+    assert size.tolist() == [[2, 3]]
 
 
 def test_embeddings_are_normalised_per_token():
@@ -71,17 +72,17 @@ def test_the_published_sizes():
     }
     assert count["unet"] == 400_920_579
     assert count["summarizer"] == 38_656_000
-    assert count["cdm"] == 130_696_960 - 768 * 512 - 512  # without the learned variance
+    assert count["cdm"] + cdm.pos_embed.numel() == 130_746_880  # its table counts as published
 
 
 def test_a_new_cdm_predicts_zero_and_draws_by_address():
     cdm = CDM(channels=4, tokens=5, width=8, depth=1, heads=2, scales=2)
-    x = torch.randn(2, 5, 4)
+    x = torch.randn(2, 4, 5)
     assert (cdm(x, torch.tensor([3, 4]), torch.tensor([0, 1])) == 0).all()
     torch.nn.init.normal_(cdm.final_layer.linear.weight)
     torch.nn.init.normal_(cdm.final_layer.adaLN_modulation[1].bias)
-    pair = cdm.draw(1, 7, [(1, 0, 0), (1, 0, 1)], steps=3)
-    alone = cdm.draw(1, 7, [(1, 0, 1)], steps=3)
+    pair = cdm.draw(1, 7, [(1, 0, 0), (1, 0, 1)], recipe="paper")
+    alone = cdm.draw(1, 7, [(1, 0, 1)], recipe="paper")
     assert torch.allclose(pair[1], alone[0], atol=1e-6)
     assert not torch.allclose(pair[0], pair[1])
 
@@ -121,7 +122,9 @@ def test_a_bundle_comes_back_and_names_what_it_lacks(tiny_bundle, tmp_path):
         bundles.load(again)
     bundles.save(again, {"unet": loaded.unet, "summarizer": loaded.summarizer}, {"note": 1})
     assert bundles.load(again).cdm is None
-    assert bundles.facts(again) == {"patch_px": 64, "note": 1, "format": 1}
+    facts = bundles.facts(again)
+    assert set(facts.pop("digests")) == {"vae", "unet", "scheduler", "summarizer"}
+    assert facts == {"patch_px": 64, "note": 1, "format": 2}
     with pytest.raises(UserError, match=r"no bundle at .*nowhere"):
         bundles.load(str(tmp_path / "nowhere"))
 

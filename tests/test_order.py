@@ -63,6 +63,7 @@ def test_what_a_bundle_cannot_do_is_refused(values, says):
         ({"recipe": "mine"}, "choose one of: paper, released"),
         ({"condition": {"kind": "magic"}}, "null, cdm or embeddings"),
         ({"condition": {"fine": "magic"}}, "null or independent"),
+        ({"condition": {"draw": "magic"}}, "is not paper or released"),
         ({"seed": "x"}, "'seed'"),
     ],
 )

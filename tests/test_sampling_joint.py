@@ -151,7 +151,7 @@ def test_guide_first_equals_algorithm_s2_step_by_step(tiny_bundle, recipe, deriv
             "seed": 9,
             "chunk": 3,
             "recipe": recipe,
-            "condition": {"kind": "cdm", "fine": "independent"},
+            "condition": {"kind": "cdm", "fine": "independent", "draw": "paper"},
             "sampler": settings,
         }
     )
@@ -175,8 +175,9 @@ def test_guide_first_equals_algorithm_s2_step_by_step(tiny_bundle, recipe, deriv
         )
 
     with torch.no_grad():
-        c_fine = bundle.cdm.draw(0, order.seed, [(0, *cell) for cell in cells])
-        c_guide = bundle.cdm.draw(1, order.seed, [(1, 0, 0)])
+        how = order.condition.draw
+        c_fine = bundle.cdm.draw(0, order.seed, [(0, *cell) for cell in cells], how)
+        c_guide = bundle.cdm.draw(1, order.seed, [(1, 0, 0)], how)
         denoise = guided(bundle.denoiser(), sampler.guidance)
         z, z_l = noises(0, cells, 0), noises(1, [(0, 0)], 0)
         for i, step in enumerate(bundle.schedule.steps(sampler.steps)):

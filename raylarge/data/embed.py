@@ -6,8 +6,9 @@ neither the number of workers nor a rerun changes a bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ class Embed:
     """Which encoder looks at the base tiles."""
 
     encoder: str = "efficientnet_lite0"
+    weights: str = ""  # a file or folder of weights that the user has, on every node
     batch: int = 32
 
 
@@ -36,11 +38,11 @@ def run(root: str, tile: Tile, config: Embed, workers: int | None) -> Facts:
     """Embed the tiles of all slides, and write `embed.json`.
 
     Raises:
-        UserError: `tile` has not run, another config, or an unknown encoder.
+        UserError: `tile` has not run, another config or other weights, or an unknown encoder.
     """
     tiles = parts.manifest(root, "tile", "embed")
-    card = ssl.card(config.encoder)
-    sections = {"tile": plain(tile), "embed": plain(config)}
+    used = section(config)
+    sections = {"tile": plain(tile), "embed": used}
     parts.refuse_mixing(root, sections)
     units = [
         {
@@ -53,9 +55,21 @@ def run(root: str, tile: Tile, config: Embed, workers: int | None) -> Facts:
         for slide in slides_of(root)
         for number, rows in enumerate(blocks(slide, tile))
     ]
+    config = replace(config, weights=config.weights and storage.absolute(config.weights))
     facts = parts.build(root, units, partial(Embedding, root, tile, config), workers, "embed")
-    encoder = {"name": card.name, "width": card.width, "note": card.note}
+    encoder = {**ssl.card(config.encoder).as_json(), "weights": used.get("weights", "")}
     return parts.finish(root, "embed", facts, sections, input=tiles["digest"], encoder=encoder)
+
+
+def section(config: Embed) -> dict[str, Any]:
+    """What of the config the embeddings depend on: weights count by their content, not their path.
+
+    Raises:
+        UserError: an unknown encoder, or weights that are missing.
+    """
+    known = plain(config)
+    digest = ssl.weights_digest(ssl.card(config.encoder), known.pop("weights"))
+    return {**known, "weights": digest} if digest else known
 
 
 class Embedding(Maker):
@@ -67,7 +81,7 @@ class Embedding(Maker):
         """Load the encoder."""
         self._root = root
         self._batch = config.batch
-        self._encoder = ssl.load(config.encoder)
+        self._encoder = ssl.load(config.encoder, config.weights)
         self._grid = TileGrid(tile.patch_px, tile.mpp, tile.base_mpp)
 
     def make(self, unit: Unit) -> tuple[pa.Table, Facts]:

@@ -19,7 +19,7 @@ from torch import nn
 from raylarge import images, schema, storage
 from raylarge.config import plain
 from raylarge.data import parts
-from raylarge.data.embed import Embed, kept
+from raylarge.data.embed import Embed, kept, section
 from raylarge.data.grid import TileGrid
 from raylarge.data.parts import Maker
 from raylarge.data.pipeline import Facts, Unit
@@ -39,7 +39,7 @@ def run(root: str, tile: Tile, embed: Embed, workers: int | None) -> Facts:
         UserError: `tile` or `embed` has not run (or is out of date), or another config.
     """
     tiles, embedded = (parts.manifest(root, verb, "shard") for verb in ("tile", "embed"))
-    sections = {"tile": plain(tile), "embed": plain(embed)}
+    sections = {"tile": plain(tile), "embed": section(embed)}
     parts.refuse_mixing(root, sections)
     if embedded["input"] != tiles["digest"]:
         raise UserError(f"{root} was tiled anew since embed ran; run verbs=embed,shard.")

@@ -20,11 +20,15 @@ from torch import Tensor
 
 
 class Step(NamedTuple):
-    """One step of a sampler: from timestep t, at `abar`, down to `abar_prev`."""
+    """One step of a sampler: from timestep t, at `abar`, down to `abar_prev`.
+
+    `beta` is the variance of training step t, which only `steps.ancestral` reads.
+    """
 
     t: int
     abar: float
     abar_prev: float
+    beta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,13 @@ class Schedule:
     def abar(self) -> Float[Tensor, "T"]:
         """Cumulative products of 1 - beta, float64."""
         return torch.cumprod(1 - self.betas, dim=0)
+
+    @cached_property
+    def posterior_log(self) -> Float[Tensor, "T"]:
+        """Logarithm of the posterior's variance, its first entry that of the second, float64."""
+        before = torch.cat([torch.ones_like(self.abar[:1]), self.abar[:-1]])
+        variance = self.betas * (1 - before) / (1 - self.abar)
+        return torch.cat([variance[1:2], variance[1:]]).log()
 
     def at(self, t: Int[Tensor, "B"] | int, like: Float[Tensor, "B ..."]) -> Float[Tensor, "..."]:
         """alpha-bar at each sample's timestep, shaped to broadcast over `like`."""
@@ -117,3 +128,36 @@ class Schedule:
             for t, s in zip(ts, before, strict=True)
         ]
         return pairs[::-1]
+
+    def respaced(self, count: int) -> list[Step]:
+        """Improved DDPM's spacing from timestep 0 to T - 1, noisiest first; it ends at abar = 1.
+
+        Source: `space_timesteps` of the CDM's released code: round(i (T - 1) / (count - 1)).
+        Like that code it rounds the abar it steps to to float32: near abar = 1 that moves
+        1 - abar by a part in a thousand.
+
+        Raises:
+            ValueError: fewer steps than 2, or more than the schedule has.
+        """
+        if not 2 <= count <= self.length:
+            raise ValueError(f"{count} respaced steps do not fit a schedule of {self.length}")
+        ts = [round(i * (self.length - 1) / (count - 1)) for i in range(count)]
+        before = [1.0, *(float(self.abar[t].float()) for t in ts[:-1])]
+        return [Step(t, float(self.abar[t]), b) for t, b in zip(ts, before, strict=True)][::-1]
+
+    def strided(self, first: int, stride: int) -> list[Step]:
+        """The released large-image walk: timesteps first, first - stride, … down to 0.
+
+        Where the released loops say t they read abar[t - 1]; this is abar's own index, so their
+        t0 = 300 with stride 50 is `strided(299, 50)`, whose last step leads to abar[0].
+
+        Raises:
+            ValueError: a timestep outside the schedule, or no stride.
+        """
+        if not (0 < first < self.length and stride > 0):
+            raise ValueError(f"timestep {first} by {stride} does not fit {self.length} steps")
+        ts = range(first, 0, -stride)
+        return [
+            Step(t, float(self.abar[t]), float(self.abar[max(t - stride, 0)]), float(self.betas[t]))
+            for t in ts
+        ]

@@ -16,7 +16,6 @@ import torch
 from raylarge import tables
 from raylarge.diffusion.loss import draws, per_sample
 from raylarge.models.bundle import Bundle
-from raylarge.models.summarizer import SLOTS
 
 ROWS = 64
 
@@ -41,13 +40,12 @@ def shuffled_loss(
     for k in sorted(set(table["scale"].to_pylist())):
         rows = table.filter(pc.equal(table["scale"], k))
         rows = rows.take(np.unique(np.linspace(0, len(rows) - 1, ROWS).round().astype(int)))
-        x_0, cells, count = _tensors(rows, bundle)
-        scale = torch.full((len(x_0),), k)
-        true = bundle.summarizer(cells, count, scale)
+        x_0, grid = _tensors(rows, bundle)
+        true = bundle.summarizer(grid, torch.full((len(x_0),), k))
         contexts = {
             "true": true,
             "shuffled": true.roll(max(1, len(true) // 2), dims=0),
-            "null": torch.zeros_like(true),
+            "null": bundle.summarizer.null(len(true)),
         }
         found[int(k)] = {"rows": len(x_0)} | {
             name: _loss(bundle, x_0, context, repeats, seed) for name, context in contexts.items()
@@ -63,17 +61,15 @@ def _loss(
         samples = torch.arange(len(x_0)) + repeat * len(x_0)
         drawn = draws(samples, x_0.shape[1:], seed, "evaluate", bundle.schedule.length)
         x_t = bundle.schedule.noised(x_0, drawn.eps, drawn.t)
-        output = bundle.unet(x_t, drawn.t, encoder_hidden_states=context, return_dict=False)[0]
+        output = bundle.unet(x_t, drawn.t, context)
         losses.append(per_sample(output, bundle.schedule.target(x_0, drawn.eps, drawn.t)))
     return float(torch.cat(losses).mean())
 
 
-def _tensors(rows: pa.Table, bundle: Bundle) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents, padded cells and their counts of rows of one scale."""
+def _tensors(rows: pa.Table, bundle: Bundle) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and grids of rows of one scale, whose grids have one shape."""
     x_0 = np.array(rows["latent"].to_pylist(), dtype=np.float32)
     grid = np.array(rows["grid"].to_pylist(), dtype=np.float32)
-    channels = bundle.summarizer.config.channels
-    cells = torch.from_numpy(grid.reshape(len(grid), -1, channels))
-    count = torch.full((len(cells),), cells.shape[1])
-    padded = torch.nn.functional.pad(cells, (0, 0, 0, SLOTS - cells.shape[1]))
-    return torch.from_numpy(x_0.reshape(-1, *bundle.patch.latent)), padded, count
+    shape = (rows["grid_rows"][0].as_py(), rows["grid_columns"][0].as_py(), -1)
+    grids = torch.from_numpy(grid.reshape(len(grid), *shape)).permute(0, 3, 1, 2)
+    return torch.from_numpy(x_0.reshape(-1, *bundle.patch.latent)), grids

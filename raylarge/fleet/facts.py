@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from raylarge import storage
 from raylarge.geometry import Patch
 from raylarge.models import bundle as bundles
+from raylarge.models import parts
 from raylarge.models.bundle import Bundle
 
 
@@ -41,15 +40,10 @@ class Facts:
             UserError: there is no bundle, or a part was not trained yet.
         """
         require(folder)
-        vae, summarizer = _config(folder, "vae"), _config(folder, "summarizer")
-        patch = Patch(
-            side_px=int(bundles.facts(folder)["patch_px"]),
-            factor=vae["factor"],
-            channels=vae["latent_channels"],
-            scales=summarizer["scales"],
+        channels = int(parts.config(folder, "summarizer")["channels"])
+        return cls(
+            bundles.patch_of(folder), bundles.digest(folder), channels, "cdm" in parts.index(folder)
         )
-        cdm = storage.exists(storage.join(folder, "cdm"))
-        return cls(patch, bundles.digest(folder), int(summarizer["channels"]), cdm)
 
 
 def require(folder: str) -> None:
@@ -58,11 +52,5 @@ def require(folder: str) -> None:
     Raises:
         UserError: there is none, or a part was not trained yet.
     """
-    needed = ("model_index.json", "vae", "unet", "summarizer")
-    if not all(storage.exists(storage.join(folder, name)) for name in needed):
+    if not parts.there(folder) or not set(bundles.NEEDED) <= set(parts.index(folder)):
         bundles.load(folder)  # fails, and its error says what is missing and how to make it
-
-
-def _config(folder: str, part: str) -> dict[str, Any]:
-    config: dict[str, Any] = storage.read_json(storage.join(folder, part, "config.json"))
-    return config

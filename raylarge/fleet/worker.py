@@ -19,7 +19,6 @@ from raylarge.errors import UserError
 from raylarge.images import to_uint8
 from raylarge.models.bundle import Bundle
 from raylarge.models.denoiser import Denoiser, guided
-from raylarge.models.summarizer import SLOTS, cells_of
 from raylarge.order import Order
 from raylarge.sampling import canvas, trajectory
 from raylarge.sampling.plan import Decode, DecodeEach, Draw, Guide, Task, Windows
@@ -92,19 +91,24 @@ class Worker:
 
     def _networks(self, order: Order, tokens: Tensor) -> trajectory.Networks:
         """Guided, unless the tokens are the null condition, which guidance would not change."""
-        denoiser = guided(self._denoiser, order.sampler.guidance if tokens.any() else 1.0)
+        null = self.bundle.summarizer.null(1).to(tokens)
+        w = 1.0 if torch.equal(tokens, null.expand_as(tokens)) else order.sampler.guidance
+        denoiser = guided(self._denoiser, w, null)
         return trajectory.Networks(denoiser, self.bundle.vae, self.bundle.patch)
 
     def _null(self, task: Draw) -> Tensor:
-        width = self.bundle.unet.config.cross_attention_dim
-        return torch.zeros(len(task.windows), SLOTS + 1, width, device=self.bundle.device)
+        tokens: Tensor = self.bundle.summarizer.null(len(task.windows))
+        return tokens
 
     def _from_cdm(self, task: Draw) -> Tensor:
         if self.bundle.cdm is None:
             raise UserError("the bundle has no CDM; train one with python jobs/train.py model=cdm.")
         addresses = [(task.scale, row, column) for row, column in task.windows]
-        drawn: Tensor = self.bundle.cdm.draw(task.scale, task.order.seed, addresses)
-        return drawn
+        order = task.order
+        tokens: Tensor = self.bundle.cdm.draw(
+            task.scale, order.seed, addresses, order.condition.draw
+        )
+        return tokens
 
     def _from_embeddings(self, task: Draw) -> Tensor:
         grid = task.order.condition.grid()
@@ -120,13 +124,7 @@ class Worker:
                     for row, column in task.windows
                 ]
             )
-        channels = self.bundle.summarizer.config.channels
-        if cut.shape[-1] != channels:
-            raise UserError(
-                f"the embeddings have {cut.shape[-1]} channels, the bundle's Summarizer takes "
-                f"{channels}; embed with the encoder that the bundle was trained with."
-            )
         grids = torch.from_numpy(cut).permute(0, 3, 1, 2).to(self.bundle.device)
-        cells, count = cells_of(grids)
-        tokens: Tensor = self.bundle.summarizer(cells, count, torch.full_like(count, task.scale))
+        scale = torch.full((len(grids),), task.scale, device=grids.device)
+        tokens: Tensor = self.bundle.summarizer(grids, scale)
         return tokens

@@ -1,43 +1,42 @@
 """A bundle: a folder in the diffusers layout that holds everything needed to sample.
 
-    model_index.json  unet/  scheduler/  vae/  summarizer/  cdm/     (config.json + safetensors)
+    model_index.json  vae/ unet/ scheduler/ summarizer/ cdm/ prior/ controlnet/
+                      (each config.json + safetensors; diffusers loads its own as they are)
 
-Training adds parts one after the other; each is written beside and renamed, and
-`model_index.json`, which lists them, comes last. Loading names what is missing.
+Training adds parts one after the other; `model_index.json`, which lists them, comes last and
+carries the facts: patch side, encoder, licences, configs, digests. Loading names what is missing.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler
 
 from raylarge import storage
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
 from raylarge.geometry import Patch
-from raylarge.models.autoencoder import LightAutoencoder
-from raylarge.models.cdm import CDM
+from raylarge.models import parts as files
+from raylarge.models.autoencoder import Autoencoder, sizes
 from raylarge.models.denoiser import Denoiser, NetworkDenoiser
-from raylarge.models.summarizer import Summarizer
+from raylarge.models.parts import PARTS, digest
 
-FORMAT = 1
-PARTS: dict[str, type] = {
-    "vae": LightAutoencoder,
-    "unet": UNet2DConditionModel,
-    "summarizer": Summarizer,
-    "cdm": CDM,
-}
+__all__ = ["PARTS", "Bundle", "digest", "facts", "load", "load_autoencoder", "patch_of", "save"]
+NEEDED = ("vae", "unet", "summarizer")
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """The parts in evaluation mode on one device, and the facts that sampling plans with."""
+    """The parts in evaluation mode on one device, and the facts that sampling plans with.
+
+    `summarizer` is any conditioner (`models/cells.py`); the parts that a bundle does not have
+    are None.
+    """
 
     vae: Any
     unet: Any
@@ -47,6 +46,8 @@ class Bundle:
     patch: Patch
     digest: str
     device: str = "cpu"
+    prior: Any = None
+    controlnet: Any = None
 
     def denoiser(self) -> Denoiser:
         """The U-Net as a denoiser."""
@@ -64,60 +65,72 @@ def save(
     facts: dict[str, Any],
     schedule: Schedule | None = None,
 ) -> None:
-    """Write parts and facts into a bundle, new or begun, atomically part by part.
+    """Write parts and facts into a bundle, new or begun, part by part.
+
+    While a part is replaced the index does not list it: a reader finds the old part, the new
+    one, or is told that it is missing.
 
     Args:
+        folder: a local folder or a URL such as `s3://bucket/bundle`.
         parts: some of `PARTS` by name.
-        facts: merged into what the bundle knows: `patch_px`, `encoder`, the config of each
-            training, digests of the data.
+        facts: merged into what the bundle knows: `patch_px`, `encoder` (its card), `licence`,
+            the config of each training, digests of the data.
         schedule: the U-Net's; the published one if left out.
-
-    Raises:
-        UserError: the folder is no local path.
     """
-    if not storage.is_local(folder):
-        raise UserError(f"a bundle is written to a disk that the nodes share, not to {folder}.")
-    index = _index(folder) if storage.exists(storage.join(folder, "model_index.json")) else {}
+    index = files.index(folder) if files.there(folder) else {}
+    near = storage.absolute(folder) if storage.is_local(folder) else None
+    if near is not None:
+        Path(near).mkdir(parents=True, exist_ok=True)
     if "unet" in parts:
         parts = {**parts, "scheduler": DDIMScheduler(**_scheduler_config(schedule or Schedule()))}
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    known = {**index.pop("raylarge", {}), **facts, "format": files.FORMAT}
+    digests = dict(known.get("digests", {}))
     for name, part in parts.items():
-        with tempfile.TemporaryDirectory(dir=folder) as made:
+        part = part.network if isinstance(part, Autoencoder) else part
+        if name in index and not storage.is_local(folder):
+            del index[name]
+            files.write_index(folder, index, known)
+        with tempfile.TemporaryDirectory(dir=near) as made:
             part.save_pretrained(Path(made, name))
-            storage.replace_folder(Path(made, name), Path(folder, name))
-        library = "diffusers" if type(part).__module__.startswith("diffusers") else "raylarge"
-        index[name] = [library, type(part).__name__]
-    index["raylarge"] = {**index.get("raylarge", {}), **facts, "format": FORMAT}
-    storage.write_json(storage.join(folder, "model_index.json"), index)
+            storage.put_folder(Path(made, name), storage.join(folder, name))
+        index[name] = files.entry(part)
+        digests[name] = files.computed_digest(folder, (name,))
+    files.write_index(folder, index, {**known, "digests": digests})
 
 
 def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
     """A whole bundle.
 
+    Args:
+        folder: a local folder, a URL such as `s3://bucket/bundle`, or a hub id `owner/name`.
+        device: where the parts go; in half precision or on a GPU they are channels-last.
+        dtype: of the networks; a tiny autoencoder stays in float32 (`Autoencoder` says why).
+
     Raises:
-        UserError: no bundle at the path, or parts that were not trained yet.
+        UserError: no bundle there, one of a newer format, parts that were not trained yet, or
+            tensors that are missing or unknown.
     """
-    index = _index(folder)
-    missing = [name for name in ("vae", "unet", "summarizer") if name not in index]
+    folder = files.local(folder)
+    index = files.index(folder)
+    missing = [name for name in NEEDED if name not in index]
     if missing:
         raise UserError(
             f"the bundle {folder} lacks {', '.join(missing)}; train it with "
             f"python jobs/train.py model={'vae' if 'vae' in missing else 'ldm'} out={folder}."
         )
-    parts = {
-        name: _part(folder, name, dtype).to(device) if name in index else None for name in PARTS
+    parts: dict[str, Any] = {
+        name: files.part(folder, name, dtype) if name in index else None for name in PARTS
     }
-    vae, summarizer = parts["vae"], parts["summarizer"]
-    patch = Patch(
-        side_px=int(index["raylarge"]["patch_px"]),
-        factor=vae.config.factor,  # type: ignore[union-attr]
-        channels=vae.config.latent_channels,  # type: ignore[union-attr]
-        scales=summarizer.config.scales,  # type: ignore[union-attr]
-    )
+    if isinstance(parts["vae"], AutoencoderTiny):
+        parts["vae"] = parts["vae"].float()
+    fast = dtype != torch.float32 or device != "cpu"
+    layout = torch.channels_last if fast else torch.preserve_format
+    for part in filter(None, parts.values()):
+        part.to(device).to(memory_format=layout)
     return Bundle(
-        **parts,
+        **{**parts, "vae": Autoencoder(parts["vae"])},
         schedule=_schedule(folder),
-        patch=patch,
+        patch=patch_of(folder),
         digest=digest(folder),
         device=device,
     )
@@ -129,51 +142,36 @@ def load_autoencoder(folder: str) -> Any:
     Raises:
         UserError: no bundle at the path, or no trained autoencoder in it.
     """
-    if "vae" not in _index(folder):
+    folder = files.local(folder)
+    if "vae" not in files.index(folder):
         raise UserError(
             f"the bundle {folder} has no autoencoder; train one with "
             f"python jobs/train.py model=vae out={folder}."
         )
-    vae = _part(folder, "vae")
-    vae.digest = digest(folder, ("vae",))
+    vae = Autoencoder(files.part(folder, "vae"))
+    vae.digest = digest(folder, ("vae",))  # type: ignore[assignment]
     return vae
+
+
+def patch_of(folder: str) -> Patch:
+    """What the networks see, read from the configs alone.
+
+    Raises:
+        UserError: no bundle at the path.
+    """
+    index = files.index(folder)
+    factor, channels = sizes(index["vae"][1], files.config(folder, "vae"))
+    return Patch(
+        side_px=int(index["raylarge"]["patch_px"]),
+        factor=factor,
+        channels=channels,
+        scales=files.config(folder, "summarizer")["scales"],
+    )
 
 
 def facts(folder: str) -> dict[str, Any]:
     """What a bundle knows about itself beside its weights; empty where there is none yet."""
-    if not storage.exists(storage.join(folder, "model_index.json")):
-        return {}
-    return dict(_index(folder).get("raylarge", {}))
-
-
-def digest(folder: str, names: tuple[str, ...] = tuple(PARTS)) -> str:
-    """A short name for the weights and configurations of some parts, wherever they lie."""
-    files = [path for name in names for path in storage.listing(f"{folder}/{name}/*")]
-    return storage.digest(*map(_content, files))
-
-
-def _content(path: str) -> bytes:
-    """A file without what tells where it was loaded from."""
-    if not path.endswith(".json"):
-        return storage.read_bytes(path)
-    values = storage.read_json(path)
-    values.pop("_name_or_path", None)
-    return json.dumps(values, sort_keys=True).encode()
-
-
-def _part(folder: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
-    path = storage.join(folder, name)
-    return PARTS[name].from_pretrained(path, torch_dtype=dtype, low_cpu_mem_usage=False).eval()  # type: ignore[attr-defined]
-
-
-def _index(folder: str) -> dict[str, Any]:
-    path = storage.join(folder, "model_index.json")
-    if not storage.exists(path):
-        raise UserError(
-            f"there is no bundle at {folder} (no model_index.json); give the folder that "
-            f"python jobs/train.py wrote as out=, or run make demo for a small one."
-        )
-    return dict(json.loads(storage.read_bytes(path)))
+    return dict(files.index(folder).get("raylarge", {})) if files.there(folder) else {}
 
 
 def _schedule(folder: str) -> Schedule:

@@ -8,7 +8,7 @@ on the squared-cosine schedule, adaLN-zero blocks. Source: ZoomLDM, section 3.1 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -17,15 +17,17 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from raylarge.diffusion.noise import normal
-from raylarge.diffusion.schedule import Schedule
+from raylarge.diffusion.schedule import Schedule, Step
 from raylarge.diffusion.steps import ddim
+from raylarge.errors import UserError
 
 
 def sinusoid(t: Num[Tensor, "B"], width: int, sine_first: bool) -> Float[Tensor, "B width"]:
     """Sinusoidal embedding with periods up to 10,000; DiT's positions put the sines first."""
     half = width // 2
-    rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device) / half)
-    angles = t[:, None].float() * rates
+    exact = t if t.is_floating_point() else t.float()
+    rates = torch.exp(-math.log(10000.0) * torch.arange(half).to(exact) / half)
+    angles = exact[:, None] * rates
     waves = [angles.sin(), angles.cos()] if sine_first else [angles.cos(), angles.sin()]
     return torch.cat(waves, dim=1)
 
@@ -45,11 +47,11 @@ class _Attention(nn.Module):
 
 
 class _Mlp(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc1 = nn.Linear(width, hidden)
         self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(self.act(self.fc1(x)))
@@ -63,12 +65,12 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class _Block(nn.Module):
     """A transformer block modulated by (timestep, scale), the identity at the start."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = _Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = _Mlp(width)
+        self.mlp = _Mlp(width, hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -91,10 +93,15 @@ class _Final(nn.Module):
 
 
 class CDM(ModelMixin, ConfigMixin):
-    """Predicts clean tokens from noisy ones, a timestep and a scale (DiT-B as published)."""
+    """Predicts clean tokens from noisy ones, a timestep and a scale (DiT-B as published).
+
+    With `learn_sigma`, as published, a second half of the output channels interpolates the
+    variance's logarithm; only the training loss reads it. `hidden` is the width inside the
+    blocks' perceptrons; 0 is four times `width`.
+    """
 
     @register_to_config
-    def __init__(
+    def __init__(  # noqa: PLR0913 (diffusers keeps a constructor's parameters as the config)
         self,
         channels: int = 512,
         tokens: int = 65,
@@ -102,16 +109,20 @@ class CDM(ModelMixin, ConfigMixin):
         depth: int = 12,
         heads: int = 12,
         scales: int = 8,
+        learn_sigma: bool = True,
+        hidden: int = 0,
     ) -> None:
         super().__init__()
         self.x_embedder = nn.Linear(channels, width)
-        positions = sinusoid(torch.arange(tokens), width, sine_first=True)
-        self.register_buffer("pos_embed", positions[None])
+        positions = sinusoid(torch.arange(tokens).double(), width, sine_first=True)
+        self.register_buffer("pos_embed", positions[None].float())
         self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.y_embedder = nn.Embedding(scales, width)
-        self.blocks = nn.ModuleList([_Block(width, heads) for _ in range(depth)])
-        self.final_layer = _Final(width, channels)
-        self.schedule = Schedule("squaredcos")
+        self.blocks = nn.ModuleList(
+            [_Block(width, heads, hidden or 4 * width) for _ in range(depth)]
+        )
+        self.final_layer = _Final(width, channels * (2 if learn_sigma else 1))
+        self.schedule = Schedule("squaredcos", prediction="sample")
         self._start_as_identity()
 
     def _start_as_identity(self) -> None:
@@ -121,26 +132,48 @@ class CDM(ModelMixin, ConfigMixin):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, x_t: Float[Tensor, "B n C"], t: Int[Tensor, "B"], scale: Int[Tensor, "B"]
-    ) -> Float[Tensor, "B n C"]:
-        """The estimate of the clean tokens."""
-        c = self.t_embedder(sinusoid(t, 256, sine_first=False)) + self.y_embedder(scale)
-        x = self.x_embedder(x_t) + self.pos_embed
+        self, x_t: Float[Tensor, "B C n"], t: Int[Tensor, "B"], scale: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C2 n"]:
+        """The estimate of the clean tokens, channels first; under `learn_sigma` C2 = 2 C."""
+        embedded = sinusoid(t, 256, sine_first=False).to(x_t)
+        c = self.t_embedder(embedded) + self.y_embedder(scale)
+        x = self.x_embedder(x_t.mT) + self.pos_embed
         for block in self.blocks:
             x = block(x, c)
-        clean: Tensor = self.final_layer(x, c)
-        return clean
+        output: Tensor = self.final_layer(x, c).mT
+        return output
 
     @torch.no_grad()
-    def draw(
-        self, scale: int, seed: int, addresses: Sequence[Sequence[int]], steps: int = 50
-    ) -> Float[Tensor, "B n C"]:
-        """Tokens for one scale by DDIM (eta 0), one sample per noise address."""
-        shape = (self.config.tokens, self.config.channels)
-        weight = self.x_embedder.weight
-        x_t = normal(shape, seed, "cdm", addresses).to(weight)
-        scales = torch.full((len(x_t),), scale, device=weight.device)
-        for step in self.schedule.steps(steps):
-            t = torch.full_like(scales, step.t)
-            x_t = ddim(x_t, self(x_t, t, scales), step)
+    def denoise(
+        self, x_t: Float[Tensor, "B C n"], steps: Sequence[Step], scale: int
+    ) -> Float[Tensor, "B C n"]:
+        """Tokens of noise by DDIM (eta 0) over some steps."""
+        scales = torch.full((len(x_t),), scale, device=x_t.device)
+        for step in steps:
+            x_0 = self(x_t, torch.full_like(scales, step.t), scales)[:, : x_t.shape[1]]
+            x_t = ddim(x_t, x_0, step)
         return x_t
+
+    def draw(
+        self, scale: int, seed: int, addresses: Sequence[Sequence[int]], recipe: str = "paper"
+    ) -> Float[Tensor, "B n C"]:
+        """Tokens for one scale, one sample per noise address.
+
+        Args:
+            recipe: `paper` (50 uniform DDIM steps, section S3.1) or `released` (200 steps of
+                a respaced schedule). Neither guides: the CDM knows no null scale.
+
+        Raises:
+            UserError: another recipe.
+        """
+        if recipe not in RECIPES:
+            raise UserError(f"there is no CDM recipe '{recipe}'; choose: {', '.join(RECIPES)}.")
+        shape = (self.config.tokens, self.config.channels)
+        noise = normal(shape, seed, "cdm", addresses).to(self.x_embedder.weight)
+        return self.denoise(noise.mT, RECIPES[recipe](self.schedule), scale).mT
+
+
+RECIPES: dict[str, Callable[[Schedule], list[Step]]] = {
+    "paper": lambda schedule: schedule.steps(50),
+    "released": lambda schedule: schedule.respaced(200),
+}

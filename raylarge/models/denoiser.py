@@ -6,11 +6,12 @@ closed-form Gaussian is a model too: with it every sampler is tested without wei
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from raylarge.diffusion.schedule import Schedule
 
@@ -29,41 +30,51 @@ class Denoiser(Protocol):
 
 
 class NetworkDenoiser:
-    """A U-Net as a denoiser, whatever the schedule says that it predicts."""
+    """A U-Net as a denoiser, whatever the schedule says that it predicts.
 
-    def __init__(self, unet: nn.Module, schedule: Schedule) -> None:
-        self.unet, self.schedule = unet, schedule
+    `late` is added to the timestep that the network is told: the released large-image loops
+    tell it t + 1 (0 is what the networks were trained with).
+    """
+
+    def __init__(self, unet: Callable[..., Tensor], schedule: Schedule, late: int = 0) -> None:
+        self.unet, self.schedule, self.late = unet, schedule, late
 
     def __call__(
         self, x_t: Float[Tensor, "B c h w"], t: int, context: Float[Tensor, "B n D"]
     ) -> Float[Tensor, "B c h w"]:
         """x_0 of the prediction, in the U-Net's own precision."""
-        output = self.unet(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
-        return self.schedule.x_0(x_t, output, t)
+        return self.schedule.x_0(x_t, self.unet(x_t, t + self.late, context), t)
 
 
 class Guided:
     """Classifier-free guidance in its standard form: u + w (c - u), both in one batch.
 
-    The unconditional context is zeros, as in ZoomLDM. The published large-image code writes
-    (1 + w) c - w u, so its w = 2 is 3 here. x_0 is affine in eps: guiding either is the same.
+    u is the estimate under `null`, the tokens of no condition [1, n, D]; zeros, as in ZoomLDM,
+    if left out. x_0 is affine in eps: guiding either is the same.
     """
 
-    def __init__(self, denoiser: Denoiser, w: float) -> None:
-        self.denoiser, self.w, self.schedule = denoiser, w, denoiser.schedule
+    def __init__(self, denoiser: Denoiser, w: float, null: Tensor | None = None) -> None:
+        self.denoiser, self.w, self.null = denoiser, w, null
+        self.schedule = denoiser.schedule
 
     def __call__(
         self, x_t: Float[Tensor, "B c h w"], t: int, context: Float[Tensor, "B n D"]
     ) -> Float[Tensor, "B c h w"]:
         """The guided estimate of x_0."""
-        contexts = torch.cat([context, torch.zeros_like(context)])
+        null = torch.zeros_like(context) if self.null is None else self.null.expand_as(context)
+        contexts = torch.cat([context, null.to(context)])
         c, u = self.denoiser(torch.cat([x_t, x_t]), t, contexts).chunk(2)
         return u + self.w * (c - u)
 
 
-def guided(denoiser: Denoiser, w: float) -> Denoiser:
+def guided(denoiser: Denoiser, w: float, null: Tensor | None = None) -> Denoiser:
     """A denoiser under guidance w; w = 1 is the denoiser itself."""
-    return denoiser if w == 1.0 else Guided(denoiser, w)
+    return denoiser if w == 1.0 else Guided(denoiser, w, null)
+
+
+def standard_guidance(published: float) -> float:
+    """Our w for the papers' large-image code, which writes (1 + w) c - w u: its 2 is our 3."""
+    return 1.0 + published
 
 
 class GaussianDenoiser:

@@ -2,14 +2,17 @@
 
 Published: channels 192, 384, 576, 960, two layers per block, attention from the second level
 down, one head, context 512 (400,920,579 parameters). `attention_head_dim` of diffusers means
-the number of heads here.
+the number of heads here. Source: ZoomLDM and Latent Diffusion (`cin256-v2`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import UNet2DConditionModel
+from jaxtyping import Float, Num
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,68 @@ class UNetConfig:
     groups: int = 32
 
 
-def build(config: UNetConfig, latent: tuple[int, int, int], context: int) -> UNet2DConditionModel:
+class UNet(UNet2DConditionModel):
+    """`UNet2DConditionModel` called as (x_t, t, context); its folder loads into diffusers."""
+
+    def forward(
+        self,
+        x_t: Float[Tensor, "B c h w"],
+        t: Num[Tensor, "..."] | int | float,
+        context: Float[Tensor, "B n D"],
+        **residuals: Any,
+    ) -> Float[Tensor, "B c h w"]:
+        """What the network predicts (noise, v or x_0; its schedule says which).
+
+        Args:
+            t: timesteps, one per sample or one for all; fractions are allowed.
+            context: conditioning tokens.
+            residuals: a ControlNet's additions (`down_block_additional_residuals`, …).
+        """
+        output: Tensor = super().forward(
+            x_t, t, encoder_hidden_states=context, return_dict=False, **residuals
+        )[0]
+        return output
+
+    def features(
+        self,
+        x_t: Float[Tensor, "B c h w"],
+        t: Num[Tensor, "..."] | int | float,
+        context: Float[Tensor, "B n D"],
+    ) -> tuple[Float[Tensor, "B c h w"], list[Float[Tensor, "B d h2 w2"]]]:
+        """The prediction, and what the middle and each output block gave on the way.
+
+        The list is [middle, out 0, …] in the published numbering (`return_intermediates`): at
+        full size the middle and out 0 to out 11, so out i stands at index i + 1.
+        """
+        found: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [block.register_forward_hook(keep) for block in _outputs(self)]
+        try:
+            predicted = self(x_t, t, context)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return predicted, found
+
+
+def _outputs(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """The modules whose outputs are those of the published middle and output blocks."""
+    found = [unet.mid_block]
+    for block in unet.up_blocks:
+        last = block.resnets if not hasattr(block, "attentions") else block.attentions
+        found += list(last[:-1])
+        found.append(block.upsamplers[0] if block.upsamplers else last[-1])
+    return found
+
+
+def build(config: UNetConfig, latent: tuple[int, int, int], context: int) -> UNet:
     """A U-Net with fresh weights, for latents (c, h, w) and context tokens of a width."""
     down = ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in config.attention]
     up = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(config.attention)]
-    return UNet2DConditionModel(
+    return UNet(
         sample_size=latent[1],
         in_channels=latent[0],
         out_channels=latent[0],

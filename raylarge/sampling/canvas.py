@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from raylarge.geometry import Patch, batches, origins
-from raylarge.models.autoencoder import Autoencoder
+from raylarge.models.autoencoder import Codec
 
 SIGMA = 0.8
 Windows = Sequence[tuple[int, int]]
@@ -78,7 +78,7 @@ class Band:
 
 
 def decode_band(
-    autoencoder: Autoencoder, latent: Float[Tensor, "c h w"], band: Band, patch: Patch, batch: int
+    autoencoder: Codec, latent: Float[Tensor, "c h w"], band: Band, patch: Patch, batch: int
 ) -> Float[Tensor, "3 rows W"]:
     """Pixel rows of the blended decode of a latent canvas.
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raylarge.models.autoencoder import Autoencoder
+from raylarge.models.autoencoder import Codec
 from raylarge.order import Sampler
 from raylarge.resample import downsample, upsample
 
@@ -40,7 +40,7 @@ def derivative(f: Function, at: Tensor, along: Tensor, sampler: Sampler) -> Tens
 def correct(
     x_t: Float[Tensor, "B c p p"],
     x_0: Function,
-    autoencoder: Autoencoder,
+    autoencoder: Codec,
     y: Float[Tensor, "B 3 q q"],
     sampler: Sampler,
 ) -> Float[Tensor, "B c p p"]:

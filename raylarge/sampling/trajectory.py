@@ -18,7 +18,7 @@ from raylarge.diffusion.noise import normal
 from raylarge.diffusion.schedule import Step
 from raylarge.diffusion.steps import ddim
 from raylarge.geometry import Patch
-from raylarge.models.autoencoder import Autoencoder
+from raylarge.models.autoencoder import Codec
 from raylarge.models.denoiser import Denoiser
 from raylarge.order import Order, Sampler
 from raylarge.sampling.canvas import gather
@@ -33,7 +33,7 @@ class Networks:
     """What trajectories run on: a (guided) denoiser, an autoencoder and their patch."""
 
     denoiser: Denoiser
-    autoencoder: Autoencoder
+    autoencoder: Codec
     patch: Patch
 
 

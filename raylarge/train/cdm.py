@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from raylarge.diffusion.loss import draws, per_sample
+from raylarge.diffusion.loss import draws, learned_range, per_sample
 from raylarge.models import bundle as bundles
 from raylarge.models.cdm import CDM
 from raylarge.models.summarizer import Summarizer
@@ -30,6 +30,7 @@ class CdmConfig:
     width: int = 768
     depth: int = 12
     heads: int = 12
+    learn_sigma: bool = True
 
 
 class _Network(nn.Module):
@@ -43,13 +44,16 @@ class _Network(nn.Module):
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """The loss of each sample."""
         summarizer = self._frozen[0].to(batch["grid"].device)
-        count = batch["grid_rows"] * batch["grid_columns"]
+        size = torch.stack([batch["grid_rows"], batch["grid_columns"]], dim=1)
         with torch.no_grad():
-            x_0 = summarizer(batch["grid"], count, batch["scale"])
+            x_0 = summarizer(batch["grid"], batch["scale"], size).mT  # channels first
         schedule = self.cdm.schedule
         drawn = draws(batch["sample"], x_0.shape[1:], self.seed, "cdm-train", schedule.length)
         x_t = schedule.noised(x_0, drawn.eps, drawn.t)
-        return per_sample(self.cdm(x_t, drawn.t, batch["scale"]), x_0)
+        output = self.cdm(x_t, drawn.t, batch["scale"])
+        if not self.cdm.config.learn_sigma:
+            return per_sample(output, x_0)
+        return torch.add(*learned_range(output, x_0, x_t, drawn.t, schedule))
 
 
 class CdmTask:

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from raylarge.diffusion.loss import draws, per_sample
 from raylarge.diffusion.schedule import Schedule
+from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
+from raylarge.models import published, weights
 from raylarge.models import unet as unets
-from raylarge.models.summarizer import Summarizer
-from raylarge.models.unet import UNetConfig
+from raylarge.models.embedder import VectorEmbedder
+from raylarge.models.summarizer import ConvSummarizer, Summarizer
+from raylarge.models.unet import UNet, UNetConfig
 from raylarge.train.task import Batch, Facts
 
 if TYPE_CHECKING:
@@ -28,8 +31,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SummarizerConfig:
-    """Size of the Summarizer; the defaults are the published ones."""
+    """What conditions the U-Net; the defaults are the published Summarizer.
 
+    Attributes:
+        kind: `vit` (ZoomLDM), `cnn` (its Table S3) or `vector` (Graikos et al.: one token).
+        width: of the context tokens.
+        layers: of the ViT.
+        heads: of the ViT.
+    """
+
+    kind: str = "vit"
     width: int = 512
     layers: int = 12
     heads: int = 8
@@ -42,20 +53,21 @@ class LdmConfig:
     Attributes:
         drop: share of samples whose condition is dropped.
         prediction: `epsilon` as published, or `v_prediction`, which samples well much sooner.
+        init: a checkpoint of Latent Diffusion whose U-Net to start from; what it was
+            conditioned on (ImageNet's classes) is left behind.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)
     drop: float = 0.1
     prediction: str = "epsilon"
+    init: str = ""
 
 
 class _Network(nn.Module):
     """U-Net and Summarizer and their loss per sample."""
 
-    def __init__(
-        self, unet: nn.Module, summarizer: Summarizer, config: LdmConfig, seed: int
-    ) -> None:
+    def __init__(self, unet: nn.Module, summarizer: Any, config: LdmConfig, seed: int) -> None:
         super().__init__()
         self.unet, self.summarizer = unet, summarizer
         self.drop, self.seed = config.drop, seed
@@ -64,13 +76,13 @@ class _Network(nn.Module):
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """The loss of each sample."""
         x_0, samples = batch["latent"], batch["sample"]
-        tokens = self.summarizer(
-            batch["grid"], batch["grid_rows"] * batch["grid_columns"], batch["scale"]
-        )
+        size = torch.stack([batch["grid_rows"], batch["grid_columns"]], dim=1)
+        tokens = self.summarizer(batch["grid"], batch["scale"], size)
         drawn = draws(samples, x_0.shape[1:], self.seed, "ldm", self.schedule.length)
-        tokens = tokens * (drawn.coin >= self.drop)[:, None, None]
+        kept = (drawn.coin >= self.drop)[:, None, None]
+        tokens = torch.where(kept, tokens, self.summarizer.null(len(tokens)))
         x_t = self.schedule.noised(x_0, drawn.eps, drawn.t)
-        output = self.unet(x_t, drawn.t, encoder_hidden_states=tokens, return_dict=False)[0]
+        output = self.unet(x_t, drawn.t, tokens)
         return per_sample(output, self.schedule.target(x_0, drawn.eps, drawn.t))
 
 
@@ -85,11 +97,13 @@ class LdmTask:
         channels, rows, columns = facts.latent
         context = config.summarizer.width
         unet = unets.build(config.unet, (channels, rows, columns), context)
-        summarizer = Summarizer(
-            channels=facts.channels, scales=max(facts.scales) + 1, **vars(config.summarizer)
-        )
+        if config.init:
+            initialise(unet, config.init, config.unet.heads)
+        summarizer = _conditioner(config.summarizer, facts)
         self.network = _Network(unet, summarizer, config, seed)
         self.averaged = unet
+        self.encoder = facts.encoder
+        self.licence = {"encoder": facts.encoder.get("licence", "unknown")}
 
     def finish(
         self,
@@ -102,7 +116,33 @@ class LdmTask:
         if averaged is not None:
             self.network.unet.load_state_dict(averaged)
         parts = {"unet": self.network.unet.cpu(), "summarizer": self.network.summarizer.cpu()}
-        bundles.save(bundle, parts, {"ldm": facts}, self.network.schedule)
+        known = {"ldm": facts, "encoder": self.encoder, "licence": self.licence}
+        bundles.save(bundle, parts, known, self.network.schedule)
+
+
+def initialise(unet: UNet, path: str, heads: int) -> None:
+    """Start a U-Net from a published checkpoint's.
+
+    Raises:
+        UserError: no U-Net in the file, names missing or unknown, or another size.
+    """
+    found = published.unet_from_published(weights.content(path), heads).state_dict()
+    weights.compare(unet.state_dict(), found, "a U-Net of the size in ldm.unet")
+    unet.load_state_dict(found)
+
+
+def _conditioner(config: SummarizerConfig, facts: Facts) -> nn.Module:
+    """The network that makes context tokens of embeddings.
+
+    Raises:
+        UserError: no such kind.
+    """
+    known = {"channels": facts.channels, "width": config.width, "scales": max(facts.scales) + 1}
+    if config.kind == "vit":
+        return Summarizer(layers=config.layers, heads=config.heads, **known)
+    if config.kind not in ("cnn", "vector"):
+        raise UserError(f"ldm.summarizer.kind '{config.kind}' is not vit, cnn or vector.")
+    return ConvSummarizer(**known) if config.kind == "cnn" else VectorEmbedder(**known)
 
 
 def build(config: Train, facts: Facts) -> LdmTask:

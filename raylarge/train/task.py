@@ -50,7 +50,7 @@ class Facts:
     counts: dict[int, int]  # training rows by scale k
     image: tuple[int, int, int]  # (3, P, P)
     latent: tuple[int, int, int] | None  # (c, h, w), where the table holds latents
-    encoder: dict[str, Any]  # that made the embeddings: name, width, note
+    encoder: dict[str, Any]  # that made the embeddings: its card (`models/ssl_cards.py`)
 
     @property
     def scales(self) -> tuple[int, ...]:

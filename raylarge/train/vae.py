@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raylarge.diffusion.noise import generator
 from raylarge.models import bundle as bundles
-from raylarge.models.autoencoder import LightAutoencoder
+from raylarge.models.light import LightAutoencoder
 from raylarge.train.task import Batch, Facts
 
 if TYPE_CHECKING:

@@ -1,0 +1,23 @@
+"""A published ZoomLDM or Graikos et al. checkpoint in, a bundle out.
+
+python jobs/import_weights.py checkpoint=weights.ckpt [cdm=cdm.pt] out=DIR [encoder=uni]
+"""
+
+from __future__ import annotations
+
+from raylarge import report
+from raylarge.config import parse
+from raylarge.models.imported import Import, import_bundle
+
+
+def main(arguments: list[str]) -> None:
+    """Import and print what was found."""
+    config = parse(Import, arguments, {})
+    counts = import_bundle(config)
+    rows = [[name, f"{count:,}"] for name, count in counts.items()]
+    report.say(report.table(["part", "parameters"], rows))
+    report.say(f"bundle: {config.out}")
+
+
+if __name__ == "__main__":
+    report.entry(main)

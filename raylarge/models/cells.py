@@ -1,0 +1,88 @@
+"""Grids of raw embeddings as cells: what every conditioner reads.
+
+    grid [B, C, h, w] -pool to at most 8 x 8-> h w cells, row by row, then zeros up to 64
+
+Grids of different shapes share a batch as cells [B, 64, C] with their sizes [B, 2].
+Source: ZoomLDM, section 3.1 (pooling); its `preprocess_features` (normalising each token).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from raylarge.errors import UserError
+
+SLOTS = 64
+SIDE = 8
+
+
+class Cells(NamedTuple):
+    """A batch of grids.
+
+    Attributes:
+        values: raw embeddings, row-major, zeros after the real ones.
+        size: rows and columns of each grid, each at most 8.
+    """
+
+    values: Float[Tensor, "B 64 C"]
+    size: Int[Tensor, "B 2"]
+
+
+@runtime_checkable
+class Conditioner(Protocol):
+    """What turns embeddings and a scale into the U-Net's context."""
+
+    def __call__(
+        self, grid: Float[Tensor, "..."], scale: Int[Tensor, "B"], size: Int[Tensor, "B 2"] | None
+    ) -> Float[Tensor, "B n D"]:
+        """Context tokens of grids [B, C, h, w], or of cells [B, 64, C] with their sizes."""
+        ...
+
+    def null(self, count: int) -> Float[Tensor, "B n D"]:
+        """The tokens of no condition, `count` times."""
+        ...
+
+
+def pool(grid: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h2 w2"]:
+    """A grid averaged down to at most 8 x 8 cells (adaptive average pooling, per axis)."""
+    rows, columns = (min(side, SIDE) for side in grid.shape[-2:])
+    return nn.functional.adaptive_avg_pool2d(grid, (rows, columns))
+
+
+def cells_of(grid: Float[Tensor, "B C h w"]) -> Cells:
+    """A batch of equal raw grids as padded cells."""
+    pooled = pool(grid)
+    values = pooled.flatten(2).mT
+    size = torch.tensor(pooled.shape[-2:], device=grid.device).expand(len(grid), 2)
+    return Cells(nn.functional.pad(values, (0, 0, 0, SLOTS - values.shape[1])), size)
+
+
+def read(grid: Tensor, size: Tensor | None, channels: int) -> Cells:
+    """The cells of either form that a conditioner takes.
+
+    Raises:
+        UserError: embeddings of another width, an empty grid, or cells without their sizes.
+    """
+    width = grid.shape[1] if grid.ndim == 4 else grid.shape[-1]
+    if width != channels:
+        raise UserError(
+            f"the embeddings have {width} channels, the bundle's Summarizer takes {channels}; "
+            f"embed with the encoder that the bundle was trained with."
+        )
+    if grid.ndim == 4:
+        if 0 in grid.shape[-2:]:
+            raise UserError(f"a grid of {tuple(grid.shape[-2:])} embeddings is empty.")
+        return cells_of(grid)
+    if size is None or grid.shape[1] != SLOTS:
+        raise UserError(f"give grids [B, C, h, w], or cells [B, {SLOTS}, C] with their sizes.")
+    return Cells(grid, size)
+
+
+def normalise(cells: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+    """Each embedding to mean 0 and (unbiased) standard deviation 1 over its own channels."""
+    mean, std = cells.mean(dim=-1, keepdim=True), cells.std(dim=-1, keepdim=True)
+    return (cells - mean) / (std + 1e-8)
