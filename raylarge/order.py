@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,7 @@ class Order:
         seed: all randomness follows from it.
         batch: windows per batch; part of the order because it decides the last bits.
         chunk: steps per request, the grain of resumption.
+        levels: scales from the guide's down to `scale`, such as 6,4,2,0; by default these two.
         recipe: the name the sampler's settings started from.
     """
 
@@ -142,16 +144,23 @@ class Order:
     seed: int = 0
     batch: int = 16
     chunk: int = 10
+    levels: Any = ""
     recipe: str = "paper"
     sampler: Sampler = field(default_factory=Sampler)
     condition: Condition = field(default_factory=Condition)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", _size(self.size))
+        object.__setattr__(self, "levels", _levels(self.levels))
 
     def guide(self, patch: Patch) -> Scale:
         """The scale of the guide: the one at which a single patch covers the canvas."""
         return Scale(self.scale + guide_scale(self.size, patch.side_px).k)
+
+    def levels_of(self, patch: Patch) -> tuple[int, ...]:
+        """The scales that are sampled, coarse to fine; one alone where a patch covers all."""
+        top = self.guide(patch).k
+        return self.levels or ((top, self.scale) if top > self.scale else (self.scale,))
 
     def brief(self) -> Order:
         """The order without the bulk of its condition, for requests that do not need it."""
@@ -223,12 +232,23 @@ def _check_canvas(order: Order, patch: Patch) -> None:
             f"at most {LIMIT_PX}."
         )
     top = order.guide(patch).k
-    if order.scale < 0 or top >= patch.scales or side >> (top - order.scale) == 0:
+    if order.scale < 0 or top >= patch.scales:
         largest = side << max(0, patch.scales - 1 - order.scale)
         raise UserError(
             f"order.size {order.size} at scale {order.scale} needs a guide at scale {top}, but "
             f"the bundle knows scales 0 to {patch.scales - 1}; the largest side is {largest}."
         )
+    levels = order.levels_of(patch)
+    if levels[0] != top or levels[-1] != order.scale or list(levels) != sorted({*levels})[::-1]:
+        raise UserError(
+            f"order.levels {levels} must fall from the guide's scale {top} to {order.scale}."
+        )
+    for above, below in pairwise(levels):
+        if side >> (above - below) == 0:
+            raise UserError(
+                f"order.levels {levels}: a window at scale {below} has no pixel of its own at "
+                f"scale {above}; put a level between them, such as {(above + below) // 2}."
+            )
     cells = 1 << order.scale
     _check_condition(order, tuple(length // side * cells for length in order.size))
 
@@ -239,6 +259,14 @@ def _check_condition(order: Order, wanted: tuple[int, ...]) -> None:
         raise UserError(
             f"condition.shape {shape} does not fit: this order takes {wanted} embeddings."
         )
+
+
+def _levels(value: Any) -> tuple[int, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        return tuple(int(scale) for scale in parts if scale != "")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"levels '{value}' is no list of scales such as 6,4,2,0.") from error
 
 
 def _size(value: Any) -> tuple[int, int]:

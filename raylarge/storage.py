@@ -52,6 +52,23 @@ def listing(pattern: str) -> list[str]:
     return [name if is_local(pattern) else fs.unstrip_protocol(name) for name in found]
 
 
+def sizes(folder: str) -> dict[str, int]:
+    """Names of the files in a folder, and how many bytes each holds; none if there is none."""
+    fs, root = fsspec.core.url_to_fs(folder)
+    fs.invalidate_cache()
+    if not fs.exists(root):
+        return {}
+    found = fs.ls(root, detail=True)
+    return {one["name"].rsplit("/", 1)[-1]: one["size"] for one in found if one["type"] == "file"}
+
+
+def remove(path: str) -> None:
+    """Remove a file, if it is there."""
+    fs, root = fsspec.core.url_to_fs(path)
+    if fs.exists(root):
+        fs.rm_file(root)
+
+
 def read_bytes(path: str) -> bytes:
     """The whole content of a file.
 

@@ -24,7 +24,11 @@ REQUESTS = [
 
 
 def new_plan():
-    return Plan(REQUESTS, ["decode/0", "guide"], lambda replies: [np.asarray(r) for r in replies])
+    return Plan(REQUESTS, ["decode/0", "guide"], opened)
+
+
+def opened(kept, open_):
+    return [np.asarray(open_(one)) for one in kept]
 
 
 def answer(task, *inputs):
@@ -38,9 +42,9 @@ class StoppedError(Exception):
 def stopped_after(count, ledger, plan=None):
     """Run a plan that is killed right after its n-th reply was kept."""
     plan = plan or new_plan()
+    ledger.resume(plan)
 
     def watch(now):
-        ledger.save(now)
         if len(now.snapshot().finished) == count:
             raise StoppedError
 
@@ -58,7 +62,7 @@ def resumed(root, bundle="weights"):
         asked.append(task)
         return answer(task, *inputs)
 
-    made = run(plan, counted, ledger.save)
+    made = run(plan, counted)
     assert len(asked) == len(REQUESTS) - found
     return made, len(asked)
 
@@ -104,6 +108,10 @@ def test_another_order_or_bundle_begins_anew(root):
     assert Ledger(root, ORDER, "weights").resume(new_plan()) == 4
 
 
+def each(kept, open_):
+    return [open_(one) for one in kept]
+
+
 def test_types_come_back_as_they_went(root):
     replies = {
         "draw/0": torch.randn(2, 3).to(torch.bfloat16),
@@ -111,11 +119,11 @@ def test_types_come_back_as_they_went(root):
         "guide": torch.randn(3, 2).T,
     }
     requests = [Request(id, TASK) for id in replies]
-    ledger, plan = Ledger(root, ORDER, "weights"), Plan(requests, list(replies), list)
+    ledger, plan = Ledger(root, ORDER, "weights"), Plan(requests, list(replies), each)
+    ledger.resume(plan)
     for id, reply in replies.items():
         plan.feed(id, reply)
-        ledger.save(plan)
-    back = Plan(requests, list(replies), list)
+    back = Plan(requests, list(replies), each)
     assert Ledger(root, ORDER, "weights").resume(back) == 3
     for then, now in zip(replies.values(), back.result, strict=True):
         assert type(now) is type(then)
@@ -131,7 +139,7 @@ def test_a_damaged_file_is_named(root):
     stopped_after(3, ledger)
     Path(ledger.folder, "guide").write_bytes(b"not a tensor at all")
     with pytest.raises(UserError, match=r"guide is damaged; remove its folder"):
-        Ledger(root, ORDER, "weights").resume(new_plan())
+        resumed(root)
 
 
 def test_a_removed_ledger_leaves_nothing(root):

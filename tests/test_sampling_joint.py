@@ -46,7 +46,8 @@ def test_the_sampler_equals_its_closed_form_recursion(recipe):
         recipe=recipe, sampler={"unit": False, "clamp": False, "steps": 10, "inner": 2}
     )
     worker = Worker(oracle.bundle(), GaussianDenoiser(mean, variance))
-    (image, frames), latents = finished_latents(joint.plan(order, PATCH), worker.answer)
+    made, latents = finished_latents(joint.plan(order, PATCH), worker.answer)
+    image, frames = made.image, made.frames
 
     sampler, side, s = order.sampler, PATCH.side_px, 4
     d = torch.from_numpy(bicubic_matrix(side, s))
@@ -102,7 +103,8 @@ def test_the_constraint_lowers_the_cross_scale_error(recipe, variance, falls):
         settings = {"inner": inner, "clamp": False, "derivative": "difference"}
         order = an_order(recipe=recipe, size=4 * patch.side_px, sampler=settings)
         worker = Worker(oracle.bundle(patch), GaussianDenoiser(0.0, variance))
-        (_, frames), latents = finished_latents(joint.plan(order, patch), worker.answer)
+        made, latents = finished_latents(joint.plan(order, patch), worker.answer)
+        frames = made.frames
         places = [(row * 32, column * 32) for row, column in latents]
         canvas = scatter(torch.stack(list(latents.values())), places, (128, 128))
         image = oracle.Unshuffle().decode(canvas[None])[0]
@@ -116,7 +118,7 @@ def test_unconstrained_joint_sampling_equals_independent_windows():
     order = an_order(sampler={"inner": 0, "steps": 5})
     worker = Worker(oracle.bundle(), GaussianDenoiser(0.0, 1.0))
     _, latents = finished_latents(joint.plan(order, PATCH), worker.answer)
-    task = Windows(order, ((0, 3),) * 8, 0, 5, None)
+    task = Windows(order, 0, ((0, 3),) * 8, 0, 5, None)
     alone = worker.answer(task, torch.zeros(8, 65, 4))
     assert torch.equal(alone[0], latents[(0, 3)])
 
@@ -156,7 +158,8 @@ def test_guide_first_equals_algorithm_s2_step_by_step(tiny_bundle, recipe, deriv
         }
     )
     worker, side = Worker(bundle), bundle.patch.side_px
-    (_, frames), latents = finished_latents(joint.plan(order, bundle.patch), worker.answer)
+    made, latents = finished_latents(joint.plan(order, bundle.patch), worker.answer)
+    frames = made.frames
     cells, sampler = [(0, 0), (0, 1), (1, 0), (1, 1)], order.sampler
     enc, dec = bundle.vae.encode, bundle.vae.decode
 
@@ -239,7 +242,8 @@ def test_each_condition_lands_at_its_own_row_and_column(tiny_bundle):
 def test_a_canvas_need_not_be_square_or_a_power_of_two():
     order = an_order(size="96x160", sampler={"steps": 3})
     worker = Worker(oracle.bundle(), GaussianDenoiser(0.0, 0.25))
-    image, frames = run(joint.plan(order, PATCH), worker.answer)
+    made = run(joint.plan(order, PATCH), worker.answer)
+    image, frames = made.image, made.frames
     assert image.shape == (96, 160, 3)
     assert frames.shape[0] == 4
     bands = [r for r in joint.plan(order, PATCH).requests.values() if isinstance(r.task, Decode)]

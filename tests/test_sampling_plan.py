@@ -92,7 +92,7 @@ def test_a_failing_request_surfaces_and_cancels_the_others():
             raise
         raise ValueError("no such window")
 
-    plan = Plan([Request("a", bad), Request("b", good)], ["a", "b"], list)
+    plan = Plan([Request("a", bad), Request("b", good)], ["a", "b"], lambda kept, open_: kept)
     with pytest.raises(ValueError, match="no such window"):
         asyncio.run(arun(plan, answer))
     assert cancelled == [good]
@@ -100,6 +100,6 @@ def test_a_failing_request_surfaces_and_cancels_the_others():
 
 def test_a_plan_names_what_no_request_gives():
     with pytest.raises(ValueError, match="nobody"):
-        Plan([Request("a", DecodeEach(ORDER), ("nobody",))], ["a"], list)
+        Plan([Request("a", DecodeEach(ORDER), ("nobody",))], ["a"], lambda kept, open_: kept)
     with pytest.raises(RuntimeError, match="not done"):
-        _ = Plan([Request("a", DecodeEach(ORDER))], ["a"], list).result
+        _ = Plan([Request("a", DecodeEach(ORDER))], ["a"], lambda kept, open_: kept).result

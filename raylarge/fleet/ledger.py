@@ -1,20 +1,21 @@
-"""The ledger: finished requests of an order, on disk, from which the same order goes on.
+"""The ledger: replies of an order's requests, on disk, from which the same order goes on.
 
-    FOLDER/.ledger-<order digest>-<bundle digest>/<request id>
+    FOLDER/.ledger-<order digest>-<bundle digest>/<name of the reply>
 
-Each reply is one atomic file, written as soon as the plan was fed it. One that no request
-needs any more is emptied; its name stays, so that it is known to be finished. Another
-order, or the same one for another bundle, has another folder and never meets these replies.
+It is a plan's store: each reply is one atomic file from the moment the plan is fed it, and is
+read when a request takes it, so memory holds few at a time. A reply that no request needs any
+more is emptied; its name stays, so that it is known to be finished. Another order, or the
+same one for another bundle, has another folder and never meets these replies.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Set
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -23,7 +24,17 @@ from torch import Tensor
 from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.order import Order
-from raylarge.sampling.plan import Plan, Reply, Snapshot
+from raylarge.sampling.plan import Plan, Reply, whole
+
+RECENT = 4
+"""Replies that stay open: one that many requests take (the guide's frames) is read once."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A reply that lies in the ledger under a name."""
+
+    name: str
 
 
 class Ledger:
@@ -36,65 +47,79 @@ class Ledger:
 
     def __init__(self, root: str, order: Order, bundle: str) -> None:
         self.folder = storage.join(root, f".ledger-{order.digest}-{bundle}")
-        self._finished: set[str] = set()
-        self._full: set[str] = set()
+        self._recent: OrderedDict[str, Reply] = OrderedDict()
 
     def resume(self, plan: Plan) -> int:
-        """Feed a new plan all that is here; how many of its requests that finished.
-
-        Raises:
-            UserError: a file is damaged.
-        """
-        replies = self._read(plan)
-        kept = {id for id, reply in replies.items() if reply is not None}
-        finished = _usable(plan, replies.keys(), kept)
-        needed = _needed(plan, finished)
-        plan.restore(Snapshot(finished, {id: replies[id] for id in needed & finished}))
-        self._finished, self._full = set(finished), kept & finished
+        """Become a plan's store, with all that is here; how many of its requests that finished."""
+        plan.store = self
+        sizes = storage.sizes(self.folder)
+        full = {name for name in plan.names if sizes.get(_file(name))}
+        finished = _usable(plan, {id for id in plan.requests if _file(id) in sizes}, full)
+        plan.resume(finished, {name: Kept(name) for name in _needed(plan, finished) & full})
         return len(finished)
 
-    def save(self, plan: Plan) -> None:
-        """Write what is new since the last time, then empty what has had its use."""
-        snapshot = plan.snapshot()
-        for id in sorted(snapshot.finished - self._finished):
-            self._write(id, snapshot.replies.get(id))
-        for id in sorted(self._full - snapshot.replies.keys()):
-            self._write(id, None)
+    def keep(self, name: str, reply: Reply | None) -> Kept:
+        """Write a reply; None leaves an empty file, which says that it came."""
+        storage.write_bytes(self._path(name), _encode(reply))
+        if reply is not None:
+            self._remember(name, reply)
+        return Kept(name)
+
+    def open(self, kept: Kept) -> Reply:
+        """Read a reply.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if kept.name not in self._recent:
+            self._remember(kept.name, _decode(self._path(kept.name)))
+        self._recent.move_to_end(kept.name)
+        return self._recent[kept.name]
+
+    def free(self, name: str) -> None:
+        """Empty a reply's file; one part of a reply goes altogether."""
+        self._recent.pop(name, None)
+        if name == whole(name):
+            storage.write_bytes(self._path(name), b"")
+        else:
+            storage.remove(self._path(name))
 
     def remove(self) -> None:
         """Forget the order: its result is written elsewhere."""
         fs, root = fsspec.core.url_to_fs(self.folder)
         if storage.exists(self.folder):
             fs.rm(root, recursive=True)
-        self._finished, self._full = set(), set()
+        self._recent.clear()
 
-    def _write(self, id: str, reply: Reply | None) -> None:
-        storage.write_bytes(storage.join(self.folder, _name(id)), _encode(reply))
-        self._finished.add(id)
-        (self._full.discard if reply is None else self._full.add)(id)
+    def _path(self, name: str) -> str:
+        return storage.join(self.folder, _file(name))
 
-    def _read(self, plan: Plan) -> dict[str, Reply | None]:
-        ids = {_name(id): id for id in plan.requests}
-        paths = {Path(path).name: path for path in storage.listing(f"{self.folder}/*")}
-        return {ids[name]: _decode(paths[name]) for name in paths.keys() & ids.keys()}
+    def _remember(self, name: str, reply: Reply) -> None:
+        self._recent[name] = reply
+        while len(self._recent) > RECENT:
+            self._recent.popitem(last=False)
 
 
 def _needed(plan: Plan, finished: Set[str]) -> set[str]:
-    """Requests whose replies are still wanted, once some are finished."""
+    """Names of replies that are still wanted, once some requests are finished."""
     open_ = (request for id, request in plan.requests.items() if id not in finished)
-    return {*plan.results, *(need for request in open_ for need in request.needs)}
+    return {
+        name
+        for name in [*plan.results, *(need for request in open_ for need in request.needs)]
+        if whole(name) in finished
+    }
 
 
-def _usable(plan: Plan, found: Set[str], kept: Set[str]) -> frozenset[str]:
+def _usable(plan: Plan, found: Set[str], full: Set[str]) -> frozenset[str]:
     """Finished requests, without those whose reply is wanted but gone: they are asked again."""
     finished = set(found)
-    while lost := _needed(plan, finished) & finished - kept:
+    while lost := {whole(name) for name in _needed(plan, finished) - full}:
         finished -= lost
     return frozenset(finished)
 
 
-def _name(id: str) -> str:
-    return id.replace("/", "-")
+def _file(name: str) -> str:
+    return name.replace("/", "-")
 
 
 def _encode(reply: Reply | None) -> bytes:
@@ -103,15 +128,12 @@ def _encode(reply: Reply | None) -> bytes:
         return b""
     if isinstance(reply, Tensor):
         return save({"tensor": reply.contiguous()})
-    return save({"array": torch.from_numpy(np.ascontiguousarray(reply))})
+    return save({"array": torch.from_numpy(reply.copy())})
 
 
 def _decode(path: str) -> Any:
-    content = storage.read_bytes(path)
-    if not content:
-        return None
     try:
-        [(kind, tensor)] = load(content).items()
-    except SafetensorError as error:
+        [(kind, tensor)] = load(storage.read_bytes(path)).items()
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{path} is damaged; remove its folder to begin anew.") from error
     return tensor if kind == "tensor" else tensor.numpy()

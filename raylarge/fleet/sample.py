@@ -94,12 +94,11 @@ class _Run:
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[Plan], None]]:
-        """What to call after each reply: it keeps the reply and moves the bar."""
+        """What to call after each reply: it moves the bar (the ledger keeps the reply itself)."""
         total = len(self.plan.requests)
         bar = report.progress(None, "sample", total=total, initial=self.resumed, unit="request")
 
         def watch(plan: Plan) -> None:
-            self.ledger.save(plan)
             bar.update()
 
         with self.log.stage("sample") as facts, bar:
@@ -150,7 +149,7 @@ async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
         with this.log.stage("start"):
             await pool.start()
         with this.watched() as watch:
-            made = await arun(this.plan, pool.answer, watch)
+            made = await arun(this.plan, pool.answer, watch, most=2 * config.workers)
         return this.write(made)
     finally:
         pool.close()

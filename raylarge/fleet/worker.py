@@ -21,7 +21,7 @@ from raylarge.models.bundle import Bundle
 from raylarge.models.denoiser import Denoiser, guided
 from raylarge.order import Order
 from raylarge.sampling import canvas, trajectory
-from raylarge.sampling.plan import Decode, DecodeEach, Draw, Guide, Task, Windows
+from raylarge.sampling.plan import Decode, DecodeEach, Draw, Guide, Task, Traced, Windows
 
 
 class Worker:
@@ -46,6 +46,8 @@ class Worker:
         device = self.bundle.device
         moved = [i.to(device) if isinstance(i, Tensor) else i for i in inputs]
         reply = self._answer(task, *moved)
+        if isinstance(reply, Traced):
+            return Traced(*(part.cpu() for part in reply))
         return reply.cpu() if isinstance(reply, Tensor) else reply
 
     @singledispatchmethod
@@ -66,7 +68,7 @@ class Worker:
         return trajectory.guide(self._networks(task.order, tokens), task, tokens)
 
     @_answer.register
-    def _windows(self, task: Windows, tokens: Tensor, *rest: Tensor) -> Float[Tensor, "B c p p"]:
+    def _windows(self, task: Windows, tokens: Tensor, *rest: Tensor) -> Tensor | Traced:
         replies = list(rest)
         frames = replies.pop(0) if task.guided_by is not None else None
         x_t = replies.pop(0) if task.first else None
@@ -115,8 +117,8 @@ class Worker:
         side = 1 << task.scale
         if grid.ndim == 4:
             cut = np.stack([grid[column] for _, column in task.windows])
-        else:  # where a square guide reaches past the canvas, its edge is repeated
-            short = [(0, max(0, side - length)) for length in grid.shape[:2]]
+        else:  # where a coarser window reaches past the canvas, the edge is repeated
+            short = [(0, -length % side) for length in grid.shape[:2]]
             grid = np.pad(grid, [*short, (0, 0)], mode="edge")
             cut = np.stack(
                 [

@@ -5,14 +5,19 @@ not handed out yet, `feed` takes a reply (opaque here: a tensor, or a reference 
 elsewhere), and nobody learns who answered. Requests are pure: asking twice is harmless.
 
     plan -ready-> requests -answer-> replies -feed-> plan -> result
+
+Replies lie in a `Store` until nobody needs them: in memory, or on disk (the ledger).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from raylarge.order import Order
 
@@ -50,15 +55,20 @@ class Guide(Task):
 
 @dataclass(frozen=True)
 class Windows(Task):
-    """A batch of windows through steps first .. last - 1 -> latents [B, c, p, p].
+    """A batch of windows of a scale through steps first .. last - 1 -> latents [B, c, p, p].
 
-    Takes the batch's tokens; under a guide its frames; after the first chunk the latents.
+    Takes the batch's tokens; under a coarser level the frames of the one window above, from
+    step `frames_from` on; after the first chunk the latents. If `traced`, the reply is a
+    `Traced`, whose frames guide the level below.
     """
 
+    scale: int
     windows: tuple[tuple[int, int], ...]
     first: int
     last: int
     guided_by: int | None
+    frames_from: int = 0
+    traced: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,13 +105,58 @@ class Snapshot:
     replies: Mapping[str, Reply]
 
 
+class Traced(NamedTuple):
+    """A reply in parts: the latents, under the request's id, and window i's frames, under id#i.
+
+    Attributes:
+        latents: [B, c, p, p].
+        frames: [steps, B, 3, P, P]: each step's decoded estimate of each window.
+    """
+
+    latents: Tensor
+    frames: Tensor
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Where a plan keeps replies until nobody needs them any more."""
+
+    def keep(self, name: str, reply: Reply | None) -> Any:
+        """Keep a reply under a name (None: only that there was one); what `open` takes."""
+        ...
+
+    def open(self, kept: Any) -> Reply:
+        """A reply that was kept."""
+        ...
+
+    def free(self, name: str) -> None:
+        """Forget a reply, not that there was one."""
+        ...
+
+
+class Memory:
+    """The store that holds the replies themselves."""
+
+    def keep(self, name: str, reply: Reply | None) -> Any:
+        """The reply."""
+        return reply
+
+    def open(self, kept: Any) -> Reply:
+        """The reply."""
+        return kept
+
+    def free(self, name: str) -> None:
+        """Nothing: the plan lets go of it."""
+
+
 class Plan:
     """A graph of requests and how to make a result of the replies that are kept to the end.
 
     Args:
-        requests: in any order; each need is the id of another request.
-        results: ids whose replies make the result.
-        finish: the result of those replies, in the order of `results`.
+        requests: in any order; each need is the id of another request, or id#i for one part.
+        results: names whose replies make the result.
+        finish: the result of those replies, in the order of `results`; it gets them as the
+            store kept them, and `open`, which gives the reply itself.
 
     Raises:
         ValueError: a need or a result that no request gives.
@@ -111,52 +166,66 @@ class Plan:
         self,
         requests: Sequence[Request],
         results: Sequence[str],
-        finish: Callable[[list[Reply]], Any],
+        finish: Callable[[list[Any], Callable[[Any], Reply]], Any],
     ) -> None:
         self.requests = {request.id: request for request in requests}
-        self.results, self.finish = tuple(results), finish
+        self.results, self.finish, self.store = tuple(results), finish, Memory()
         needed = [need for request in requests for need in request.needs]
-        if unknown := {*needed, *results} - self.requests.keys():
+        if unknown := {whole(n) for n in [*needed, *results]} - self.requests.keys():
             raise ValueError(f"no request gives {sorted(unknown)}")
-        self._users = dict.fromkeys(self.requests, 0)
-        for name in [*needed, *self.results]:
-            self._users[name] += 1
-        self._handed: set[str] = set()
+        self._users = Counter([*needed, *self.results])
+        self._waits = {r.id: len({whole(n) for n in r.needs}) for r in requests}
+        self._next: dict[str, list[str]] = {}
+        for request in requests:
+            for taken in dict.fromkeys(map(whole, request.needs)):
+                self._next.setdefault(taken, []).append(request.id)
+        self._fresh = [id for id, count in self._waits.items() if not count]
         self._finished: set[str] = set()
-        self._replies: dict[str, Reply] = {}
+        self._replies: dict[str, Any] = {}
 
     def ready(self) -> list[Request]:
         """Requests that may be answered now and were not handed out yet."""
-        found = [
-            request
-            for request in self.requests.values()
-            if request.id not in self._handed and self._finished.issuperset(request.needs)
-        ]
-        self._handed.update(request.id for request in found)
+        found = [self.requests[id] for id in self._fresh if id not in self._finished]
+        self._fresh = []
         return found
 
     def inputs(self, request: Request) -> list[Reply]:
         """The replies that a request takes."""
-        return [self._replies[need] for need in request.needs]
+        return [self.store.open(self._replies[need]) for need in request.needs]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all replies that some request takes, or that make the result."""
+        return frozenset(self._users)
 
     def feed(self, id: str, reply: Reply) -> None:
         """Take a reply; one that came before is ignored. Replies nobody needs any more go."""
         if id in self._finished:
             return
-        request = self.requests[id]
+        for name, part in _parts(id, reply).items():
+            wanted = self._users[name] > 0
+            if wanted or name == id:
+                kept = self.store.keep(name, part if wanted else None)
+            if wanted:
+                self._replies[name] = kept
+        self._finish(id)
+
+    def _finish(self, id: str) -> None:
+        """Note that a request is finished: others may follow, and its needs lose a user."""
         self._finished.add(id)
-        self._handed.add(id)
-        if self._users[id]:
-            self._replies[id] = reply
-        for need in request.needs:
+        for follower in self._next.get(id, ()):
+            self._waits[follower] -= 1
+            if not self._waits[follower]:
+                self._fresh.append(follower)
+        for need in self.requests[id].needs:
             self._users[need] -= 1
-            if not self._users[need]:
-                self._replies.pop(need, None)
+            if not self._users[need] and self._replies.pop(need, None) is not None:
+                self.store.free(need)
 
     @property
     def done(self) -> bool:
         """Whether every result is there."""
-        return self._finished.issuperset(self.results)
+        return self._finished.issuperset(map(whole, self.results))
 
     @property
     def progress(self) -> float:
@@ -172,18 +241,37 @@ class Plan:
         """
         if not self.done:
             raise RuntimeError(f"the plan is not done: {self.progress:.0%} of its requests are")
-        return self.finish([self._replies[name] for name in self.results])
+        return self.finish([self._replies[name] for name in self.results], self.store.open)
 
     def snapshot(self) -> Snapshot:
         """The state from which `restore` goes on."""
-        return Snapshot(frozenset(self._finished), dict(self._replies))
+        opened = {name: self.store.open(kept) for name, kept in self._replies.items()}
+        return Snapshot(frozenset(self._finished), opened)
 
     def restore(self, snapshot: Snapshot) -> Plan:
         """Take up a snapshot of a plan of the same order; returns this plan."""
-        for id in snapshot.finished:
-            self.feed(id, None)
-        self._replies = dict(snapshot.replies)
+        kept = {name: self.store.keep(name, reply) for name, reply in snapshot.replies.items()}
+        return self.resume(snapshot.finished, kept)
+
+    def resume(self, finished: Iterable[str], kept: Mapping[str, Any]) -> Plan:
+        """Take up what is finished, with the replies as the store keeps them."""
+        for id in set(finished) - self._finished:
+            self._finish(id)
+        self._replies = dict(kept)
         return self
+
+
+def whole(name: str) -> str:
+    """The id of the request that gives the reply of a name."""
+    return name.partition("#")[0]
+
+
+def _parts(id: str, reply: Reply) -> dict[str, Reply]:
+    """The replies that a reply consists of, by name."""
+    if not isinstance(reply, Traced):
+        return {id: reply}
+    frames = {f"{id}#{i}": reply.frames[:, i] for i in range(reply.frames.shape[1])}
+    return {id: reply.latents, **frames}
 
 
 def run(
@@ -191,11 +279,16 @@ def run(
     answer: Callable[..., Reply],
     watch: Callable[[Plan], None] = lambda plan: None,
 ) -> Any:
-    """Carry out a plan in one process: `answer(task, *inputs)` for each request in turn."""
+    """Carry out a plan in one process: `answer(task, *inputs)` for each request in turn.
+
+    What became possible last is asked first, so that few replies wait for their users.
+    """
+    stack: list[Request] = []
     while not plan.done:
-        for request in plan.ready():
-            plan.feed(request.id, answer(request.task, *plan.inputs(request)))
-            watch(plan)
+        stack += reversed(plan.ready())
+        request = stack.pop()
+        plan.feed(request.id, answer(request.task, *plan.inputs(request)))
+        watch(plan)
     return plan.result
 
 
@@ -203,15 +296,19 @@ async def arun(
     plan: Plan,
     answer: Callable[..., Awaitable[Reply]],
     watch: Callable[[Plan], None] = lambda plan: None,
+    most: int = 64,
 ) -> Any:
-    """The same loop over many answerers: everything ready is asked at once.
+    """The same loop over many answerers: up to `most` requests are asked at once.
 
     When a request fails for good its exception is raised, after the others were cancelled.
     """
     asked: dict[asyncio.Future[Any], Request] = {}
+    stack: list[Request] = []
     try:
         while not plan.done:
-            for request in plan.ready():
+            stack += reversed(plan.ready())
+            while stack and len(asked) < most:
+                request = stack.pop()
                 future = asyncio.ensure_future(answer(request.task, *plan.inputs(request)))
                 asked[future] = request
             finished, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)

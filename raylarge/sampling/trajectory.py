@@ -23,7 +23,7 @@ from raylarge.models.denoiser import Denoiser
 from raylarge.order import Order, Sampler
 from raylarge.sampling.canvas import gather
 from raylarge.sampling.constraint import correct
-from raylarge.sampling.plan import Guide, Windows
+from raylarge.sampling.plan import Guide, Traced, Windows
 
 Cells = Sequence[tuple[int, int]]
 
@@ -54,17 +54,18 @@ def windows(
     networks: Networks,
     task: Windows,
     tokens: Float[Tensor, "B n D"],
-    frames: Float[Tensor, "S1 3 P P"] | None,
+    frames: Float[Tensor, "s 3 P P"] | None,
     x_t: Float[Tensor, "B c p p"] | None,
-) -> Float[Tensor, "B c p p"]:
+) -> Float[Tensor, "B c p p"] | Traced:
     """A batch of windows through steps first .. last - 1.
 
     Args:
-        frames: the guide's trajectory; None samples unconstrained.
+        frames: those of the window above, from step `frames_from` on; None samples
+            unconstrained.
         x_t: the latents where the last chunk left them; None starts from noise.
     """
-    order, sampler = task.order, task.order.sampler
-    walk = _Walk(networks, order, order.scale, task.windows, tokens)
+    sampler, traced = task.order.sampler, []
+    walk = _Walk(networks, task.order, task.scale, task.windows, tokens)
     x_t = walk.start() if x_t is None else x_t.to(tokens)
     steps = networks.denoiser.schedule.steps(sampler.steps)
     for i in range(task.first, task.last):
@@ -73,20 +74,25 @@ def windows(
             return networks.denoiser(x, t, tokens)
 
         if frames is not None:
-            y = blocks(frames[i].to(tokens), task, sampler)
+            y = blocks(frames[i - task.frames_from].to(tokens), task, sampler)
             for _ in range(sampler.inner):
                 x_t = correct(x_t, x_0, networks.autoencoder, y, sampler)
-        x_t = walk.down(i, steps[i], x_t, x_0(x_t))
-    return x_t
+        estimate = x_0(x_t)
+        if task.traced:
+            traced.append(networks.autoencoder.decode(estimate).float())
+        x_t = walk.down(i, steps[i], x_t, estimate)
+    return Traced(x_t, torch.stack(traced)) if task.traced else x_t
 
 
 def blocks(
     frame: Float[Tensor, "3 P P"], task: Windows, sampler: Sampler
 ) -> Float[Tensor, "B 3 q q"]:
-    """Each window's block of one frame of the guide."""
-    side = frame.shape[-1] >> ((task.guided_by or 0) - task.order.scale)
+    """Each window's block of one frame of the window above, which is the same for all."""
+    octaves = (task.guided_by or 0) - task.scale
+    side, per = frame.shape[-1] >> octaves, 1 << octaves
     frame = frame.clamp(-1, 1) if sampler.clamp else frame
-    return gather(frame, [(row * side, column * side) for row, column in task.windows], side)
+    places = [(row % per * side, column % per * side) for row, column in task.windows]
+    return gather(frame, places, side)
 
 
 @dataclass(frozen=True)
