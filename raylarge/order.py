@@ -124,6 +124,21 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Strided:
+    """How windows overlap where `algorithm` is strided (Graikos et al.).
+
+    Attributes:
+        share: windows begin every side / share; 4 is the papers' stride of 16 latent cells.
+        average: of the estimates of x_0: `gaussian` (paper) or `uniform` (released code).
+        coarser: average the embeddings over n x n patches first (their figure 10).
+    """
+
+    share: int = 4
+    average: str = "gaussian"
+    coarser: int = 1
+
+
+@dataclass(frozen=True)
 class Order:
     """One request for an image.
 
@@ -134,6 +149,8 @@ class Order:
         seed: all randomness follows from it.
         batch: windows per batch; part of the order because it decides the last bits.
         chunk: steps per request, the grain of resumption.
+        algorithm: of a large image: `joint` (ZoomLDM) or `strided` (Graikos et al.).
+        refine: remove the seams between the patches of a joint image, in six more steps.
         levels: scales from the guide's down to `scale`, such as 6,4,2,0; by default these two.
         recipe: the name the sampler's settings started from.
     """
@@ -144,9 +161,12 @@ class Order:
     seed: int = 0
     batch: int = 16
     chunk: int = 10
+    algorithm: str = "joint"
+    refine: bool = False
     levels: Any = ""
     recipe: str = "paper"
     sampler: Sampler = field(default_factory=Sampler)
+    strided: Strided = field(default_factory=Strided)
     condition: Condition = field(default_factory=Condition)
 
     def __post_init__(self) -> None:
@@ -198,8 +218,12 @@ def check(order: Order, patch: Patch) -> None:
     Raises:
         UserError: what is wrong and what would be right.
     """
+    if order.algorithm not in ("joint", "strided"):
+        raise UserError(f"order.algorithm '{order.algorithm}' is not joint or strided.")
     if order.count:
         _check_patches(order, patch)
+    elif order.algorithm == "strided":
+        _check_strided(order, patch)
     else:
         _check_canvas(order, patch)
     sampler = order.sampler
@@ -251,6 +275,30 @@ def _check_canvas(order: Order, patch: Patch) -> None:
             )
     cells = 1 << order.scale
     _check_condition(order, tuple(length // side * cells for length in order.size))
+
+
+def _check_strided(order: Order, patch: Patch) -> None:
+    side, how = patch.side_px, order.strided
+    if any(n < side or n % patch.factor or n > LIMIT_PX for n in order.size):
+        raise UserError(
+            f"order.size {order.size} must be multiples of {patch.factor} from the patch side "
+            f"{side} to {LIMIT_PX}."
+        )
+    if how.average not in ("gaussian", "uniform") or how.coarser < 1:
+        raise UserError(
+            f"strided.average '{how.average}' is gaussian or uniform, and strided.coarser "
+            f"{how.coarser} starts at 1."
+        )
+    if how.share < 1 or patch.side_lat % how.share:
+        raise UserError(
+            f"strided.share {how.share} must divide the {patch.side_lat} latent cells of a patch."
+        )
+    if not 0 <= order.scale < patch.scales:
+        raise UserError(f"order.scale {order.scale} is not one of 0 to {patch.scales - 1}.")
+    if order.condition.kind == "cdm":
+        raise UserError("the CDM draws no embeddings to interpolate: use algorithm=joint.")
+    cells = tuple(-(-n // side) << order.scale for n in order.size)
+    _check_condition(order, cells)
 
 
 def _check_condition(order: Order, wanted: tuple[int, ...]) -> None:

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from raylarge.errors import UserError
 from raylarge.images import to_uint8
 from raylarge.models.bundle import Bundle
-from raylarge.models.denoiser import Denoiser, guided
+from raylarge.models.denoiser import Denoiser, NetworkDenoiser, guided
 from raylarge.order import Order
-from raylarge.sampling import canvas, trajectory
-from raylarge.sampling.plan import Decode, DecodeEach, Draw, Guide, Task, Traced, Windows
+from raylarge.sampling import bands, canvas, strided, trajectory
+from raylarge.sampling.plan import Band, Decode, DecodeEach, Draw, Guide, Task, Traced, Windows
 
 
 class Worker:
@@ -35,6 +35,8 @@ class Worker:
     def __init__(self, bundle: Bundle, denoiser: Denoiser | None = None) -> None:
         self.bundle = bundle
         self._denoiser = denoiser or bundle.denoiser()
+        # The released seam removal tells its network t + 1, and so does ours.
+        self._told_late = denoiser or NetworkDenoiser(bundle.unet, bundle.schedule, late=1)
 
     @torch.no_grad()
     def answer(self, task: Task, *inputs: Any) -> Any:
@@ -55,11 +57,12 @@ class Worker:
         raise TypeError(f"no worker answers {type(task).__name__}")
 
     @_answer.register
-    def _draw(self, task: Draw) -> Float[Tensor, "B n D"]:
+    def _draw(self, task: Draw) -> Float[Tensor, "B ..."]:
         how: dict[str, Callable[[Draw], Tensor]] = {
             "null": self._null,
             "cdm": self._from_cdm,
             "embeddings": self._from_embeddings,
+            "between": self._between,
         }
         return how[task.kind](task)
 
@@ -77,15 +80,46 @@ class Worker:
     @_answer.register
     def _decode(self, task: Decode, *latents: Tensor) -> UInt8[np.ndarray, "rows W 3"]:
         patch, order = self.bundle.patch, task.order
-        cells = [cell for group in task.windows for cell in group]
-        first, last = min(row for row, _ in cells), max(row for row, _ in cells)
-        side = patch.side_lat
-        size = ((last + 1 - first) * side, order.size[1] // patch.factor)
-        places = [((row - first) * side, column * side) for row, column in cells]
-        latent = canvas.scatter(torch.cat(latents), places, size)
-        band = canvas.Band(task.top, task.bottom, order.size[0], first * side)
+        if task.bands:
+            latent, first = torch.cat(latents, dim=1), task.bands[0]
+        else:
+            latent, first = canvas.arranged(latents, task.windows, order.size[1] // patch.factor)
+        band = canvas.Band(task.top, task.bottom, order.size[0], first * patch.side_lat)
         image = canvas.decode_band(self.bundle.vae, latent, band, patch, order.batch)
         return to_uint8(image)
+
+    @_answer.register
+    def _band(self, task: Band, *inputs: Tensor) -> Float[Tensor, "d rows W"]:
+        patch, replies = self.bundle.patch, list(inputs)
+        vectors = replies.pop(0) if task.vectors else None
+        here = bands.Canvas(task, patch.latent, patch.factor, self._denoiser.schedule)
+        if task.step:
+            x_t = here.down(list(zip(task.neighbours, replies, strict=True)))
+        elif task.refine:
+            latent, _ = canvas.arranged(replies, task.groups, here.width, here.rows)
+            x_t = here.start(latent)
+        else:
+            x_t = here.start(None).to(self.bundle.device)
+        if task.step == len(here.steps):
+            return x_t[:, : patch.side_lat]
+        return here.ask(x_t, self._estimates(task, vectors))
+
+    def _estimates(self, task: Band, vectors: Tensor | None) -> bands.Estimate:
+        """What asks the denoiser for a band's windows, each under its own embedding."""
+        conditioner, plain = (
+            self.bundle.summarizer,
+            self._told_late if task.refine else self._denoiser,
+        )
+
+        def estimate(cut: Tensor, windows: list[int], t: int) -> Tensor:
+            if vectors is None:
+                return plain(cut, t, conditioner.null(len(cut)).to(cut))
+            scale = torch.full((len(cut),), task.order.scale, device=cut.device)
+            tokens = conditioner(vectors[windows][..., None, None], scale).to(cut)
+            w, null = task.order.sampler.guidance, conditioner.null(1).to(cut)
+            return guided(plain, w, null)(cut, t, tokens)
+
+        return estimate
 
     @_answer.register
     def _decode_each(self, task: DecodeEach, latents: Tensor) -> UInt8[np.ndarray, "B P P 3"]:
@@ -111,6 +145,16 @@ class Worker:
             task.scale, order.seed, addresses, order.condition.draw
         )
         return tokens
+
+    def _between(self, task: Draw) -> Float[Tensor, "n C"]:
+        """Raw embeddings at windows' places; of coarser scales the mean over what they cover."""
+        grid = torch.from_numpy(task.order.condition.grid()).movedim(-1, 0)
+        cells = task.order.strided.coarser << task.scale
+        short = [-length % cells for length in grid.shape[1:]]
+        grid = nn.functional.pad(grid, (0, short[1], 0, short[0]), mode="replicate")
+        pooled = nn.functional.avg_pool2d(grid, cells)
+        side = self.bundle.patch.side_lat * task.order.strided.coarser
+        return strided.interpolated(pooled, task.windows, side)
 
     def _from_embeddings(self, task: Draw) -> Tensor:
         grid = task.order.condition.grid()

@@ -45,6 +45,30 @@ def scatter(
     return canvas
 
 
+def arranged(
+    latents: Sequence[Tensor],
+    groups: Sequence[Windows],
+    width: int,
+    rows: tuple[int, int] | None = None,
+) -> tuple[Float[Tensor, "c h W"], int]:
+    """Latents of batches of patches put side by side, and the patch row that is the first.
+
+    Args:
+        latents: [B, c, s, s] each.
+        groups: (row, column) of each batch's patches.
+        width: of the canvas, in cells.
+        rows: latent rows [first, last) that are wanted, of which all patches are there.
+    """
+    cells = [cell for group in groups for cell in group]
+    side = latents[0].shape[-1]
+    first, last = min(row for row, _ in cells), max(row for row, _ in cells)
+    places = [((row - first) * side, column * side) for row, column in cells]
+    latent = scatter(torch.cat(list(latents)), places, ((last + 1 - first) * side, width))
+    if rows is None:
+        return latent, first
+    return latent[:, rows[0] - first * side : rows[1] - first * side], rows[0] // side
+
+
 def blend_weights(
     size: tuple[int, int], side: int, stride: int, sigma: float = SIGMA
 ) -> Float[Tensor, "n H W"]:

@@ -21,8 +21,12 @@ from raylarge.geometry import Patch, batches, spans
 from raylarge.order import Order, check
 from raylarge.sampling.canvas import touching
 from raylarge.sampling.plan import Decode, DecodeEach, Draw, Guide, Plan, Request, Windows
+from raylarge.sampling.strided import canvas
 
 Cell = tuple[int, int]
+Group = tuple[Cell, ...]
+Reach = Callable[[int, int], tuple[tuple[str, ...], tuple[Group, ...], tuple[int, ...]]]
+"""Patch rows first .. last - 1 -> what holds their latents, and where: see `plan.Decode`."""
 BAND = 4
 """Height of a decode band, in patches: windows across its border are decoded twice."""
 
@@ -59,7 +63,9 @@ def plan(order: Order, patch: Patch) -> Plan:
         UserError: the order does not fit the bundle's patches.
     """
     check(order, patch)
-    return patches(order, patch) if order.count else large(order, patch)
+    if order.count:
+        return patches(order, patch)
+    return overlapping(order, patch) if order.algorithm == "strided" else large(order, patch)
 
 
 def large(order: Order, patch: Patch) -> Plan:
@@ -76,16 +82,42 @@ def large(order: Order, patch: Patch) -> Plan:
     for scale in below[1:]:
         level = level.finer(scale)
         requests += level.requests(traced=scale != order.scale)
-    bands = []
-    for first_px, last_px in spans(order.size[0], BAND * patch.side_px):
-        reach = _reach(order, patch, level.groups, first_px, last_px)
-        task = Decode(order.brief(), tuple(level.groups[b] for b in reach), first_px, last_px)
-        needs = tuple(level.last(b) for b in reach)
-        bands.append(Request(f"decode/{first_px}", task, needs))
-    results = [band.id for band in bands] + (["guide"] if below else [])
+    if order.refine:
+        more, count = canvas(order, patch, level.covering)
+        return _decoded(order, patch, [*requests, *more], _settled(count), bool(below))
+    return _decoded(order, patch, requests, lambda *rows: (*level.covering(*rows), ()), bool(below))
+
+
+def overlapping(order: Order, patch: Patch) -> Plan:
+    """One canvas by strided sampling: no guide, windows that overlap."""
+    requests, count = canvas(order, patch)
+    return _decoded(order, patch, requests, _settled(count), False)
+
+
+def _settled(count: int) -> Reach:
+    """Where the finished rows of a canvas of bands are."""
+
+    def reach(first: int, last: int) -> tuple[tuple[str, ...], tuple[Group, ...], tuple[int, ...]]:
+        bands = tuple(range(first, min(last, count)))
+        return tuple(f"settled/{j}" for j in bands), (), bands
+
+    return reach
+
+
+def _decoded(
+    order: Order, patch: Patch, requests: list[Request], reach: Reach, guided: bool
+) -> Plan:
+    """The plan that decodes what finished requests hold, band by band."""
+    bands, side = [], patch.side_px
+    for top, bottom in spans(order.size[0], BAND * side):
+        begin = touching(order.size[0], side, side // 4, top, bottom)
+        names, groups, rows = reach(begin[0] // side, -(-(begin[-1] + side) // side))
+        task = Decode(order.brief(), groups, top, bottom, rows)
+        bands.append(Request(f"decode/{top}", task, names))
+    results = [band.id for band in bands] + (["guide"] if guided else [])
 
     def finish(kept: list[Any], open_: Callable[[Any], Any]) -> Large:
-        frames = open_(kept[-1]) if below else None
+        frames = open_(kept[-1]) if guided else None
         return Large(kept[: len(bands)], frames, open_)
 
     return Plan([*requests, *bands], results, finish)
@@ -155,6 +187,13 @@ class Level:
         """The name of a batch's finished latents."""
         return self._name(b, spans(self.order.sampler.steps, self.order.chunk)[-1][0])
 
+    def covering(self, first: int, last: int) -> tuple[tuple[str, ...], tuple[Group, ...]]:
+        """Finished latents of all batches with a window in patch rows first .. last - 1."""
+        found = [
+            b for b, group in enumerate(self.groups) if any(first <= row < last for row, _ in group)
+        ]
+        return tuple(map(self.last, found)), tuple(self.groups[b] for b in found)
+
     def requests(self, traced: bool) -> list[Request]:
         """All that takes the level's batches from tokens to latents, chunk by chunk."""
         condition, found = self.order.condition, []
@@ -199,17 +238,3 @@ class Level:
         return f"{'draw' if what == 'tokens' else 'windows'}/{level}{b}" + (
             "" if what == "tokens" else f"/{what}"
         )
-
-
-def _reach(
-    order: Order,
-    patch: Patch,
-    groups: list[tuple[tuple[int, int], ...]],
-    top: int,
-    bottom: int,
-) -> list[int]:
-    """Batches with a window in the latent rows that a band's decode windows read."""
-    side = patch.side_px
-    starts = touching(order.size[0], side, side // 4, top, bottom)
-    first, last = starts[0] // side, (starts[-1] + side - 1) // side
-    return [b for b, group in enumerate(groups) if any(first <= row <= last for row, _ in group)]

@@ -35,7 +35,8 @@ class Task:
 class Draw(Task):
     """The context tokens of some windows at a scale -> [B, n, D]. Takes no replies.
 
-    `kind` is how: null, cdm or embeddings, as in `order.Condition`.
+    `kind` is how: null, cdm or embeddings, as in `order.Condition`; or `between`, whose reply
+    is the raw embedding [n, C] interpolated at each window's origin.
     """
 
     kind: str
@@ -72,15 +73,42 @@ class Windows(Task):
 
 
 @dataclass(frozen=True)
+class Band(Task):
+    """One step of one band of a canvas of overlapping windows -> [2 c + 1, rows, W].
+
+    Takes the band's embeddings (none if `vectors` is false), then at step 0 of seam removal
+    the latents of the batches that `groups` places, later the replies of the bands `above`
+    and around it at the step before. After the last step it takes no window and its reply is
+    the band's own rows of the finished latent, [c, rows, W]. (`sampling/bands.py`)
+
+    Attributes:
+        windows: (row, column) origins, in latent cells of the canvas, of those that begin here.
+        refine: seam removal; else strided sampling.
+        vectors: whether windows have embeddings.
+        neighbours: bands of the step before, from the top.
+    """
+
+    band: int
+    step: int
+    windows: tuple[tuple[int, int], ...]
+    refine: bool
+    vectors: bool
+    neighbours: tuple[int, ...] = ()
+    groups: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class Decode(Task):
     """Pixel rows top .. bottom - 1 of the canvas, blended -> uint8 [rows, columns, 3].
 
-    Takes the latents of the batches whose windows reach into the band; `windows` places them.
+    Takes the latents that reach into the band: of batches, whose windows `windows` places, or
+    the finished rows of `bands`.
     """
 
     windows: tuple[tuple[tuple[int, int], ...], ...]
     top: int
     bottom: int
+    bands: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

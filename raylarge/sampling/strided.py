@@ -1,9 +1,9 @@
-"""Overlapping windows over one canvas: what strided sampling and seam removal share.
+"""Overlapping windows over one canvas as a plan: strided sampling, and seam removal after it.
 
 Every window asks the denoiser under the embedding interpolated at its place; the estimates of
 x_0 are averaged where windows overlap, uniformly (released code) or under a Gaussian window
-(paper), always summed in the windows' order. Source: Graikos et al., section 3.3 and
-supplement section 14; ZoomLDM's released seam removal.
+(paper). All bands of a step wait for their neighbours at the step before. Source: Graikos et
+al., section 3.3 and supplement section 14; ZoomLDM's released seam removal.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from raylarge.diffusion.slerp import slerp
-from raylarge.geometry import batches
-from raylarge.sampling.canvas import Windows, gather
+from raylarge.geometry import Patch, origins
+from raylarge.order import Order
+from raylarge.sampling.bands import REFINE_STEPS, starts
+from raylarge.sampling.canvas import Windows
+from raylarge.sampling.plan import Band, Draw, Request
 
-Estimate = Callable[[Tensor, list[int]], Tensor]
-"""(windows of x_t [B, c, s, s], their indices) -> estimates of x_0."""
+Start = Callable[[int, int], tuple[tuple[str, ...], tuple[Windows, ...]]]
+"""Patch rows [first, last) -> names of the batches that cover them, and where they stand."""
 
 
 def interpolated(grid: Float[Tensor, "C h w"], windows: Windows, side: int) -> Float[Tensor, "n C"]:
@@ -42,25 +45,34 @@ def interpolated(grid: Float[Tensor, "C h w"], windows: Windows, side: int) -> F
     return slerp(share[:, 0], above, below)
 
 
-def averaged(
-    estimate: Estimate,
-    x_t: Float[Tensor, "c H W"],
-    windows: Windows,
-    weight: Float[Tensor, "s s"],
-    batch: int,
-) -> Float[Tensor, "c H W"]:
-    """x_0 of the canvas: the windows' estimates under their normalised weights.
+def canvas(order: Order, patch: Patch, start: Start | None = None) -> tuple[list[Request], int]:
+    """The requests of a canvas, and how many bands it has; band j ends as `settled/j`.
 
     Args:
-        windows: origins; together they cover the canvas.
-        batch: windows per call, fixed; the last call repeats its last window.
+        start: where the finished latents are that seam removal begins with; None samples from
+            noise.
     """
-    side = weight.shape[-1]
-    total, mass = torch.zeros_like(x_t), x_t.new_zeros(1, *x_t.shape[1:])
-    for group in batches(len(windows), batch):
-        found = estimate(gather(x_t, [windows[i] for i in group], side), list(group))
-        for i, x_0 in zip(dict.fromkeys(group), found, strict=False):
-            r, k = windows[i]
-            total[:, r : r + side, k : k + side] += weight * x_0
-            mass[:, r : r + side, k : k + side] += weight
-    return total / mass
+    side, refine = patch.side_lat, start is not None
+    height, width = (length // patch.factor for length in order.size)
+    stride = side // (4 if refine else order.strided.share)
+    count, steps = -(-height // side), REFINE_STEPS if refine else order.sampler.steps
+    columns, brief = origins(width, side, stride), order.brief()
+    vectors = order.condition.kind == "embeddings"
+    requests = []
+    for j in range(count):
+        windows = tuple((r, c) for r in starts(height, side, stride, j) for c in columns)
+        draw = (f"between/{j}",) if vectors and windows else ()
+        if draw:
+            requests.append(Request(draw[0], Draw(order, "between", order.scale, windows)))
+        near = tuple(b for b in (j - 1, j, j + 1) if 0 <= b < count)
+        needs, groups = start(j, min(j + 2, count)) if start else ((), ())
+        first = Band(brief, j, 0, windows, refine, bool(draw), groups=tuple(map(tuple, groups)))
+        requests.append(Request(f"band/0/{j}", first, (*draw, *needs)))
+        for i in range(1, steps):
+            task = Band(brief, j, i, windows, refine, bool(draw), near)
+            before = tuple(f"band/{i - 1}/{b}" for b in near)
+            requests.append(Request(f"band/{i}/{j}", task, (*draw, *before)))
+        before = tuple(f"band/{steps - 1}/{b}" for b in near)
+        task = Band(brief, j, steps, (), refine, False, near)
+        requests.append(Request(f"settled/{j}", task, before))
+    return requests, count
