@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from raylarge import images, resample, schema, storage
+from raylarge import images, pyramid, resample, schema, storage
 from raylarge.data.grid import TileGrid
 from raylarge.data.prepare import prepare
 from raylarge.data.shard import example_image, pooled
@@ -167,7 +167,7 @@ def test_a_changed_slide_is_done_anew(tiny_prepare, tmp_path, tiny_slide):
     mine.parent.mkdir()
     mine.write_bytes(storage.read_bytes(tiny_slide))
     prepare(tiny_prepare(slides=str(mine)), log)
-    images.write_pyramid(str(mine), np.full((800, 660, 3), (225, 150, 190), np.uint8), 0.5)
+    pyramid.write_image(str(mine), np.full((800, 660, 3), (225, 150, 190), np.uint8), 0.5)
     done = prepare(tiny_prepare(slides=str(mine)), log)
     assert all(facts["made"] == facts["parts"] for facts in done.values())
     tables = [storage.read_table(p) for p in storage.listing(f"{tmp_path}/data/examples/*.parquet")]

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from raylarge import images, schema, storage
+from raylarge import pyramid, schema, storage
 from raylarge.data import tile
 from raylarge.data.prepare import find_slides, prepare
 from raylarge.data.tile import Tile, candidates, slides_of
@@ -113,7 +113,7 @@ def test_patients_are_held_out_whole(tiny_slide, tmp_path):
 
 
 def test_no_tissue_names_the_slide_and_the_cure(tmp_path, tiny_prepare, run):
-    images.write_pyramid(str(tmp_path / "glass.tif"), np.full((400, 400, 3), 243, np.uint8), 0.5)
+    pyramid.write_image(str(tmp_path / "glass.tif"), np.full((400, 400, 3), 243, np.uint8), 0.5)
     glass = str(tmp_path / "glass.tif")
     with pytest.raises(UserError, match=r"no tile of glass\.tif is kept.*lower tile\.tissue="):
         run(tiny_prepare(slides=glass, verbs="tile"))

@@ -1,7 +1,6 @@
 import json
 
 import numpy as np
-import openslide
 import pytest
 import torch
 
@@ -64,18 +63,3 @@ def test_a_sheet_holds_every_image_and_its_labels(picture):
     left = page[:, : width - 2 * 132 - 4]
     assert (left[:140] < 100).any()  # ink of both row labels
     assert (left[150:] < 100).any()
-
-
-def test_a_pyramid_opens_in_openslide(tmp_path, picture):
-    path = str(tmp_path / "deep" / "made.tif")
-    images.write_pyramid(path, picture, 0.5, "An order.")
-    with openslide.OpenSlide(path) as slide:
-        assert slide.level_dimensions == ((700, 300), (350, 150), (175, 75))
-        assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(0.5)
-        assert slide.properties["tiff.ImageDescription"].startswith("Synthetic image made by")
-        whole = np.asarray(slide.read_region((0, 0), 0, (700, 300)))[..., :3]
-        half = np.asarray(slide.read_region((0, 0), 1, (350, 150)))[..., :3]
-    assert (whole == picture).all()
-    means = picture.reshape(150, 2, 350, 2, 3).mean(axis=(1, 3))
-    assert np.abs(half - means).max() <= 0.5
-    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["made.tif"]

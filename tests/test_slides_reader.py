@@ -3,7 +3,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from raylarge import images
+from raylarge import pyramid
 from raylarge.errors import UserError
 from raylarge.slides import reader
 from raylarge.slides.image_reader import LIMIT_PX
@@ -125,8 +125,8 @@ def test_a_thumbnail_is_read_in_strips(smooth, monkeypatch):
 
 def test_a_40x_file_gives_the_tiles_of_the_20x_file(tmp_path, smooth):
     fine = np.asarray(Image.fromarray(smooth).resize((1040, 800), Image.Resampling.BICUBIC))
-    images.write_pyramid(str(tmp_path / "20x.tif"), smooth, 0.5)
-    images.write_pyramid(str(tmp_path / "40x.tif"), fine, 0.25)
+    pyramid.write_image(str(tmp_path / "20x.tif"), smooth, 0.5)
+    pyramid.write_image(str(tmp_path / "40x.tif"), fine, 0.25)
     with (
         open_slide(str(tmp_path / "20x.tif")) as low,
         open_slide(str(tmp_path / "40x.tif")) as high,
@@ -173,7 +173,7 @@ def test_the_resolution_of_an_image_file_counts_where_plausible(tmp_path, smooth
 
 
 def broken_files(tmp_path, smooth):
-    images.write_pyramid(str(tmp_path / "whole.tif"), smooth, 0.5)
+    pyramid.write_image(str(tmp_path / "whole.tif"), smooth, 0.5)
     content = (tmp_path / "whole.tif").read_bytes()
     Image.fromarray(smooth).save(tmp_path / "whole.jpg")
     photo = (tmp_path / "whole.jpg").read_bytes()
@@ -198,7 +198,7 @@ def test_a_broken_file_is_one_sentence_with_the_cure(tmp_path, smooth, name):
 def test_missing_coarse_and_huge_slides_are_refused(tmp_path, smooth, monkeypatch):
     with pytest.raises(UserError, match=r"nowhere\.svs does not exist"):
         open_slide(str(tmp_path / "nowhere.svs"))
-    images.write_pyramid(str(tmp_path / "coarse.tif"), smooth, 0.7)
+    pyramid.write_image(str(tmp_path / "coarse.tif"), smooth, 0.7)
     with pytest.raises(UserError, match=r"has 0\.7 um/px, coarser .*tile\.base_mpp=0\.7"):
         open_slide(str(tmp_path / "coarse.tif"))
     tifffile.imwrite(tmp_path / "huge.tif", smooth, rowsperstrip=400)
@@ -227,13 +227,13 @@ def test_real_slides(shared_data):
 def test_an_object_is_fetched_once_per_version(s3_bucket, smooth, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     url = f"{s3_bucket}/slides/made.tif"
-    images.write_pyramid(url, smooth, 0.5)
+    pyramid.write_image(url, smooth, 0.5)
     first = reader.local_copy(url)
     before = [(file.name, file.stat().st_mtime_ns) for file in tmp_path.rglob("*.tif")]
     with open_slide(url) as slide:
         assert (slide.read(0, 0, *slide.size_px) == smooth).all()
     assert [(file.name, file.stat().st_mtime_ns) for file in tmp_path.rglob("*.tif")] == before
-    images.write_pyramid(url, smooth[::-1], 0.5)
+    pyramid.write_image(url, smooth[::-1], 0.5)
     second = reader.local_copy(url)
     assert second != first
     with open_slide(url) as slide:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from raylarge import images
+from raylarge import pyramid
 from raylarge.slides.reader import Pixels
 from raylarge.slides.texture import Points, fractal, noise, ramp, scatter, uniform
 
@@ -227,7 +227,8 @@ def write(path: str, size_px: tuple[int, int], seed: int, mpp: float = 0.5) -> N
                 columns = min(_BLOCK_PX, size_px[1] - left)
                 region = scene.region(top, left, rows, columns, mpp)
                 page[top : top + rows, left : left + columns] = region
-        images.write_pyramid(path, page, mpp, f"Procedural H&E-like slide, seed {seed}.")
+        text = {"Title": f"Procedural H&E-like slide, seed {seed}."}
+        pyramid.write_image(path, page, mpp, text)
 
 
 def _gland_radius_um(points: Points) -> np.ndarray:

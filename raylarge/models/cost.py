@@ -1,0 +1,183 @@
+"""What an image costs: FLOPs of the networks, evaluations of an algorithm, seconds on a card.
+
+    networks -forward_flops-> Costs ┐
+    N, S, K, g, m -joint, ...-> Counts ┴-> flops -> seconds
+
+A FLOP is a multiplication or an addition (2 per MAC); convolutions, matrix products and
+attention count, the rest is left out. N patches, S steps, K corrections per step, g passes
+per denoising (2 under guidance), m further denoisings per correction.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from raylarge.geometry import Patch, origins
+from raylarge.models.autoencoder import Autoencoder
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs of one evaluation for one window.
+
+    Attributes:
+        unet: one pass of the U-Net over one latent.
+        decode: one patch from its latent.
+        encode: one latent from its patch.
+    """
+
+    unet: float
+    decode: float
+    encode: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Evaluations of the networks, each for one window; sums of counts are counts."""
+
+    unet: int = 0
+    decode: int = 0
+    encode: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.unet + other.unet, self.decode + other.decode, self.encode + other.encode
+        )
+
+
+def on_meta(network: Network) -> Network:
+    """A copy of a network on the meta device: all of its shapes and none of its weights."""
+    tensors = [*network.parameters(), *network.buffers()]
+    memo: dict[int, Any] = {
+        id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else tensor.to("meta")
+        for tensor in tensors
+    }
+    return copy.deepcopy(network, memo)
+
+
+def forward_flops(network: nn.Module | Callable[..., Any], *inputs: Tensor) -> int:
+    """FLOPs of one call of a network; nothing is computed.
+
+    Args:
+        network: a module, on any device; or a function of tensors such as the `decode` of an
+            autoencoder that is on the meta device already (`on_meta`).
+        inputs: tensors of the call's shapes and dtypes, on any device.
+    """
+    call = on_meta(network) if isinstance(network, nn.Module) else network
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator that nobody counts
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call(*(tensor.to("meta") for tensor in inputs))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return int(counter.get_total_flops())
+
+
+def costs(
+    unet: nn.Module, autoencoder: Autoencoder, patch: Patch, context: tuple[int, int]
+) -> Costs:
+    """The costs of a bundle's networks.
+
+    Args:
+        unet: called as (x_t, t, context).
+        patch: gives the shapes of an image and its latent.
+        context: (tokens, width) of the condition of one window.
+    """
+    codec = on_meta(autoencoder)
+    latent, image = torch.empty(1, *patch.latent), torch.empty(1, 3, patch.side_px, patch.side_px)
+    timestep, tokens = torch.empty(1, dtype=torch.long), torch.empty(1, *context)
+    return Costs(
+        unet=float(forward_flops(unet, latent, timestep, tokens)),
+        decode=float(forward_flops(codec.decode, latent)),
+        encode=float(forward_flops(codec.encode, image)),
+    )
+
+
+def windows(size: tuple[int, int], side: int, stride: int) -> int:
+    """How many overlapping windows cover a canvas, all in one unit: latent cells, or pixels.
+
+    On a square canvas of side L that the strides divide, (floor((L - side) / stride) + 1)^2.
+
+    Raises:
+        ValueError: the canvas is smaller than a window, or the stride leaves gaps.
+    """
+    rows, columns = (len(origins(length, side, stride)) for length in size)
+    return rows * columns
+
+
+def joint(patches: int, steps: int, inner: int, guided: int = 2, again: int = 1) -> Counts:
+    """Joint multi-scale sampling (Algorithm S2), the guide included, without the final decode.
+
+    N S [g (1 + m K) U + K (D + 2 E)] + S (g U + D)
+
+    Args:
+        patches: N.
+        steps: S.
+        inner: K; 0 is sampling without the constraint.
+        guided: g, 2 under classifier-free guidance and 1 without.
+        again: m; 1 shares the finite difference's base point with the step's own estimate, 2
+            estimates again after the move, 3 evaluates the base point once more for the
+            derivative, as forward mode does.
+    """
+    corrections = patches * steps * inner
+    return Counts(
+        unet=guided * (patches * steps + again * corrections + steps),
+        decode=corrections + steps,
+        encode=2 * corrections,
+    )
+
+
+def strided(count: int, steps: int, guided: int = 2) -> Counts:
+    """Overlapping windows denoised together (Graikos et al.), without the final decode.
+
+    n S g U
+
+    Args:
+        count: windows n.
+        steps: S.
+        guided: g, as in `joint`.
+    """
+    return Counts(unet=count * steps * guided)
+
+
+def refine(count: int, steps: int = 6, guided: int = 2) -> Counts:
+    """Seam removal: the steps of `strided` from a little noise; 6 as released."""
+    return strided(count, steps, guided)
+
+
+def decode(count: int) -> Counts:
+    """The blended decode of n overlapping windows."""
+    return Counts(decode=count)
+
+
+def flops(counts: Counts, costs: Costs) -> float:
+    """FLOPs of all evaluations together."""
+    return counts.unet * costs.unet + counts.decode * costs.decode + counts.encode * costs.encode
+
+
+def seconds(counts: Counts, costs: Costs, tflops: float) -> float:
+    """Seconds of all evaluations at a rate.
+
+    Args:
+        counts: what an image takes.
+        costs: what each evaluation takes.
+        tflops: 10^12 FLOPs per second that are reached: cards x utilisation x a card's peak.
+
+    Raises:
+        ValueError: a rate that is not positive.
+    """
+    if not tflops > 0:
+        raise ValueError(f"a rate of {tflops} TFLOP/s carries nothing out")
+    return flops(counts, costs) / (tflops * 1e12)

@@ -1,0 +1,138 @@
+"""Super-resolution by 2^n: windows whose downsampled images equal a given image.
+
+    y [3, q rows, q columns] -cut-> blocks [B, 3, q, q] -constrain every step of-> windows
+                                             q = P / 2^n, canvas P rows x P columns
+
+It is Algorithm S2 with y fixed to an image at a coarser scale, where joint sampling has the
+guide's frames; the task's `guided_by` names that scale. The baseline is a ControlNet that reads
+the blocks. Conditions come from anywhere, as published from `invert`, whose grid of y has the
+tokens of each window at its row and column. Source: ZoomLDM, section 4.4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from raylarge.errors import UserError
+from raylarge.geometry import Patch
+from raylarge.models.autoencoder import Codec
+from raylarge.models.bundle import Bundle
+from raylarge.models.controlnet import Controlled, lift
+from raylarge.order import RECIPES, Sampler
+from raylarge.sampling import trajectory
+from raylarge.sampling.canvas import gather
+from raylarge.sampling.constraint import Function, correct
+from raylarge.sampling.plan import Windows
+
+Correction = Callable[[Tensor, Function, Codec, Tensor, Sampler], Tensor]
+"""`constraint.correct`, or `backprop.correct_by_backprop`."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "paper": RECIPES["paper"],
+    "released": {**RECIPES["released"], "inner": 5, "rate": 0.5},
+}
+"""The sampler's settings by recipe. `released`: stride 50 (20 steps), guidance 2 (3 in our form),
+5 corrections of rate .5 divided by their largest magnitudes."""
+
+
+def layout(size: tuple[int, int], levels: int, patch: Patch) -> tuple[int, int]:
+    """Rows and columns of the windows that super-resolve an image of a size by 2^levels.
+
+    Raises:
+        UserError: a factor that does not fit the patch, or an image that no whole windows cover.
+    """
+    if levels < 1 or patch.side_px % (1 << levels):
+        largest = (patch.side_px & -patch.side_px).bit_length() - 1
+        raise UserError(
+            f"super-resolution by 2^{levels} does not fit patches of {patch.side_px} px; "
+            f"choose 2^1 to 2^{largest}."
+        )
+    q = patch.side_px >> levels
+    if any(length < q or length % q for length in size):
+        raise UserError(
+            f"an image of {size[0]}x{size[1]} px cannot be super-resolved {1 << levels}x; "
+            f"crop or pad it to multiples of {q} px."
+        )
+    return size[0] // q, size[1] // q
+
+
+def blocks(
+    y: Float[Tensor, "3 rows columns"], task: Windows, patch: Patch
+) -> Float[Tensor, "B 3 q q"]:
+    """Each window's block of y, the image at scale `task.guided_by`.
+
+    Raises:
+        UserError: y does not fit the windows (`layout`), or a window lies outside it.
+    """
+    levels = (task.guided_by or 0) - task.scale
+    rows, columns = layout((y.shape[1], y.shape[2]), levels, patch)
+    outside = [(r, k) for r, k in task.windows if not (0 <= r < rows and 0 <= k < columns)]
+    if outside:
+        raise UserError(
+            f"windows {outside} lie outside the {rows}x{columns} windows of an image of "
+            f"{y.shape[1]}x{y.shape[2]} px; ask for windows inside."
+        )
+    q = patch.side_px >> levels
+    return gather(y, [(row * q, column * q) for row, column in task.windows], q)
+
+
+def windows(
+    networks: trajectory.Networks,
+    task: Windows,
+    tokens: Float[Tensor, "B n D"],
+    y: Float[Tensor, "3 rows columns"],
+    x_t: Float[Tensor, "B c p p"] | None,
+    correction: Correction = correct,
+) -> Float[Tensor, "B c p p"]:
+    """A batch of windows through steps first .. last - 1 under a fixed image.
+
+    The noise is that of joint sampling, so under frames that all equal y both give the same.
+
+    Args:
+        task: `guided_by` is the scale of y.
+        y: the low-resolution image, in [-1, 1].
+        x_t: the latents where the last chunk left them; None starts from noise.
+
+    Raises:
+        UserError: as `blocks`.
+    """
+    wanted = blocks(y.to(tokens), task, networks.patch)
+    sampler, denoiser = task.order.sampler, networks.denoiser
+    steps = denoiser.schedule.steps(sampler.steps)
+
+    def free(x_t: Tensor | None, first: int, last: int) -> Tensor:
+        piece = dataclasses.replace(task, first=first, last=last, guided_by=None, traced=False)
+        moved = trajectory.windows(networks, piece, tokens, None, x_t)
+        assert isinstance(moved, Tensor)  # it is only traced that a reply has parts
+        return moved
+
+    x_t = free(x_t, task.first, task.first)
+    for i in range(task.first, task.last):
+
+        def x_0(x: Tensor, t: int = steps[i].t) -> Tensor:
+            return denoiser(x, t, tokens)
+
+        for _ in range(sampler.inner):
+            x_t = correction(x_t, x_0, networks.autoencoder, wanted, sampler)
+        x_t = free(x_t, i, i + 1)
+    return x_t
+
+
+def controlled(bundle: Bundle, task: Windows, y: Float[Tensor, "3 rows columns"]) -> Controlled:
+    """The baseline: the bundle's U-Net under its ControlNet, which sees each window's block of y.
+
+    A denoiser for this batch of windows alone. Guide it, and run it unconstrained:
+    `trajectory.windows`, with `guided_by` None. Source: ZoomLDM, section 4.4, Table 3.
+
+    Raises:
+        UserError: as `blocks`, or the bundle has no ControlNet.
+    """
+    if bundle.controlnet is None:
+        raise UserError("the bundle has no ControlNet; train one, or super-resolve without it.")
+    control = lift(blocks(y, task, bundle.patch), bundle.patch.side_px)
+    return Controlled(bundle.unet, bundle.controlnet, bundle.schedule, control)
