@@ -3,7 +3,8 @@
 python jobs/sample.py bundle=DIR order.size=512 order.seed=7 out=DIR [order.recipe=released]
     [order.condition.kind=cdm] [reference=DATA[:slide_id] [at=row,column]] [workers=N]
 
-Run again after an interruption, the same command goes on where it stopped.
+Run again after an interruption, the same command goes on where it stopped. dry_run=true says
+what the order costs, and does nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ def main(arguments: list[str]) -> None:
     config = parse(Sample, arguments, {})
     log = report.Report(storage.join(config.out, "report.json"))
     files = sample(config, log)
+    if config.dry_run:
+        return
     facts = log.facts
     done = facts["stages"]["sample"]
     made = f"{done['requests']} requests in {done['seconds']} s"

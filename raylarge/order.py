@@ -24,6 +24,7 @@ from raylarge.geometry import Patch, Scale, guide_scale
 
 LIMIT_PX = 1 << 17
 LIMIT_BATCH = 1024
+SOLVERS = ("ddim", "plms", "dpm++", "unipc")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Sampler:
     """Settings of the sampler and of the correction of Algorithm S2.
 
     Attributes:
-        steps: DDIM steps S.
+        steps: steps S.
+        solver: `ddim`; for separate patches also `plms`, `dpm++` or `unipc` (eta 0).
         eta: 0 is deterministic DDIM, 1 the ancestral variance.
         guidance: w of u + w (c - u).
         inner: corrections K in every step; 0 samples without the constraint.
@@ -44,6 +46,7 @@ class Sampler:
     """
 
     steps: int = 50
+    solver: str = "ddim"
     eta: float = 0.0
     guidance: float = 2.0
     inner: int = 1
@@ -227,6 +230,12 @@ def check(order: Order, patch: Patch) -> None:
     else:
         _check_canvas(order, patch)
     sampler = order.sampler
+    if sampler.solver not in SOLVERS:
+        raise UserError(f"sampler.solver '{sampler.solver}' is not {', '.join(SOLVERS)}.")
+    if sampler.solver != "ddim" and (not order.count or sampler.eta):
+        raise UserError(
+            f"sampler.solver {sampler.solver} is for separate patches (order.count) with eta 0."
+        )
     if sampler.derivative not in ("jvp", "difference"):
         raise UserError(f"sampler.derivative '{sampler.derivative}' is not jvp or difference.")
     if min(order.batch, order.chunk, sampler.steps) < 1 or min(order.seed, sampler.inner) < 0:

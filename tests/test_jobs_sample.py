@@ -77,7 +77,7 @@ def test_an_order_becomes_marked_files(words, law_order, law_image, tmp_path, ca
     assert report["seam_ratio"] > 0
     assert {"raylarge", "torch"} < report["versions"].keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "guide.png", "image.png", "order.json", "report.json",
+        "guide.png", "image.png", "image.tif", "order.json", "report.json",
     ]  # fmt: skip
     assert "cross scale error" in capsys.readouterr().out
 

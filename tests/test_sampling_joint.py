@@ -248,3 +248,35 @@ def test_a_canvas_need_not_be_square_or_a_power_of_two():
     assert frames.shape[0] == 4
     bands = [r for r in joint.plan(order, PATCH).requests.values() if isinstance(r.task, Decode)]
     assert [(b.task.top, b.task.bottom) for b in bands] == [(0, 96)]
+
+
+@pytest.mark.parametrize("solver", ["plms", "dpm++", "unipc"])
+def test_patches_by_every_solver_come_closer_than_ddim(solver):
+    """Windows of a Gaussian prior in 20 steps, against DDIM in 400."""
+    worker = Worker(oracle.bundle(), GaussianDenoiser(0.1, 0.25))
+
+    def latents(name, steps):
+        sampler = {"steps": steps, "solver": name}
+        order = orders.parse({"count": 3, "seed": 1, "batch": 2, "sampler": sampler})
+        _, found = finished_latents(joint.plan(order, PATCH), worker.answer)
+        return torch.stack([found[0, i] for i in range(3)])
+
+    exact = latents("ddim", 400)
+    assert (latents(solver, 20) - exact).abs().max() < 0.5 * (
+        latents("ddim", 20) - exact
+    ).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"count": 2, "sampler": {"solver": "euler"}}, "solver 'euler' is not ddim, plms"),
+        ({"size": 64, "sampler": {"solver": "plms"}}, "solver plms is for separate patches"),
+        ({"count": 2, "sampler": {"solver": "plms", "eta": 1.0}}, "with eta 0"),
+    ],
+)
+def test_solvers_where_they_do_not_belong_are_refused(values, told):
+    from raylarge.errors import UserError
+
+    with pytest.raises(UserError, match=told):
+        joint.plan(orders.parse(values), PATCH)

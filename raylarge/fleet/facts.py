@@ -19,12 +19,14 @@ class Facts:
         digest: names the weights.
         channels: of the embeddings that condition it.
         cdm: whether it can draw conditions by itself.
+        base_mpp: micrometres per pixel of scale 0, where the bundle knows them.
     """
 
     patch: Patch
     digest: str
     channels: int
     cdm: bool
+    base_mpp: float | None = None
 
     @classmethod
     def of(cls, bundle: Bundle) -> Facts:

@@ -1,6 +1,6 @@
 """What becomes of a finished order: its files, the same from a job as from the service.
 
-    FOLDER/image.png  FOLDER/guide.png (of a large image)  FOLDER/order.json
+    FOLDER/image.png  image.tif (a pyramid)  guide.png (of a large image)  order.json
 
 Each picture carries in itself that it is synthetic, the order, the bundle's digest, and
 whether it is novel or derived from a real image.
@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from raylarge import images, storage
+from raylarge import pyramid as pyramids
 from raylarge.fleet.facts import Facts
-from raylarge.metrics.consistency import cross_scale_error
-from raylarge.metrics.seams import seam_ratio
+from raylarge.metrics.consistency import WindowError
+from raylarge.metrics.seams import SeamRatio
 from raylarge.order import Order
 from raylarge.sampling.joint import Large
+
+PNG_PIXELS = 1 << 26
+"""Larger images (8192 x 8192) are written as a pyramid alone."""
 
 
 def marks(order: Order, facts: Facts) -> dict[str, str]:
@@ -36,16 +41,76 @@ def marks(order: Order, facts: Facts) -> dict[str, str]:
     }
 
 
-def write(folder: str, order: Order, facts: Facts, result: Any) -> dict[str, str]:
-    """Write the files of a result, the image last; name -> path."""
+def write(
+    folder: str, order: Order, facts: Facts, result: Any, pyramid: bool = False
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Write the files of a result, the image last; name -> path, and what was measured.
+
+    Args:
+        pyramid: write a large image as a pyramidal TIFF too; beyond `PNG_PIXELS` it is the only
+            form, and no more than a band is ever in memory.
+    """
     paths = {"order.json": write_order(folder, order)}
     text = marks(order, facts)
     if (guide := guide_of(result)) is not None:
         paths["guide.png"] = storage.join(folder, "guide.png")
         images.write_png(paths["guide.png"], guide, text)
-    paths["image.png"] = storage.join(folder, "image.png")
-    images.write_png(paths["image.png"], image_of(result), text)
-    return paths
+    if not isinstance(result, Large):
+        return paths | _png(folder, mosaic(result), text), {}
+    small = order.size[0] * order.size[1] <= PNG_PIXELS
+    kept: list[np.ndarray] = []
+    measured = _Measured(order, facts, result)
+    bands = measured.following(result.bands(), kept if small else None)
+    if pyramid or not small:
+        path = storage.join(folder, "image.tif")
+        mpp = facts.base_mpp * (1 << order.scale) if facts.base_mpp else None
+        pyramids.write(path, bands, order.size, mpp, text)
+        paths["image.tif"] = path
+    for _ in bands:
+        pass
+    if small:
+        paths |= _png(folder, np.concatenate(kept), text)
+    return paths, measured.values()
+
+
+def _png(folder: str, image: UInt8[np.ndarray, "H W 3"], text: dict[str, str]) -> dict[str, str]:
+    path = storage.join(folder, "image.png")
+    images.write_png(path, image, text)
+    return {"image.png": path}
+
+
+class _Measured:
+    """Figures of a large image, taken from its bands as they pass."""
+
+    def __init__(self, order: Order, facts: Facts, result: Large) -> None:
+        self._error = self._seams = None
+        side = facts.patch.side_px
+        if result.frames is not None:
+            self._error = WindowError(result.frames[-1], order.size)
+        if order.algorithm == "joint" and max(order.size) > side:
+            self._seams = SeamRatio(side)
+
+    def following(
+        self, bands: Iterable[np.ndarray], kept: list[np.ndarray] | None
+    ) -> Iterator[np.ndarray]:
+        """The bands, measured on their way, and kept where the whole image is wanted."""
+        for band in bands:
+            rows = images.to_float(band)
+            for metric in (self._error, self._seams):
+                if metric is not None:
+                    metric.add(rows)
+            if kept is not None:
+                kept.append(band)
+            yield band
+
+    def values(self) -> dict[str, float]:
+        """Cross-scale error (A inside each window) and seam ratio, where they mean something."""
+        found = {}
+        if self._error is not None:
+            found["cross_scale_error"] = self._error.value
+        if self._seams is not None:
+            found["seam_ratio"] = self._seams.value
+        return found
 
 
 def write_order(folder: str, order: Order) -> str:
@@ -55,18 +120,16 @@ def write_order(folder: str, order: Order) -> str:
     return path
 
 
-def image_of(result: Any) -> UInt8[np.ndarray, "H W 3"]:
-    """The large image; of separate patches, all of them row by row in a near-square mosaic.
+def mosaic(patches: UInt8[np.ndarray, "n P P 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Separate patches row by row in a near-square picture.
 
     Patch i stands at row i // n, column i % n, n = ceil(sqrt(count)); what is left is white.
     """
-    if isinstance(result, Large):
-        return result.image
-    count, side = len(result), result.shape[1]
+    count, side = len(patches), patches.shape[1]
     columns = math.isqrt(count - 1) + 1
     rows = -(-count // columns)
     cells = np.full((rows * columns, side, side, 3), 255, np.uint8)
-    cells[:count] = result
+    cells[:count] = patches
     grid = cells.reshape(rows, columns, side, side, 3).swapaxes(1, 2)
     return grid.reshape(rows * side, columns * side, 3)
 
@@ -76,14 +139,3 @@ def guide_of(result: Any) -> UInt8[np.ndarray, "P P 3"] | None:
     if not isinstance(result, Large) or result.frames is None:
         return None
     return images.to_uint8(result.frames[-1])
-
-
-def measure(result: Any, side: int) -> dict[str, float]:
-    """Cross-scale error and seam ratio of a large image made of windows of `side` px."""
-    if guide_of(result) is None:
-        return {}
-    image = images.to_float(result.image)
-    return {
-        "cross_scale_error": cross_scale_error(image, result.frames[-1]),
-        "seam_ratio": seam_ratio(image, side),
-    }

@@ -9,6 +9,9 @@ plan, workers, a ledger. Killed and run again, the same command goes on where it
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import resource
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,9 +32,11 @@ from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import Patch
 from raylarge.models import bundle as bundles
+from raylarge.models import cost
+from raylarge.models.bundle import Bundle
 from raylarge.order import Condition, Order
-from raylarge.sampling import joint
-from raylarge.sampling.plan import Plan, arun, run
+from raylarge.sampling import joint, price
+from raylarge.sampling.plan import Plan, Task, arun, run
 
 VERSIONS = ("raylarge", "torch", "diffusers", "ray")
 
@@ -49,6 +54,9 @@ class Sample:
             another image in the last digits, more workers do not.
         reference: `DATA` or `DATA:slide_id`, whose embeddings condition the image.
         at: `row,column` of the region's first base tile; left out: the first that has them all.
+        dry_run: only say what the order costs.
+        tflops: the rate, in 10^12 FLOP/s per GPU, that the price is told at; the default is a
+            fifth of an H100's bf16 peak.
     """
 
     bundle: str = MISSING
@@ -58,6 +66,8 @@ class Sample:
     threads: int = 1
     reference: str = ""
     at: Any = None
+    dry_run: bool = False
+    tflops: float = 200.0
 
 
 def sample(config: Sample, log: report.Report) -> dict[str, str]:
@@ -72,6 +82,9 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     facts = Facts.read(folder)
     order = _order(config, facts.patch)
     plan = joint.plan(order, facts.patch)
+    if config.dry_run:
+        _say_price(config, folder, order, plan)
+        return {}
     known = log.facts
     same = known.get("order") == order.digest and known.get("bundle") == facts.digest
     if same and all(storage.exists(path) for path in known["files"].values()):
@@ -79,6 +92,29 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
         return dict(known["files"])
     carry_out = _on_ray if config.workers else _here
     return carry_out(config, folder, _Run(out, order, facts, plan, log))
+
+
+def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
+    """Print requests, evaluations, FLOPs and GPU-seconds of an order."""
+    bundle = bundles.load(folder)
+    counted = price.counts(plan, order, bundle.patch)
+    rows = [
+        ["requests", len(plan.requests)],
+        ["U-Net evaluations", counted.unet],
+        ["decoder evaluations", counted.decode],
+        ["encoder evaluations", counted.encode],
+        ["PFLOP", f"{cost.flops(counted, _costs(bundle)) / 1e15:.4g}"],
+        [
+            f"GPU-seconds at {config.tflops:g} TFLOP/s",
+            f"{cost.seconds(counted, _costs(bundle), config.tflops):.4g}",
+        ],
+    ]
+    report.say(report.table(["what", "how much"], rows))
+
+
+def _costs(bundle: Bundle) -> cost.Costs:
+    context = bundle.summarizer.null(1).shape[1:]
+    return cost.costs(bundle.unet, bundle.vae, bundle.patch, (context[0], context[1]))
 
 
 class _Run:
@@ -91,6 +127,8 @@ class _Run:
         log.facts = {"stages": {}}  # of an earlier order, whose files this one replaces
         self.ledger = Ledger(out, order, facts.digest)
         self.resumed = self.ledger.resume(plan)
+        self.phases: dict[str, float] = {}
+        self.costs: cost.Costs | None = None
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[Plan], None]]:
@@ -105,17 +143,38 @@ class _Run:
             yield watch
             facts.update(requests=bar.n - self.resumed, resumed=self.resumed)
 
+    def timed(self, task: Task, began: float) -> None:
+        """Add what a request took to its kind's seconds."""
+        name = type(task).__name__.lower()
+        self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - began
+
+    def work(self) -> dict[str, Any]:
+        """Network evaluations, FLOPs, the rate that was reached, and the peak memory."""
+        counted = price.counts(self.plan, self.order, self.facts.patch)
+        found: dict[str, Any] = {"evaluations": dataclasses.asdict(counted)}
+        found["phases_s"] = {name: round(spent, 3) for name, spent in self.phases.items()}
+        found["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if torch.cuda.is_available():
+            found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+        if self.costs is not None:
+            found["flops"] = cost.flops(counted, self.costs)
+            if not self.resumed:
+                seconds = self.log.facts["stages"]["sample"]["seconds"]
+                found["tflops_reached"] = found["flops"] / 1e12 / max(seconds, 1e-9)
+        return found
+
     def write(self, made: Any) -> dict[str, str]:
         """Write the files, then the report; then the ledger has had its use."""
         with self.log.stage("write"):
-            files = result.write(self.out, self.order, self.facts, made)
+            files, measured = result.write(self.out, self.order, self.facts, made, pyramid=True)
         self.log.add(
             order=self.order.digest,
             bundle=self.facts.digest,
             seed=self.order.seed,
             versions={name: version(name) for name in VERSIONS},
             files=files,
-            **result.measure(made, self.facts.patch.side_px),
+            **self.work(),
+            **measured,
         )
         self.ledger.remove()
         return files
@@ -128,8 +187,16 @@ def _here(config: Sample, folder: str, this: _Run) -> dict[str, str]:
     try:
         with this.log.stage("start"):
             worker = Worker(bundles.load(folder, bundles.usable_device()))
+            this.costs = _costs(worker.bundle)
+
+        def answer(task: Task, *inputs: Any) -> Any:
+            began = time.monotonic()
+            reply = worker.answer(task, *inputs)
+            this.timed(task, began)
+            return reply
+
         with this.watched() as watch:
-            made = run(this.plan, worker.answer, watch)
+            made = run(this.plan, answer, watch)
         return this.write(made)
     finally:
         torch.set_num_threads(before)
@@ -148,8 +215,15 @@ async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
     try:
         with this.log.stage("start"):
             await pool.start()
+
+        async def answer(task: Task, *inputs: Any) -> Any:
+            began = time.monotonic()
+            reply = await pool.answer(task, *inputs)
+            this.timed(task, began)
+            return reply
+
         with this.watched() as watch:
-            made = await arun(this.plan, pool.answer, watch, most=2 * config.workers)
+            made = await arun(this.plan, answer, watch, most=2 * config.workers)
         return this.write(made)
     finally:
         pool.close()

@@ -19,7 +19,7 @@ from torch import Tensor
 from raylarge.models.autoencoder import Codec
 from raylarge.order import Sampler
 from raylarge.resample import downsample
-from raylarge.sampling.constraint import Function, _scaled, derivative
+from raylarge.sampling.constraint import Function, derivative, scaled
 
 
 def correct_by_backprop(
@@ -40,6 +40,6 @@ def correct_by_backprop(
         image = autoencoder.decode(estimate)
         error = downsample(image, image.shape[-1] // y.shape[-1]) - y
         (gradient,) = torch.autograd.grad(error.square().sum(), estimate)
-    e = _scaled(-gradient, sampler)
-    g = _scaled(derivative(x_0, x_t, e, sampler), sampler)
+    e = scaled(-gradient, sampler)
+    g = scaled(derivative(x_0, x_t, e, sampler), sampler)
     return x_t + sampler.rate * g

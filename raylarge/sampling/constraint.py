@@ -25,14 +25,17 @@ from raylarge.resample import downsample, upsample
 Function = Callable[[Tensor], Tensor]
 
 
-def derivative(f: Function, at: Tensor, along: Tensor, sampler: Sampler) -> Tensor:
+def derivative(
+    f: Function, at: Tensor, along: Tensor, sampler: Sampler, value: Tensor | None = None
+) -> Tensor:
     """The directional derivative of f.
 
     `jvp` is exact in every precision; `difference` is the papers' (f(x + d v) - f(x)) / d,
-    which loses its digits in half precision.
+    which loses its digits in half precision, and asks f once where its value is known.
     """
     if sampler.derivative == "difference":
-        return (f(at + sampler.step * along) - f(at)) / sampler.step
+        value = f(at) if value is None else value
+        return (f(at + sampler.step * along) - value) / sampler.step
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward mode
         return torch.func.jvp(f, (at,), (along,))[1]
 
@@ -50,15 +53,16 @@ def correct(
         x_0: the denoiser at this step, a function of x_t alone.
         y: each window's block of the guide's frame.
     """
-    image = autoencoder.decode(x_0(x_t))
+    estimate = x_0(x_t)
+    image = autoencoder.decode(estimate)
     factor = image.shape[-1] // y.shape[-1]
-    e_img = _scaled(upsample(y - downsample(image, factor), factor), sampler)
-    e = _scaled(derivative(autoencoder.encode, image, e_img, sampler), sampler)
-    g = _scaled(derivative(x_0, x_t, e, sampler), sampler)
+    e_img = scaled(upsample(y - downsample(image, factor), factor), sampler)
+    e = scaled(derivative(autoencoder.encode, image, e_img, sampler), sampler)
+    g = scaled(derivative(x_0, x_t, e, sampler, estimate), sampler)
     return x_t + sampler.rate * g
 
 
-def _scaled(direction: Tensor, sampler: Sampler) -> Tensor:
+def scaled(direction: Tensor, sampler: Sampler) -> Tensor:
     """The direction divided by its largest magnitude per window, if the recipe says so."""
     if not sampler.unit:
         return direction

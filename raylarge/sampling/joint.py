@@ -185,7 +185,13 @@ class Level:
 
     def last(self, b: int) -> str:
         """The name of a batch's finished latents."""
-        return self._name(b, spans(self.order.sampler.steps, self.order.chunk)[-1][0])
+        return self._name(b, self._chunks()[-1][0])
+
+    def _chunks(self) -> list[tuple[int, int]]:
+        """Steps per request; solvers that remember earlier steps take all at once."""
+        sampler = self.order.sampler
+        whole = sampler.solver != "ddim"
+        return spans(sampler.steps, sampler.steps if whole else self.order.chunk)
 
     def covering(self, first: int, last: int) -> tuple[tuple[str, ...], tuple[Group, ...]]:
         """Finished latents of all batches with a window in patch rows first .. last - 1."""
@@ -202,7 +208,7 @@ class Level:
             draw = self._name(b, "tokens")
             found.append(Request(draw, Draw(self.order, kind, self.scale, group)))
             before: tuple[str, ...] = ()
-            for first, last in spans(self.order.sampler.steps, self.order.chunk):
+            for first, last in self._chunks():
                 above, frames_from = self._frames(group, first)
                 task = Windows(
                     self.order.brief(),

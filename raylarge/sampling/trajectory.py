@@ -16,6 +16,7 @@ from torch import Tensor
 
 from raylarge.diffusion.noise import normal
 from raylarge.diffusion.schedule import Step
+from raylarge.diffusion.solvers import solve
 from raylarge.diffusion.steps import ddim
 from raylarge.geometry import Patch
 from raylarge.models.autoencoder import Codec
@@ -67,6 +68,14 @@ def windows(
     sampler, traced = task.order.sampler, []
     walk = _Walk(networks, task.order, task.scale, task.windows, tokens)
     x_t = walk.start() if x_t is None else x_t.to(tokens)
+    if sampler.solver != "ddim":  # they remember earlier steps: all are one request
+        return solve(
+            lambda x, t: networks.denoiser(x, t, tokens),
+            x_t,
+            networks.denoiser.schedule,
+            sampler.solver,
+            sampler.steps,
+        )
     steps = networks.denoiser.schedule.steps(sampler.steps)
     for i in range(task.first, task.last):
 
