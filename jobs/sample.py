@@ -2,6 +2,7 @@
 
 python jobs/sample.py bundle=DIR order.size=512 order.seed=7 out=DIR [order.recipe=released]
     [order.condition.kind=cdm] [reference=DATA[:slide_id] [at=row,column]] [workers=N]
+    [order.refine=true] [order.levels=4,2,0] [order.algorithm=strided] [image=small.png]
 
 Run again after an interruption, the same command goes on where it stopped. dry_run=true says
 what the order costs, and does nothing.

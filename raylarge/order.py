@@ -13,7 +13,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,6 @@ import numpy as np
 from raylarge import config, storage
 from raylarge.errors import UserError
 from raylarge.geometry import Patch, Scale, guide_scale
-
-LIMIT_PX = 1 << 17
-LIMIT_BATCH = 1024
-SOLVERS = ("ddim", "plms", "dpm++", "unipc")
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,7 @@ class Sampler:
         eta: 0 is deterministic DDIM, 1 the ancestral variance.
         guidance: w of u + w (c - u).
         inner: corrections K in every step; 0 samples without the constraint.
+        correction: `encoder` (Algorithm S2) or `backprop` through the decoder (S1), as comparison.
         rate: the correction's learning rate, lambda.
         unit: divide e_img, e and g by their largest magnitude per window (released code).
         clamp: clamp the guide's frames to [-1, 1] before they constrain (released code).
@@ -50,6 +46,7 @@ class Sampler:
     eta: float = 0.0
     guidance: float = 2.0
     inner: int = 1
+    correction: str = "encoder"
     rate: float = 0.5
     unit: bool = False
     clamp: bool = False
@@ -77,7 +74,8 @@ class Condition:
 
     Attributes:
         kind: `null` (nothing), `cdm` (tokens drawn by the CDM), `embeddings` (a grid of raw
-            base embeddings, or one such grid per patch).
+            base embeddings, or one such grid per patch), `inverted` (embeddings inferred from
+            the image that is super-resolved).
         fine: under `cdm`, how the fine windows are conditioned: `null` or `independent` draws.
         draw: how the CDM draws: `paper` (50 steps of DDIM) or `released` (200 respaced steps).
         data: base64 of little-endian float16 values in row-major order.
@@ -92,8 +90,10 @@ class Condition:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(side) for side in self.shape))
-        if self.kind not in ("null", "cdm", "embeddings"):
-            raise UserError(f"condition.kind '{self.kind}' is not null, cdm or embeddings.")
+        if self.kind not in ("null", "cdm", "embeddings", "inverted"):
+            raise UserError(
+                f"condition.kind '{self.kind}' is not null, cdm, embeddings or inverted."
+            )
         if self.fine not in ("null", "independent"):
             raise UserError(f"condition.fine '{self.fine}' is not null or independent.")
         if self.draw not in RECIPES:
@@ -142,6 +142,34 @@ class Strided:
 
 
 @dataclass(frozen=True)
+class Source:
+    """The image that `algorithm: superres` makes larger.
+
+    Attributes:
+        image: base64 of a PNG.
+        octaves: n of 2^n.
+        control: by the bundle's ControlNet (the baseline) in place of the constraint.
+        iterations: of the inversion, under condition.kind `inverted`.
+    """
+
+    image: str = ""
+    octaves: int = 2
+    control: bool = False
+    iterations: int = 200
+
+    def png(self) -> bytes:
+        """The PNG's bytes.
+
+        Raises:
+            UserError: not base64.
+        """
+        try:
+            return base64.b64decode(self.image, validate=True)
+        except ValueError as error:
+            raise UserError("source.image is not the base64 of a PNG.") from error
+
+
+@dataclass(frozen=True)
 class Order:
     """One request for an image.
 
@@ -152,7 +180,8 @@ class Order:
         seed: all randomness follows from it.
         batch: windows per batch; part of the order because it decides the last bits.
         chunk: steps per request, the grain of resumption.
-        algorithm: of a large image: `joint` (ZoomLDM) or `strided` (Graikos et al.).
+        algorithm: of a large image: `joint` (ZoomLDM), `strided` (Graikos et al.) or `superres`,
+            whose size is that of the source times 2^octaves.
         refine: remove the seams between the patches of a joint image, in six more steps.
         levels: scales from the guide's down to `scale`, such as 6,4,2,0; by default these two.
         recipe: the name the sampler's settings started from.
@@ -170,6 +199,7 @@ class Order:
     recipe: str = "paper"
     sampler: Sampler = field(default_factory=Sampler)
     strided: Strided = field(default_factory=Strided)
+    source: Source = field(default_factory=Source)
     condition: Condition = field(default_factory=Condition)
 
     def __post_init__(self) -> None:
@@ -186,8 +216,10 @@ class Order:
         return self.levels or ((top, self.scale) if top > self.scale else (self.scale,))
 
     def brief(self) -> Order:
-        """The order without the bulk of its condition, for requests that do not need it."""
-        return dataclasses.replace(self, condition=Condition())
+        """The order without the bulk of its condition and source, for most requests."""
+        condition = dataclasses.replace(self.condition, data="", shape=())
+        source = dataclasses.replace(self.source, image="")
+        return dataclasses.replace(self, condition=condition, source=source)
 
     def as_json(self) -> dict[str, Any]:
         """The order as a JSON document; `parse` reads it back."""
@@ -213,109 +245,6 @@ def parse(values: Mapping[str, Any]) -> Order:
         raise UserError(f"there is no recipe '{recipe}'; choose one of: {', '.join(RECIPES)}.")
     settings = {"sampler": RECIPES[recipe], "condition": {"draw": recipe}}
     return config.build(Order, settings, dict(values))
-
-
-def check(order: Order, patch: Patch) -> None:
-    """Refuse an order that a bundle's patches cannot carry out.
-
-    Raises:
-        UserError: what is wrong and what would be right.
-    """
-    if order.algorithm not in ("joint", "strided"):
-        raise UserError(f"order.algorithm '{order.algorithm}' is not joint or strided.")
-    if order.count:
-        _check_patches(order, patch)
-    elif order.algorithm == "strided":
-        _check_strided(order, patch)
-    else:
-        _check_canvas(order, patch)
-    sampler = order.sampler
-    if sampler.solver not in SOLVERS:
-        raise UserError(f"sampler.solver '{sampler.solver}' is not {', '.join(SOLVERS)}.")
-    if sampler.solver != "ddim" and (not order.count or sampler.eta):
-        raise UserError(
-            f"sampler.solver {sampler.solver} is for separate patches (order.count) with eta 0."
-        )
-    if sampler.derivative not in ("jvp", "difference"):
-        raise UserError(f"sampler.derivative '{sampler.derivative}' is not jvp or difference.")
-    if min(order.batch, order.chunk, sampler.steps) < 1 or min(order.seed, sampler.inner) < 0:
-        raise UserError("batch, chunk and sampler.steps start at 1, seed and sampler.inner at 0.")
-    if order.batch > LIMIT_BATCH:
-        raise UserError(
-            f"batch {order.batch} is more than {LIMIT_BATCH}; short batches are padded."
-        )
-    if order.seed >= 1 << 64:
-        raise UserError(f"seed {order.seed} does not fit 64 bits; choose one below 2**64.")
-
-
-def _check_patches(order: Order, patch: Patch) -> None:
-    if order.count < 0 or not 0 <= order.scale < patch.scales:
-        raise UserError(
-            f"order.count {order.count} must be positive and order.scale {order.scale} one of the "
-            f"bundle's scales 0 to {patch.scales - 1}."
-        )
-    _check_condition(order, (order.count, 1 << order.scale, 1 << order.scale))
-
-
-def _check_canvas(order: Order, patch: Patch) -> None:
-    side = patch.side_px
-    if any(length <= 0 or length % side or length > LIMIT_PX for length in order.size):
-        raise UserError(
-            f"order.size {order.size} must be positive multiples of the patch side {side}, "
-            f"at most {LIMIT_PX}."
-        )
-    top = order.guide(patch).k
-    if order.scale < 0 or top >= patch.scales:
-        largest = side << max(0, patch.scales - 1 - order.scale)
-        raise UserError(
-            f"order.size {order.size} at scale {order.scale} needs a guide at scale {top}, but "
-            f"the bundle knows scales 0 to {patch.scales - 1}; the largest side is {largest}."
-        )
-    levels = order.levels_of(patch)
-    if levels[0] != top or levels[-1] != order.scale or list(levels) != sorted({*levels})[::-1]:
-        raise UserError(
-            f"order.levels {levels} must fall from the guide's scale {top} to {order.scale}."
-        )
-    for above, below in pairwise(levels):
-        if side >> (above - below) == 0:
-            raise UserError(
-                f"order.levels {levels}: a window at scale {below} has no pixel of its own at "
-                f"scale {above}; put a level between them, such as {(above + below) // 2}."
-            )
-    cells = 1 << order.scale
-    _check_condition(order, tuple(length // side * cells for length in order.size))
-
-
-def _check_strided(order: Order, patch: Patch) -> None:
-    side, how = patch.side_px, order.strided
-    if any(n < side or n % patch.factor or n > LIMIT_PX for n in order.size):
-        raise UserError(
-            f"order.size {order.size} must be multiples of {patch.factor} from the patch side "
-            f"{side} to {LIMIT_PX}."
-        )
-    if how.average not in ("gaussian", "uniform") or how.coarser < 1:
-        raise UserError(
-            f"strided.average '{how.average}' is gaussian or uniform, and strided.coarser "
-            f"{how.coarser} starts at 1."
-        )
-    if how.share < 1 or patch.side_lat % how.share:
-        raise UserError(
-            f"strided.share {how.share} must divide the {patch.side_lat} latent cells of a patch."
-        )
-    if not 0 <= order.scale < patch.scales:
-        raise UserError(f"order.scale {order.scale} is not one of 0 to {patch.scales - 1}.")
-    if order.condition.kind == "cdm":
-        raise UserError("the CDM draws no embeddings to interpolate: use algorithm=joint.")
-    cells = tuple(-(-n // side) << order.scale for n in order.size)
-    _check_condition(order, cells)
-
-
-def _check_condition(order: Order, wanted: tuple[int, ...]) -> None:
-    shape = order.condition.shape
-    if order.condition.kind == "embeddings" and shape[:-1] != wanted:
-        raise UserError(
-            f"condition.shape {shape} does not fit: this order takes {wanted} embeddings."
-        )
 
 
 def _levels(value: Any) -> tuple[int, ...]:

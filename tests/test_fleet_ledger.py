@@ -9,7 +9,8 @@ import torch
 from raylarge import order, storage
 from raylarge.errors import UserError
 from raylarge.fleet.ledger import Ledger
-from raylarge.sampling.plan import Plan, Request, Task, run
+from raylarge.sampling.plan import Plan, Request, run
+from raylarge.sampling.tasks import Task
 
 ORDER = order.parse({"size": 64})
 TASK = Task(ORDER)

@@ -17,7 +17,8 @@ from raylarge.fleet.facts import Facts
 from raylarge.fleet.pool import TRIES, ActorPool, Held, Shelf, persist
 from raylarge.order import Condition
 from raylarge.sampling import joint
-from raylarge.sampling.plan import Draw, Task, arun
+from raylarge.sampling.plan import arun
+from raylarge.sampling.tasks import Draw, Task
 
 TASK = Task(order.parse({"size": 64}))
 

@@ -15,7 +15,8 @@ from raylarge.fleet.worker import Worker
 from raylarge.models import bundle
 from raylarge.order import Condition
 from raylarge.sampling import joint
-from raylarge.sampling.plan import Draw, Plan, Request, Task, arun, run
+from raylarge.sampling.plan import Plan, Request, arun, run
+from raylarge.sampling.tasks import Draw, Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

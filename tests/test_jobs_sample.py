@@ -235,3 +235,26 @@ def test_law_4_on_a_cluster_that_loses_a_node(words, tmp_path, monkeypatch):
     there = pixels(tmp_path)
     job.main([*long, "order.sampler.steps=40", f"out={tmp_path}/here"])
     np.testing.assert_array_equal(pixels(tmp_path / "here"), there)
+
+
+def test_an_image_is_made_larger_and_the_price_is_told(tiny_bundle, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    images.write_png(str(tmp_path / "small.png"), rng.integers(0, 255, (64, 96, 3), np.uint8), {})
+    words = [f"bundle={tiny_bundle}", f"image={tmp_path / 'small.png'}", "order.source.octaves=1"]
+    words += ["order.sampler.steps=1", "order.sampler.derivative=difference", "order.batch=4"]
+    job.main([*words, f"out={tmp_path / 'priced'}", "dry_run=true"])
+    said = capsys.readouterr().out
+    assert "U-Net evaluations" in said
+    assert "GPU-seconds at 200 TFLOP/s" in said
+    assert not (tmp_path / "priced").exists()
+    job.main([*words, f"out={tmp_path / 'made'}"])
+    image, text = images.read_png(str(tmp_path / "made" / "image.png"))
+    assert image.shape == (128, 192, 3)
+    assert text["Origin"] == "derived from a real image"
+    assert json.loads(text["Order"])["source"]["image"] == ""
+    report = json.loads((tmp_path / "made" / "report.json").read_text())
+    assert report["evaluations"]["encode"] == 2 * 8
+    assert report["phases_s"]["windows"] > 0
+    assert report["flops"] > 0
+    assert report["tflops_reached"] > 0
+    assert report["peak_memory_bytes"] > 1 << 20

@@ -8,7 +8,8 @@ import pytest
 
 from raylarge.errors import UserError
 from raylarge.geometry import Patch, Scale, batches, guide_scale, origins, spans, windows
-from raylarge.order import Condition, check, parse
+from raylarge.order import Condition, parse
+from raylarge.sampling.refusals import check
 
 PATCH = Patch(side_px=64, factor=4, channels=3, scales=4)
 GRID = np.arange(2 * 3 * 5).reshape(2, 3, 5).astype(np.float16)
@@ -61,7 +62,7 @@ def test_what_a_bundle_cannot_do_is_refused(values, says):
         ({"sise": 64}, "did you mean 'size'"),
         ({"size": "big"}, "not a number of pixels"),
         ({"recipe": "mine"}, "choose one of: paper, released"),
-        ({"condition": {"kind": "magic"}}, "null, cdm or embeddings"),
+        ({"condition": {"kind": "magic"}}, "null, cdm, embeddings or inverted"),
         ({"condition": {"fine": "magic"}}, "null or independent"),
         ({"condition": {"draw": "magic"}}, "is not paper or released"),
         ({"seed": "x"}, "'seed'"),

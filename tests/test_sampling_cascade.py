@@ -17,7 +17,8 @@ from raylarge.fleet.worker import Worker
 from raylarge.models.denoiser import GaussianDenoiser
 from raylarge.resample import downsample, upsample
 from raylarge.sampling import joint
-from raylarge.sampling.plan import Windows, run
+from raylarge.sampling.plan import run
+from raylarge.sampling.tasks import Windows
 
 PATCH, SIDE = oracle.PATCH, oracle.PATCH.side_px
 

@@ -16,7 +16,8 @@ from raylarge.models.denoiser import GaussianDenoiser
 from raylarge.resample import bicubic_matrix
 from raylarge.sampling import joint
 from raylarge.sampling.canvas import scatter
-from raylarge.sampling.plan import Decode, Windows, run
+from raylarge.sampling.plan import run
+from raylarge.sampling.tasks import Decode, Windows
 
 PATCH = oracle.PATCH
 

@@ -12,7 +12,8 @@ from raylarge import order as orders
 from raylarge.fleet.worker import Worker
 from raylarge.models.denoiser import GaussianDenoiser
 from raylarge.sampling import joint
-from raylarge.sampling.plan import Decode, DecodeEach, Plan, Request, arun, run
+from raylarge.sampling.plan import Plan, Request, arun, run
+from raylarge.sampling.tasks import Decode, DecodeEach
 
 ORDER = orders.parse({"size": 128, "batch": 4, "chunk": 2, "sampler": {"steps": 6}})
 

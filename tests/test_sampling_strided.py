@@ -23,8 +23,9 @@ from raylarge.models.denoiser import GaussianDenoiser, NetworkDenoiser, standard
 from raylarge.order import Condition
 from raylarge.sampling import bands, joint
 from raylarge.sampling.canvas import kernel, scatter
-from raylarge.sampling.plan import Band, Decode, Draw, Windows, run
+from raylarge.sampling.plan import run
 from raylarge.sampling.strided import interpolated
+from raylarge.sampling.tasks import Band, Decode, Draw, Windows
 
 PATCH = oracle.PATCH  # latents of 12 x 16 x 16
 CORNERS = [(0, 0), (0, 64), (64, 0), (64, 64)]
@@ -255,7 +256,7 @@ def test_seams_are_fewer_after_refinement(tiny_bundle):
         ({"strided": {"coarser": 0}}, "strided.coarser 0 starts at 1"),
         ({"condition": {"kind": "cdm"}}, "the CDM draws no embeddings to interpolate"),
         ({"scale": 9}, "order.scale 9 is not one of 0 to 3"),
-        ({"algorithm": "magic"}, "order.algorithm 'magic' is not joint or strided"),
+        ({"algorithm": "magic"}, "order.algorithm 'magic' is not joint, strided or superres"),
     ],
 )
 def test_bad_strided_orders_are_refused(values, told):

@@ -17,7 +17,7 @@ from raylarge.sampling import superres, trajectory
 from raylarge.sampling.backprop import correct_by_backprop
 from raylarge.sampling.canvas import gather, scatter
 from raylarge.sampling.constraint import correct
-from raylarge.sampling.plan import Windows
+from raylarge.sampling.tasks import Windows
 
 PATCH = dataclasses.replace(oracle.PATCH, side_px=64)
 CODEC = oracle.Unshuffle()
@@ -44,6 +44,15 @@ def low_resolution(size, variance):
     return 0.5 * variance**0.5 * normal((3, *size), 1, "test", [(0,)])[0]
 
 
+def following(networks, task, tokens, y, x_t, correction=correct):
+    """Windows under a fixed image; the correction is the order's, by name."""
+    name = next(k for k, v in trajectory.CORRECTIONS.items() if v is correction)
+    sampler = dataclasses.replace(task.order.sampler, correction=name)
+    task = dataclasses.replace(task, order=dataclasses.replace(task.order, sampler=sampler))
+    wanted = superres.fixed(y, task, networks.patch)
+    return trajectory.windows(networks, task, tokens, wanted, x_t)
+
+
 def super_resolve(order, y, levels, variance, correction=correct, patch=PATCH):
     """The whole image, in batches of windows as a worker would answer them."""
     networks = trajectory.Networks(GaussianDenoiser(0.0, variance), CODEC, patch)
@@ -53,7 +62,7 @@ def super_resolve(order, y, levels, variance, correction=correct, patch=PATCH):
     for group in batches(len(cells), order.batch):
         task = a_task(order, [cells[i] for i in group], levels)
         tokens = torch.zeros(len(group), 65, 4)
-        done = superres.windows(networks, task, tokens, y, None, correction)
+        done = following(networks, task, tokens, y, None, correction)
         latents.update(zip(task.windows, done, strict=True))
     side = patch.side_lat
     places = [(r * side, k * side) for r, k in latents]
@@ -138,10 +147,12 @@ def test_it_is_joint_sampling_under_frames_that_all_equal_y(tiny_bundle, recipe)
     task = a_task(order, [(0, 1), (1, 0)], 1)
     tokens = bundle.summarizer(torch.randn(2, 8, 1, 1), torch.zeros(2, dtype=torch.long)).detach()
     with torch.no_grad():
-        wanted = trajectory.windows(networks, task, tokens, y.expand(4, -1, -1, -1), None)
-        found = superres.windows(networks, task, tokens, y, None)
-        half = superres.windows(networks, dataclasses.replace(task, last=2), tokens, y, None)
-        rest = superres.windows(networks, dataclasses.replace(task, first=2), tokens, y, half)
+        wanted = trajectory.windows(
+            networks, task, tokens, trajectory.below(y.expand(4, -1, -1, -1), task), None
+        )
+        found = following(networks, task, tokens, y, None)
+        half = following(networks, dataclasses.replace(task, last=2), tokens, y, None)
+        rest = following(networks, dataclasses.replace(task, first=2), tokens, y, half)
     assert torch.equal(found, wanted)
     assert torch.equal(rest, wanted)
 
@@ -152,7 +163,7 @@ def test_company_does_not_matter():
 
     def latents(cells):
         task = a_task(order, cells, 2)
-        return superres.windows(networks, task, torch.zeros(len(cells), 65, 4), y, None)
+        return following(networks, task, torch.zeros(len(cells), 65, 4), y, None)
 
     together = latents([(0, 0), (1, 2), (0, 1)])
     assert (latents([(1, 2)])[0] - together[1]).abs().max() < 1e-5
@@ -252,3 +263,106 @@ def test_the_released_settings():
     sampler = an_order("released").sampler
     assert [step.t for step in Schedule().steps(sampler.steps)][:2] == [951, 901]
     assert (sampler.guidance, sampler.inner, sampler.rate, sampler.unit) == (3.0, 5, 0.5, True)
+
+
+def a_picture(seed, rows, columns):
+    """A smooth random image as the base64 of a PNG, and as floats."""
+    import base64
+
+    from raylarge import images
+    from raylarge.resample import upsample
+
+    source = torch.Generator().manual_seed(seed)
+    small = torch.rand(3, rows // 4, columns // 4, generator=source) * 1.2 - 0.6
+    picture = images.to_uint8(upsample(small, 4))
+    return base64.b64encode(images.png_bytes(picture)).decode(), images.to_float(picture)
+
+
+def test_an_order_makes_an_uploaded_image_larger():
+    """The whole plan: PNG in, windows that follow it, blended decode out."""
+    from raylarge.fleet.worker import Worker
+    from raylarge.sampling import joint
+    from raylarge.sampling.plan import run
+
+    worker = Worker(oracle.bundle(PATCH), GaussianDenoiser(0.0, 0.25))
+    data, y = a_picture(1, 64, 96)
+    order = orders.parse(
+        {
+            "size": "128x192",
+            "algorithm": "superres",
+            "source": {"image": data, "octaves": 1},
+            "batch": 4,
+            "chunk": 20,
+        }
+    )
+    image = run(joint.plan(order, PATCH), worker.answer).image
+    assert image.shape == (128, 192, 3)
+    small = downsample(torch.from_numpy(image / 127.5 - 1).float().permute(2, 0, 1), 2)
+    away = float((small - y).norm() / (y - y.mean()).norm())
+    assert away < 0.35
+    assert order.brief().source.image == ""
+
+
+def test_inferred_embeddings_condition_each_window_at_its_place(tiny_bundle):
+    """`inverted` in small: the grid's cells reach the windows that they lie under."""
+    from raylarge.fleet.worker import Worker
+    from raylarge.models.bundle import load
+    from raylarge.sampling import joint
+    from raylarge.sampling.plan import run
+    from raylarge.sampling.tasks import Draw, Invert
+
+    worker = Worker(load(tiny_bundle))
+    data, _ = a_picture(2, 64, 128)
+    order = orders.parse(
+        {
+            "size": "128x256",
+            "algorithm": "superres",
+            "source": {"image": data, "octaves": 1, "iterations": 2},
+            "condition": {"kind": "inverted"},
+            "sampler": {"steps": 1, "inner": 1, "derivative": "difference"},
+            "batch": 8,
+        }
+    )
+    plan, kept = joint.plan(order, worker.bundle.patch), {}
+
+    def answer(task, *inputs):
+        reply = worker.answer(task, *inputs)
+        if isinstance(task, Invert):
+            kept["grid"] = reply
+        if isinstance(task, Draw):
+            kept["windows"], kept["tokens"] = task.windows, reply
+        return reply
+
+    assert run(plan, answer).image.shape == (128, 256, 3)
+    grid = kept["grid"]
+    assert grid.shape == (8, 2, 4)  # two patches of the image, 2 x 2 base tiles under each
+    for (row, column), tokens in zip(kept["windows"], kept["tokens"], strict=True):
+        cell = grid[:, row : row + 1, column : column + 1][None]
+        alone = worker.bundle.summarizer(cell, torch.tensor([0]))[0]
+        assert torch.allclose(tokens, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"source": {"image": ""}}, "superres needs an image"),
+        ({"source": {"octaves": 9}}, "source.octaves 9 must lie between 1 and"),
+        ({"size": 65}, "must be multiples of 64: the image's sides of 32"),
+        ({"condition": {"kind": "inverted"}, "size": 192}, "multiples of 128"),
+        ({"condition": {"kind": "cdm"}}, "a condition that is null, embeddings or inverted"),
+        ({"refine": True}, "no refine"),
+        ({"source": {"image": "!", "octaves": 1}}, "not the base64 of a PNG"),
+        ({"size": "192x128"}, "the source has 64x96 px, an order of .* takes 96x64"),
+    ],
+)
+def test_bad_superresolution_orders_are_refused(values, told):
+    from raylarge.fleet.worker import Worker
+    from raylarge.sampling import joint
+    from raylarge.sampling.plan import run
+
+    data, _ = a_picture(1, 64, 96)
+    source = {"image": data, "octaves": 1} | values.pop("source", {})
+    order = {"size": "128x192", "algorithm": "superres", "source": source} | values
+    worker = Worker(oracle.bundle(PATCH), GaussianDenoiser(0.0, 0.25))
+    with pytest.raises(UserError, match=told):
+        run(joint.plan(orders.parse(order), PATCH), worker.answer)

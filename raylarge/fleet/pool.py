@@ -33,7 +33,8 @@ from raylarge.fleet.facts import Facts
 from raylarge.fleet.worker import Worker
 from raylarge.models.bundle import load, usable_device
 from raylarge.report import say
-from raylarge.sampling.plan import Reply, Task
+from raylarge.sampling.plan import Reply
+from raylarge.sampling.tasks import Task
 
 LARGE_BYTES = 1 << 20
 TRIES = 5

@@ -31,8 +31,8 @@ PNG_PIXELS = 1 << 26
 def marks(order: Order, facts: Facts) -> dict[str, str]:
     """The text fields of an order's pictures; embeddings are named by the digest, not copied."""
     document = order.as_json()
-    document["condition"]["data"] = ""
-    derived = order.condition.kind == "embeddings"
+    document["condition"]["data"] = document["source"]["image"] = ""
+    derived = order.condition.kind == "embeddings" or order.algorithm == "superres"
     return {
         "Order": json.dumps(document, sort_keys=True),
         "OrderDigest": order.digest,

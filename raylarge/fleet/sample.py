@@ -9,6 +9,7 @@ plan, workers, a ledger. Killed and run again, the same command goes on where it
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import resource
 import time
@@ -21,8 +22,8 @@ from typing import Any
 import torch
 from omegaconf import MISSING
 
+from raylarge import images, report, storage
 from raylarge import order as orders
-from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.fleet import result
 from raylarge.fleet.facts import Facts
@@ -36,7 +37,8 @@ from raylarge.models import cost
 from raylarge.models.bundle import Bundle
 from raylarge.order import Condition, Order
 from raylarge.sampling import joint, price
-from raylarge.sampling.plan import Plan, Task, arun, run
+from raylarge.sampling.plan import Plan, arun, run
+from raylarge.sampling.tasks import Task
 
 VERSIONS = ("raylarge", "torch", "diffusers", "ray")
 
@@ -54,6 +56,7 @@ class Sample:
             another image in the last digits, more workers do not.
         reference: `DATA` or `DATA:slide_id`, whose embeddings condition the image.
         at: `row,column` of the region's first base tile; left out: the first that has them all.
+        image: a PNG to make larger by `order.source.octaves` (`order.algorithm` superres).
         dry_run: only say what the order costs.
         tflops: the rate, in 10^12 FLOP/s per GPU, that the price is told at; the default is a
             fifth of an H100's bf16 peak.
@@ -66,6 +69,7 @@ class Sample:
     threads: int = 1
     reference: str = ""
     at: Any = None
+    image: str = ""
     dry_run: bool = False
     tflops: float = 200.0
 
@@ -235,7 +239,7 @@ def _order(config: Sample, patch: Patch) -> Order:
     Raises:
         UserError: an order that cannot be read, or a reference beside another condition.
     """
-    order = orders.parse(config.order)
+    order = orders.parse(_with_image(config) if config.image else config.order)
     if not config.reference:
         return order
     if "condition" in config.order or order.count:
@@ -247,6 +251,17 @@ def _order(config: Sample, patch: Patch) -> Order:
         raise UserError(f"order.size {order.size} is smaller than a patch of the bundle.")
     grid = region(storage.absolute(config.reference), _place(config.at), (tiles[0], tiles[1]))
     return replace(order, condition=Condition.of(grid))
+
+
+def _with_image(config: Sample) -> dict[str, Any]:
+    """The order's values with the image that is made larger, and the size that follows."""
+    content = storage.read_bytes(storage.absolute(config.image))
+    values = {"algorithm": "superres", **config.order}
+    source = {"octaves": orders.Source.octaves, **values.get("source", {})}
+    source["image"] = base64.b64encode(content).decode()
+    rows, columns = images.from_bytes(content).shape[:2]
+    factor = 1 << max(0, int(source["octaves"]))
+    return {"size": f"{rows * factor}x{columns * factor}", **values, "source": source}
 
 
 def _place(at: Any) -> tuple[int, int] | None:

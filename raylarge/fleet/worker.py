@@ -15,13 +15,27 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from raylarge import images
 from raylarge.errors import UserError
+from raylarge.geometry import batches
 from raylarge.images import to_uint8
 from raylarge.models.bundle import Bundle
+from raylarge.models.cells import SIDE
 from raylarge.models.denoiser import Denoiser, NetworkDenoiser, guided
 from raylarge.order import Order
-from raylarge.sampling import bands, canvas, strided, trajectory
-from raylarge.sampling.plan import Band, Decode, DecodeEach, Draw, Guide, Task, Traced, Windows
+from raylarge.sampling import bands, canvas, invert, strided, superres, trajectory
+from raylarge.sampling.tasks import (
+    Band,
+    Decode,
+    DecodeEach,
+    Draw,
+    Given,
+    Guide,
+    Invert,
+    Task,
+    Traced,
+    Windows,
+)
 
 
 class Worker:
@@ -57,7 +71,9 @@ class Worker:
         raise TypeError(f"no worker answers {type(task).__name__}")
 
     @_answer.register
-    def _draw(self, task: Draw) -> Float[Tensor, "B ..."]:
+    def _draw(self, task: Draw, *inputs: Tensor) -> Float[Tensor, "B ..."]:
+        if task.kind == "inverted":
+            return self._from_inverted(task, *inputs)
         how: dict[str, Callable[[Draw], Tensor]] = {
             "null": self._null,
             "cdm": self._from_cdm,
@@ -72,10 +88,50 @@ class Worker:
 
     @_answer.register
     def _windows(self, task: Windows, tokens: Tensor, *rest: Tensor) -> Tensor | Traced:
-        replies = list(rest)
-        frames = replies.pop(0) if task.guided_by is not None else None
+        replies, wanted = list(rest), None
+        above = replies.pop(0) if task.guided_by is not None else None
         x_t = replies.pop(0) if task.first else None
-        return trajectory.windows(self._networks(task.order, tokens), task, tokens, frames, x_t)
+        if task.given and task.order.source.control:
+            denoiser: Denoiser = superres.controlled(self.bundle, task, above)
+        else:
+            denoiser = self._denoiser
+            if task.given:
+                wanted = superres.fixed(above, task, self.bundle.patch)
+            elif above is not None:
+                wanted = trajectory.below(above, task)
+        networks = self._networks(task.order, tokens, denoiser)
+        return trajectory.windows(networks, task, tokens, wanted, x_t)
+
+    @_answer.register
+    def _given(self, task: Given) -> Float[Tensor, "3 rows columns"]:
+        image = images.from_bytes(task.order.source.png())
+        wanted = tuple(length >> task.order.source.octaves for length in task.order.size)
+        if image.shape[:2] != wanted:
+            raise UserError(
+                f"the source has {image.shape[0]}x{image.shape[1]} px, an order of "
+                f"{task.order.size} takes {wanted[0]}x{wanted[1]}."
+            )
+        return images.to_float(image)
+
+    @_answer.register
+    def _invert(self, task: Invert, y: Tensor) -> Float[Tensor, "C rows columns"]:
+        """Batch by batch, each patch of the image by itself."""
+        bundle, side = self.bundle, self.bundle.patch.side_px
+        grid_side = min(1 << task.scale, SIDE)
+        rows, columns = y.shape[1] // side, y.shape[2] // side
+        cells = [(r, c) for r in range(rows) for c in range(columns)]
+        model = invert.Model(bundle.unet, bundle.summarizer, bundle.schedule)
+        how = invert.Inversion(iterations=task.order.source.iterations)
+        found: dict[tuple[int, int], Tensor] = {}
+        for group in batches(len(cells), task.order.batch):
+            here = tuple(cells[i] for i in group)
+            cut = canvas.gather(y, [(r * side, c * side) for r, c in here], side)
+            places = invert.Places(task.order.seed, task.scale, here)
+            shape = (bundle.summarizer.config.channels, grid_side, grid_side)
+            made = invert.invert(model, bundle.vae.encode(cut), shape, places, how)
+            found.update(zip(here, made, strict=True))
+        bands = [torch.cat([found[r, c] for c in range(columns)], dim=2) for r in range(rows)]
+        return torch.cat(bands, dim=1)
 
     @_answer.register
     def _decode(self, task: Decode, *latents: Tensor) -> UInt8[np.ndarray, "rows W 3"]:
@@ -125,11 +181,13 @@ class Worker:
     def _decode_each(self, task: DecodeEach, latents: Tensor) -> UInt8[np.ndarray, "B P P 3"]:
         return to_uint8(self.bundle.vae.decode(latents))
 
-    def _networks(self, order: Order, tokens: Tensor) -> trajectory.Networks:
+    def _networks(
+        self, order: Order, tokens: Tensor, denoiser: Denoiser | None = None
+    ) -> trajectory.Networks:
         """Guided, unless the tokens are the null condition, which guidance would not change."""
         null = self.bundle.summarizer.null(1).to(tokens)
         w = 1.0 if torch.equal(tokens, null.expand_as(tokens)) else order.sampler.guidance
-        denoiser = guided(self._denoiser, w, null)
+        denoiser = guided(denoiser or self._denoiser, w, null)
         return trajectory.Networks(denoiser, self.bundle.vae, self.bundle.patch)
 
     def _null(self, task: Draw) -> Tensor:
@@ -144,6 +202,16 @@ class Worker:
         tokens: Tensor = self.bundle.cdm.draw(
             task.scale, order.seed, addresses, order.condition.draw
         )
+        return tokens
+
+    def _from_inverted(self, task: Draw, grid: Tensor) -> Float[Tensor, "B n D"]:
+        """Each window's cells of the inferred grid, whose cells are base tiles or coarser."""
+        rows = task.order.size[0] // self.bundle.patch.side_px
+        per = max(1, grid.shape[1] // rows)  # cells along a window's side
+        shrink = max(1, rows // grid.shape[1])  # windows along a cell's side
+        at = [(r // shrink * per, c // shrink * per) for r, c in task.windows]
+        scale = torch.full((len(at),), task.scale, device=grid.device)
+        tokens: Tensor = self.bundle.summarizer(canvas.gather(grid, at, per), scale)
         return tokens
 
     def _between(self, task: Draw) -> Float[Tensor, "n C"]:

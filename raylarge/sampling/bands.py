@@ -23,7 +23,7 @@ from raylarge.diffusion.steps import ancestral, ddim
 from raylarge.geometry import batches, origins
 from raylarge.order import Order
 from raylarge.sampling.canvas import gather, kernel
-from raylarge.sampling.plan import Band
+from raylarge.sampling.tasks import Band
 
 Estimate = Callable[[Tensor, list[int], int], Tensor]
 """(windows of x_t [B, c, s, s], their indices, t) -> estimates of x_0."""

@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from raylarge.geometry import Patch, batches, spans
-from raylarge.order import Order, check
+from raylarge.order import Order
 from raylarge.sampling.canvas import touching
-from raylarge.sampling.plan import Decode, DecodeEach, Draw, Guide, Plan, Request, Windows
+from raylarge.sampling.plan import Plan, Request
+from raylarge.sampling.refusals import check
 from raylarge.sampling.strided import canvas
+from raylarge.sampling.tasks import Decode, DecodeEach, Draw, Given, Guide, Invert, Windows
 
 Cell = tuple[int, int]
 Group = tuple[Cell, ...]
@@ -65,6 +67,8 @@ def plan(order: Order, patch: Patch) -> Plan:
     check(order, patch)
     if order.count:
         return patches(order, patch)
+    if order.algorithm == "superres":
+        return larger(order, patch)
     return overlapping(order, patch) if order.algorithm == "strided" else large(order, patch)
 
 
@@ -92,6 +96,17 @@ def overlapping(order: Order, patch: Patch) -> Plan:
     """One canvas by strided sampling: no guide, windows that overlap."""
     requests, count = canvas(order, patch)
     return _decoded(order, patch, requests, _settled(count), False)
+
+
+def larger(order: Order, patch: Patch) -> Plan:
+    """An image made larger: every window follows its block of it in all steps."""
+    coarse = order.scale + order.source.octaves
+    requests = [Request("given", Given(order))]
+    if order.condition.kind == "inverted":
+        requests.append(Request("inverted", Invert(order.brief(), coarse), ("given",)))
+    level = Level(order, patch, order.scale, coarse)
+    requests += level.requests(traced=False)
+    return _decoded(order, patch, requests, lambda *rows: (*level.covering(*rows), ()), False)
 
 
 def _settled(count: int) -> Reach:
@@ -203,10 +218,13 @@ class Level:
     def requests(self, traced: bool) -> list[Request]:
         """All that takes the level's batches from tokens to latents, chunk by chunk."""
         condition, found = self.order.condition, []
-        kind = condition.kind if self.above is None else condition.fine_kind
+        given = self.order.algorithm == "superres"
+        kind = condition.kind if self.above is None or given else condition.fine_kind
+        inferred = ("inverted",) if kind == "inverted" else ()
         for b, group in enumerate(self.groups):
             draw = self._name(b, "tokens")
-            found.append(Request(draw, Draw(self.order, kind, self.scale, group)))
+            order = self.order if kind == "embeddings" else self.order.brief()
+            found.append(Request(draw, Draw(order, kind, self.scale, group), inferred))
             before: tuple[str, ...] = ()
             for first, last in self._chunks():
                 above, frames_from = self._frames(group, first)
@@ -219,6 +237,7 @@ class Level:
                     self.above,
                     frames_from,
                     traced,
+                    given,
                 )
                 needs = (draw, *above, *before)
                 found.append(Request(self._name(b, first), task, needs))
@@ -230,7 +249,7 @@ class Level:
         if self.above is None:
             return (), 0
         if self.parents is None:
-            return ("guide",), 0
+            return ("given" if self.order.algorithm == "superres" else "guide",), 0
         b, i = self.parents._place[self._parent(group[0])]
         return (f"{self.parents._name(b, first)}#{i}",), first
 

@@ -15,105 +15,11 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
-
-from raylarge.order import Order
+from raylarge.sampling.tasks import Task, Traced
 
 Reply = Any
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is asked; the subclasses are the whole vocabulary. `order` is brief but for Draw."""
-
-    order: Order
-
-
-@dataclass(frozen=True)
-class Draw(Task):
-    """The context tokens of some windows at a scale -> [B, n, D]. Takes no replies.
-
-    `kind` is how: null, cdm or embeddings, as in `order.Condition`; or `between`, whose reply
-    is the raw embedding [n, C] interpolated at each window's origin.
-    """
-
-    kind: str
-    scale: int
-    windows: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Guide(Task):
-    """The coarse image's trajectory -> [S + 1, 3, P, P]: S estimates, then the image itself.
-
-    Takes the guide's tokens.
-    """
-
-    scale: int
-
-
-@dataclass(frozen=True)
-class Windows(Task):
-    """A batch of windows of a scale through steps first .. last - 1 -> latents [B, c, p, p].
-
-    Takes the batch's tokens; under a coarser level the frames of the one window above, from
-    step `frames_from` on; after the first chunk the latents. If `traced`, the reply is a
-    `Traced`, whose frames guide the level below.
-    """
-
-    scale: int
-    windows: tuple[tuple[int, int], ...]
-    first: int
-    last: int
-    guided_by: int | None
-    frames_from: int = 0
-    traced: bool = False
-
-
-@dataclass(frozen=True)
-class Band(Task):
-    """One step of one band of a canvas of overlapping windows -> [2 c + 1, rows, W].
-
-    Takes the band's embeddings (none if `vectors` is false), then at step 0 of seam removal
-    the latents of the batches that `groups` places, later the replies of the bands `above`
-    and around it at the step before. After the last step it takes no window and its reply is
-    the band's own rows of the finished latent, [c, rows, W]. (`sampling/bands.py`)
-
-    Attributes:
-        windows: (row, column) origins, in latent cells of the canvas, of those that begin here.
-        refine: seam removal; else strided sampling.
-        vectors: whether windows have embeddings.
-        neighbours: bands of the step before, from the top.
-    """
-
-    band: int
-    step: int
-    windows: tuple[tuple[int, int], ...]
-    refine: bool
-    vectors: bool
-    neighbours: tuple[int, ...] = ()
-    groups: tuple[tuple[tuple[int, int], ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class Decode(Task):
-    """Pixel rows top .. bottom - 1 of the canvas, blended -> uint8 [rows, columns, 3].
-
-    Takes the latents that reach into the band: of batches, whose windows `windows` places, or
-    the finished rows of `bands`.
-    """
-
-    windows: tuple[tuple[tuple[int, int], ...], ...]
-    top: int
-    bottom: int
-    bands: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class DecodeEach(Task):
-    """Separate latents, each decoded alone -> uint8 [B, P, P, 3]. Takes the latents."""
 
 
 @dataclass(frozen=True)
@@ -131,18 +37,6 @@ class Snapshot:
 
     finished: frozenset[str]
     replies: Mapping[str, Reply]
-
-
-class Traced(NamedTuple):
-    """A reply in parts: the latents, under the request's id, and window i's frames, under id#i.
-
-    Attributes:
-        latents: [B, c, p, p].
-        frames: [steps, B, 3, P, P]: each step's decoded estimate of each window.
-    """
-
-    latents: Tensor
-    frames: Tensor
 
 
 @runtime_checkable

@@ -15,7 +15,8 @@ from raylarge.models.cost import Counts
 from raylarge.order import Order
 from raylarge.sampling.bands import REFINE_STEPS
 from raylarge.sampling.canvas import touching
-from raylarge.sampling.plan import Band, Decode, DecodeEach, Guide, Plan, Task, Windows
+from raylarge.sampling.plan import Plan
+from raylarge.sampling.tasks import Band, Decode, DecodeEach, Guide, Task, Windows
 
 
 def counts(plan: Plan, order: Order, patch: Patch) -> Counts:

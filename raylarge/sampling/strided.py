@@ -19,7 +19,8 @@ from raylarge.geometry import Patch, origins
 from raylarge.order import Order
 from raylarge.sampling.bands import REFINE_STEPS, starts
 from raylarge.sampling.canvas import Windows
-from raylarge.sampling.plan import Band, Draw, Request
+from raylarge.sampling.plan import Request
+from raylarge.sampling.tasks import Band, Draw
 
 Start = Callable[[int, int], tuple[tuple[str, ...], tuple[Windows, ...]]]
 """Patch rows [first, last) -> names of the batches that cover them, and where they stand."""

@@ -11,8 +11,6 @@ tokens of each window at its row and column. Source: ZoomLDM, section 4.4.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float
@@ -20,17 +18,12 @@ from torch import Tensor
 
 from raylarge.errors import UserError
 from raylarge.geometry import Patch
-from raylarge.models.autoencoder import Codec
 from raylarge.models.bundle import Bundle
 from raylarge.models.controlnet import Controlled, lift
-from raylarge.order import RECIPES, Sampler
-from raylarge.sampling import trajectory
+from raylarge.order import RECIPES
 from raylarge.sampling.canvas import gather
-from raylarge.sampling.constraint import Function, correct
-from raylarge.sampling.plan import Windows
-
-Correction = Callable[[Tensor, Function, Codec, Tensor, Sampler], Tensor]
-"""`constraint.correct`, or `backprop.correct_by_backprop`."""
+from raylarge.sampling.tasks import Windows
+from raylarge.sampling.trajectory import Wanted
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": RECIPES["paper"],
@@ -81,46 +74,14 @@ def blocks(
     return gather(y, [(row * q, column * q) for row, column in task.windows], q)
 
 
-def windows(
-    networks: trajectory.Networks,
-    task: Windows,
-    tokens: Float[Tensor, "B n D"],
-    y: Float[Tensor, "3 rows columns"],
-    x_t: Float[Tensor, "B c p p"] | None,
-    correction: Correction = correct,
-) -> Float[Tensor, "B c p p"]:
-    """A batch of windows through steps first .. last - 1 under a fixed image.
-
-    The noise is that of joint sampling, so under frames that all equal y both give the same.
-
-    Args:
-        task: `guided_by` is the scale of y.
-        y: the low-resolution image, in [-1, 1].
-        x_t: the latents where the last chunk left them; None starts from noise.
+def fixed(y: Float[Tensor, "3 rows columns"], task: Windows, patch: Patch) -> Wanted:
+    """What windows should look like in every step: their blocks of y, in [-1, 1].
 
     Raises:
         UserError: as `blocks`.
     """
-    wanted = blocks(y.to(tokens), task, networks.patch)
-    sampler, denoiser = task.order.sampler, networks.denoiser
-    steps = denoiser.schedule.steps(sampler.steps)
-
-    def free(x_t: Tensor | None, first: int, last: int) -> Tensor:
-        piece = dataclasses.replace(task, first=first, last=last, guided_by=None, traced=False)
-        moved = trajectory.windows(networks, piece, tokens, None, x_t)
-        assert isinstance(moved, Tensor)  # it is only traced that a reply has parts
-        return moved
-
-    x_t = free(x_t, task.first, task.first)
-    for i in range(task.first, task.last):
-
-        def x_0(x: Tensor, t: int = steps[i].t) -> Tensor:
-            return denoiser(x, t, tokens)
-
-        for _ in range(sampler.inner):
-            x_t = correction(x_t, x_0, networks.autoencoder, wanted, sampler)
-        x_t = free(x_t, i, i + 1)
-    return x_t
+    wanted = blocks(y, task, patch)
+    return lambda step: wanted
 
 
 def controlled(bundle: Bundle, task: Windows, y: Float[Tensor, "3 rows columns"]) -> Controlled:

@@ -7,8 +7,9 @@ other. Source: Algorithm S2; DDIM.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -21,12 +22,16 @@ from raylarge.diffusion.steps import ddim
 from raylarge.geometry import Patch
 from raylarge.models.autoencoder import Codec
 from raylarge.models.denoiser import Denoiser
-from raylarge.order import Order, Sampler
+from raylarge.order import Order
+from raylarge.sampling.backprop import correct_by_backprop
 from raylarge.sampling.canvas import gather
 from raylarge.sampling.constraint import correct
-from raylarge.sampling.plan import Guide, Traced, Windows
+from raylarge.sampling.tasks import Guide, Traced, Windows
 
 Cells = Sequence[tuple[int, int]]
+Wanted = Callable[[int], Tensor]
+"""Step index -> what each window should be when made small, [B, 3, q, q]."""
+CORRECTIONS = {"encoder": correct, "backprop": correct_by_backprop}
 
 
 @dataclass(frozen=True)
@@ -55,37 +60,31 @@ def windows(
     networks: Networks,
     task: Windows,
     tokens: Float[Tensor, "B n D"],
-    frames: Float[Tensor, "s 3 P P"] | None,
+    wanted: Wanted | None,
     x_t: Float[Tensor, "B c p p"] | None,
 ) -> Float[Tensor, "B c p p"] | Traced:
     """A batch of windows through steps first .. last - 1.
 
     Args:
-        frames: those of the window above, from step `frames_from` on; None samples
+        wanted: what each window should look like when made small, by step; None samples
             unconstrained.
         x_t: the latents where the last chunk left them; None starts from noise.
     """
     sampler, traced = task.order.sampler, []
+    correction = CORRECTIONS[sampler.correction]
     walk = _Walk(networks, task.order, task.scale, task.windows, tokens)
     x_t = walk.start() if x_t is None else x_t.to(tokens)
+    schedule = networks.denoiser.schedule
     if sampler.solver != "ddim":  # they remember earlier steps: all are one request
-        return solve(
-            lambda x, t: networks.denoiser(x, t, tokens),
-            x_t,
-            networks.denoiser.schedule,
-            sampler.solver,
-            sampler.steps,
-        )
-    steps = networks.denoiser.schedule.steps(sampler.steps)
+        plain = partial(_estimate, networks.denoiser, tokens)
+        return solve(plain, x_t, schedule, sampler.solver, sampler.steps)
+    steps = schedule.steps(sampler.steps)
     for i in range(task.first, task.last):
-
-        def x_0(x: Tensor, t: int = steps[i].t) -> Tensor:
-            return networks.denoiser(x, t, tokens)
-
-        if frames is not None:
-            y = blocks(frames[i - task.frames_from].to(tokens), task, sampler)
+        x_0 = partial(_estimate, networks.denoiser, tokens, t=steps[i].t)
+        if wanted is not None:
+            y = wanted(i).to(tokens)
             for _ in range(sampler.inner):
-                x_t = correct(x_t, x_0, networks.autoencoder, y, sampler)
+                x_t = correction(x_t, x_0, networks.autoencoder, y, sampler)
         estimate = x_0(x_t)
         if task.traced:
             traced.append(networks.autoencoder.decode(estimate).float())
@@ -93,15 +92,26 @@ def windows(
     return Traced(x_t, torch.stack(traced)) if task.traced else x_t
 
 
-def blocks(
-    frame: Float[Tensor, "3 P P"], task: Windows, sampler: Sampler
-) -> Float[Tensor, "B 3 q q"]:
-    """Each window's block of one frame of the window above, which is the same for all."""
+def _estimate(denoiser: Denoiser, tokens: Tensor, x_t: Tensor, t: int) -> Tensor:
+    return denoiser(x_t, t, tokens)
+
+
+def below(frames: Float[Tensor, "s 3 P P"], task: Windows) -> Wanted:
+    """What windows under one coarser window should look like: their blocks of its frames.
+
+    Args:
+        frames: of the window above, which is the same for all, from step `frames_from` on.
+    """
     octaves = (task.guided_by or 0) - task.scale
-    side, per = frame.shape[-1] >> octaves, 1 << octaves
-    frame = frame.clamp(-1, 1) if sampler.clamp else frame
+    side, per = frames.shape[-1] >> octaves, 1 << octaves
     places = [(row % per * side, column % per * side) for row, column in task.windows]
-    return gather(frame, places, side)
+
+    def wanted(step: int) -> Float[Tensor, "B 3 q q"]:
+        frame = frames[step - task.frames_from]
+        frame = frame.clamp(-1, 1) if task.order.sampler.clamp else frame
+        return gather(frame, places, side)
+
+    return wanted
 
 
 @dataclass(frozen=True)

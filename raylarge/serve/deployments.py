@@ -14,7 +14,8 @@ from raylarge.fleet.facts import Facts
 from raylarge.fleet.pool import Held, Replicas
 from raylarge.fleet.worker import Worker
 from raylarge.models.bundle import load, usable_device
-from raylarge.sampling.plan import Reply, Task
+from raylarge.sampling.plan import Reply
+from raylarge.sampling.tasks import Task
 from raylarge.serve.api import Api
 from raylarge.serve.desk import Desk, Limits
 
