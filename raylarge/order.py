@@ -68,6 +68,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 """`paper`: supplement S3.2. `released`: the authors' code (its guidance 2 is 3 in our form)."""
 
 
+KINDS = ("null", "cdm", "embeddings", "inverted", "prior")
+
+
 @dataclass(frozen=True)
 class Condition:
     """What the image should show.
@@ -75,11 +78,16 @@ class Condition:
     Attributes:
         kind: `null` (nothing), `cdm` (tokens drawn by the CDM), `embeddings` (a grid of raw
             base embeddings, or one such grid per patch), `inverted` (embeddings inferred from
-            the image that is super-resolved).
+            the image that is super-resolved), `prior` (a grid that the grid prior draws for a
+            vector: a text's embedding, a label's).
         fine: under `cdm`, how the fine windows are conditioned: `null` or `independent` draws.
         draw: how the CDM draws: `paper` (50 steps of DDIM) or `released` (200 respaced steps).
         data: base64 of little-endian float16 values in row-major order.
-        shape: (rows, columns, channels), with the number of patches in front for patches.
+        shape: (rows, columns, channels), with the number of patches in front for patches; of a
+            vector its width alone.
+        negative: the vector that the prior is led away from, packed as `data`.
+        prior_guidance: w of the prior's u + w (c - u).
+        prior_steps: of the prior's DDIM.
     """
 
     kind: str = "null"
@@ -87,13 +95,14 @@ class Condition:
     draw: str = "paper"
     data: str = ""
     shape: Any = ()
+    negative: str = ""
+    prior_guidance: float = 1.0
+    prior_steps: int = 50
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(side) for side in self.shape))
-        if self.kind not in ("null", "cdm", "embeddings", "inverted"):
-            raise UserError(
-                f"condition.kind '{self.kind}' is not null, cdm, embeddings or inverted."
-            )
+        if self.kind not in KINDS:
+            raise UserError(f"condition.kind '{self.kind}' is not {', '.join(KINDS)}.")
         if self.fine not in ("null", "independent"):
             raise UserError(f"condition.fine '{self.fine}' is not null or independent.")
         if self.draw not in RECIPES:
@@ -102,8 +111,13 @@ class Condition:
     @classmethod
     def of(cls, grid: np.ndarray) -> Condition:
         """A condition on raw embeddings, [rows, columns, C] or [patches, rows, columns, C]."""
-        packed = base64.b64encode(np.ascontiguousarray(grid, dtype="<f2").tobytes()).decode()
-        return cls(kind="embeddings", data=packed, shape=grid.shape)
+        return cls(kind="embeddings", data=packed(grid), shape=grid.shape)
+
+    @classmethod
+    def of_vector(cls, vector: np.ndarray, negative: np.ndarray | None = None) -> Condition:
+        """A condition on a vector [V] for the grid prior, and perhaps against another."""
+        against = "" if negative is None else packed(negative)
+        return cls(kind="prior", data=packed(vector), shape=vector.shape, negative=against)
 
     @property
     def fine_kind(self) -> str:
@@ -117,13 +131,29 @@ class Condition:
         Raises:
             UserError: the data do not fill the shape.
         """
+        return self._unpacked(self.data, "data")
+
+    def against(self) -> np.ndarray | None:
+        """The negative vector as float32, if there is one.
+
+        Raises:
+            UserError: it does not have the vector's width.
+        """
+        return self._unpacked(self.negative, "negative") if self.negative else None
+
+    def _unpacked(self, data: str, name: str) -> np.ndarray:
         try:
-            flat = np.frombuffer(base64.b64decode(self.data, validate=True), dtype="<f2")
+            flat = np.frombuffer(base64.b64decode(data, validate=True), dtype="<f2")
             return flat.reshape(self.shape).astype(np.float32)
         except ValueError as error:
             raise UserError(
-                f"condition.data does not hold the float16 values of shape {self.shape}."
+                f"condition.{name} does not hold the float16 values of shape {self.shape}."
             ) from error
+
+
+def packed(values: np.ndarray) -> str:
+    """Values as the base64 of little-endian float16, in row-major order."""
+    return base64.b64encode(np.ascontiguousarray(values, dtype="<f2").tobytes()).decode()
 
 
 @dataclass(frozen=True)
@@ -217,7 +247,7 @@ class Order:
 
     def brief(self) -> Order:
         """The order without the bulk of its condition and source, for most requests."""
-        condition = dataclasses.replace(self.condition, data="", shape=())
+        condition = dataclasses.replace(self.condition, data="", shape=(), negative="")
         source = dataclasses.replace(self.source, image="")
         return dataclasses.replace(self, condition=condition, source=source)
 

@@ -118,7 +118,7 @@ def test_seam_removal_is_the_published_one(parity, monkeypatch):
     def answer(task, *inputs):
         if isinstance(task, Windows):  # the finished patches are given
             return torch.stack([given["xt"][2 * r + c] for r, c in task.windows])
-        if isinstance(task, Draw) and task.kind == "between":
+        if isinstance(task, Draw) and task.between:
             return interpolated(given["ssl"], task.windows, 64)
         return np.zeros(1) if isinstance(task, Draw) else answer_of(worker, task, inputs)
 

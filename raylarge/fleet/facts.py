@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raylarge.errors import UserError
 from raylarge.geometry import Patch
 from raylarge.models import bundle as bundles
 from raylarge.models import parts
 from raylarge.models.bundle import Bundle
+from raylarge.order import Order
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Facts:
         digest: names the weights.
         channels: of the embeddings that condition it.
         cdm: whether it can draw conditions by itself.
+        prior: width of the vectors that its grid prior takes; 0 without one.
+        controlnet: whether it has one.
         base_mpp: micrometres per pixel of scale 0, where the bundle knows them.
     """
 
@@ -26,13 +30,47 @@ class Facts:
     digest: str
     channels: int
     cdm: bool
+    prior: int = 0
+    controlnet: bool = False
     base_mpp: float | None = None
+
+    def check(self, order: Order) -> None:
+        """Refuse an order that the bundle has no parts for, before any work.
+
+        Raises:
+            UserError: what is missing, and the cure.
+        """
+        condition = order.condition
+        if condition.kind == "cdm" and not self.cdm:
+            raise UserError(
+                "condition.kind cdm: the bundle has no CDM; train one with python jobs/train.py "
+                "model=cdm, or choose condition.kind=null."
+            )
+        if condition.kind == "embeddings" and condition.shape[-1] != self.channels:
+            raise UserError(
+                f"the embeddings have {condition.shape[-1]} channels, the bundle's Summarizer "
+                f"takes {self.channels}; embed with the encoder that the bundle was trained with."
+            )
+        if condition.kind == "prior" and condition.shape != (self.prior,):
+            takes = f"takes {self.prior} values" if self.prior else "has no grid prior"
+            raise UserError(
+                f"condition.kind prior: the vector has {condition.shape[0]} values, the bundle "
+                f"{takes}; give a vector of the kind that it was trained on."
+            )
+        if order.source.control and not self.controlnet:
+            raise UserError("source.control: the bundle has no ControlNet; leave it out.")
 
     @classmethod
     def of(cls, bundle: Bundle) -> Facts:
         """The facts of a loaded bundle."""
-        channels = int(bundle.summarizer.config.channels)
-        return cls(bundle.patch, bundle.digest, channels, bundle.cdm is not None)
+        return cls(
+            bundle.patch,
+            bundle.digest,
+            int(bundle.summarizer.config.channels),
+            bundle.cdm is not None,
+            0 if bundle.prior is None else int(bundle.prior.config.vector),
+            bundle.controlnet is not None,
+        )
 
     @classmethod
     def read(cls, folder: str) -> Facts:
@@ -42,9 +80,14 @@ class Facts:
             UserError: there is no bundle, or a part was not trained yet.
         """
         require(folder)
-        channels = int(parts.config(folder, "summarizer")["channels"])
+        index = parts.index(folder)
         return cls(
-            bundles.patch_of(folder), bundles.digest(folder), channels, "cdm" in parts.index(folder)
+            bundles.patch_of(folder),
+            bundles.digest(folder),
+            int(parts.config(folder, "summarizer")["channels"]),
+            "cdm" in index,
+            int(parts.config(folder, "prior")["vector"]) if "prior" in index else 0,
+            "controlnet" in index,
         )
 
 

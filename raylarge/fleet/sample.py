@@ -57,6 +57,10 @@ class Sample:
         reference: `DATA` or `DATA:slide_id`, whose embeddings condition the image.
         at: `row,column` of the region's first base tile; left out: the first that has them all.
         image: a PNG to make larger by `order.source.octaves` (`order.algorithm` superres).
+        text: what the image should show, for the bundle's grid prior.
+        negative: what it should not show.
+        text_encoder: card of the encoder that the prior was trained with (`models/text.py`).
+        text_weights: its folder, where it does not come with a package or from the hub.
         dry_run: only say what the order costs.
         tflops: the rate, in 10^12 FLOP/s per GPU, that the price is told at; the default is a
             fifth of an H100's bf16 peak.
@@ -70,6 +74,10 @@ class Sample:
     reference: str = ""
     at: Any = None
     image: str = ""
+    text: str = ""
+    negative: str = ""
+    text_encoder: str = "minilm"
+    text_weights: str = ""
     dry_run: bool = False
     tflops: float = 200.0
 
@@ -85,6 +93,7 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     folder, out = storage.absolute(config.bundle), storage.absolute(config.out)
     facts = Facts.read(folder)
     order = _order(config, facts.patch)
+    facts.check(order)
     plan = joint.plan(order, facts.patch)
     if config.dry_run:
         _say_price(config, folder, order, plan)
@@ -240,6 +249,8 @@ def _order(config: Sample, patch: Patch) -> Order:
         UserError: an order that cannot be read, or a reference beside another condition.
     """
     order = orders.parse(_with_image(config) if config.image else config.order)
+    if config.text:
+        return replace(order, condition=_said(config, order.condition))
     if not config.reference:
         return order
     if "condition" in config.order or order.count:
@@ -262,6 +273,17 @@ def _with_image(config: Sample) -> dict[str, Any]:
     rows, columns = images.from_bytes(content).shape[:2]
     factor = 1 << max(0, int(source["octaves"]))
     return {"size": f"{rows * factor}x{columns * factor}", **values, "source": source}
+
+
+def _said(config: Sample, condition: Condition) -> Condition:
+    """The condition of a text, and perhaps against another."""
+    from raylarge.models import text
+
+    encoder = text.load(config.text_encoder, config.text_weights)
+    vectors = encoder([config.text, config.negative])
+    made = Condition.of_vector(vectors[0], vectors[1] if config.negative else None)
+    names = ("fine", "draw", "prior_guidance", "prior_steps")
+    return replace(made, **{name: getattr(condition, name) for name in names})
 
 
 def _place(at: Any) -> tuple[int, int] | None:

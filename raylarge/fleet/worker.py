@@ -6,24 +6,20 @@ answers in a notebook (`plan.run`), in an actor pool and behind Ray Serve.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import singledispatchmethod
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
-from raylarge import images
-from raylarge.errors import UserError
-from raylarge.geometry import batches
+from raylarge.fleet.conditions import Conditions
 from raylarge.images import to_uint8
 from raylarge.models.bundle import Bundle
-from raylarge.models.cells import SIDE
 from raylarge.models.denoiser import Denoiser, NetworkDenoiser, guided
 from raylarge.order import Order
-from raylarge.sampling import bands, canvas, invert, strided, superres, trajectory
+from raylarge.sampling import bands, canvas, superres, trajectory
 from raylarge.sampling.tasks import (
     Band,
     Decode,
@@ -31,6 +27,7 @@ from raylarge.sampling.tasks import (
     Draw,
     Given,
     Guide,
+    Imagine,
     Invert,
     Task,
     Traced,
@@ -49,6 +46,7 @@ class Worker:
     def __init__(self, bundle: Bundle, denoiser: Denoiser | None = None) -> None:
         self.bundle = bundle
         self._denoiser = denoiser or bundle.denoiser()
+        self._conditions = Conditions(bundle)
         # The released seam removal tells its network t + 1, and so does ours.
         self._told_late = denoiser or NetworkDenoiser(bundle.unet, bundle.schedule, late=1)
 
@@ -71,16 +69,20 @@ class Worker:
         raise TypeError(f"no worker answers {type(task).__name__}")
 
     @_answer.register
-    def _draw(self, task: Draw, *inputs: Tensor) -> Float[Tensor, "B ..."]:
-        if task.kind == "inverted":
-            return self._from_inverted(task, *inputs)
-        how: dict[str, Callable[[Draw], Tensor]] = {
-            "null": self._null,
-            "cdm": self._from_cdm,
-            "embeddings": self._from_embeddings,
-            "between": self._between,
-        }
-        return how[task.kind](task)
+    def _draw(self, task: Draw, *inputs: Tensor) -> Float[Tensor, "n ..."]:
+        return self._conditions.draw(task, *inputs)
+
+    @_answer.register
+    def _given(self, task: Given) -> Float[Tensor, "3 rows columns"]:
+        return self._conditions.given(task)
+
+    @_answer.register
+    def _invert(self, task: Invert, y: Tensor) -> Float[Tensor, "C rows columns"]:
+        return self._conditions.invert(task, y)
+
+    @_answer.register
+    def _imagine(self, task: Imagine) -> Float[Tensor, "C rows columns"]:
+        return self._conditions.imagine(task)
 
     @_answer.register
     def _guide(self, task: Guide, tokens: Tensor) -> Float[Tensor, "S1 3 P P"]:
@@ -101,37 +103,6 @@ class Worker:
                 wanted = trajectory.below(above, task)
         networks = self._networks(task.order, tokens, denoiser)
         return trajectory.windows(networks, task, tokens, wanted, x_t)
-
-    @_answer.register
-    def _given(self, task: Given) -> Float[Tensor, "3 rows columns"]:
-        image = images.from_bytes(task.order.source.png())
-        wanted = tuple(length >> task.order.source.octaves for length in task.order.size)
-        if image.shape[:2] != wanted:
-            raise UserError(
-                f"the source has {image.shape[0]}x{image.shape[1]} px, an order of "
-                f"{task.order.size} takes {wanted[0]}x{wanted[1]}."
-            )
-        return images.to_float(image)
-
-    @_answer.register
-    def _invert(self, task: Invert, y: Tensor) -> Float[Tensor, "C rows columns"]:
-        """Batch by batch, each patch of the image by itself."""
-        bundle, side = self.bundle, self.bundle.patch.side_px
-        grid_side = min(1 << task.scale, SIDE)
-        rows, columns = y.shape[1] // side, y.shape[2] // side
-        cells = [(r, c) for r in range(rows) for c in range(columns)]
-        model = invert.Model(bundle.unet, bundle.summarizer, bundle.schedule)
-        how = invert.Inversion(iterations=task.order.source.iterations)
-        found: dict[tuple[int, int], Tensor] = {}
-        for group in batches(len(cells), task.order.batch):
-            here = tuple(cells[i] for i in group)
-            cut = canvas.gather(y, [(r * side, c * side) for r, c in here], side)
-            places = invert.Places(task.order.seed, task.scale, here)
-            shape = (bundle.summarizer.config.channels, grid_side, grid_side)
-            made = invert.invert(model, bundle.vae.encode(cut), shape, places, how)
-            found.update(zip(here, made, strict=True))
-        bands = [torch.cat([found[r, c] for c in range(columns)], dim=2) for r in range(rows)]
-        return torch.cat(bands, dim=1)
 
     @_answer.register
     def _decode(self, task: Decode, *latents: Tensor) -> UInt8[np.ndarray, "rows W 3"]:
@@ -189,56 +160,3 @@ class Worker:
         w = 1.0 if torch.equal(tokens, null.expand_as(tokens)) else order.sampler.guidance
         denoiser = guided(denoiser or self._denoiser, w, null)
         return trajectory.Networks(denoiser, self.bundle.vae, self.bundle.patch)
-
-    def _null(self, task: Draw) -> Tensor:
-        tokens: Tensor = self.bundle.summarizer.null(len(task.windows))
-        return tokens
-
-    def _from_cdm(self, task: Draw) -> Tensor:
-        if self.bundle.cdm is None:
-            raise UserError("the bundle has no CDM; train one with python jobs/train.py model=cdm.")
-        addresses = [(task.scale, row, column) for row, column in task.windows]
-        order = task.order
-        tokens: Tensor = self.bundle.cdm.draw(
-            task.scale, order.seed, addresses, order.condition.draw
-        )
-        return tokens
-
-    def _from_inverted(self, task: Draw, grid: Tensor) -> Float[Tensor, "B n D"]:
-        """Each window's cells of the inferred grid, whose cells are base tiles or coarser."""
-        rows = task.order.size[0] // self.bundle.patch.side_px
-        per = max(1, grid.shape[1] // rows)  # cells along a window's side
-        shrink = max(1, rows // grid.shape[1])  # windows along a cell's side
-        at = [(r // shrink * per, c // shrink * per) for r, c in task.windows]
-        scale = torch.full((len(at),), task.scale, device=grid.device)
-        tokens: Tensor = self.bundle.summarizer(canvas.gather(grid, at, per), scale)
-        return tokens
-
-    def _between(self, task: Draw) -> Float[Tensor, "n C"]:
-        """Raw embeddings at windows' places; of coarser scales the mean over what they cover."""
-        grid = torch.from_numpy(task.order.condition.grid()).movedim(-1, 0)
-        cells = task.order.strided.coarser << task.scale
-        short = [-length % cells for length in grid.shape[1:]]
-        grid = nn.functional.pad(grid, (0, short[1], 0, short[0]), mode="replicate")
-        pooled = nn.functional.avg_pool2d(grid, cells)
-        side = self.bundle.patch.side_lat * task.order.strided.coarser
-        return strided.interpolated(pooled, task.windows, side)
-
-    def _from_embeddings(self, task: Draw) -> Tensor:
-        grid = task.order.condition.grid()
-        side = 1 << task.scale
-        if grid.ndim == 4:
-            cut = np.stack([grid[column] for _, column in task.windows])
-        else:  # where a coarser window reaches past the canvas, the edge is repeated
-            short = [(0, -length % side) for length in grid.shape[:2]]
-            grid = np.pad(grid, [*short, (0, 0)], mode="edge")
-            cut = np.stack(
-                [
-                    grid[row * side : (row + 1) * side, column * side : (column + 1) * side]
-                    for row, column in task.windows
-                ]
-            )
-        grids = torch.from_numpy(cut).permute(0, 3, 1, 2).to(self.bundle.device)
-        scale = torch.full((len(grids),), task.scale, device=grids.device)
-        tokens: Tensor = self.bundle.summarizer(grids, scale)
-        return tokens

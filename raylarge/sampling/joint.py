@@ -23,7 +23,7 @@ from raylarge.sampling.canvas import touching
 from raylarge.sampling.plan import Plan, Request
 from raylarge.sampling.refusals import check
 from raylarge.sampling.strided import canvas
-from raylarge.sampling.tasks import Decode, DecodeEach, Draw, Given, Guide, Invert, Windows
+from raylarge.sampling.tasks import Decode, DecodeEach, Draw, Given, Guide, Imagine, Invert, Windows
 
 Cell = tuple[int, int]
 Group = tuple[Cell, ...]
@@ -75,10 +75,11 @@ def plan(order: Order, patch: Patch) -> Plan:
 def large(order: Order, patch: Patch) -> Plan:
     """One canvas under one guide, by way of the levels between; a single patch has no guide."""
     top, *below = order.levels_of(patch)
-    requests: list[Request] = []
+    requests = _imagined(order)
     if below:
+        drawn = Draw(_bulky(order), order.condition.kind, top, ((0, 0),))
         requests += [
-            Request("draw/guide", Draw(order, order.condition.kind, top, ((0, 0),))),
+            Request("draw/guide", drawn, tuple(request.id for request in requests)),
             Request("guide", Guide(order.brief(), top), ("draw/guide",)),
         ]
     level = Level(order, patch, below[0] if below else top, top if below else None)
@@ -95,7 +96,18 @@ def large(order: Order, patch: Patch) -> Plan:
 def overlapping(order: Order, patch: Patch) -> Plan:
     """One canvas by strided sampling: no guide, windows that overlap."""
     requests, count = canvas(order, patch)
+    requests = [*_imagined(order), *requests]
     return _decoded(order, patch, requests, _settled(count), False)
+
+
+def _imagined(order: Order) -> list[Request]:
+    """What must be drawn of a grid prior first."""
+    return [Request("imagined", Imagine(order))] if order.condition.kind == "prior" else []
+
+
+def _bulky(order: Order) -> Order:
+    """The order as those need it who draw: with its embeddings, if that is its condition."""
+    return order if order.condition.kind == "embeddings" else order.brief()
 
 
 def larger(order: Order, patch: Patch) -> Plan:
@@ -220,15 +232,15 @@ class Level:
         condition, found = self.order.condition, []
         given = self.order.algorithm == "superres"
         kind = condition.kind if self.above is None or given else condition.fine_kind
-        inferred = ("inverted",) if kind == "inverted" else ()
+        inferred = {"inverted": ("inverted",), "prior": ("imagined",)}.get(kind, ())
         for b, group in enumerate(self.groups):
             draw = self._name(b, "tokens")
-            order = self.order if kind == "embeddings" else self.order.brief()
-            found.append(Request(draw, Draw(order, kind, self.scale, group), inferred))
+            task = Draw(_bulky(self.order), kind, self.scale, group)
+            found.append(Request(draw, task, inferred))
             before: tuple[str, ...] = ()
             for first, last in self._chunks():
                 above, frames_from = self._frames(group, first)
-                task = Windows(
+                chunk = Windows(
                     self.order.brief(),
                     self.scale,
                     group,
@@ -240,7 +252,7 @@ class Level:
                     given,
                 )
                 needs = (draw, *above, *before)
-                found.append(Request(self._name(b, first), task, needs))
+                found.append(Request(self._name(b, first), chunk, needs))
                 before = (found[-1].id,)
         return found
 

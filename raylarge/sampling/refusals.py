@@ -32,6 +32,8 @@ def check(order: Order, patch: Patch) -> None:
         _check_superres(order, patch)
     else:
         _check_canvas(order, patch)
+    if order.condition.kind == "prior":
+        _check_prior(order)
     sampler = order.sampler
     if sampler.solver not in SOLVERS:
         raise UserError(f"sampler.solver '{sampler.solver}' is not {', '.join(SOLVERS)}.")
@@ -139,6 +141,17 @@ def _check_superres(order: Order, patch: Patch) -> None:
         )
     cells = 1 << order.scale
     _check_condition(order, tuple(length // side * cells for length in order.size))
+
+
+def _check_prior(order: Order) -> None:
+    condition = order.condition
+    if order.count or order.scale or order.algorithm == "superres":
+        raise UserError("condition.kind prior is for one large image at order.scale 0.")
+    if len(condition.shape) != 1 or condition.prior_steps < 1 or condition.prior_guidance < 0:
+        raise UserError(
+            f"condition.kind prior takes one vector (condition.shape {condition.shape}), "
+            f"condition.prior_steps from 1 and condition.prior_guidance from 0."
+        )
 
 
 def _check_condition(order: Order, wanted: tuple[int, ...]) -> None:

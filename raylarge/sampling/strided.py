@@ -58,22 +58,25 @@ def canvas(order: Order, patch: Patch, start: Start | None = None) -> tuple[list
     stride = side // (4 if refine else order.strided.share)
     count, steps = -(-height // side), REFINE_STEPS if refine else order.sampler.steps
     columns, brief = origins(width, side, stride), order.brief()
-    vectors = order.condition.kind == "embeddings"
+    kind = order.condition.kind
+    vectors, grid = kind in ("embeddings", "prior"), ("imagined",) if kind == "prior" else ()
     requests = []
     for j in range(count):
         windows = tuple((r, c) for r in starts(height, side, stride, j) for c in columns)
         draw = (f"between/{j}",) if vectors and windows else ()
         if draw:
-            requests.append(Request(draw[0], Draw(order, "between", order.scale, windows)))
+            bulky = order if kind == "embeddings" else brief
+            task = Draw(bulky, kind, order.scale, windows, between=True)
+            requests.append(Request(draw[0], task, grid))
         near = tuple(b for b in (j - 1, j, j + 1) if 0 <= b < count)
         needs, groups = start(j, min(j + 2, count)) if start else ((), ())
         first = Band(brief, j, 0, windows, refine, bool(draw), groups=tuple(map(tuple, groups)))
         requests.append(Request(f"band/0/{j}", first, (*draw, *needs)))
         for i in range(1, steps):
-            task = Band(brief, j, i, windows, refine, bool(draw), near)
+            step = Band(brief, j, i, windows, refine, bool(draw), near)
             before = tuple(f"band/{i - 1}/{b}" for b in near)
-            requests.append(Request(f"band/{i}/{j}", task, (*draw, *before)))
+            requests.append(Request(f"band/{i}/{j}", step, (*draw, *before)))
         before = tuple(f"band/{steps - 1}/{b}" for b in near)
-        task = Band(brief, j, steps, (), refine, False, near)
-        requests.append(Request(f"settled/{j}", task, before))
+        last = Band(brief, j, steps, (), refine, False, near)
+        requests.append(Request(f"settled/{j}", last, before))
     return requests, count

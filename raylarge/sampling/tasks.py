@@ -1,6 +1,6 @@
 """What may be asked of a worker: the whole vocabulary between plans and those who answer.
 
-    Draw  Given  Invert  ->  Guide  Windows  Band  ->  Decode  DecodeEach
+    Given  Invert  Imagine  Draw  ->  Guide  Windows  Band  ->  Decode  DecodeEach
 
 A task is a value: it says all that its reply depends on, beside the replies that it takes.
 """
@@ -26,14 +26,20 @@ class Task:
 class Draw(Task):
     """The context tokens of some windows at a scale -> [B, n, D].
 
-    Takes no replies; under `inverted` the grid of embeddings.
-    `kind` is how: null, cdm or embeddings, as in `order.Condition`; or `between`, whose reply
-    is the raw embedding [n, C] interpolated at each window's origin.
+    Takes no replies; under `inverted` and `prior` the grid of embeddings.
+    `kind` is how, as in `order.Condition`. If `between`, the reply is the raw embedding [n, C]
+    interpolated at each window's origin, in latent cells of the canvas.
     """
 
     kind: str
     scale: int
     windows: tuple[tuple[int, int], ...]
+    between: bool = False
+
+
+@dataclass(frozen=True)
+class Imagine(Task):
+    """The grid prior's draw for the order's vector -> raw grid [C, rows, columns]."""
 
 
 @dataclass(frozen=True)

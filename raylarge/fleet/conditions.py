@@ -1,0 +1,159 @@
+"""What conditions a sample: embeddings given, drawn, inferred or imagined, as tokens of windows.
+
+    order's embeddings | CDM | inversion of an image | grid prior of a vector  ->  tokens [B, n, D]
+
+The part of a worker that reads an order's condition; the sampler sees tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from raylarge import images
+from raylarge.errors import UserError
+from raylarge.geometry import batches
+from raylarge.models.bundle import Bundle
+from raylarge.models.cells import SIDE
+from raylarge.models.prior import Walk
+from raylarge.sampling import canvas, invert, strided
+from raylarge.sampling.tasks import Draw, Given, Imagine, Invert
+
+
+class Conditions:
+    """Answers the requests that come before sampling, with one bundle."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Nothing is computed yet."""
+        self.bundle = bundle
+
+    def draw(self, task: Draw, *inputs: Tensor) -> Float[Tensor, "n ..."]:
+        """Tokens of windows; under `between` the raw embedding of each.
+
+        Raises:
+            UserError: the bundle lacks what the condition needs.
+        """
+        if task.between:
+            return self._between(task, *inputs)
+        how: dict[str, Callable[..., Tensor]] = {
+            "null": self._null,
+            "cdm": self._from_cdm,
+            "embeddings": self._from_embeddings,
+            "inverted": self._from_grid,
+            "prior": self._from_grid,
+        }
+        return how[task.kind](task, *inputs)
+
+    def given(self, task: Given) -> Float[Tensor, "3 rows columns"]:
+        """The order's image.
+
+        Raises:
+            UserError: it has another size than the order says.
+        """
+        image = images.from_bytes(task.order.source.png())
+        wanted = tuple(length >> task.order.source.octaves for length in task.order.size)
+        if image.shape[:2] != wanted:
+            raise UserError(
+                f"the source has {image.shape[0]}x{image.shape[1]} px, an order of "
+                f"{task.order.size} takes {wanted[0]}x{wanted[1]}."
+            )
+        return images.to_float(image)
+
+    def invert(self, task: Invert, y: Tensor) -> Float[Tensor, "C rows columns"]:
+        """Embeddings inferred batch by batch, each patch of the image by itself."""
+        bundle, side = self.bundle, self.bundle.patch.side_px
+        grid_side = min(1 << task.scale, SIDE)
+        rows, columns = y.shape[1] // side, y.shape[2] // side
+        cells = [(r, c) for r in range(rows) for c in range(columns)]
+        model = invert.Model(bundle.unet, bundle.summarizer, bundle.schedule)
+        how = invert.Inversion(iterations=task.order.source.iterations)
+        found: dict[tuple[int, int], Tensor] = {}
+        for group in batches(len(cells), task.order.batch):
+            here = tuple(cells[i] for i in group)
+            cut = canvas.gather(y, [(r * side, c * side) for r, c in here], side)
+            places = invert.Places(task.order.seed, task.scale, here)
+            shape = (bundle.summarizer.config.channels, grid_side, grid_side)
+            made = invert.invert(model, bundle.vae.encode(cut), shape, places, how)
+            found.update(zip(here, made, strict=True))
+        bands = [torch.cat([found[r, c] for c in range(columns)], dim=2) for r in range(rows)]
+        return torch.cat(bands, dim=1)
+
+    def imagine(self, task: Imagine) -> Float[Tensor, "C rows columns"]:
+        """The grid prior's draw for the whole canvas, one raw embedding per base tile.
+
+        Raises:
+            UserError: the bundle has no grid prior, or the vector another width.
+        """
+        order, prior = task.order, self.bundle.prior
+        if prior is None:
+            raise UserError("the bundle has no grid prior; train one, or choose another condition.")
+        condition, side = order.condition, self.bundle.patch.side_px
+        vector = torch.from_numpy(condition.grid())[None].to(self.bundle.device)
+        negative = condition.against()
+        u = None if negative is None else torch.from_numpy(negative)[None].to(self.bundle.device)
+        rows, columns = (-(-length // side) << order.scale for length in order.size)
+        walk = Walk(condition.prior_steps, condition.prior_guidance, shape=(rows, columns))
+        grid: Tensor = prior.walk(vector, order.seed, [(order.scale, 0, 0)], walk, u)[0]
+        return grid
+
+    def _null(self, task: Draw) -> Tensor:
+        tokens: Tensor = self.bundle.summarizer.null(len(task.windows))
+        return tokens
+
+    def _from_cdm(self, task: Draw) -> Tensor:
+        if self.bundle.cdm is None:
+            raise UserError("the bundle has no CDM; train one with python jobs/train.py model=cdm.")
+        addresses = [(task.scale, row, column) for row, column in task.windows]
+        order = task.order
+        tokens: Tensor = self.bundle.cdm.draw(
+            task.scale, order.seed, addresses, order.condition.draw
+        )
+        return tokens
+
+    def _from_grid(self, task: Draw, grid: Tensor) -> Float[Tensor, "B n D"]:
+        """Each window's cells of a grid over the canvas, whose cells are base tiles or coarser."""
+        order = task.order
+        rows = -(-order.size[0] // self.bundle.patch.side_px)  # windows at the order's own scale
+        octave = 1 << (task.scale - order.scale)
+        per = max(1, grid.shape[1] * octave // rows)  # cells along a window's side
+        shrink = max(1, rows // (grid.shape[1] * octave))  # windows along a cell's side
+        short = [-length % per for length in grid.shape[1:]]
+        grid = nn.functional.pad(grid[None], (0, short[1], 0, short[0]), mode="replicate")[0]
+        at = [(r // shrink * per, c // shrink * per) for r, c in task.windows]
+        scale = torch.full((len(at),), task.scale, device=grid.device)
+        tokens: Tensor = self.bundle.summarizer(canvas.gather(grid, at, per), scale)
+        return tokens
+
+    def _between(self, task: Draw, *inputs: Tensor) -> Float[Tensor, "n C"]:
+        """Raw embeddings at windows' places; of coarser scales the mean over what they cover."""
+        given = inputs or (torch.from_numpy(task.order.condition.grid()).movedim(-1, 0),)
+        grid = given[0]
+        cells = task.order.strided.coarser << task.scale
+        short = [-length % cells for length in grid.shape[1:]]
+        grid = nn.functional.pad(grid, (0, short[1], 0, short[0]), mode="replicate")
+        pooled = nn.functional.avg_pool2d(grid, cells)
+        side = self.bundle.patch.side_lat * task.order.strided.coarser
+        return strided.interpolated(pooled, task.windows, side)
+
+    def _from_embeddings(self, task: Draw) -> Tensor:
+        grid = task.order.condition.grid()
+        side = 1 << task.scale
+        if grid.ndim == 4:
+            cut = np.stack([grid[column] for _, column in task.windows])
+        else:  # where a coarser window reaches past the canvas, the edge is repeated
+            short = [(0, -length % side) for length in grid.shape[:2]]
+            grid = np.pad(grid, [*short, (0, 0)], mode="edge")
+            cut = np.stack(
+                [
+                    grid[row * side : (row + 1) * side, column * side : (column + 1) * side]
+                    for row, column in task.windows
+                ]
+            )
+        grids = torch.from_numpy(cut).permute(0, 3, 1, 2).to(self.bundle.device)
+        scale = torch.full((len(grids),), task.scale, device=grids.device)
+        tokens: Tensor = self.bundle.summarizer(grids, scale)
+        return tokens

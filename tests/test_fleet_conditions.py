@@ -1,0 +1,160 @@
+"""A text or a label to a large image: the prior's grid reaches every window at its place."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from jobs import sample as job
+from raylarge import images
+from raylarge import order as orders
+from raylarge.errors import UserError
+from raylarge.fleet.facts import Facts
+from raylarge.fleet.worker import Worker
+from raylarge.models import bundle as bundles
+from raylarge.models.prior import GridPrior
+from raylarge.order import Condition
+from raylarge.sampling import joint
+from raylarge.sampling.plan import run
+from raylarge.sampling.tasks import Draw, Imagine
+
+LABEL, OTHER = np.eye(5, dtype=np.float32)[:2]
+QUICK = {"steps": 1, "derivative": "difference"}
+
+
+def with_prior(tiny_bundle, folder, width):
+    """The tiny bundle with a grid prior whose every weight matters."""
+    import shutil
+
+    shutil.copytree(tiny_bundle, folder)
+    torch.manual_seed(1)
+    prior = GridPrior(channels=8, vector=width, width=16, blocks=1)
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    bundles.save(str(folder), {"prior": prior}, {})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def imagining(tiny_bundle, tmp_path_factory):
+    return with_prior(tiny_bundle, tmp_path_factory.mktemp("prior") / "b", 5)
+
+
+def an_order(condition, **values):
+    document = dataclasses.asdict(condition)
+    return orders.parse({"batch": 4, "sampler": QUICK, "condition": document, "seed": 3, **values})
+
+
+def carried_out(folder, order):
+    """The image, the imagined grid and every draw's reply by (scale, row, column)."""
+    worker, drawn, kept = Worker(bundles.load(folder)), {}, {}
+
+    def answer(task, *inputs):
+        reply = worker.answer(task, *inputs)
+        if isinstance(task, Imagine):
+            kept["grid"] = reply
+        if isinstance(task, Draw):
+            drawn.update({(task.scale, *w): r for w, r in zip(task.windows, reply, strict=True)})
+        return reply
+
+    return run(joint.plan(order, worker.bundle.patch), answer).image, kept["grid"], drawn, worker
+
+
+def test_a_label_becomes_a_large_image_under_one_guide(imagining):
+    order = an_order(Condition.of_vector(LABEL), size="128x192")
+    image, grid, drawn, worker = carried_out(imagining, order)
+    assert image.shape == (128, 192, 3)
+    assert grid.shape == (8, 2, 3)
+    summarizer = worker.bundle.summarizer
+    for r in range(2):
+        for c in range(3):
+            alone = summarizer(grid[:, r : r + 1, c : c + 1][None], torch.tensor([0]))[0]
+            assert torch.allclose(drawn[0, r, c], alone, atol=1e-5)
+    square = torch.nn.functional.pad(grid[None], (0, 1, 0, 2), mode="replicate")
+    assert torch.allclose(drawn[2, 0, 0], summarizer(square, torch.tensor([2]))[0], atol=1e-5)
+
+
+def test_vectors_negatives_and_seeds_change_the_grid(imagining):
+    def grid(seed=3, **condition):
+        made = dataclasses.replace(Condition.of_vector(LABEL), **condition)
+        return carried_out(imagining, an_order(made, size=128, seed=seed))[1]
+
+    plain = grid()
+    assert torch.equal(plain, grid())
+    against = Condition.of_vector(LABEL, OTHER).negative
+    others = [
+        grid(seed=4),
+        grid(data=Condition.of_vector(OTHER).data),
+        grid(prior_guidance=3.0),
+        grid(prior_guidance=3.0, negative=against),
+        grid(prior_steps=10),
+    ]
+    assert all((plain - other).abs().max() > 1e-3 for other in others)
+    assert (others[2] - others[3]).abs().max() > 1e-3
+
+
+def test_strided_sampling_interpolates_the_imagined_grid(imagining):
+    order = an_order(Condition.of_vector(LABEL), size="128x160", algorithm="strided")
+    image, grid, drawn, _ = carried_out(imagining, order)
+    assert image.shape == (128, 160, 3)
+    assert grid.shape == (8, 2, 3)
+    assert torch.allclose(drawn[0, 0, 0], grid[:, 0, 0], atol=1e-6)
+    assert torch.allclose(drawn[0, 16, 16], grid[:, 1, 1], atol=1e-6)
+
+
+def test_a_text_becomes_a_picture(tiny_bundle, tmp_path, capsys):
+    folder = with_prior(tiny_bundle, tmp_path / "b", 384)
+    words = [f"bundle={folder}", "order.size=128", "order.sampler.steps=1", "order.batch=4"]
+    words += ["order.sampler.derivative=difference", "order.condition.prior_guidance=2"]
+    pictures = []
+    for number, text in enumerate(("tumour nests in stroma", "adipose tissue")):
+        job.main([*words, f"text={text}", "negative=blur", f"out={tmp_path / str(number)}"])
+        picture, marks = images.read_png(str(tmp_path / str(number) / "image.png"))
+        assert marks["Origin"] == "novel"
+        pictures.append(picture)
+    assert (pictures[0] != pictures[1]).any()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"size": 128, "scale": 1}, "for one large image at order.scale 0"),
+        ({"count": 2}, "for one large image"),
+        ({"size": 128, "prior_steps": 0}, "prior_steps from 1"),
+        ({"size": 128, "shape": (1, 5)}, "takes one vector"),
+    ],
+)
+def test_bad_prior_orders_are_refused(imagining, values, told):
+    of = {k: values.pop(k) for k in ("prior_steps", "shape") if k in values}
+    order = an_order(dataclasses.replace(Condition.of_vector(LABEL), **of), **values)
+    with pytest.raises(UserError, match=told):
+        joint.plan(order, bundles.patch_of(imagining))
+
+
+@pytest.mark.parametrize(
+    ("condition", "told"),
+    [
+        (Condition.of_vector(np.ones(7)), "the vector has 7 values, the bundle takes 5"),
+        (Condition.of(np.ones((2, 2, 3))), "have 3 channels, the bundle's Summarizer takes 8"),
+    ],
+)
+def test_conditions_that_a_bundle_cannot_read_are_refused_before_any_work(
+    imagining, condition, told
+):
+    facts = Facts.read(imagining)
+    assert facts == Facts.of(bundles.load(imagining))
+    with pytest.raises(UserError, match=told):
+        facts.check(an_order(condition, size=128))
+
+
+def test_what_a_bundle_lacks_is_refused_with_a_cure(tiny_bundle):
+    facts = dataclasses.replace(Facts.read(tiny_bundle), cdm=False)
+    with pytest.raises(UserError, match="the bundle has no CDM; train one"):
+        facts.check(an_order(Condition(kind="cdm"), size=128))
+    with pytest.raises(UserError, match="the bundle has no grid prior"):
+        facts.check(an_order(Condition.of_vector(LABEL), size=128))
+    steered = orders.parse({"size": 128, "algorithm": "superres", "source": {"control": True}})
+    with pytest.raises(UserError, match="the bundle has no ControlNet"):
+        facts.check(steered)
