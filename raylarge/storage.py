@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def sizes(folder: str) -> dict[str, int]:
     fs.invalidate_cache()
     if not fs.exists(root):
         return {}
-    found = fs.ls(root, detail=True)
-    return {one["name"].rsplit("/", 1)[-1]: one["size"] for one in found if one["type"] == "file"}
+    found = [one for one in fs.ls(root, detail=True) if one["type"] != "directory"]  # or a link
+    return {name: one["size"] for one in found if (name := one["name"].rsplit("/", 1)[-1])}
 
 
 def remove(path: str) -> None:
@@ -102,8 +103,18 @@ def write_bytes(path: str, content: bytes) -> None:
 
 
 def read_json(path: str) -> Any:
-    """A JSON document."""
-    return json.loads(read_bytes(path))
+    """A JSON document.
+
+    Raises:
+        UserError: nothing stands at the path, or no JSON.
+    """
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError as error:  # also bytes that are no text
+        raise UserError(
+            f"{path} is not readable as JSON ({error}): it is damaged or cut short; copy it again, "
+            f"or remove it and run what wrote it."
+        ) from error
 
 
 def write_json(path: str, document: Any) -> None:
@@ -126,8 +137,14 @@ def write_table(path: str, table: pa.Table) -> None:
 
 
 def replace_folder(made: Path, target: Path) -> None:
-    """Put a finished local folder in the place of another; readers never see half of one."""
+    """Put a finished local folder in the place of another; readers never see half of one.
+
+    What a killed call left beside it (`.NAME.` and eight digits) goes too.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}", left.name):
+            shutil.rmtree(left, ignore_errors=True)
     old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     if target.exists():
         os.replace(target, old)
@@ -138,29 +155,42 @@ def replace_folder(made: Path, target: Path) -> None:
 def put_folder(made: Path, target: str) -> None:
     """Move a finished local folder of plain files to a path or URL, in the place of another.
 
-    On a disk (the same one) readers never see half of it; an object store gets file after
-    file, and its reader needs an index, written last, to tell.
+    On a disk (the same one) readers never see half of it. An object store loses the files that
+    the new folder does not have and gets the others one by one: its reader needs an index,
+    which does not list the folder meanwhile, to tell.
     """
     if is_local(target):
         replace_folder(made, Path(absolute(target)))
         return
     fs, root = fsspec.core.url_to_fs(target)
-    for path in sorted(made.iterdir()):
+    paths = sorted(made.iterdir())
+    for name in sizes(target).keys() - {path.name for path in paths}:
+        fs.rm_file(f"{root}/{name}")
+    for path in paths:
         fs.put_file(str(path), f"{root}/{path.name}")
 
 
 def digest(*contents: bytes) -> str:
     """A short name for bytes: the first 16 hexadecimal digits of their SHA-256."""
+    return digest_pieces(contents)
+
+
+def digest_pieces(pieces: Iterable[bytes]) -> str:
+    """The same short name for bytes that come piece by piece."""
     total = hashlib.sha256()
-    for content in contents:
-        total.update(content)
+    for piece in pieces:
+        total.update(piece)
     return total.hexdigest()[:16]
 
 
 def digest_file(path: str | Path) -> str:
-    """The same short name for the content of a large local file, read piece by piece."""
-    total = hashlib.sha256()
-    with open(path, "rb") as stream:
+    """The same short name for the content of a large file."""
+    return digest_pieces(pieces(str(path)))
+
+
+def pieces(path: str) -> Iterator[bytes]:
+    """The content of a large file, 4 MiB at a time."""
+    fs, root = fsspec.core.url_to_fs(path)
+    with fs.open(root, "rb") as stream:
         while piece := stream.read(1 << 22):
-            total.update(piece)
-    return total.hexdigest()[:16]
+            yield piece

@@ -77,6 +77,25 @@ def test_higher_orders_come_closer_to_the_exact_solution(solver, better):
     assert miss("ddim", 200) < miss("ddim", 20)
 
 
+@pytest.mark.parametrize("solver", ["dpm++", "unipc"])
+@pytest.mark.parametrize("name", ["scaled_linear", "squaredcos", "linear"])
+def test_every_count_that_fits_is_walked(solver, name):
+    """Neighbouring noise levels may share a timestep."""
+    schedule, x_t, v = Schedule(name), torch.randn(1, 16, dtype=torch.float64), 0.25
+
+    def denoise(x, t):
+        abar = schedule.at(t, x)
+        return abar.sqrt() * v / (abar * v + 1 - abar) * x
+
+    last = float(schedule.abar[-1])
+    wanted = x_t * (v / (last * v + 1 - last)) ** 0.5
+    for count, close in [(1, 2.0), (20, 0.1), (100, 0.02), (781, 0.02), (999, 0.02)]:
+        found = solve(denoise, x_t, schedule, solver, count)
+        assert (found - wanted).abs().max() <= close * wanted.abs().max()
+    with pytest.raises(ValueError, match="1000 steps do not fit"):
+        solve(denoise, x_t, schedule, solver, 1000)
+
+
 def test_an_unknown_solver_is_refused():
     with pytest.raises(ValueError, match=r"no solver 'euler'; choose one of: ddim, plms, dpm"):
         solve(lambda x, t: x, torch.zeros(1, 1), Schedule(), "euler", 5)

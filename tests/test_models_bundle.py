@@ -1,61 +1,26 @@
-"""A bundle: saved and loaded anywhere, whole or with its fault named, old formats too."""
+"""A bundle: saved and loaded anywhere, whole or with what it lacks named."""
 
 import json
-import shutil
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel, VQModel
-from hub import Hub, redirect
-from safetensors.torch import load_file, save_file
+from bundles import WEIGHTS, networks, other, small_unet, written
+from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
 
+from raylarge import storage
+from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
 from raylarge.fleet.facts import Facts
-from raylarge.models import autoencoder, bundle, controlnet, unet
+from raylarge.models import autoencoder, bundle, controlnet, parts
 from raylarge.models.cells import Conditioner
-from raylarge.models.embedder import VectorEmbedder
-from raylarge.models.light import LightAutoencoder
 from raylarge.models.prior import GridPrior
-from raylarge.models.summarizer import ConvSummarizer, Summarizer
+from raylarge.models.summarizer import ConvSummarizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OLD = Path(__file__).parent / "data" / "bundle_v1"
-
-
-def networks():
-    """One of each kind that can be the autoencoder."""
-    torch.manual_seed(0)
-    narrow = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
-    return {
-        "light": LightAutoencoder(width=8, blocks=1),
-        "vq": autoencoder.vq((32, 32, 32), 1, (16, 3)),
-        "kl": autoencoder.kl((32, 32, 32), 1, 3, 0.2),
-        "tiny": AutoencoderTiny(
-            **narrow, latent_channels=3, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1)
-        ),
-    }
-
-
-def conditioners():
-    """One of each kind that can be the Summarizer, for 8-channel embeddings."""
-    return {
-        "vit": Summarizer(8, 16, 1, 2, 3),
-        "cnn": ConvSummarizer(8, 16, 3),
-        "vector": VectorEmbedder(8, 6, 16, 3),
-    }
-
-
-def small_unet():
-    config = unet.UNetConfig((8, 16), (False, True), layers=1, heads=2, groups=4)
-    return unet.build(config, (3, 8, 8), context=16)
-
-
-def written(folder, vae="light", conditioner="vit", **more):
-    parts = {"vae": networks()[vae], "unet": small_unet()}
-    parts |= {"summarizer": conditioners()[conditioner]} | more
-    bundle.save(str(folder), parts, {"patch_px": 32})
-    return str(folder), parts
 
 
 @pytest.mark.parametrize("kind", ["light", "vq", "kl", "tiny"])
@@ -159,102 +124,99 @@ def test_a_bundle_lives_in_s3(tmp_path, s3_bucket):
         bundle.load(f"{s3_bucket}/bundles/none")
 
 
-def test_a_bundle_comes_from_the_hub(tmp_path, monkeypatch):
-    folder, _ = written(tmp_path / "b")
-    server = Hub()
+@pytest.mark.s3
+def test_weights_in_several_files_are_replaced_in_s3_by_one(s3_bucket):
+    there = f"{s3_bucket}/bundles/several"
+    given = written(there)[1]
+    part, listed = f"{there}/unet", {"weight_map": {"conv_in.bias": "a.safetensors"}}
+    storage.write_bytes(f"{part}/a.safetensors", storage.read_bytes(f"{part}/{WEIGHTS}"))
+    storage.write_json(f"{part}/{WEIGHTS}.index.json", listed)
+    changed_unet = other(given["unet"])
+    bundle.save(there, {"unet": changed_unet}, {})
+    found = bundle.load(there).unet.conv_in.bias
+    assert torch.equal(found, changed_unet.conv_in.bias)
+    assert set(storage.sizes(part)) == {"config.json", WEIGHTS}
+
+
+def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(UserError, match="has no part tokenizer, unets; its parts: vae, unet"):
+        bundle.save(f"{tmp_path}/b", {"unets": small_unet(), "tokenizer": small_unet()}, {})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    for path in ("file", "file/b"):
+        with pytest.raises(UserError, match=f"{path} cannot be a bundle: a file stands there"):
+            bundle.save(f"{tmp_path}/{path}", {"vae": networks()["light"]}, {})
+
+
+def test_a_kill_between_parts_leaves_nothing_that_does_not_belong_together(tmp_path, monkeypatch):
+    folder, given = written(tmp_path / "b")
+    before = bundle.facts(folder)
+    new = {name: other(given[name]) for name in ("unet", "summarizer")}
+    put = storage.put_folder
+
+    def killed(made, target):
+        if target.endswith("summarizer"):
+            raise KeyboardInterrupt
+        put(made, target)
+
+    monkeypatch.setattr(storage, "put_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.save(folder, new, {"note": 1})
+    monkeypatch.undo()
+    index, known = parts.index(folder), bundle.facts(folder)
+    assert {"vae", "unet", "scheduler"} == set(index) - {"raylarge"} == set(known["digests"])
+    assert known["digests"]["unet"] != before["digests"]["unet"]
+    assert known["digests"]["unet"] == parts.computed_digest(f"{folder}/unet")
+    with pytest.raises(UserError, match="lacks summarizer"):
+        bundle.load(folder)
+    bundle.save(folder, {"summarizer": new["summarizer"]}, {})
+    loaded = bundle.load(folder)
+    assert torch.equal(loaded.summarizer.pad_token, new["summarizer"].pad_token)
+    assert bundle.facts(folder)["patch_px"] == 32
+
+
+KILLED = """
+import os, signal, sys
+from diffusers import AutoencoderTiny
+from raylarge import storage
+from raylarge.models import bundle
+storage.put_folder = lambda made, target: os.kill(os.getpid(), signal.SIGKILL)
+narrow = {"encoder_block_out_channels": (8,), "decoder_block_out_channels": (8,)}
+made = AutoencoderTiny(**narrow, num_encoder_blocks=(1,), num_decoder_blocks=(1,))
+bundle.save(sys.argv[1], {"vae": made}, {})
+"""
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    folder, given = written(tmp_path / "b")
+    names = {path.name for path in Path(folder).iterdir()}
+    done = subprocess.run([sys.executable, "-c", KILLED, folder], capture_output=True)
+    assert done.returncode == -9
+    (left,) = {path.name for path in Path(folder).iterdir()} - names
+    assert left.startswith(".part-")
+    with pytest.raises(UserError, match="lacks vae"):
+        bundle.load(folder)
+    bundle.save(folder, {"vae": given["vae"]}, {})
+    assert {path.name for path in Path(folder).iterdir()} == names
+    assert bundle.load(folder)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_whoever_may_read_the_folder_may_read_the_weights(tmp_path, umask, mode):
+    before = os.umask(umask)
     try:
-        server.files["owner/bundle"] = {
-            str(path.relative_to(folder)): path.read_bytes()
-            for path in Path(folder).rglob("*")
-            if path.is_file()
-        }
-        redirect(monkeypatch, server.url, tmp_path / "cache")
-        loaded = bundle.load("owner/bundle")
-        assert loaded.digest == bundle.digest(folder)
-        with pytest.raises(UserError, match=r"owner/other .*no such folder either: copy"):
-            bundle.load("owner/other")
+        folder, _ = written(tmp_path / "b")
     finally:
-        server.close()
-    assert bundle.load("owner/bundle").digest == loaded.digest  # from the cache, hub gone
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in Path(folder, "unet").iterdir()}
+    assert modes == {mode}
 
 
-def test_no_hub_and_no_folder_is_told_at_once(tmp_path, monkeypatch):
-    redirect(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
-    with pytest.raises(UserError, match=r"could not be had.*no such folder either: copy"):
-        bundle.load("owner/bundle")
-
-
-def changed(folder, part, change):
-    path = Path(folder, part, "diffusion_pytorch_model.safetensors")
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda tensors: tensors.pop("conv_in.bias"), r"1 missing \(conv_in\.bias\)"),
-        (lambda tensors: tensors.update(odd=torch.ones(2)), r"1 unexpected \(odd\)"),
-        (
-            lambda tensors: tensors.update({"conv_in.bias": torch.ones(5)}),
-            r"1 misshaped \(conv_in\.bias \[5\] instead of \[8\]\)",
-        ),
-    ],
-)
-def test_loading_names_what_is_missing_or_extra(tmp_path, change, told):
-    folder, _ = written(tmp_path / "b")
-    changed(folder, "unet", change)
-    with pytest.raises(UserError, match=rf"not the weights of .*unet: {told}"):
-        bundle.load(folder)
-
-
-def test_an_incomplete_or_foreign_bundle_is_refused(tmp_path):
-    folder, _ = written(tmp_path / "b")
-    Path(folder, "unet", "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"unet/.* does not exist: the bundle is incomplete"):
-        bundle.load(folder)
-    index = Path(folder, "model_index.json")
-    values = json.loads(index.read_text())
-    for wrong, told in [
-        ({"unet": ["diffusers", "FluxTransformer"]}, "unet is a FluxTransformer; expected"),
-        ({"raylarge": {"patch_px": 32, "format": 99}}, "has format 99, this raylarge reads 1 to"),
-        ({"raylarge": {}}, "has format 0"),
-    ]:
-        index.write_text(json.dumps(values | wrong))
-        with pytest.raises(UserError, match=told):
-            bundle.load(folder)
-
-
-def test_sharded_weights_are_read(tmp_path):
-    folder, parts = written(tmp_path / "b")
-    shutil.rmtree(Path(folder, "unet"))
-    parts["unet"].save_pretrained(Path(folder, "unet"), max_shard_size="100KB")
-    assert len(list(Path(folder, "unet").glob("*.safetensors"))) > 1
-    found = bundle.load(folder).unet.state_dict()
-    assert all(torch.equal(found[k], v) for k, v in parts["unet"].state_dict().items())
-
-
-def test_a_bundle_of_format_1_computes_what_it_did(tmp_path):
-    """Written by the code of that format, which also noted the mean squares."""
-    wanted = json.loads((OLD / "expected.json").read_text())
-    loaded = bundle.load(str(OLD))
-    x = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)
-    grid = torch.linspace(-1, 1, 32).reshape(1, 8, 2, 2)
-    with torch.no_grad():
-        tokens = loaded.summarizer(grid, torch.tensor([1]))
-        found = {
-            "tokens": tokens,
-            "x_0": loaded.denoiser()(x, 501, tokens),
-            "drawn": loaded.cdm.draw(1, 7, [(1, 0, 0)]),
-            "image": loaded.vae.decode(x),
-        }
-    for name, value in found.items():
-        assert float(value.double().square().mean()) == pytest.approx(wanted[name], rel=1e-5)
-    # A part added to it makes it a bundle of today's format, and still a whole one.
-    again = tmp_path / "again"
-    shutil.copytree(OLD, again)
-    bundle.save(str(again), {"cdm": loaded.cdm}, {})
-    assert bundle.facts(str(again))["format"] == 2
-    drawn = bundle.load(str(again)).cdm.draw(1, 7, [(1, 0, 0)])
-    assert torch.equal(drawn, found["drawn"])
+def test_every_schedule_comes_back_and_diffusers_knows_it(tmp_path):
+    folder, given = written(tmp_path / "b")
+    for name in ("squaredcos", "linear", "scaled_linear"):
+        bundle.save(folder, {"unet": given["unet"]}, {}, Schedule(name, prediction="sample"))
+        made = bundle.load(folder).schedule
+        assert made == Schedule(name, prediction="sample")
+        known = DDIMScheduler.from_pretrained(f"{folder}/scheduler").alphas_cumprod
+        assert torch.allclose(known, made.abar.float(), rtol=1e-3, atol=1e-8)

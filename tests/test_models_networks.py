@@ -12,9 +12,11 @@ from raylarge.models import unet
 from raylarge.models.cdm import CDM
 from raylarge.models.cells import cells_of, normalise
 from raylarge.models.denoiser import GaussianDenoiser, Guided, guided
+from raylarge.models.embedder import VectorEmbedder
 from raylarge.models.light import LightAutoencoder
-from raylarge.models.summarizer import Summarizer
+from raylarge.models.summarizer import Summarizer, _spread
 from raylarge.resample import upsample
+from raylarge.train.cdm import CdmConfig, CdmTask
 
 
 @pytest.fixture
@@ -53,6 +55,53 @@ def test_larger_grids_are_pooled_and_rows_come_first():
     cells, size = cells_of(torch.arange(6.0).reshape(1, 1, 2, 3))
     assert cells[0, :7, 0].tolist() == [0, 1, 2, 3, 4, 5, 0]
     assert size.tolist() == [[2, 3]]
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1), (4, 16), (9, 3), (1, 9), (8, 8)])
+def test_a_grid_of_up_to_64_cells_is_taken_as_it_is(summarizer, shape):
+    torch.manual_seed(0)
+    count, grid = shape[0] * shape[1], torch.randn(1, 6, *shape)
+    cells, size = cells_of(grid)
+    assert size.tolist() == [list(shape)]
+    assert torch.equal(cells[0, :count], grid[0].flatten(1).T)
+    assert (cells[0, count:] == 0).all()
+    row = grid.reshape(1, 6, 1, count)  # centred row by row: the shape does not matter
+    scale = torch.tensor([0])
+    assert torch.equal(summarizer(grid, scale), summarizer(row, scale))
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"), [((5, 13), (5, 8)), ((9, 8), (8, 8)), ((1, 65), (1, 8))]
+)
+def test_a_larger_grid_is_averaged_per_axis(shape, wanted):
+    cells, size = cells_of(torch.ones(1, 2, *shape))
+    assert size.tolist() == [list(wanted)]
+    assert (cells[0, :, 0].sum(), cells[0, :, 0].max()) == (wanted[0] * wanted[1], 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1), (3, 21), (21, 3), (2, 3), (7, 9), (8, 8)])
+def test_a_grid_of_any_shape_is_laid_out_by_nearest_neighbour(shape):
+    rows, columns = shape
+    grid = torch.arange(float(rows * columns)).reshape(1, 1, rows, columns)
+    spread = _spread(*cells_of(grid))[0, 0]
+    wanted = [[grid[0, 0, i * rows // 8, j * columns // 8] for j in range(8)] for i in range(8)]
+    assert torch.equal(spread, torch.tensor(wanted))
+
+
+@pytest.mark.parametrize(("region", "count"), [(0, 1), (3, 2)])
+def test_a_cdm_has_as_many_tokens_as_its_conditioner(region, count):
+    embedder = VectorEmbedder(8, region, 16, 1)
+    task = CdmTask(CdmConfig(16, 1, 2, True), embedder, seed=0)
+    assert task.network.cdm.draw(0, 1, [(0,)]).shape == embedder.null(1).shape == (1, count, 16)
+    zeros, ones = torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.long)
+    batch = {"grid": torch.randn(2, 64, 8), "grid_rows": ones, "grid_columns": ones}
+    assert task.network(batch | {"scale": zeros, "sample": torch.arange(2)}).shape == (2,)
+
+
+def test_a_cdm_refuses_another_number_of_tokens():
+    cdm = CDM(channels=4, tokens=5, width=8, depth=1, heads=2, scales=2)
+    with pytest.raises(UserError, match="made for 5 tokens and is given 1; train it"):
+        cdm(torch.zeros(1, 4, 1), torch.tensor([3]), torch.tensor([0]))
 
 
 def test_embeddings_are_normalised_per_token():

@@ -80,6 +80,7 @@ def _library(name: str) -> Callable[[Denoise, Tensor, Schedule, int], Tensor]:
         )
         schedule.steps(count)  # refuses what does not fit
         scheduler.set_timesteps(count)
+        scheduler.set_begin_index(0)  # close noise levels share a timestep: count, do not look up
         for t in scheduler.timesteps:
             x_t = scheduler.step(denoise(x_t, int(t)), t, x_t, return_dict=False)[0]
         return x_t

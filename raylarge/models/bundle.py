@@ -3,13 +3,15 @@
     model_index.json  vae/ unet/ scheduler/ summarizer/ cdm/ prior/ controlnet/
                       (each config.json + safetensors; diffusers loads its own as they are)
 
-Training adds parts one after the other; `model_index.json`, which lists them, comes last and
+Training adds parts one after the other; `model_index.json` lists those that are whole and
 carries the facts: patch side, encoder, licences, configs, digests. Loading names what is missing.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from raylarge.models.parts import PARTS, digest
 
 __all__ = ["PARTS", "Bundle", "digest", "facts", "load", "load_autoencoder", "patch_of", "save"]
 NEEDED = ("vae", "unet", "summarizer")
+_MAKING = ".part-"
+"""How the folders begin in which parts are made; a killed run leaves one behind."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,10 @@ def save(
 ) -> None:
     """Write parts and facts into a bundle, new or begun, part by part.
 
-    While a part is replaced the index does not list it: a reader finds the old part, the new
-    one, or is told that it is missing.
+    Before anything is replaced the index ceases to list all that will be, and its digests; it
+    lists each part again as soon as that is whole. So who opens the bundle meanwhile, or after
+    a kill, finds parts that belong together or is told which are missing. What a killed run
+    left is removed. A bundle of an older format is brought up to date first.
 
     Args:
         folder: a local folder or a URL such as `s3://bucket/bundle`.
@@ -76,26 +82,75 @@ def save(
         facts: merged into what the bundle knows: `patch_px`, `encoder` (its card), `licence`,
             the config of each training, digests of the data.
         schedule: the U-Net's; the published one if left out.
+
+    Raises:
+        UserError: a part that no bundle has, a folder that is a file, or a damaged bundle.
     """
-    index = files.index(folder) if files.there(folder) else {}
-    near = storage.absolute(folder) if storage.is_local(folder) else None
-    if near is not None:
-        Path(near).mkdir(parents=True, exist_ok=True)
+    near = _begun(folder, parts.keys())
     if "unet" in parts:
-        parts = {**parts, "scheduler": DDIMScheduler(**_scheduler_config(schedule or Schedule()))}
-    known = {**index.pop("raylarge", {}), **facts, "format": files.FORMAT}
-    digests = dict(known.get("digests", {}))
+        walk = DDIMScheduler(**_scheduler_config(schedule or Schedule()))
+        parts = {"scheduler": walk, **parts}  # first: a U-Net never stands without its own
+    index, before = _without(folder, parts.keys())
+    digests = dict(before.get("digests", {}))
+    known = {**before, **facts, "format": files.FORMAT, "digests": digests}
     for name, part in parts.items():
         part = part.network if isinstance(part, Autoencoder) else part
-        if name in index and not storage.is_local(folder):
-            del index[name]
-            files.write_index(folder, index, known)
-        with tempfile.TemporaryDirectory(dir=near) as made:
-            part.save_pretrained(Path(made, name))
-            storage.put_folder(Path(made, name), storage.join(folder, name))
+        digests[name] = _put(part, storage.join(folder, name), near)
         index[name] = files.entry(part)
-        digests[name] = files.computed_digest(folder, (name,))
-    files.write_index(folder, index, {**known, "digests": digests})
+        files.write_index(folder, index, known)
+    if not parts:
+        files.write_index(folder, index, known)
+
+
+def _without(folder: str, names: Set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The index and the facts of a bundle that ceases to list some parts and their digests."""
+    index = files.migrate(folder, names)
+    known = index.pop("raylarge", {})
+    digests = known.get("digests", {})
+    if names & (index.keys() | digests.keys()):
+        for name in names:
+            index.pop(name, None)
+            digests.pop(name, None)
+        files.write_index(folder, index, known)
+    return index, known
+
+
+def _begun(folder: str, names: Set[str]) -> str | None:
+    """Make a folder, clear it of what a killed run left, and give its local path, if it has one.
+
+    Raises:
+        UserError: parts that no bundle has, or a file in the folder's place.
+    """
+    unknown = sorted(names - PARTS.keys())
+    if unknown:
+        raise UserError(
+            f"a bundle has no part {', '.join(unknown)}; its parts: {', '.join(PARTS)}."
+        )
+    if not storage.is_local(folder):
+        return None
+    near = storage.absolute(folder)
+    try:
+        Path(near).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f"{folder} cannot be a bundle: a file stands there; name a folder."
+        ) from error
+    for left in Path(near).glob(f"{_MAKING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return near
+
+
+def _put(part: Any, target: str, near: str | None) -> str:
+    """Write a part in the place of another; its digest, taken before it leaves this machine."""
+    with tempfile.TemporaryDirectory(dir=near, prefix=_MAKING) as folder:
+        made = Path(folder, "part")
+        made.mkdir()
+        part.save_pretrained(made)
+        for path in made.iterdir():  # safetensors lets only the owner read what it writes
+            path.chmod(made.stat().st_mode & 0o666)
+        digest = files.computed_digest(str(made))
+        storage.put_folder(made, target)
+    return digest
 
 
 def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
@@ -107,8 +162,8 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
         dtype: of the networks; a tiny autoencoder stays in float32 (`Autoencoder` says why).
 
     Raises:
-        UserError: no bundle there, one of a newer format, parts that were not trained yet, or
-            tensors that are missing or unknown.
+        UserError: no bundle there, one of a newer format, parts that were not trained yet, a
+            damaged file (which it names), or tensors that are missing or unknown.
     """
     folder = files.local(folder)
     index = files.index(folder)
@@ -157,16 +212,20 @@ def patch_of(folder: str) -> Patch:
     """What the networks see, read from the configs alone.
 
     Raises:
-        UserError: no bundle at the path.
+        UserError: no bundle at the path, or one that does not tell it.
     """
-    index = files.index(folder)
-    factor, channels = sizes(index["vae"][1], files.config(folder, "vae"))
-    return Patch(
-        side_px=int(index["raylarge"]["patch_px"]),
-        factor=factor,
-        channels=channels,
-        scales=files.config(folder, "summarizer")["scales"],
-    )
+    side_px = files.index(folder)["raylarge"].get("patch_px")
+    if not isinstance(side_px, int) or side_px < 1:
+        raise UserError(
+            f"{storage.join(folder, files.INDEX)} gives {side_px} as patch_px; write the side of "
+            f'the training images there, such as "patch_px": 256, under "raylarge".'
+        )
+    try:
+        factor, channels = sizes(files.kind(folder, "vae"), files.config(folder, "vae"))
+        scales = files.config(folder, "summarizer")["scales"]
+    except KeyError as error:
+        raise UserError(f"the bundle {folder} lacks {error}; copy it again.") from error
+    return Patch(side_px=side_px, factor=factor, channels=channels, scales=scales)
 
 
 def facts(folder: str) -> dict[str, Any]:
@@ -174,15 +233,31 @@ def facts(folder: str) -> dict[str, Any]:
     return dict(files.index(folder).get("raylarge", {})) if files.there(folder) else {}
 
 
+_SQUAREDCOS = ("squaredcos", "squaredcos_cap_v2")
+"""Ours and diffusers' name of one schedule; they share the others."""
+
+
 def _schedule(folder: str) -> Schedule:
-    values = storage.read_json(storage.join(folder, "scheduler", "scheduler_config.json"))
-    return Schedule(
-        name=values["beta_schedule"],
-        length=values["num_train_timesteps"],
-        beta_start=values["beta_start"],
-        beta_end=values["beta_end"],
-        prediction=values["prediction_type"],
-    )
+    path = storage.join(folder, "scheduler", files.CONFIGS["scheduler"])
+    values = storage.read_json(path)
+    try:
+        name = values["beta_schedule"]
+        made = Schedule(
+            name=_SQUAREDCOS[0] if name == _SQUAREDCOS[1] else name,
+            length=values["num_train_timesteps"],
+            beta_start=values["beta_start"],
+            beta_end=values["beta_end"],
+            prediction=values["prediction_type"],
+        )
+        if len(made.abar) < 2:
+            raise ValueError(f"{made.length} timesteps")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{path} describes no schedule that raylarge knows ({error}); give it beta_schedule "
+            f"scaled_linear, linear or {_SQUAREDCOS[1]}, and prediction_type epsilon, "
+            f"v_prediction or sample."
+        ) from error
+    return made
 
 
 def _scheduler_config(schedule: Schedule) -> dict[str, Any]:
@@ -190,7 +265,7 @@ def _scheduler_config(schedule: Schedule) -> dict[str, Any]:
         "num_train_timesteps": schedule.length,
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
-        "beta_schedule": schedule.name,
+        "beta_schedule": _SQUAREDCOS[1] if schedule.name == _SQUAREDCOS[0] else schedule.name,
         "prediction_type": schedule.prediction,
         "steps_offset": 1,
         "set_alpha_to_one": False,

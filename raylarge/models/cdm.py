@@ -134,7 +134,16 @@ class CDM(ModelMixin, ConfigMixin):
     def forward(
         self, x_t: Float[Tensor, "B C n"], t: Int[Tensor, "B"], scale: Int[Tensor, "B"]
     ) -> Float[Tensor, "B C2 n"]:
-        """The estimate of the clean tokens, channels first; under `learn_sigma` C2 = 2 C."""
+        """The estimate of the clean tokens, channels first; under `learn_sigma` C2 = 2 C.
+
+        Raises:
+            UserError: another number of tokens than the CDM was made for.
+        """
+        if x_t.shape[-1] != self.config.tokens:
+            raise UserError(
+                f"the CDM was made for {self.config.tokens} tokens and is given {x_t.shape[-1]}; "
+                f"train it for the conditioner of its bundle (model=cdm)."
+            )
         embedded = sinusoid(t, 256, sine_first=False).to(x_t)
         c = self.t_embedder(embedded) + self.y_embedder(scale)
         x = self.x_embedder(x_t.mT) + self.pos_embed

@@ -1,6 +1,6 @@
 """Grids of raw embeddings as cells: what every conditioner reads.
 
-    grid [B, C, h, w] -pool to at most 8 x 8-> h w cells, row by row, then zeros up to 64
+    grid [B, C, h, w] -pool, if over 64 cells-> h w cells, row by row, then zeros up to 64
 
 Grids of different shapes share a batch as cells [B, 64, C] with their sizes [B, 2].
 Source: ZoomLDM, section 3.1 (pooling); its `preprocess_features` (normalising each token).
@@ -25,7 +25,7 @@ class Cells(NamedTuple):
 
     Attributes:
         values: raw embeddings, row-major, zeros after the real ones.
-        size: rows and columns of each grid, each at most 8.
+        size: rows and columns of each grid, at most 64 cells: one row of 64 is possible.
     """
 
     values: Float[Tensor, "B 64 C"]
@@ -48,9 +48,14 @@ class Conditioner(Protocol):
 
 
 def pool(grid: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h2 w2"]:
-    """A grid averaged down to at most 8 x 8 cells (adaptive average pooling, per axis)."""
-    rows, columns = (min(side, SIDE) for side in grid.shape[-2:])
-    return nn.functional.adaptive_avg_pool2d(grid, (rows, columns))
+    """A grid of up to 64 cells as it is, whatever its shape; a larger one averaged down.
+
+    Averaging is adaptive, per axis, to at most 8: 9 x 8 becomes 8 x 8, 1 x 100 becomes 1 x 8.
+    """
+    rows, columns = grid.shape[-2:]
+    if rows * columns <= SLOTS:
+        return grid
+    return nn.functional.adaptive_avg_pool2d(grid, (min(rows, SIDE), min(columns, SIDE)))
 
 
 def cells_of(grid: Float[Tensor, "B C h w"]) -> Cells:

@@ -3,18 +3,20 @@
     model_index.json: {"vae": ["diffusers", "VQModel"], …, "raylarge": {facts, "format": 2}}
 
 Weights are safetensors only, on a disk or in S3, in one file or in several; a part is loaded
-whole or not at all. A bundle of an older format is brought up to date while it is read.
+whole or not at all. A bundle of an older format is brought up to date while it is read, and
+for good before a part is added to it.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, VQModel
+from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -49,12 +51,15 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """Which classes a part may be of, by the name that the index gives them."""
 
+INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONFIGS = {"scheduler": "scheduler_config.json"}
+"""What stands beside the parts and has no weights."""
 
 
 def there(folder: str) -> bool:
     """Whether a bundle, whole or begun, stands at a path or URL."""
-    return storage.exists(storage.join(folder, "model_index.json"))
+    return storage.exists(storage.join(folder, INDEX))
 
 
 def local(folder: str) -> str:
@@ -63,37 +68,100 @@ def local(folder: str) -> str:
     Raises:
         UserError: the hub cannot be reached, or has no such bundle.
     """
-    if there(folder) or not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
+    if there(folder) or not hub.is_name(folder) or storage.exists(folder):
         return folder
     told = "there is no such folder either: copy the bundle to a disk and give its path."
     patterns = ("*.json", "*.safetensors")
-    return str(hub.fetch(folder, ("model_index.json",), told, beside=patterns).parent)
+    return str(hub.fetch(folder, (INDEX,), told, beside=patterns, whole=_whole).parent)
+
+
+def _whole(marker: Path) -> bool:
+    """Whether every file that a downloaded index asks for has come."""
+    folder = str(marker.parent)
+    try:
+        listed = index(folder)
+        configs = [
+            storage.join(folder, name, CONFIGS.get(name, "config.json"))
+            for name in (*PARTS, *CONFIGS)
+            if name in listed
+        ]
+        paths = [path for name in PARTS if name in listed for path in _files(folder, name)]
+    except UserError:
+        return False
+    return all(storage.exists(path) for path in configs + paths)
 
 
 def index(folder: str) -> dict[str, Any]:
     """A bundle's index, of today's format.
 
     Raises:
-        UserError: no bundle at the path, or one of a newer format.
+        UserError: no bundle at the path, one of a newer format, or a damaged index.
     """
+    path = storage.join(folder, INDEX)
     if not there(folder):
         raise UserError(
             f"there is no bundle at {folder} (no model_index.json); give the folder that "
             f"python jobs/train.py wrote as out=, or run make demo for a small one."
         )
-    found = dict(storage.read_json(storage.join(folder, "model_index.json")))
-    version = int(found.get("raylarge", {}).get("format", 0))
-    if not 1 <= version <= FORMAT:
+    found = _mapping(path)
+    known = found.get("raylarge", {})
+    version = known.get("format", 0) if isinstance(known, dict) else known
+    if not isinstance(version, int) or not 1 <= version <= FORMAT:
         raise UserError(
-            f"the bundle {folder} has format {version}, this raylarge reads 1 to {FORMAT}; "
+            f"{path}: the bundle has format {version}, this raylarge reads 1 to {FORMAT}; "
             f"install the version of raylarge that wrote it, or a newer one."
         )
     return found
 
 
+def kind(folder: str, name: str) -> str:
+    """The class of a part that the index lists.
+
+    Raises:
+        UserError: none that a bundle holds.
+    """
+    found = index(folder)[name]
+    named = found[1] if isinstance(found, list) and len(found) == 2 else found
+    known = list(PARTS[name])
+    if named not in known:
+        path = storage.join(folder, INDEX)
+        raise UserError(f"{path}: {name} is a {named}; expected {', '.join(known)}.")
+    return str(named)
+
+
 def write_index(folder: str, entries: dict[str, Any], known: dict[str, Any]) -> None:
     """Write the list of parts and the facts, atomically."""
-    storage.write_json(storage.join(folder, "model_index.json"), {**entries, "raylarge": {**known}})
+    storage.write_json(storage.join(folder, INDEX), {**entries, "raylarge": {**known}})
+
+
+def migrate(folder: str, beside: Collection[str]) -> dict[str, Any]:
+    """Bring a bundle's files to today's format, and give its index; {} where there is none.
+
+    Configs are rewritten under the old format, which reads them as well, before the index says
+    the new one: a killed run leaves a bundle that means the same, and can be run again.
+
+    Args:
+        folder: of the bundle, whole or begun.
+        beside: parts that are about to be replaced, and are left alone.
+
+    Raises:
+        UserError: as `index`, or a damaged config.
+    """
+    found = index(folder) if there(folder) else {}
+    known = found.get("raylarge", {})
+    if known.get("format", FORMAT) == FORMAT:
+        return found
+    digests = known.setdefault("digests", {})
+    for name in [name for name in PARTS if name in found and name not in beside]:
+        path, values = storage.join(folder, name, "config.json"), config(folder, name)
+        if values != storage.read_json(path):
+            if digests.pop(name, None):
+                write_index(folder, found, known)
+            storage.write_json(path, values)
+            digests[name] = computed_digest(storage.join(folder, name))
+    known["format"] = FORMAT
+    write_index(folder, found, known)
+    return found
 
 
 def entry(part: Any) -> list[str]:
@@ -105,8 +173,12 @@ def entry(part: Any) -> list[str]:
 
 
 def config(folder: str, name: str) -> dict[str, Any]:
-    """A part's config, of today's format."""
-    values = dict(storage.read_json(storage.join(folder, name, "config.json")))
+    """A part's config, of today's format.
+
+    Raises:
+        UserError: there is none, or a damaged one.
+    """
+    values = _mapping(storage.join(folder, name, "config.json"))
     for version in range(int(index(folder)["raylarge"]["format"]), FORMAT):
         values = _MIGRATIONS[version](name, values)
     return values
@@ -116,55 +188,101 @@ def part(folder: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A part with its weights, in evaluation mode, on the CPU.
 
     Raises:
-        UserError: a class that no bundle holds, or tensors that are missing or unknown.
+        UserError: a class that no bundle holds, a damaged file, or tensors that are missing or
+            unknown.
     """
-    kind = index(folder)[name][1]
-    if kind not in PARTS[name]:
-        raise UserError(f"{folder}: {name} is a {kind}; expected {', '.join(PARTS[name])}.")
+    made = PARTS[name][kind(folder, name)]
     with torch.device("meta"):
-        module = PARTS[name][kind].from_config(config(folder, name))
+        module = made.from_config(config(folder, name))
     filled = weights.fill(module, _tensors(folder, name), f"{folder}: {name}")
     return nn.Module.to(filled, dtype)  # diffusers' own `to` warns of what does not concern it
 
 
-def digest(folder: str, names: tuple[str, ...] = tuple(PARTS)) -> str:
-    """A short name for the weights and configurations of some parts, wherever they lie."""
+def digest(folder: str, names: tuple[str, ...] = ()) -> str:
+    """A short name for weights and configurations, wherever they lie.
+
+    Args:
+        folder: of the bundle.
+        names: the parts that are meant: the name of LATENTS is that of `("vae",)`. Left out it
+            is the whole bundle, with its schedule and the side of its patches.
+
+    Raises:
+        UserError: no bundle, a part that it does not list, or one without files.
+    """
     folder = local(folder)
-    known = index(folder)["raylarge"].get("digests", {})
-    return storage.digest(
-        *((known.get(name) or computed_digest(folder, (name,))).encode() for name in names)
+    found = index(folder)
+    known = found["raylarge"]
+    lacking = [name for name in names if name not in found]
+    if lacking:
+        raise UserError(f"the bundle {folder} lacks {', '.join(lacking)}; train it first.")
+    each = {
+        name: known.get("digests", {}).get(name) or computed_digest(storage.join(folder, name))
+        for name in names or (*PARTS, *CONFIGS)
+        if name in found
+    }
+    if names:
+        return storage.digest(*(each[name].encode() for name in names))
+    return storage.digest(json.dumps([each, known.get("patch_px")], sort_keys=True).encode())
+
+
+def computed_digest(folder: str) -> str:
+    """The short name of one part, from the files in its folder; read in pieces.
+
+    Raises:
+        UserError: there are none.
+    """
+    names = sorted(storage.sizes(folder))
+    if not names:
+        raise UserError(f"{folder} holds no files: the bundle is incomplete; copy it whole.")
+    return storage.digest_pieces(
+        piece for name in names for piece in _content(storage.join(folder, name))
     )
 
 
-def computed_digest(folder: str, names: tuple[str, ...]) -> str:
-    """The same name from the files themselves."""
-    paths = [path for name in names for path in storage.listing(f"{folder}/{name}/*")]
-    return storage.digest(*map(_content, paths))
-
-
-def _content(path: str) -> bytes:
+def _content(path: str) -> Iterator[bytes]:
     """A file without what tells where it was loaded from."""
     if not path.endswith(".json"):
-        return storage.read_bytes(path)
-    values = storage.read_json(path)
+        yield from storage.pieces(path)
+        return
+    values = _mapping(path)
     values.pop("_name_or_path", None)
-    return json.dumps(values, sort_keys=True).encode()
+    yield json.dumps(values, sort_keys=True).encode()
 
 
-def _tensors(folder: str, name: str) -> dict[str, Tensor]:
+def _mapping(path: str) -> dict[str, Any]:
+    values = storage.read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no names and values; copy the bundle again.")
+    return values
+
+
+def _files(folder: str, name: str) -> list[str]:
+    """Where a part's tensors are; all of them, there or not."""
     several = storage.join(folder, name, f"{WEIGHTS}.index.json")
     names = [WEIGHTS]
     if storage.exists(several):
-        names = sorted(set(storage.read_json(several)["weight_map"].values()))
+        told = _mapping(several).get("weight_map")
+        if not isinstance(told, dict):
+            raise UserError(f"{several} has no weight_map; copy the bundle again.")
+        names = sorted(set(told.values()))
+    return [storage.join(folder, name, file) for file in names]
+
+
+def _tensors(folder: str, name: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for file in names:
-        path = storage.join(folder, name, file)
-        if storage.is_local(path):
-            if not storage.exists(path):
-                raise UserError(f"{path} does not exist: the bundle is incomplete; copy it whole.")
-            found |= load_file(path.removeprefix("file://"))
-        else:
-            found |= tensors_of(storage.read_bytes(path))
+    for path in _files(folder, name):
+        if not storage.exists(path):
+            raise UserError(f"{path} does not exist: the bundle is incomplete; copy it whole.")
+        try:
+            if storage.is_local(path):
+                found |= load_file(path.removeprefix("file://"))
+            else:
+                found |= tensors_of(storage.read_bytes(path))
+        except SafetensorError as error:
+            raise UserError(
+                f"{path} is not readable as safetensors ({error}): it is damaged or cut short; "
+                f"copy the bundle again."
+            ) from error
     return found
 
 
@@ -174,3 +292,4 @@ def _from_1(name: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 _MIGRATIONS: dict[int, Callable[[str, dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+"""From each format to the next; a config that is of the next already comes back as it is."""

@@ -75,8 +75,8 @@ class Summarizer(ModelMixin, ConfigMixin):
         """Context tokens of a batch of embedding grids.
 
         Args:
-            grid: grids [B, C, h, w] of any shape (pooled to at most 8 x 8), or cells
-                [B, 64, C], row-major with zeros after the real ones.
+            grid: grids [B, C, h, w] of any shape (pooled where they have more than 64 cells),
+                or cells [B, 64, C], row-major with zeros after the real ones.
             scale: scale index of each sample.
             size: rows and columns of each sample's cells.
 
@@ -146,7 +146,11 @@ class ConvSummarizer(ModelMixin, ConfigMixin):
 
 
 def _spread(cells: Float[Tensor, "B 64 C"], size: Int[Tensor, "B 2"]) -> Float[Tensor, "B C 8 8"]:
-    """Each grid enlarged to 8 x 8 by nearest neighbour."""
+    """Each grid laid out on 8 x 8 by nearest neighbour: row i is row i h // 8 of the grid.
+
+    A side below 8 is repeated; one above 8, which a grid of up to 64 cells may have, is thinned
+    out evenly. i h // 8 < h, so no index leaves the real cells.
+    """
     place = torch.arange(SIDE, device=cells.device)
     rows, columns = (place * size[:, axis, None] // SIDE for axis in (0, 1))
     index = (rows[:, :, None] * size[:, 1, None, None] + columns[:, None]).flatten(1)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from raylarge.diffusion.loss import draws, learned_range, per_sample
 from raylarge.models import bundle as bundles
 from raylarge.models.cdm import CDM
-from raylarge.models.summarizer import Summarizer
 from raylarge.train.task import Batch, Facts
 
 if TYPE_CHECKING:
@@ -34,9 +33,9 @@ class CdmConfig:
 
 
 class _Network(nn.Module):
-    """The CDM and its loss per sample; the Summarizer is frozen and not part of it."""
+    """The CDM and its loss per sample; the conditioner is frozen and not part of it."""
 
-    def __init__(self, cdm: CDM, summarizer: Summarizer, seed: int) -> None:
+    def __init__(self, cdm: CDM, summarizer: Any, seed: int) -> None:
         super().__init__()
         self.cdm, self.seed = cdm, seed
         self._frozen = [summarizer.requires_grad_(False)]  # in a list: not a submodule
@@ -57,13 +56,18 @@ class _Network(nn.Module):
 
 
 class CdmTask:
-    """Trains the conditioning diffusion model."""
+    """Trains the conditioning diffusion model, for any conditioner (`models/cells.py`)."""
 
     name = "cdm"
     table = "latents"
 
-    def __init__(self, config: CdmConfig, summarizer: Summarizer, seed: int) -> None:
-        cdm = CDM(channels=summarizer.config.width, scales=summarizer.config.scales, **vars(config))
+    def __init__(self, config: CdmConfig, summarizer: Any, seed: int) -> None:
+        cdm = CDM(
+            channels=summarizer.config.width,
+            tokens=summarizer.null(1).shape[1],  # 65 of a Summarizer, 1 or 2 of a VectorEmbedder
+            scales=summarizer.config.scales,
+            **vars(config),
+        )
         self.network = _Network(cdm, summarizer, seed)
         self.averaged = cdm
 
