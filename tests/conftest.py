@@ -32,7 +32,7 @@ def tiny_bundle(tmp_path_factory):
         "cdm": CDM(channels=64, width=64, depth=1, heads=4, scales=4, learn_sigma=False),
     }
     folder = str(tmp_path_factory.mktemp("bundle"))
-    bundle.save(folder, parts, {"patch_px": 64})
+    bundle.save(folder, parts, {"patch_px": 64, "base_mpp": 0.5})
     return folder
 
 

@@ -258,3 +258,12 @@ def test_an_image_is_made_larger_and_the_price_is_told(tiny_bundle, tmp_path, ca
     assert report["flops"] > 0
     assert report["tflops_reached"] > 0
     assert report["peak_memory_bytes"] > 1 << 20
+
+
+def test_a_pyramid_says_how_large_its_pixels_are(tiny_bundle, tmp_path):
+    from raylarge.slides.reader import open_slide
+
+    words = [f"bundle={tiny_bundle}", "order.size=128", "order.scale=1", "order.sampler.steps=1"]
+    job.main([*words, "order.sampler.derivative=difference", f"out={tmp_path}"])
+    with open_slide(str(tmp_path / "image.tif"), None, 1.0) as slide:
+        assert slide.mpp == pytest.approx(1.0, rel=1e-3)

@@ -70,6 +70,7 @@ class Facts:
             bundle.cdm is not None,
             0 if bundle.prior is None else int(bundle.prior.config.vector),
             bundle.controlnet is not None,
+            bundle.base_mpp,
         )
 
     @classmethod
@@ -88,6 +89,7 @@ class Facts:
             "cdm" in index,
             int(parts.config(folder, "prior")["vector"]) if "prior" in index else 0,
             "controlnet" in index,
+            bundles.facts(folder).get("base_mpp"),
         )
 
 

@@ -52,6 +52,7 @@ class Bundle:
     device: str = "cpu"
     prior: Any = None
     controlnet: Any = None
+    base_mpp: float | None = None
 
     def denoiser(self) -> Denoiser:
         """The U-Net as a denoiser."""
@@ -188,6 +189,7 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
         patch=patch_of(folder),
         digest=digest(folder),
         device=device,
+        base_mpp=facts(folder).get("base_mpp"),
     )
 
 

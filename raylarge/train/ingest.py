@@ -116,6 +116,7 @@ class Ingest:
             counts={int(k): int(n) for k, n in zip(values, counts, strict=True)},
             image=(3, side, side),
             latent=None if self.latent is None else tuple(self.latent.shape[1:]),
+            base_mpp=made.get("config", {}).get("tile", {}).get("base_mpp"),
             encoder=dict(made["encoder"]),
         )
 

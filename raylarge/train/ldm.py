@@ -102,8 +102,8 @@ class LdmTask:
         summarizer = _conditioner(config.summarizer, facts)
         self.network = _Network(unet, summarizer, config, seed)
         self.averaged = unet
-        self.encoder = facts.encoder
-        self.licence = {"encoder": facts.encoder.get("licence", "unknown")}
+        licence = {"encoder": facts.encoder.get("licence", "unknown")}
+        self.known = {"encoder": facts.encoder, "licence": licence, "base_mpp": facts.base_mpp}
 
     def finish(
         self,
@@ -116,7 +116,7 @@ class LdmTask:
         if averaged is not None:
             self.network.unet.load_state_dict(averaged)
         parts = {"unet": self.network.unet.cpu(), "summarizer": self.network.summarizer.cpu()}
-        known = {"ldm": facts, "encoder": self.encoder, "licence": self.licence}
+        known = {"ldm": facts, **self.known}
         bundles.save(bundle, parts, known, self.network.schedule)
 
 

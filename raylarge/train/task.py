@@ -50,6 +50,7 @@ class Facts:
     counts: dict[int, int]  # training rows by scale k
     image: tuple[int, int, int]  # (3, P, P)
     latent: tuple[int, int, int] | None  # (c, h, w), where the table holds latents
+    base_mpp: float | None  # micrometres per pixel of scale 0, where the data know them
     encoder: dict[str, Any]  # that made the embeddings: its card (`models/ssl_cards.py`)
 
     @property
