@@ -207,9 +207,18 @@ def test_failures_are_told_apart(worker, caplog):
     async def talk(service):
         service.gate.set()
         values = {"kind": "embeddings", "data": "AAA=", "shape": [1, 1, 1]}
-        id = (await service.post(condition=values)).json()["id"]
+        answer = await service.post(condition=values)
+        assert answer.status_code == 422
+        assert "have 1 channels, the bundle's Summarizer takes 8" in answer.text
+
+        async def mistaken(task, *inputs):
+            raise UserError("five workers in a row were lost.")
+
+        before, service.desk._answer = service.desk._answer, mistaken
+        id = (await service.post()).json()["id"]
         state = await service.state(id, "failed")
-        assert "have 1 channels, the bundle's Summarizer takes 8" in state["error"]
+        assert state["error"] == "five workers in a row were lost."
+        service.desk._answer = before
 
         async def broken(task, *inputs):
             raise ZeroDivisionError("at /secret/path")

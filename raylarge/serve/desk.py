@@ -121,7 +121,7 @@ class Desk:
         """
         self._turn_away()
         facts = await self.facts()
-        order, plan = await asyncio.to_thread(self._plan, values, facts.patch)
+        order, plan = await asyncio.to_thread(self._plan, values, facts)
         name = uuid.uuid4().hex
         self._turn_away()  # others came in while this one was read
         ticket = Ticket(name, order.digest, Path(self._scratch.name, name))
@@ -154,12 +154,13 @@ class Desk:
         if waiting >= self.limits.queued:
             raise FullError(f"{waiting} orders are waiting already; try again later.")
 
-    def _plan(self, values: Mapping[str, Any], patch: Patch) -> tuple[Order, Plan]:
+    def _plan(self, values: Mapping[str, Any], facts: Facts) -> tuple[Order, Plan]:
         order = orders.parse(values)
-        self._bound(order, patch)
+        self._bound(order, facts.patch)
+        facts.check(order)
         if order.condition.kind == "embeddings":
             order.condition.grid()
-        return order, joint.plan(order, patch)
+        return order, joint.plan(order, facts.patch)
 
     def _bound(self, order: Order, patch: Patch) -> None:
         """Refuse what would keep the service busy for ever or fill its memory."""
