@@ -1,14 +1,19 @@
 """Names of Latent Diffusion's checkpoints, and the sizes that their tensors give away.
 
+    tensors -> sizes -> diffusers' network -> its names as published -> compared, in these
+
 The U-Net's EMA is stored under names without dots (`model_ema.diffusion_modelinput_blocks41…`),
 so they are looked up from every dotted name that a U-Net can have, never taken apart.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -17,9 +22,11 @@ from raylarge.models.unet import UNetConfig
 from raylarge.models.weights import refuse
 
 Named = Mapping[str, Tensor]
+GROUPS = 32
+"""Groups of every group norm of these networks."""
 
 
-def absent(wanted: Sequence[str], flat: Named) -> None:
+def absent(wanted: Sequence[str], flat: Named) -> NoReturn:
     """Refuse a checkpoint without what it must have.
 
     Raises:
@@ -31,27 +38,67 @@ def absent(wanted: Sequence[str], flat: Named) -> None:
     )
 
 
-def need(named: Named, name: str) -> Tensor:
-    """A tensor that must be there.
+def unsupported(what: str) -> NoReturn:
+    """Refuse a kind of network that is not built here.
 
     Raises:
-        UserError: it is not.
+        UserError: saying what it has.
+    """
+    raise UserError(f"not supported: {what}; give a checkpoint of another configuration.")
+
+
+def need(named: Named, name: str, dimensions: int) -> Tensor:
+    """A tensor that tells a size, so must be there.
+
+    Raises:
+        UserError: it is not, or it is empty or of another number of dimensions.
     """
     if name not in named:
         absent([name], named)
-    return named[name]
+    tensor = named[name]
+    if tensor.ndim != dimensions or not tensor.numel():
+        raise UserError(
+            f"{name} has the shape {list(tensor.shape)}; {dimensions} dimensions belong there, "
+            f"none of them 0; check the file."
+        )
+    return tensor
 
 
-def count(named: Named, pattern: str) -> int:
-    """How many consecutive indices, from 0, fill a pattern of a name."""
-    index = 0
-    while pattern.format(index) in named:
-        index += 1
-    return index
+def has(named: Named, start: str) -> bool:
+    """Whether a name begins so."""
+    return any(name.startswith(start) for name in named)
+
+
+def extent(named: Named, start: str) -> int:
+    """One more than the largest index that follows a beginning of names; 0 without any.
+
+    An index beyond the number of tensors counts nothing: such a name is unexpected, no size.
+    """
+    following = (name[len(start) :].split(".")[0] for name in named if name.startswith(start))
+    found = (int(index) for index in following if index.isdecimal())
+    return max((index + 1 for index in found if index < len(named)), default=0)
+
+
+def check_heads(heads: int, widths: Sequence[int], whose: str) -> None:
+    """Refuse a number of attention heads that does not divide the widths.
+
+    Raises:
+        UserError: saying both.
+    """
+    if heads < 1 or any(width % heads for width in widths):
+        listed = ", ".join(str(width) for width in dict.fromkeys(widths))
+        raise UserError(
+            f"{heads} attention heads do not divide {whose} of width {listed}; give a divisor "
+            f"as heads."
+        )
 
 
 def averaged(flat: Named) -> dict[str, Tensor]:
-    """The EMA's tensors by their dotted names, by way of every name that a U-Net can have."""
+    """The EMA's tensors by their dotted names, by way of every name that a U-Net can have.
+
+    Raises:
+        UserError: names there that no U-Net has.
+    """
     for prefix in ("model_ema.diffusion_model", "model_ema.", "diffusion_model"):
         found = {
             name: flat[prefix + name.replace(".", "")]
@@ -59,9 +106,12 @@ def averaged(flat: Named) -> dict[str, Tensor]:
             if prefix + name.replace(".", "") in flat
         }
         if found:
-            stray = {k for k in flat if k.startswith(prefix) and "block" in k}
             known = {prefix + name.replace(".", "") for name in found}
-            refuse("the EMA of the U-Net", unexpected=sorted(stray - known))
+            known |= {"model_ema.decay", "model_ema.num_updates"}
+            root = prefix.split(".")[0]
+            beside = {name for name in flat if name.startswith(root)} - known
+            stray = [name for name in beside if not name.startswith("diffusion_model.")]
+            refuse("the EMA of the U-Net", unexpected=sorted(stray))
             return found
     return {}
 
@@ -73,40 +123,198 @@ def _unet_names() -> list[str]:
     inner = [*attention, "ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"]
     residual = ["in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3"]
     module = [*residual, "skip_connection", "op", "conv", "norm", "proj_in", "proj_out"]
-    module += [f"transformer_blocks.{depth}.{name}" for depth, name in product(range(10), inner)]
+    module += [f"transformer_blocks.{depth}.{name}" for depth, name in product(range(12), inner)]
     places = [f"middle_block.{j}" for j in range(3)]
     places += [
-        f"{side}_blocks.{i}.{j}" for side, i, j in product(("input", "output"), range(40), range(3))
+        f"{side}_blocks.{i}.{j}" for side, i, j in product(("input", "output"), range(64), range(3))
     ]
     stems = ["input_blocks.0.0", "time_embed.0", "time_embed.2", "out.0", "out.2"]
     stems += [f"{place}.{name}" for place, name in product(places, module)]
     return [f"{stem}.{kind}" for stem, kind in product(stems, ("weight", "bias"))]
 
 
-def unet_sizes(named: Named, heads: int) -> tuple[UNetConfig, tuple[int, int, int], int]:
-    """Configuration, latent shape and context width of a U-Net's tensors."""
-    channels: list[int] = []
-    attention: list[bool] = []
-    layers, block, down = 0, 1, True
-    while any(f"input_blocks.{block}.0.{x}.weight" in named for x in ("op", "in_layers.2")):
-        if f"input_blocks.{block}.0.op.weight" in named:
-            down = True
+@dataclass(frozen=True)
+class UNetSizes:
+    """What `unet.build` must know to make the U-Net of some tensors.
+
+    Attributes:
+        config: widths, attention, layers and heads.
+        latent: channels of the prediction, and the published side.
+        context: width of the context tokens.
+        inputs: channels of x_t.
+        depth: transformer blocks at each place of attention.
+    """
+
+    config: UNetConfig
+    latent: tuple[int, int, int]
+    context: int
+    inputs: int
+    depth: int
+
+
+def unet_sizes(named: Named, heads: int) -> UNetSizes:
+    """The sizes of a U-Net's tensors.
+
+    Raises:
+        UserError: a tensor that tells one is missing, a kind that is not built here, or heads
+            that do not divide a width.
+    """
+    _refuse_other_unets(named)
+    levels = _levels(named)
+    layers = len(levels[0])
+    if any(len(level) > layers for level in levels):
+        each = ", ".join(str(len(level)) for level in levels)
+        unsupported(f"levels of {each} residual blocks, where all must have as many")
+    first = [1 + level * (layers + 1) for level in range(len(levels))]
+    widths = [need(named, f"input_blocks.{i}.0.in_layers.2.weight", 4).shape[0] for i in first]
+    stem = need(named, "input_blocks.0.0.weight", 4)
+    _check_widths(stem.shape[0], widths)
+    attention = [any(has(named, f"input_blocks.{i}.1.") for i in level) for level in levels]
+    attending = [width for width, on in zip(widths, attention, strict=True) if on]
+    check_heads(heads, [*attending, widths[-1]], "a U-Net")
+    context = need(named, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2).shape[1]
+    outputs = need(named, "out.2.weight", 4).shape[0]
+    config = UNetConfig(tuple(widths), tuple(attention), layers, heads, GROUPS)
+    return UNetSizes(config, (outputs, 64, 64), context, stem.shape[1], _depth(named, levels))
+
+
+def _refuse_other_unets(named: Named) -> None:
+    kinds = {
+        r"label_emb\.": "class embeddings of a U-Net",
+        r"\.qkv\.": "attention without a context",
+    }
+    for pattern, kind in kinds.items():
+        if found := next((name for name in named if re.search(pattern, name)), ""):
+            unsupported(f"{kind} ({found})")
+    projection = named.get("middle_block.1.proj_in.weight")
+    if projection is not None and projection.ndim == 2:
+        unsupported("linear layers around the transformers (middle_block.1.proj_in.weight)")
+
+
+def _levels(named: Named) -> list[list[int]]:
+    """The numbers of the residual input blocks of each level; an `op` ends one."""
+    levels: list[list[int]] = [[]]
+    for block in range(1, extent(named, "input_blocks.")):
+        if not has(named, f"input_blocks.{block}."):
+            ends = ("op", "in_layers.2")
+            absent([f"input_blocks.{block}.0.{end}.weight" for end in ends], named)
+        if has(named, f"input_blocks.{block}.0.op."):
+            levels.append([])
         else:
-            if down:
-                channels.append(named[f"input_blocks.{block}.0.in_layers.2.weight"].shape[0])
-                attention.append(f"input_blocks.{block}.1.norm.weight" in named)
-            down = False
-            layers += len(channels) == 1
-        block += 1
-    context = need(named, "middle_block.1.transformer_blocks.0.attn2.to_k.weight").shape[1]
-    config = UNetConfig(tuple(channels), tuple(attention), layers, heads)
-    return config, (need(named, "out.2.weight").shape[0], 64, 64), context
+            levels[-1].append(block)
+    return levels
 
 
-def vae_sizes(named: Named) -> tuple[tuple[int, ...], int]:
-    """Widths of the levels and residual blocks per level of an autoencoder's tensors."""
-    refuse("a plain autoencoder", unsupported=[name for name in named if ".attn." in name])
-    levels = count(named, "encoder.down.{}.block.0.conv1.weight")
-    layers = count(named, "encoder.down.0.block.{}.conv1.weight")
-    widths = [named[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-    return tuple(widths), layers
+def _depth(named: Named, levels: list[list[int]]) -> int:
+    """Transformer blocks at each place of attention."""
+    places = [f"input_blocks.{i}.1." for level in levels for i in level]
+    found = {
+        extent(named, f"{place}transformer_blocks.")
+        for place in ["middle_block.1.", *(place for place in places if has(named, place))]
+    }
+    if len(found) > 1:
+        unsupported(f"{' and '.join(map(str, sorted(found)))} transformer blocks in one U-Net")
+    return found.pop()
+
+
+def _check_widths(stem: int, widths: Sequence[int]) -> None:
+    if stem != widths[0]:
+        unsupported(f"a first level {widths[0]} wide after a first layer of {stem} channels")
+    if odd := [width for width in widths if width % GROUPS]:
+        unsupported(f"{odd[0]} channels, where every width must be a multiple of {GROUPS}")
+
+
+@dataclass(frozen=True)
+class VAESizes:
+    """Widths of an autoencoder's levels, residual blocks per level, and channels of images."""
+
+    widths: tuple[int, ...]
+    layers: int
+    inputs: int
+    outputs: int
+
+
+def vae_sizes(named: Named) -> VAESizes:
+    """The sizes of an autoencoder's tensors.
+
+    Raises:
+        UserError: a tensor that tells one is missing, or a kind that is not built here.
+    """
+    if attention := next((name for name in named if ".attn." in name), ""):
+        unsupported(f"attention within the levels of an autoencoder ({attention})")
+    levels = range(max(1, extent(named, "encoder.down.")))
+    widths = [need(named, f"encoder.down.{i}.block.0.conv1.weight", 4).shape[0] for i in levels]
+    stem = need(named, "encoder.conv_in.weight", 4)
+    _check_widths(stem.shape[0], widths)
+    layers = extent(named, "encoder.down.0.block.")
+    outputs = need(named, "decoder.conv_out.weight", 4).shape[0]
+    return VAESizes(tuple(widths), layers, stem.shape[1], outputs)
+
+
+def unet_name(name: str, config: UNetConfig) -> str:
+    """The published name of a tensor of diffusers' U-Net."""
+    middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", name)
+    if middle:
+        number = 2 * int(middle[2]) if middle[1] == "resnets" else 1
+        return f"middle_block.{number}.{_inner(middle[1], middle[3])}"
+    level = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)
+    if not level:
+        return _renamed(name, _UNET_ENDS)
+    down, kind = level[1] == "down", level[3]
+    first = int(level[2]) * (config.layers + 1) + down  # input block 0 is the first layer
+    if kind == "downsamplers":
+        return f"input_blocks.{first + config.layers}.0.op.{level[5].removeprefix('conv.')}"
+    if kind == "upsamplers":
+        after = 1 + config.attention[-1 - int(level[2])]
+        return f"output_blocks.{first + config.layers}.{after}.{level[5]}"
+    place = f"{'input' if down else 'output'}_blocks.{first + int(level[4])}"
+    return f"{place}.{int(kind == 'attentions')}.{_inner(kind, level[5])}"
+
+
+def _inner(kind: str, name: str) -> str:
+    return _renamed(name, _RESIDUAL) if kind == "resnets" else name
+
+
+def vae_name(name: str, levels: int) -> str:
+    """The published name of a tensor of diffusers' VQ or KL autoencoder."""
+    name = re.sub(r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block.", name)
+    name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
+    up = re.search(r"up_blocks\.(\d+)\.", name)
+    if up:
+        name = name.replace(up[0], f"up.{levels - 1 - int(up[1])}.")
+    name = name.replace(".resnets.", ".block.").replace(".upsamplers.0", ".upsample")
+    middle = re.search(r"mid_block\.block\.(\d)", name)
+    if middle:
+        name = name.replace(middle[0], f"mid.block_{int(middle[1]) + 1}")
+    return _renamed(name, _VAE)
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    for old, new in table.items():
+        name = name.replace(old, new)
+    return name
+
+
+_UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_RESIDUAL = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_VAE = {
+    "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut",
+    "mid_block.attentions.0.": "mid.attn_1.",
+    "attn_1.group_norm": "attn_1.norm",
+    "attn_1.to_out.0": "attn_1.proj_out",
+    "attn_1.to_": "attn_1.",
+}

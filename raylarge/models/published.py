@@ -3,8 +3,9 @@
     flat names, {"state_dict": …} or the CDM's {"model", "ema", …}   ->   modules, in float32
 
 Every size but the number of heads is read off the tensors. Of raw and EMA weights (whose names
-have lost all their dots) the EMA is taken, as the published samplers do. A name that is missing
-or unknown is an error. Names: ZoomLDM, Latent Diffusion, Graikos et al., DiT.
+have lost all their dots) the EMA is taken, as the published samplers do. `checked_…` fits the
+names and shapes and reads no values; `…_from_published` loads them. A name that is missing or
+unknown is an error, told as the file has it. Names: ZoomLDM, Latent Diffusion, Graikos et al., DiT.
 """
 
 from __future__ import annotations
@@ -13,20 +14,38 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-from torch import Tensor, nn
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+from torch import Tensor
 
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
 from raylarge.models.autoencoder import Autoencoder, kl, vq
 from raylarge.models.cdm import CDM
 from raylarge.models.embedder import VectorEmbedder
-from raylarge.models.ldm_names import absent, averaged, count, need, unet_sizes, vae_sizes
+from raylarge.models.ldm_names import (
+    absent,
+    averaged,
+    check_heads,
+    extent,
+    has,
+    need,
+    unet_name,
+    unet_sizes,
+    unsupported,
+    vae_name,
+    vae_sizes,
+)
 from raylarge.models.summarizer import Summarizer
 from raylarge.models.unet import UNet, build
-from raylarge.models.weights import fill, refuse
+from raylarge.models.weights import Checked, check, tensors, without
 
-State = Mapping[str, Any]
+State = Mapping[Any, Any]
+"""What a file holds: tensors or arrays by name, perhaps in wrappers, and anything beside."""
+
+_UNET = ("time_embed", "input_blocks", "middle_block", "output_blocks", "out", "label_emb")
+_VAE = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
+_SUMMARIZER = ("pad_token", "mag_embedding", "dim_reduce", "encoder", "final_proj", "layer_norm")
+_EMBEDDER = ("patch_fc", "region_fc")
 
 
 def unet_from_published(state: State, heads: int = 1, ema: bool = True) -> UNet:
@@ -39,16 +58,21 @@ def unet_from_published(state: State, heads: int = 1, ema: bool = True) -> UNet:
         ema: take the average where there is one.
 
     Raises:
-        UserError: no U-Net in it, or names missing or unknown.
+        UserError: no U-Net in it, names missing or unknown, or heads that do not divide.
     """
-    named = _unet_tensors(_flat(state), ema)
+    return checked_unet(state, heads, ema).load()
+
+
+def checked_unet(state: State, heads: int = 1, ema: bool = True) -> Checked[UNet]:
+    """The U-Net of `unet_from_published`, its values not read yet; same errors."""
+    flat = tensors(state)
+    prefixes = ("model.diffusion_model.", "diffusion_model.", "")
+    named = averaged(flat) if ema else {}
+    named = named or _section(flat, prefixes, "input_blocks.0.0.weight", _UNET)
+    sizes = unet_sizes(named, heads)
     with torch.device("meta"):
-        unet = build(*unet_sizes(named, heads))
-    converted = _unet_converter()(
-        {f"model.diffusion_model.{k}": v for k, v in named.items()}, dict(unet.config)
-    )
-    _all_used(named, converted, "a U-Net")
-    return fill(unet, converted, "a U-Net")
+        unet = build(sizes.config, sizes.latent, sizes.context, sizes.inputs, sizes.depth)
+    return check(unet, named, lambda name: unet_name(name, sizes.config), "a U-Net")
 
 
 def vq_from_published(state: State) -> Autoencoder:
@@ -58,14 +82,9 @@ def vq_from_published(state: State) -> Autoencoder:
         state: names under `first_stage_model.` or bare; a discriminator's are ignored.
 
     Raises:
-        UserError: no VQ autoencoder in it, or names missing or unknown.
+        UserError: no VQ autoencoder in it, names missing or unknown, or scaled latents.
     """
-    named = _section(state, ("first_stage_model.", ""), "quantize.embedding.weight", _VAE)
-    channels, layers = vae_sizes(named)
-    codes, width = named["quantize.embedding.weight"].shape
-    with torch.device("meta"):
-        network = vq(channels, layers, (codes, width), named["decoder.conv_in.weight"].shape[1])
-    return Autoencoder(_vae(named, network, "a VQ autoencoder"))
+    return _wrapped(_checked_vq(tensors(state)))
 
 
 def kl_from_published(state: State, scale: float | None = None) -> Autoencoder:
@@ -79,22 +98,19 @@ def kl_from_published(state: State, scale: float | None = None) -> Autoencoder:
     Raises:
         UserError: no KL autoencoder in it, or names missing or unknown.
     """
-    stored = float(_flat(state).get("scale_factor", 0.18215))
-    named = _section(state, ("first_stage_model.", ""), "quant_conv.weight", _VAE)
-    if "quantize.embedding.weight" in named:
-        raise UserError("this autoencoder has a codebook: it is a VQ, not a KL one.")
-    channels, layers = vae_sizes(named)
-    latent = named["post_quant_conv.weight"].shape[0]
-    with torch.device("meta"):
-        network: AutoencoderKL = kl(channels, layers, latent, stored if scale is None else scale)
-    return Autoencoder(_vae(named, network, "a KL autoencoder"))
+    return _wrapped(_checked_kl(tensors(state), scale))
 
 
 def autoencoder_from_published(state: State) -> Autoencoder:
-    """The autoencoder of a checkpoint, VQ or KL."""
-    flat = _flat(state)
-    has_codes = any(name.endswith("quantize.embedding.weight") for name in flat)
-    return vq_from_published(flat) if has_codes else kl_from_published(flat)
+    """The autoencoder of a checkpoint, VQ or KL; errors as of those."""
+    return _wrapped(checked_autoencoder(state))
+
+
+def checked_autoencoder(state: State) -> Checked[Any]:
+    """The network of a checkpoint's autoencoder, its values not read yet; same errors."""
+    flat = tensors(state)
+    has_codes = has(flat, "first_stage_model.quantize.") or has(flat, "quantize.")
+    return _checked_vq(flat) if has_codes else _checked_kl(flat)
 
 
 def tiny_from_published(encoder: State, decoder: State) -> Autoencoder:
@@ -103,14 +119,19 @@ def tiny_from_published(encoder: State, decoder: State) -> Autoencoder:
     Raises:
         UserError: names missing or unknown.
     """
-    latent = encoder["14.weight"].shape[0] if "14.weight" in encoder else 4
+    first = _section(tensors(encoder), ("encoder.", ""), "0.weight")
+    second = _section(tensors(decoder), ("decoder.", ""), "1.weight")
+    named = {f"encoder.{name}": tensor for name, tensor in first.items()}
+    named |= {f"decoder.{name}": tensor for name, tensor in second.items()}
     with torch.device("meta"):
+        latent = need(named, "encoder.14.weight", 4).shape[0]
         network = AutoencoderTiny(latent_channels=latent)
-    named = {f"encoder.layers.{name}": tensor for name, tensor in encoder.items()}
-    for name, tensor in decoder.items():  # the original decoder begins with a clamp, layer 0
-        layer, rest = name.split(".", 1)
-        named[f"decoder.layers.{int(layer) - 1}.{rest}"] = tensor
-    return Autoencoder(fill(network, named, "a tiny autoencoder"))
+
+    def stored(name: str) -> str:  # the original decoder begins with a clamp, layer 0
+        side, _, layer, rest = name.split(".", 3)
+        return f"{side}.{int(layer) + (side == 'decoder')}.{rest}"
+
+    return _wrapped(check(network, named, stored, "a tiny autoencoder"))
 
 
 def summarizer_from_published(state: State, heads: int = 8, raw: bool = False) -> Summarizer:
@@ -122,22 +143,28 @@ def summarizer_from_published(state: State, heads: int = 8, raw: bool = False) -
         raw: normalise each embedding inside; the published module is given normalised ones.
 
     Raises:
-        UserError: no Summarizer in it, or names missing or unknown.
+        UserError: no Summarizer in it, names missing or unknown, or heads that do not divide.
     """
-    named = _section(state, ("cond_stage_model.", ""), "dim_reduce.weight", _SUMMARIZER)
-    width, channels = named["dim_reduce.weight"].shape
-    layers = count(named, "encoder.layers.encoder_layer_{}.ln_1.weight")
-    scales = need(named, "mag_embedding.weight").shape[0]
-    hidden = need(named, "encoder.layers.encoder_layer_0.mlp.0.weight").shape[0]
+    return checked_summarizer(state, heads, raw).load()
+
+
+def checked_summarizer(state: State, heads: int = 8, raw: bool = False) -> Checked[Summarizer]:
+    """The Summarizer of `summarizer_from_published`, its values not read yet; same errors."""
+    prefixes = ("cond_stage_model.", "")
+    named = _section(tensors(state), prefixes, "dim_reduce.weight", _SUMMARIZER)
+    width, channels = need(named, "dim_reduce.weight", 2).shape
+    check_heads(heads, [width], "a Summarizer")
+    layers = extent(named, "encoder.layers.encoder_layer_")
+    scales = need(named, "mag_embedding.weight", 2).shape[0]
+    hidden = need(named, "encoder.layers.encoder_layer_0.mlp.0.weight", 2).shape[0]
     with torch.device("meta"):
         summarizer = Summarizer(channels, width, layers, heads, scales, raw, hidden)
-    renamed = {
-        name.replace("encoder.layers.encoder_layer_", "encoder_layers.")
-        .replace("encoder.", "")
-        .replace("mlp.3.", "mlp.2."): tensor
-        for name, tensor in named.items()
-    }
-    return fill(summarizer, renamed, "a Summarizer")
+
+    def stored(name: str) -> str:
+        name = name.replace("encoder_layers.", "layers.encoder_layer_").replace("mlp.2.", "mlp.3.")
+        return f"encoder.{name}" if name.startswith(("layers.", "ln.", "pos_")) else name
+
+    return check(summarizer, named, stored, "a Summarizer")
 
 
 def embedder_from_published(state: State) -> VectorEmbedder:
@@ -149,17 +176,24 @@ def embedder_from_published(state: State) -> VectorEmbedder:
     Raises:
         UserError: no such layers in it.
     """
-    named = _section(state, ("cond_stage_model.", ""), "patch_fc.weight", ("patch_fc", "region_fc"))
-    width, channels = named["patch_fc.weight"].shape
-    region = named["region_fc.weight"].shape[1] if "region_fc.weight" in named else 0
+    return checked_embedder(state).load()
+
+
+def checked_embedder(state: State) -> Checked[VectorEmbedder]:
+    """The conditioning of `embedder_from_published`, its values not read yet; same errors."""
+    named = _section(tensors(state), ("cond_stage_model.", ""), "patch_fc.weight", _EMBEDDER)
+    width, channels = need(named, "patch_fc.weight", 2).shape
+    has_region = has(named, "region_fc.")
+    region = need(named, "region_fc.weight", 2).shape[1] if has_region else 0
     with torch.device("meta"):
         embedder = VectorEmbedder(channels, region, width)
-    return fill(embedder, named, "an embedder")
+    return check(embedder, named, str, "an embedder")
 
 
 def has_embedder(state: State) -> bool:
     """Whether a checkpoint is conditioned as Graikos et al. do, by vectors."""
-    return any(name.endswith("patch_fc.weight") for name in _flat(state))
+    flat = tensors(state)
+    return has(flat, "cond_stage_model.patch_fc.") or has(flat, "patch_fc.")
 
 
 def cdm_from_published(state: State, heads: int = 12) -> CDM:
@@ -170,111 +204,138 @@ def cdm_from_published(state: State, heads: int = 12) -> CDM:
         heads: attention heads.
 
     Raises:
-        UserError: no DiT in it, or names missing or unknown.
+        UserError: no DiT in it, names missing or unknown, or heads that do not divide.
     """
-    named = _section(state, ("module.", ""), "x_embedder.weight", None)
-    width, channels = named["x_embedder.weight"].shape
-    scales = need(named, "y_embedder.embedding_table.weight").shape[0]
-    outputs = need(named, "final_layer.linear.weight").shape[0]
+    return checked_cdm(state, heads).load()
+
+
+def checked_cdm(state: State, heads: int = 12) -> Checked[CDM]:
+    """The CDM of `cdm_from_published`, its values not read yet; same errors."""
+    named = _section(tensors(state), ("module.", ""), "x_embedder.weight")
+    width, channels = need(named, "x_embedder.weight", 2).shape
+    check_heads(heads, [width], "a CDM")
+    outputs = need(named, "final_layer.linear.weight", 2).shape[0]
     with torch.device("meta"):
         cdm = CDM(
             channels,
-            tokens=need(named, "pos_embed").shape[1],
+            tokens=need(named, "pos_embed", 3).shape[1],
             width=width,
-            depth=count(named, "blocks.{}.attn.qkv.weight"),
+            depth=extent(named, "blocks."),
             heads=heads,
-            scales=scales,
+            scales=need(named, "y_embedder.embedding_table.weight", 2).shape[0],
             learn_sigma=outputs == 2 * channels,
-            hidden=need(named, "blocks.0.mlp.fc1.weight").shape[0],
+            hidden=need(named, "blocks.0.mlp.fc1.weight", 2).shape[0],
         )
-    renamed = {
-        name.replace("t_embedder.mlp.", "t_embedder.").replace(".embedding_table.", "."): tensor
-        for name, tensor in named.items()
-    }
-    return fill(cdm, renamed, "a CDM")
+
+    def stored(name: str) -> str:
+        name = name.replace("t_embedder.", "t_embedder.mlp.")
+        return name.replace("y_embedder.", "y_embedder.embedding_table.")
+
+    return check(cdm, named, stored, "a CDM")
 
 
 def schedule_from_published(state: State) -> Schedule:
     """The schedule of a checkpoint's `betas`; the published one where it stores none.
 
     Raises:
-        UserError: betas that are not `scaled_linear`.
+        UserError: betas that are neither `scaled_linear` nor `linear`.
     """
-    betas = _flat(state).get("betas")
+    betas = tensors(state).get("betas")
     if betas is None:
         return Schedule()
+    if betas.ndim != 1 or len(betas) < 2:
+        raise UserError(f"the checkpoint's betas have the shape {list(betas.shape)}, not [steps].")
     ends = (float(betas[0]), float(betas[-1]))
-    schedule = Schedule("scaled_linear", len(betas), round(ends[0], 6), round(ends[1], 6))
-    if (schedule.betas - betas.double()).abs().max() > 1e-6:
-        raise UserError(
-            f"the checkpoint's betas ({ends[0]:.4g} to {ends[1]:.4g}) are not scaled_linear."
-        )
-    return schedule
-
-
-_VAE = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
-_SUMMARIZER = ("pad_token", "mag_embedding", "dim_reduce", "encoder", "final_proj", "layer_norm")
-
-
-def _flat(state: State) -> dict[str, Tensor]:
-    """The tensors by name, out of the dictionaries that training codes wrap them in."""
-    for wrapper in ("state_dict", "ema", "model"):
-        inner = state.get(wrapper)
-        if isinstance(inner, Mapping):
-            return _flat(inner)
-    return {name: torch.as_tensor(value) for name, value in state.items() if _is_array(value)}
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor) or hasattr(value, "__array__")
+    for name in ("scaled_linear", "linear") if min(ends) > 0 else ():
+        schedule = Schedule(name, len(betas), round(ends[0], 6), round(ends[1], 6))
+        if (schedule.betas - betas.double()).abs().max() <= 1e-6:
+            return schedule
+    raise UserError(
+        f"not supported: the checkpoint's betas ({ends[0]:.4g} to {ends[1]:.4g}) are neither "
+        f"scaled_linear nor linear."
+    )
 
 
 def _section(
-    state: State, prefixes: Sequence[str], marker: str, heads: Sequence[str] | None
+    flat: Mapping[str, Tensor], prefixes: Sequence[str], marker: str, words: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """One network's tensors without their prefix, known by a name that it must have.
 
+    Under a prefix everything is the network's, but for the losses of an autoencoder's training.
+
     Args:
-        heads: first words of the network's names; others under the prefix are left alone.
+        words: first words of the network's names; where they are bare, others are left alone.
     """
-    flat = _flat(state)
     for prefix in prefixes:
         if prefix + marker in flat:
             named = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
-            return {k: v for k, v in named.items() if not heads or k.split(".")[0] in heads}
+            if prefix:
+                return without(named, ("loss.",)) if prefix == "first_stage_model." else named
+            return {k: v for k, v in named.items() if not words or k.split(".")[0] in words}
     absent([prefix + marker for prefix in prefixes], flat)
-    raise AssertionError
 
 
-def _unet_tensors(flat: Mapping[str, Tensor], ema: bool) -> dict[str, Tensor]:
-    """The U-Net's tensors under their bare names, averaged where there is a choice."""
-    found = averaged(flat) if ema else {}
-    if found:
-        return found
-    prefixes = ("model.diffusion_model.", "diffusion_model.", "")
-    heads = ("time_embed", "input_blocks", "middle_block", "output_blocks", "out", "label_emb")
-    return _section(flat, prefixes, "input_blocks.0.0.weight", heads)
+def _checked_vq(flat: dict[str, Tensor]) -> Checked[VQModel]:
+    scale = _scale(flat, 1.0)
+    if scale != 1:
+        unsupported(f"a VQ autoencoder with scale_factor {scale:g}, where latents are not scaled")
+    named = _section(flat, ("first_stage_model.", ""), "quantize.embedding.weight", _VAE)
+    sizes = vae_sizes(named)
+    codes, width = need(named, "quantize.embedding.weight", 2).shape
+    z = need(named, "decoder.conv_in.weight", 4).shape[1]
+    with torch.device("meta"):
+        network = vq(sizes.widths, sizes.layers, (codes, width), z)
+        network = _for_images(network, sizes.inputs, sizes.outputs)
+    return _checked_vae(network, named, "a VQ autoencoder")
 
 
-def _unet_converter() -> Any:
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+def _checked_kl(flat: dict[str, Tensor], scale: float | None = None) -> Checked[AutoencoderKL]:
+    scale = _scale(flat, 0.18215) if scale is None else scale
+    named = _section(flat, ("first_stage_model.", ""), "quant_conv.weight", _VAE)
+    if "quantize.embedding.weight" in named:
+        raise UserError("this autoencoder has a codebook: it is a VQ, not a KL one.")
+    sizes = vae_sizes(named)
+    z, latent = need(named, "post_quant_conv.weight", 4).shape[:2]
+    if need(named, "encoder.conv_out.weight", 4).shape[0] == z:
+        absent(["quantize.embedding.weight"], named)  # no variances: the codebook was lost
+    if z != latent:
+        unsupported(f"a KL autoencoder whose {latent} latent channels become {z} in its decoder")
+    with torch.device("meta"):
+        network = kl(sizes.widths, sizes.layers, latent, scale)
+        network = _for_images(network, sizes.inputs, sizes.outputs)
+    return _checked_vae(network, named, "a KL autoencoder")
 
-    return convert_ldm_unet_checkpoint
+
+def _scale(flat: Mapping[str, Tensor], otherwise: float) -> float:
+    """The checkpoint's `scale_factor`."""
+    stored = flat.get("scale_factor")
+    if stored is None:
+        return otherwise
+    if stored.numel() != 1 or not 0 < float(stored) < float("inf"):
+        raise UserError(
+            f"the checkpoint's scale_factor is {stored.tolist()}, not a number above 0."
+        )
+    return float(stored)
 
 
-def _vae(named: Mapping[str, Tensor], network: Any, source: str) -> nn.Module:
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
-    converted = convert_ldm_vae_checkpoint(dict(named), dict(network.config))
-    if "quantize.embedding.weight" in named:  # the one tensor that diffusers leaves behind
-        converted["quantize.embedding.weight"] = named["quantize.embedding.weight"]
-    _all_used(named, converted, source)
-    return fill(network, converted, source)
+def _for_images(network: Any, inputs: int, outputs: int) -> Any:
+    """The network for images of other channels than three."""
+    channels = {"in_channels": inputs, "out_channels": outputs}
+    return network if inputs == outputs == 3 else network.from_config(network.config, **channels)
 
 
-def _all_used(named: Mapping[str, Tensor], converted: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors that diffusers' converter dropped without a word."""
-    if len(named) > len(converted):
-        kept = {tensor.data_ptr() for tensor in converted.values()}
-        dropped = [name for name, tensor in named.items() if tensor.data_ptr() not in kept]
-        refuse(source, unexpected=dropped)
+def _checked_vae(network: Any, named: Mapping[str, Tensor], whose: str) -> Checked[Any]:
+    stored = {  # the attention's 1 × 1 convolutions are linear layers in diffusers
+        name: tensor.flatten(1) if ".attn_1." in name and _is_point(tensor) else tensor
+        for name, tensor in named.items()
+    }
+    levels = len(network.config.block_out_channels)
+    return check(network, stored, lambda name: vae_name(name, levels), whose)
+
+
+def _is_point(tensor: Tensor) -> bool:
+    return tensor.ndim > 2 and tensor.shape[2:].numel() == 1
+
+
+def _wrapped(checked: Checked[Any]) -> Autoencoder:
+    return Autoencoder(checked.load()).eval()

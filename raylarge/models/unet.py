@@ -43,7 +43,7 @@ class UNet(UNet2DConditionModel):
         t: Num[Tensor, "..."] | int | float,
         context: Float[Tensor, "B n D"],
         **residuals: Any,
-    ) -> Float[Tensor, "B c h w"]:
+    ) -> Float[Tensor, "B c2 h w"]:
         """What the network predicts (noise, v or x_0; its schedule says which).
 
         Args:
@@ -61,7 +61,7 @@ class UNet(UNet2DConditionModel):
         x_t: Float[Tensor, "B c h w"],
         t: Num[Tensor, "..."] | int | float,
         context: Float[Tensor, "B n D"],
-    ) -> tuple[Float[Tensor, "B c h w"], list[Float[Tensor, "B d h2 w2"]]]:
+    ) -> tuple[Float[Tensor, "B c2 h w"], list[Float[Tensor, "B d h2 w2"]]]:
         """The prediction, and what the middle and each output block gave on the way.
 
         The list is [middle, out 0, …] in the published numbering (`return_intermediates`): at
@@ -91,13 +91,27 @@ def _outputs(unet: UNet2DConditionModel) -> list[nn.Module]:
     return found
 
 
-def build(config: UNetConfig, latent: tuple[int, int, int], context: int) -> UNet:
-    """A U-Net with fresh weights, for latents (c, h, w) and context tokens of a width."""
+def build(
+    config: UNetConfig,
+    latent: tuple[int, int, int],
+    context: int,
+    inputs: int = 0,
+    depth: int = 1,
+) -> UNet:
+    """A U-Net with fresh weights.
+
+    Args:
+        config: its size.
+        latent: channels, rows and columns of what it predicts.
+        context: width of the context tokens.
+        inputs: channels of x_t where the prediction has others; 0 where it has as many.
+        depth: transformer blocks at each place of attention; the published ones have one.
+    """
     down = ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in config.attention]
     up = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(config.attention)]
     return UNet(
         sample_size=latent[1],
-        in_channels=latent[0],
+        in_channels=inputs or latent[0],
         out_channels=latent[0],
         block_out_channels=tuple(config.channels),
         layers_per_block=config.layers,
@@ -107,4 +121,5 @@ def build(config: UNetConfig, latent: tuple[int, int, int], context: int) -> UNe
         cross_attention_dim=context,
         attention_head_dim=config.heads,
         norm_num_groups=config.groups,
+        transformer_layers_per_block=depth,
     )

@@ -2,22 +2,23 @@
 
     file -> {name: tensor} without wrappers and prefixes -> network, strictly
 
-A `.safetensors` file holds tensors alone. A torch file is a pickle: torch's restricted
-unpickler builds tensors, plain containers and the few inert classes listed here, and refuses
-everything else. No name is missing or left over in silence.
+A safetensors file, whatever it is called, holds tensors alone. A torch file is a pickle: torch's
+restricted unpickler builds tensors, plain containers and the few inert classes listed here, and
+refuses everything else. No name is missing or left over in silence, and a network owns its
+tensors: it shares none with the file or with whoever gave them.
 """
 
 from __future__ import annotations
 
 import argparse
-import pickle
+import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,7 +27,8 @@ from raylarge.errors import UserError
 State = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
-_WRAPPERS = ("state_dict", "teacher", "model")
+_WRAPPERS = ("state_dict", "ema", "teacher", "model")
+"""Where training codes put a network's tensors; an average goes before what it averages."""
 _PREFIXES = ("module.", "backbone.", "encoder.")
 
 
@@ -55,13 +57,13 @@ def content(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"there are no weights at {path}; check the path.")
     try:
-        if str(path).endswith(".safetensors"):
+        if _is_safetensors(Path(path)):
             return dict(load_file(path))
         with torch.serialization.safe_globals(list(ALLOWED)):
             found = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+    except Exception as error:  # of a damaged file torch's unpickler raises anything at all
         raise UserError(
             f"{path} cannot be opened as a file of tensors ({_reason(error)}); give a "
             f".safetensors file, or a torch file of tensors only."
@@ -77,13 +79,27 @@ def read(path: str | Path) -> State:
     Raises:
         UserError: as `content`, or no tensors in it.
     """
-    found: Mapping[str, Any] = content(path)
-    while wrapper := next((k for k in _WRAPPERS if isinstance(found.get(k), Mapping)), None):
-        found = found[wrapper]
-    state = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    state = tensors(content(path))
     if not state:
         raise UserError(f"{path} holds no named tensors; give a file of a network's weights.")
     return state
+
+
+def tensors(found: Mapping[Any, Any]) -> State:
+    """The tensors of a file's content by name, out of the wrappers of training codes.
+
+    A wrapper without tensors is passed over; values that are no tensors or arrays, and names
+    that are no strings, are left behind.
+    """
+    for wrapper in _WRAPPERS:
+        inner = found.get(wrapper)
+        if isinstance(inner, Mapping) and (named := tensors(inner)):
+            return named
+    return {
+        name: tensor
+        for name, value in found.items()
+        if isinstance(name, str) and (tensor := _tensor(value)) is not None
+    }
 
 
 def unprefixed(state: State, wanted: Iterable[str]) -> State:
@@ -100,14 +116,64 @@ def without(state: State, prefixes: tuple[str, ...]) -> State:
     return {name: value for name, value in state.items() if not name.startswith(prefixes)}
 
 
-def fill(network: Module, state: Mapping[str, Tensor], whose: str) -> Module:
-    """Load tensors into a network (which may be on the meta device), as float32 and strictly.
+@dataclass(frozen=True)
+class Checked(Generic[Module]):
+    """A network on the meta device and the tensors that fit it; none of them is read yet.
+
+    Attributes:
+        network: without values.
+        state: tensors by the network's own names, each of the shape that it wants.
+        whose: what the network is called in messages.
+    """
+
+    network: Module
+    state: State
+    whose: str
+
+    def load(self) -> Module:
+        """The network with the tensors, as float32, in evaluation mode.
+
+        Raises:
+            UserError: as `fill`.
+        """
+        return fill(self.network, self.state, self.whose)
+
+
+def check(
+    network: Module, found: Mapping[str, Tensor], stored: Callable[[str], str], whose: str
+) -> Checked[Module]:
+    """Fit tensors to a network, in the names of the file.
+
+    Args:
+        network: on the meta device.
+        found: the file's tensors.
+        stored: from a name of the network to the one that the file has for it.
+        whose: what the network is called in messages.
 
     Raises:
-        UserError: names or shapes differ; tells the first ones.
+        UserError: names or shapes differ; tells the first ones, as the file names them.
     """
-    compare(network.state_dict(), state, whose)
-    network.load_state_dict(state, assign=True)
+    wanted = network.state_dict()
+    compare({stored(name): tensor for name, tensor in wanted.items()}, found, whose)
+    return Checked(network, {name: found[stored(name)] for name in wanted}, whose)
+
+
+def fill(network: Module, state: Mapping[str, Tensor], whose: str) -> Module:
+    """Copy tensors into a network (which may be on the meta device), as float32 and strictly.
+
+    Raises:
+        UserError: names or shapes differ, or integers stand where fractions belong; tells the
+            first ones.
+    """
+    wanted = network.state_dict()
+    compare(wanted, state, whose)
+    mistyped = [
+        f"{name} {tensor.dtype}"
+        for name, tensor in state.items()
+        if tensor.is_floating_point() != wanted[name].is_floating_point()
+    ]
+    refuse(whose, mistyped=mistyped)
+    network.load_state_dict({name: _own(tensor) for name, tensor in state.items()}, assign=True)
     return network.float().eval().requires_grad_(False)
 
 
@@ -142,7 +208,7 @@ def fill_transformers(
     network, info = kind.from_pretrained(
         None,
         config=config,
-        state_dict=state,
+        state_dict={name: _own(tensor) for name, tensor in state.items()},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # told below, by name
         **options,
@@ -169,8 +235,34 @@ def refuse(whose: str, **faults: Sequence[str]) -> None:
         raise UserError(f"these are not the weights of {whose}: {'; '.join(told)}; check the file.")
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """A copy that shares nothing with a caller or a mapped file; fractions as float32."""
+    kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(kind, copy=True, memory_format=torch.contiguous_format)
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """A tensor or an array as a tensor; of anything else, nothing."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(value) if hasattr(value, "__array__") else None
+    except (TypeError, ValueError):  # an array of words or of objects
+        return None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors does: the length of a header in JSON, then that."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
 def _reason(error: Exception) -> str:
-    """The line of torch's long message that says what was refused."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if "GLOBAL" in line or "nsupported" in line]
-    return (said or lines or ["unreadable"])[0].rstrip(".")[:200]
+    """What is wrong with a file; torch's own advice, how to trust it, is not passed on."""
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if refused:
+        return f"it holds a {refused[1]}, which is no tensor"
+    if isinstance(error, PermissionError):
+        return "it may not be read"
+    return "it is damaged, or of another kind"
