@@ -3,7 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-BENCHMARKS := $(wildcard benchmarks/*.py)
 
 # Nothing here reports home.
 export RAY_USAGE_STATS_ENABLED := 0
@@ -13,7 +12,7 @@ export DO_NOT_TRACK := 1
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-cluster soak lint format bench wheel clean
+.PHONY: help demo test test-fast test-cluster soak lint format bench bench-gpu wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,9 +59,11 @@ format: $(STAMP)  ## rewrite the files as lint wants them
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## run benchmarks/*.py; ARGS='key=value'
-	@set -e; for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python $$file $(ARGS); done
-	@$(if $(BENCHMARKS),true,echo "No benchmark stands in benchmarks/ yet.")
+bench: $(STAMP)  ## measure sampling on this CPU (10 minutes); ARGS='quick=true'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sample $(ARGS)
+
+bench-gpu: $(STAMP)  ## measure full-size networks on this GPU; ARGS='size=1024 steps=10 batch=32'
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 wheel: $(STAMP)  ## dist/: the wheel and the versions that the nodes of cluster/*.yaml install
 	rm -rf build dist
