@@ -1,0 +1,154 @@
+"""Memory of one large order above that of a process that has only imported everything.
+
+    parent -> python -m benchmarks.memory SIZE STEPS BATCH -> one line of JSON: MiB by phase
+
+The ledger on disk is the plan's store and the pyramid is written band by band. The peak of a
+phase (planning, a kind of request, the store, writing) is `VmHWM`, set back before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.bundles import oracle
+from benchmarks.page import Section
+from raylarge import order as orders
+from raylarge.fleet import result
+from raylarge.fleet.facts import Facts
+from raylarge.fleet.ledger import Ledger
+from raylarge.fleet.worker import Worker
+from raylarge.models.denoiser import GaussianDenoiser
+from raylarge.sampling import joint
+from raylarge.sampling.plan import run
+
+GOAL = 1.3
+"""Times the memory of the first size that the last may take."""
+
+
+def section(sizes: Sequence[str]) -> Section:
+    """Peak memory of large orders against the first, phase by phase."""
+    found = [measured(size, 4, 16) for size in sizes]
+    peaks = [each["mib"] for each in found]
+    rows = [[phase, *(f"{each[phase]:.0f}" for each in peaks)] for phase in peaks[0]]
+    totals = [max(each.values()) for each in peaks]
+    rows.append(["whole order", *(f"{total:.0f}" for total in totals)])
+    rows.append(["times the first", *(f"{total / totals[0]:.2f}" for total in totals)])
+    rows.append(["requests", *(str(each["requests"]) for each in found)])
+    rows.append(["seconds", *(f"{each['seconds']:.0f}" for each in found)])
+    ratio = totals[-1] / totals[0]
+    return Section(
+        "Peak memory above an idle process, MiB",
+        ["while", *sizes],
+        rows,
+        [
+            f"VmHWM of a process less its memory after the imports, {found[-1]['start']:.0f} MiB; "
+            f"patches of 256 px, Gaussian denoiser, S = 4, an orthogonal autoencoder without "
+            f"weights, the ledger on disk, the pyramid streamed. A phase's figure includes what "
+            f"earlier ones left resident. The aim is {GOAL} times."
+        ],
+        [_growth(sizes[-1], max(peaks[-1], key=peaks[-1].__getitem__), ratio)]
+        if ratio > GOAL
+        else [],
+    )
+
+
+def _growth(size: str, phase: str, ratio: float) -> str:
+    """What grows: the band, in the forms in which it is held."""
+    width = int(size.split("x")[-1])
+    band = 3 * 1024 * width >> 20
+    return (
+        f"Memory: {size} takes {ratio:.2f} times what the first size takes; the aim is "
+        f"{GOAL}. The peak is in `{phase}`. It follows the width of the canvas and not the "
+        f"number of windows or requests: a band is four patches high and as wide as the image, "
+        f"{band} MiB in uint8 and {4 * band} MiB in float32. Decoding holds the sum, the quotient "
+        f"and the weights in float32, writing a copy in float32 for the metrics, and the ledger "
+        f"keeps its four last replies open, bands among them ({4 * band} MiB). The plan is small."
+    )
+
+
+def measured(size: str, steps: int, batch: int) -> dict[str, Any]:
+    """Peaks in MiB by phase and seconds of one order, in a process of its own."""
+    words = [sys.executable, "-m", "benchmarks.memory", size, str(steps), str(batch)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+class Peaks:
+    """The largest resident memory while each phase runs, above that at the start."""
+
+    def __init__(self) -> None:
+        self.start = _mib("VmRSS")
+        self.found: dict[str, float] = {}
+
+    def during(self, phase: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call something and note how much memory there was at most meanwhile."""
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as stream:
+            stream.write("5")  # the peak begins anew at what is resident now
+        reply = call(*arguments)
+        peak = _mib("VmHWM") - self.start
+        self.found[phase] = max(self.found.get(phase, 0.0), peak)
+        return reply
+
+
+class Watched(Ledger):
+    """A ledger whose reading and writing are phases."""
+
+    peaks: Peaks
+
+    def keep(self, name: str, reply: Any) -> Any:
+        """As of `Ledger`."""
+        return self.peaks.during("ledger", super().keep, name, reply)
+
+    def open(self, kept: Any) -> Any:
+        """As of `Ledger`."""
+        return self.peaks.during("ledger", super().open, kept)
+
+
+def carry_out(size: str, steps: int, batch: int, folder: str) -> dict[str, Any]:
+    """One order in this process: peaks in MiB, seconds, requests."""
+    bundle = oracle()
+    sampler = {"steps": steps, "derivative": "difference"}
+    order = orders.parse({"size": size, "batch": batch, "sampler": sampler})
+    worker = Worker(bundle, GaussianDenoiser(0.0, 1.0, bundle.schedule))
+    began, peaks = time.monotonic(), Peaks()
+    plan = peaks.during("plan", joint.plan, order, bundle.patch)
+    store = Watched(folder, order, bundle.digest)
+    store.peaks = peaks
+    peaks.during("plan", store.resume, plan)
+
+    def answer(task: Any, *inputs: Any) -> Any:
+        return peaks.during(type(task).__name__.lower(), worker.answer, task, *inputs)
+
+    made = run(plan, answer)
+    facts = Facts.of(bundle)
+    peaks.during("write", lambda: result.write(folder, order, facts, made, pyramid=True))
+    seconds, count = time.monotonic() - began, len(plan.requests)
+    return {"mib": peaks.found, "start": peaks.start, "seconds": seconds, "requests": count}
+
+
+def _mib(field: str) -> float:
+    with open("/proc/self/status") as stream:
+        lines = dict(line.split(":", 1) for line in stream)
+    return int(lines[field].split()[0]) / 1024
+
+
+def main(words: list[str]) -> None:
+    """Print the peaks of the order that the words describe."""
+    torch.set_num_threads(1)
+    size, steps, batch = words[0], int(words[1]), int(words[2])
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(carry_out(size, steps, batch, folder)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,331 @@
+"""Sampling, measured: against the published loops, by stride, in memory, by condition.
+
+python -m benchmarks.sample [quick=true] [only=speed,strides] [bundle=DIR] [out=PAGE.md]
+
+Networks are tiny and have random weights unless `bundle` gives others, so seconds say what the
+loops around them cost, and quality says what the averaging does, not what a model can. The
+whole run writes results/sample_<cores>cores_<yyyymm>.md; quick runs write only where told.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import bundles, memory, page
+from benchmarks.baseline import Average, Published
+from benchmarks.page import Section
+from raylarge import order as orders
+from raylarge import report
+from raylarge.config import parse
+from raylarge.errors import UserError
+from raylarge.fleet.worker import Worker
+from raylarge.geometry import windows
+from raylarge.images import to_float, to_uint8
+from raylarge.metrics.consistency import window_error
+from raylarge.metrics.seams import seam_ratio
+from raylarge.models.bundle import Bundle, load
+from raylarge.order import Condition, Order
+from raylarge.sampling import joint, price
+from raylarge.sampling.plan import run
+from raylarge.sampling.tasks import Task, Windows
+
+AGREE = 1e-5
+"""Largest difference of latents in float64; the guide's frames travel in float32."""
+STRIDE_GOAL = 0.1
+"""How far the cost of a window may stray from stride to stride."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and how long.
+
+    Attributes:
+        only: of speed, strides, memory and conditions.
+        side: patches along the side of the canvas of `speed`.
+        pairs: how often speed and strides are measured.
+        steps: of the sampler, in speed; strides and conditions take twice as many.
+        shares: strides, as windows per patch side: 16 is a stride of 4 of 64 latent cells.
+        sizes: of `memory`; the last is compared with the first, between them a wide one.
+        bundle: trained models for strides and conditions.
+        out: the page to write.
+    """
+
+    quick: bool = False
+    only: str = "speed,strides,memory,conditions"
+    side: int = 16
+    pairs: int = 3
+    steps: int = 1
+    shares: str = "16,8,4,2,1"
+    sizes: str = "4096,4096x16384,16384"
+    bundle: str = ""
+    out: str = ""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"side": 4, "pairs": 1, "steps": 1, "shares": "4,2,1", "sizes": "512,1024"}
+}
+
+
+def main(words: list[str]) -> None:
+    """Measure, print and write."""
+    torch.set_num_threads(1)
+    quick = "quick=true" in words
+    config = parse(Bench, ["preset=quick", *words] if quick else words, PRESETS)
+    parts = config.only.split(",")
+    if unknown := set(parts) - PARTS.keys():
+        raise UserError(f"only={','.join(sorted(unknown))} is not of {', '.join(PARTS)}.")
+    sections = []
+    for part in parts:
+        sections.append(PARTS[part](config))
+        page.show(sections[-1])
+    cores = f"{os.cpu_count()}cores"
+    out = config.out or ("" if quick else page.place("sample", cores))
+    if out:
+        title = f"Sampling on {os.cpu_count()} cores"
+        page.write(out, title, page.command("benchmarks.sample"), sections)
+
+
+def speed(config: Bench) -> Section:
+    """Ours against the published loops: the same image, interleaved."""
+    difference = disagreement()
+    bundle = bundles.tiny()
+    order, grid = conditioned(bundle, config.side, config.steps)
+    ways = {
+        "ours, batches of 16": lambda: image_of(bundle, order),
+        "published loop, one window per call": lambda: published(bundle, order, grid, 1),
+        "published loop, 16 windows per call": lambda: published(bundle, order, grid, 16),
+    }
+    interleaved(ways, 1 if config.quick else 0)  # tiny runs would measure the first call
+    spent = interleaved(ways, config.pairs)
+    ours, *_ = spent.values()
+    rows, short = [], []
+    for name, seconds in spent.items():
+        ratio = [theirs / own for theirs, own in zip(seconds, ours, strict=True)]
+        rows.append(
+            [name, _median(seconds), _median(ratio), f"{min(ratio):.2f} to {max(ratio):.2f}"]
+        )
+        if statistics.median(ratio) < 1:
+            short.append(f"Speed: `{name}` is no slower than ours ({_median(ratio)} times).")
+    return Section(
+        f"Joint image of {config.side} x {config.side} windows, S = {config.steps}, K = 1",
+        ["way", "seconds, median", "times ours, median", "range"],
+        rows,
+        [
+            f"{config.pairs} interleaved runs in one process, the same weights, decoding "
+            f"included. The loop swaps averaged parameters on every call; conditional and "
+            f"unconditional are separate calls; it decodes window by window. Latents of both in "
+            f"float64 differ by at most {difference:.1e} (asserted: {AGREE:g}), images by one "
+            f"grey level. Finite differences in both. S is small because time is; more steps weigh "
+            f"the decode less. With networks this small the ratio is "
+            f"that of calls and copies, not of arithmetic."
+        ],
+        short,
+    )
+
+
+def disagreement() -> float:
+    """Largest difference between our latents and the published loop's, asserted to be rounding."""
+    bundle = bundles.in_precision(bundles.tiny(), torch.float64)
+    order, grid = conditioned(bundle, 2, 2)
+    loop = Published(bundle, order, Average(bundle.unet))
+    theirs = loop.latents(grid.double())
+    found: dict[tuple[int, int], Tensor] = {}
+
+    def answer(task: Task, *inputs: Any) -> Any:
+        reply = Worker(bundle).answer(task, *inputs)
+        if isinstance(task, Windows):
+            found.update(zip(task.windows, reply, strict=True))
+        return reply
+
+    image = run(joint.plan(order, bundle.patch), answer).image
+    ours = torch.stack([found[place] for place in windows((2, 2), 1, 1)])
+    difference = float((ours - theirs).abs().max())
+    levels = to_uint8(loop.image(theirs, 2).float()).astype(int) - image
+    if difference > AGREE or abs(levels).max() > 1:
+        raise AssertionError(f"latents differ by {difference}, pixels by {abs(levels).max()}")
+    return difference
+
+
+def conditioned(bundle: Bundle, side: int, steps: int) -> tuple[Order, Tensor]:
+    """An order of side x side patches, and its random embeddings [C, side, side]."""
+    grid = torch.randn(side, side, bundles.WIDTH, generator=torch.Generator().manual_seed(0))
+    condition = Condition.of(grid.numpy())
+    sampler = {"steps": steps, "derivative": "difference"}
+    order = orders.parse({"size": side * bundle.patch.side_px, "sampler": sampler})
+    order = replace(order, condition=condition)
+    return order, torch.from_numpy(condition.grid()).movedim(-1, 0)
+
+
+def image_of(bundle: Bundle, order: Order) -> Any:
+    """Our result."""
+    made = run(joint.plan(order, bundle.patch), Worker(bundle).answer)
+    return made, made.image
+
+
+def published(bundle: Bundle, order: Order, grid: Tensor, together: int) -> Tensor:
+    """The published loop's image."""
+    loop = Published(bundle, order, Average(bundle.unet), together)
+    return loop.image(loop.latents(grid), grid.shape[1])
+
+
+def strides(config: Bench) -> Section:
+    """Time and seams of overlapping windows by stride (Table 8 of Graikos et al.)."""
+    bundle = load(config.bundle) if config.bundle else bundles.tiny()
+    side, steps = bundle.patch.side_lat, 2 * config.steps
+    base = canvas_order(bundle, steps)
+    each = {
+        share: replace(base, strided=replace(base.strided, share=share))
+        for share in map(int, config.shares.split(","))
+    }
+    images: dict[int, Tensor] = {}
+
+    def make(share: int) -> None:
+        images[share] = to_float(image_of(bundle, each[share])[1])
+
+    spent = interleaved({share: (lambda s=share: make(s)) for share in each}, config.pairs)
+    decoding = decoding_seconds(bundle, base, config.pairs)
+    rows, rates = [], []
+    for share, seconds in spent.items():
+        order, sampling = each[share], statistics.median(seconds) - decoding
+        length = order.size[0] // bundle.patch.factor
+        count = len(windows((length, length), side, side // share))
+        computed = price.counts(joint.plan(order, bundle.patch), order, bundle.patch).unet
+        computed //= steps * price.passes(order, order.condition.kind)
+        rates.append(1000 * sampling / steps / computed)
+        seam = seam_ratio(images[share], bundle.patch.side_px // share)
+        edge = seam_ratio(images[share], bundle.patch.side_px)
+        rows.append(
+            [64 // share, count, computed, f"{sampling:.2f}", f"{rates[-1]:.2f}",
+             f"{1000 * sampling / steps / count:.2f}", f"{seam:.3f}", f"{edge:.3f}"]
+        )  # fmt: skip
+    return _strides_section(config, rows, rates, steps, decoding)
+
+
+def _strides_section(
+    config: Bench, rows: list[list[Any]], rates: list[float], steps: int, decoding: float
+) -> Section:
+    """The table, and whether the cost per window is one figure."""
+    middle = statistics.median(rates)
+    overlapping = [rate for row, rate in zip(rows, rates, strict=True) if row[0] < 64]
+    spread = max(abs(rate / middle - 1) for rate in overlapping)
+    short = []
+    if spread > STRIDE_GOAL:
+        short.append(
+            f"Strides: milliseconds per computed window and step stray by {spread:.0%} from their "
+            f"median, {middle:.2f}; the aim is {STRIDE_GOAL:.0%}."
+        )
+    if not config.bundle:
+        short.append("Strides: with random weights no stride shows a seam; quality needs a bundle.")
+    network = "trained networks" if config.bundle else "random weights"
+    return Section(
+        f"Strided sampling by stride, 4 x 4 patches, S = {steps}, {network}",
+        ["stride of 64", "windows", "computed", "seconds", "ms per computed window-step",
+         "ms per window-step", "seam ratio at the stride", "at patch borders"],
+        rows,
+        [
+            f"Medians of {config.pairs} interleaved runs, the decode's {decoding:.2f} s taken "
+            f"off. `computed` counts the windows that fill up batches of 16. Largest deviation "
+            f"from the median cost per computed window: {spread:.0%}. A stride of 64 is no "
+            f"overlap, for comparison. The published strides are of 64 latent cells; with "
+            f"smaller patches these are the same fractions."
+        ],
+        short,
+    )  # fmt: skip
+
+
+def canvas_order(bundle: Bundle, steps: int) -> Order:
+    """Strided sampling of 4 x 4 patches, embeddings where their width is the tiny bundle's."""
+    values = {"size": 4 * bundle.patch.side_px, "algorithm": "strided", "sampler": {"steps": steps}}
+    order = orders.parse(values)
+    if bundle.summarizer.config.channels != bundles.WIDTH:
+        return order
+    return replace(order, condition=conditioned(bundle, 4, steps)[0].condition)
+
+
+def decoding_seconds(bundle: Bundle, order: Order, pairs: int) -> float:
+    """Seconds of the final decode alone, which all strides share."""
+    spent, worker = [], Worker(bundle)
+    once = replace(order, strided=replace(order.strided, share=1))
+    for _ in range(pairs):
+        here = 0.0
+
+        def answer(task: Task, *inputs: Any) -> Any:
+            nonlocal here
+            began = time.perf_counter()
+            reply = worker.answer(task, *inputs)
+            here += (type(task).__name__ == "Decode") * (time.perf_counter() - began)
+            return reply
+
+        run(joint.plan(once, bundle.patch), answer)
+        spent.append(here)
+    return statistics.median(spent)
+
+
+def conditions(config: Bench) -> Section:
+    """How fine windows are conditioned under a guide that the CDM drew."""
+    bundle = load(config.bundle) if config.bundle else bundles.tiny()
+    if bundle.cdm is None:
+        raise UserError(f"{config.bundle} has no CDM; leave conditions out of only=.")
+    rows = []
+    for fine in ("null", "independent"):
+        for inner in (0, 1):
+            sampler = {
+                "steps": 2 * config.steps if not config.bundle else 20,
+                "inner": inner,
+                "derivative": "difference",
+            }
+            condition = {"kind": "cdm", "fine": fine}
+            size = 4 * bundle.patch.side_px
+            order = orders.parse({"size": size, "sampler": sampler, "condition": condition})
+            began = time.perf_counter()
+            made, pixels = image_of(bundle, order)
+            spent, image = time.perf_counter() - began, to_float(pixels)
+            error = window_error(image, made.frames[-1])
+            seam = seam_ratio(image, bundle.patch.side_px)
+            rows.append([fine, inner, f"{error:.3f}", f"{seam:.3f}", f"{spent:.1f}"])
+    short = []
+    if not config.bundle:
+        short.append(
+            "Conditions: no trained bundle was at hand; with random weights the figures only "
+            "show that both choices run."
+        )
+    return Section(
+        "Conditions of fine windows under a guide drawn by the CDM, 4 x 4 patches",
+        ["fine windows", "K", "cross-scale error", "seam ratio", "seconds"],
+        rows,
+        short=short,
+    )
+
+
+def interleaved(ways: dict[Any, Callable[[], Any]], pairs: int) -> dict[Any, list[float]]:
+    """Seconds of each way, all in turn, as often as `pairs` says."""
+    spent: dict[Any, list[float]] = {name: [] for name in ways}
+    for _ in range(pairs):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            spent[name].append(time.perf_counter() - began)
+    return spent
+
+
+def _median(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f}"
+
+
+PARTS: dict[str, Callable[[Bench], Section]] = {
+    "speed": speed,
+    "strides": strides,
+    "memory": lambda config: memory.section(config.sizes.split(",")),
+    "conditions": conditions,
+}
+
+if __name__ == "__main__":
+    report.entry(main)
