@@ -62,7 +62,7 @@ def test_what_a_bundle_cannot_do_is_refused(values, says):
         ({"sise": 64}, "did you mean 'size'"),
         ({"size": "big"}, "not a number of pixels"),
         ({"recipe": "mine"}, "choose one of: paper, released"),
-        ({"condition": {"kind": "magic"}}, "null, cdm, embeddings or inverted"),
+        ({"condition": {"kind": "magic"}}, "null, cdm, embeddings, inverted, prior"),
         ({"condition": {"fine": "magic"}}, "null or independent"),
         ({"condition": {"draw": "magic"}}, "is not paper or released"),
         ({"seed": "x"}, "'seed'"),

@@ -262,3 +262,28 @@ def test_seams_are_fewer_after_refinement(tiny_bundle):
 def test_bad_strided_orders_are_refused(values, told):
     with pytest.raises(UserError, match=told):
         joint.plan(an_order(**values), PATCH)
+
+
+@pytest.mark.parametrize("algorithm", ["strided", "joint"])
+def test_every_plan_runs_in_half_precision(tiny_bundle, algorithm):
+    """bfloat16 networks, float32 canvases and embeddings: near the image of float32."""
+    from raylarge.models.bundle import load
+
+    grid = np.random.default_rng(0).standard_normal((2, 2, 8)).astype(np.float16)
+    order = orders.parse(
+        {
+            "size": 128,
+            "algorithm": algorithm,
+            "refine": algorithm == "joint",
+            "condition": dataclasses.asdict(Condition.of(grid)),
+            "batch": 4,
+            "sampler": {"steps": 2},
+        }
+    )
+    images = []
+    for dtype in (torch.float32, torch.bfloat16):
+        worker = Worker(load(tiny_bundle, dtype=dtype))
+        images.append(run(joint.plan(order, worker.bundle.patch), worker.answer).image)
+    away = np.abs(images[0].astype(int) - images[1])
+    assert away.mean() < 3
+    assert away.max() > 0

@@ -26,7 +26,7 @@ from raylarge.errors import UserError
 from raylarge.order import Order
 from raylarge.sampling.plan import Plan, Reply, whole
 
-RECENT = 4
+RECENT = 2
 """Replies that stay open: one that many requests take (the guide's frames) is read once."""
 
 

@@ -19,11 +19,14 @@ from jaxtyping import UInt8
 from raylarge import images, storage
 from raylarge import pyramid as pyramids
 from raylarge.fleet.facts import Facts
+from raylarge.geometry import spans
 from raylarge.metrics.consistency import WindowError
 from raylarge.metrics.seams import SeamRatio
 from raylarge.order import Order
 from raylarge.sampling.joint import Large
 
+STRIP_ROWS = 128
+"""Rows that are floats at a time."""
 PNG_PIXELS = 1 << 26
 """Larger images (8192 x 8192) are written as a pyramid alone."""
 
@@ -95,9 +98,9 @@ class _Measured:
     ) -> Iterator[np.ndarray]:
         """The bands, measured on their way, and kept where the whole image is wanted."""
         for band in bands:
-            rows = images.to_float(band)
-            for metric in (self._error, self._seams):
-                if metric is not None:
+            for first, last in spans(len(band), STRIP_ROWS):
+                rows = images.to_float(band[first:last])
+                for metric in filter(None, (self._error, self._seams)):
                     metric.add(rows)
             if kept is not None:
                 kept.append(band)

@@ -132,19 +132,20 @@ class Worker:
         return here.ask(x_t, self._estimates(task, vectors))
 
     def _estimates(self, task: Band, vectors: Tensor | None) -> bands.Estimate:
-        """What asks the denoiser for a band's windows, each under its own embedding."""
-        conditioner, plain = (
-            self.bundle.summarizer,
-            self._told_late if task.refine else self._denoiser,
-        )
+        """What asks the denoiser for a band's windows, each under its own embedding.
+
+        Canvases are float32; the networks see their own precision.
+        """
+        conditioner = self.bundle.summarizer
+        plain = self._told_late if task.refine else self._denoiser
+        null, w = conditioner.null(1), task.order.sampler.guidance
 
         def estimate(cut: Tensor, windows: list[int], t: int) -> Tensor:
             if vectors is None:
-                return plain(cut, t, conditioner.null(len(cut)).to(cut))
+                return plain(cut.to(null), t, conditioner.null(len(cut))).to(cut)
             scale = torch.full((len(cut),), task.order.scale, device=cut.device)
-            tokens = conditioner(vectors[windows][..., None, None], scale).to(cut)
-            w, null = task.order.sampler.guidance, conditioner.null(1).to(cut)
-            return guided(plain, w, null)(cut, t, tokens)
+            tokens = conditioner(vectors[windows][..., None, None], scale)
+            return guided(plain, w, null)(cut.to(null), t, tokens).to(cut)
 
         return estimate
 

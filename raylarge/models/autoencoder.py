@@ -60,7 +60,7 @@ class Autoencoder(nn.Module):
     def encode(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B c h w"]:
         """The latent of an image in [-1, 1]; its sides are multiples of `factor`."""
         if isinstance(self.network, LightAutoencoder):
-            return self.network.encode(image)
+            return self.network.encode(image.to(self.network.dtype)).to(image.dtype)
         encoded = self.network.encode(image.to(self.network.dtype), return_dict=False)[0]
         if isinstance(self.network, AutoencoderKL):
             encoded = encoded.mode()
@@ -71,7 +71,7 @@ class Autoencoder(nn.Module):
     def decode(self, latent: Float[Tensor, "B c h w"]) -> Float[Tensor, "B 3 H W"]:
         """The image of a latent, about in [-1, 1], not clamped."""
         if isinstance(self.network, LightAutoencoder):
-            return self.network.decode(latent)
+            return self.network.decode(latent.to(self.network.dtype)).to(latent.dtype)
         scale, shift = self._affine()
         latent = latent / scale + shift
         extra = {}

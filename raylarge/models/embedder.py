@@ -50,10 +50,11 @@ class VectorEmbedder(ModelMixin, ConfigMixin):
         cells, size = read(grid, size, self.config.channels)
         real = torch.arange(SLOTS, device=cells.device) < size.prod(dim=-1)[:, None]
         mean = (cells * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True)
-        tokens = [self.patch_fc(nn.functional.normalize(mean, dim=-1))]
+        weight = self.patch_fc.weight
+        tokens = [self.patch_fc(nn.functional.normalize(mean, dim=-1).to(weight))]
         if self.region_fc is not None:
             region = mean.new_zeros(len(mean), self.config.region) if region is None else region
-            tokens.append(self.region_fc(nn.functional.normalize(region, dim=-1)))
+            tokens.append(self.region_fc(nn.functional.normalize(region, dim=-1).to(weight)))
         return torch.stack(tokens, dim=1)
 
     def null(self, count: int) -> Float[Tensor, "B n D"]:

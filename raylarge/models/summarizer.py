@@ -85,7 +85,7 @@ class Summarizer(ModelMixin, ConfigMixin):
         """
         cells, size = read(grid, size, self.config.channels)
         cells = normalise(cells) if self.config.raw else cells
-        x = self._place(self.dim_reduce(cells), size.prod(dim=-1))
+        x = self._place(self.dim_reduce(cells.to(self.dim_reduce.weight)), size.prod(dim=-1))
         x = torch.cat([self.mag_embedding(scale)[:, None], x], dim=1) + self.pos_embedding
         for layer in self.encoder_layers:
             x = layer(x)
@@ -134,7 +134,7 @@ class ConvSummarizer(ModelMixin, ConfigMixin):
         cells, size = read(grid, size, self.config.channels)
         cells = normalise(cells) if self.config.raw else cells
         magnitude = self.mag_embedding(scale)
-        x = self.reduce(_spread(cells, size)) + magnitude[..., None, None]
+        x = self.reduce(_spread(cells.to(self.reduce.weight), size)) + magnitude[..., None, None]
         for layer in self.mixing:
             x = layer(nn.functional.gelu(x))
         tokens: Tensor = torch.cat([magnitude[:, None], x.flatten(2).mT], dim=1)

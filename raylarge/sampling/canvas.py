@@ -126,4 +126,4 @@ def decode_band(
             inside, there = slice(first - r, last - r), slice(first - band.top, last - band.top)
             total[:, there, k : k + side] += weight[inside] * image[:, inside]
             mass[:, there, k : k + side] += weight[inside]
-    return total / mass
+    return total.div_(mass)

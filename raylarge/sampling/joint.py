@@ -31,6 +31,8 @@ Reach = Callable[[int, int], tuple[tuple[str, ...], tuple[Group, ...], tuple[int
 """Patch rows first .. last - 1 -> what holds their latents, and where: see `plan.Decode`."""
 BAND = 4
 """Height of a decode band, in patches: windows across its border are decoded twice."""
+BAND_PATCHES = 64
+"""Patches that a band may hold: on wider canvases bands are flatter, for the memory's sake."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def _decoded(
 ) -> Plan:
     """The plan that decodes what finished requests hold, band by band."""
     bands, side = [], patch.side_px
-    for top, bottom in spans(order.size[0], BAND * side):
+    height = max(1, min(BAND, BAND_PATCHES * side // order.size[1])) * side
+    for top, bottom in spans(order.size[0], height):
         begin = touching(order.size[0], side, side // 4, top, bottom)
         names, groups, rows = reach(begin[0] // side, -(-(begin[-1] + side) // side))
         task = Decode(order.brief(), groups, top, bottom, rows)
