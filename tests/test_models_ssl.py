@@ -319,18 +319,24 @@ def test_another_networks_file_is_refused_by_name(tmp_path, vit):
 
 
 class Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/raylarge-was-here",)
+        return os.system, (f"touch {self.marker}",)
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "more": Hostile()}, tmp_path / "a.pth")
-    (tmp_path / "b.bin").write_bytes(pickle.dumps(Hostile(), protocol=2))
+    torch.save(
+        {"state_dict": {"a": torch.zeros(1)}, "more": Hostile(tmp_path / "was-here")},
+        tmp_path / "a.pth",
+    )
+    (tmp_path / "b.bin").write_bytes(pickle.dumps(Hostile(tmp_path / "was-here"), protocol=2))
     (tmp_path / "c.safetensors").write_bytes(b"no tensors at all")
     for name in ("a.pth", "b.bin", "c.safetensors"):
         with pytest.raises(UserError, match=r"cannot be opened as a file of tensors"):
             ssl.load("timm:test_vit", weights=str(tmp_path / name))
-    assert not os.path.exists("/tmp/raylarge-was-here")
+    assert not (tmp_path / "was-here").exists()
 
 
 def test_paths_and_names_that_lead_nowhere(tmp_path):

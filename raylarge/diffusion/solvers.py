@@ -68,6 +68,7 @@ _ADAMS = {
 
 def _library(name: str) -> Callable[[Denoise, Tensor, Schedule, int], Tensor]:
     def walk(denoise: Denoise, x_t: Tensor, schedule: Schedule, count: int) -> Tensor:
+        """The solver of that name."""
         import diffusers
 
         options = {"algorithm_type": "dpmsolver++"} if name.startswith("DPM") else {}

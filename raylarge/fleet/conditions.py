@@ -69,7 +69,7 @@ class Conditions:
         grid_side = min(1 << task.scale, SIDE)
         rows, columns = y.shape[1] // side, y.shape[2] // side
         cells = [(r, c) for r in range(rows) for c in range(columns)]
-        model = invert.Model(bundle.unet, bundle.summarizer, bundle.schedule)
+        model = invert.Model(bundle.unet, bundle.summarizer, bundle.schedule, bundle.unet.dtype)
         how = invert.Inversion(iterations=task.order.source.iterations)
         found: dict[tuple[int, int], Tensor] = {}
         for group in batches(len(cells), task.order.batch):

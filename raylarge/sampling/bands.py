@@ -72,7 +72,8 @@ class Canvas:
         noise = self._noise(0, self.top, self.bottom)
         if latent is None:
             return noise
-        return self.schedule.noised(latent[None], noise[None], self.steps[0].t)[0]
+        clean = latent.float()  # canvases are float32, whatever the networks are
+        return self.schedule.noised(clean[None], noise.to(clean)[None], self.steps[0].t)[0]
 
     def down(self, replies: Sequence[tuple[int, Tensor]]) -> Float[Tensor, "c rows W"]:
         """x_t of this step from the replies of the last, as (band, reply) from the top."""
@@ -111,9 +112,11 @@ class Canvas:
 
     def _step(self, x_t: Tensor, x_0: Tensor, i: int) -> Tensor:
         eta = 0.0 if self.task.refine else self.task.order.sampler.eta
-        noise = self._noise(i + 1, self.top, self.bottom) if eta or self.task.refine else None
+        if not (eta or self.task.refine):
+            return ddim(x_t, x_0, self.steps[i])
+        noise = self._noise(i + 1, self.top, self.bottom).to(x_t)
         if self.task.refine:
-            return ancestral(x_t, x_0, self.steps[i], noise)  # type: ignore[arg-type]
+            return ancestral(x_t, x_0, self.steps[i], noise)
         return ddim(x_t, x_0, self.steps[i], eta, noise)
 
     def _noise(self, step: int, top: int, bottom: int) -> Float[Tensor, "c rows W"]:

@@ -3,7 +3,8 @@
     plan -counts-> evaluations of U-Net, decoder, encoder  -models/cost-> FLOPs, seconds
 
 Padded windows count: they are computed. A forward-mode derivative counts as two evaluations
-(value and tangent), and its base point once more; a finite difference shares it.
+(value and tangent), and its base point once more; a finite difference shares it. What conditions
+the image (CDM, grid prior, inversion, ControlNet) is not counted.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def _(task: Windows, order: Order, patch: Patch) -> Counts:
     guided = task.guided_by is not None
     kind = order.condition.fine_kind if guided else order.condition.kind
     n = len(task.windows) * (task.last - task.first + (order.sampler.solver == "plms"))
-    inner = order.sampler.inner if guided else 0
+    steered = task.given and order.source.control  # a ControlNet in place of the corrections
+    inner = order.sampler.inner if guided and not steered else 0
     again = 2 if order.sampler.derivative == "difference" else 3
     return Counts(
         unet=passes(order, kind) * n * (1 + again * inner),
