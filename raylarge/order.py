@@ -33,6 +33,8 @@ class Sampler:
         guidance: w of u + w (c - u).
         inner: corrections K in every step; 0 samples without the constraint.
         correction: `encoder` (Algorithm S2) or `backprop` through the decoder (S1), as comparison.
+        constraint: where A acts: inside each `window` (released code), or on the arranged
+            `mosaic`, across the windows' borders (the paper's text).
         rate: the correction's learning rate, lambda.
         unit: divide e_img, e and g by their largest magnitude per window (released code).
         clamp: clamp the guide's frames to [-1, 1] before they constrain (released code).
@@ -47,11 +49,17 @@ class Sampler:
     guidance: float = 2.0
     inner: int = 1
     correction: str = "encoder"
+    constraint: str = "window"
     rate: float = 0.5
     unit: bool = False
     clamp: bool = False
     derivative: str = "jvp"
     step: float = 0.005
+
+    @property
+    def mosaic(self) -> bool:
+        """Whether windows hear of each other through the constraint."""
+        return self.constraint == "mosaic" and self.inner > 0
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -69,6 +77,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 KINDS = ("null", "cdm", "embeddings", "inverted", "prior")
+FINE = {"null": "null", "independent": "cdm", "inversion": "inverted", "prior": "prior"}
+"""What may condition windows under a guide that the CDM drew, and the kind that it is."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +90,12 @@ class Condition:
             base embeddings, or one such grid per patch), `inverted` (embeddings inferred from
             the image that is super-resolved), `prior` (a grid that the grid prior draws for a
             vector: a text's embedding, a label's).
-        fine: under `cdm`, how the fine windows are conditioned: `null` or `independent` draws.
+        fine: under `cdm`, what conditions the fine windows: `null`, `independent` draws of the
+            CDM, the `inversion` of the finished guide, or a draw of the `prior`.
         draw: how the CDM draws: `paper` (50 steps of DDIM) or `released` (200 respaced steps).
         data: base64 of little-endian float16 values in row-major order.
         shape: (rows, columns, channels), with the number of patches in front for patches; of a
-            vector its width alone.
+            vector its width alone. Without one a fine `prior` draws unconditionally.
         negative: the vector that the prior is led away from, packed as `data`.
         prior_guidance: w of the prior's u + w (c - u).
         prior_steps: of the prior's DDIM.
@@ -103,8 +114,8 @@ class Condition:
         object.__setattr__(self, "shape", tuple(int(side) for side in self.shape))
         if self.kind not in KINDS:
             raise UserError(f"condition.kind '{self.kind}' is not {', '.join(KINDS)}.")
-        if self.fine not in ("null", "independent"):
-            raise UserError(f"condition.fine '{self.fine}' is not null or independent.")
+        if self.fine not in FINE:
+            raise UserError(f"condition.fine '{self.fine}' is not {', '.join(FINE)}.")
         if self.draw not in RECIPES:
             raise UserError(f"condition.draw '{self.draw}' is not {' or '.join(RECIPES)}.")
 
@@ -121,9 +132,8 @@ class Condition:
 
     @property
     def fine_kind(self) -> str:
-        """How windows under a guide are conditioned: `null`, `cdm` or `embeddings`."""
-        drawn = "cdm" if self.fine == "independent" else "null"
-        return drawn if self.kind == "cdm" else self.kind
+        """How windows under a guide are conditioned, as a `kind`."""
+        return FINE[self.fine] if self.kind == "cdm" else self.kind
 
     def grid(self) -> np.ndarray:
         """The embeddings as float32.

@@ -24,18 +24,23 @@ def _cubic(x: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def bicubic_matrix(side: int, factor: int) -> np.ndarray:
+def bicubic_matrix(side: int, factor: int, rows: tuple[int, int] | None = None) -> np.ndarray:
     """D, [side / factor, side] float64: one axis of the downsampling operator A.
+
+    Args:
+        side: of what is downsampled, in pixels.
+        factor: divides it.
+        rows: first and last + 1 of those that are wanted; all, if left out.
 
     Raises:
         ValueError: the factor does not divide the side.
     """
     if side % factor:
         raise ValueError(f"a side of {side} px cannot be divided by {factor}")
-    out = side // factor
-    centres = (np.arange(out) + 0.5) * factor - 0.5
+    wanted = np.arange(*(rows or (0, side // factor)))
+    centres = (wanted + 0.5) * factor - 0.5
     reach = 2 * factor
-    matrix = np.zeros((out, side))
+    matrix = np.zeros((len(wanted), side))
     for row, centre in enumerate(centres):
         taps = np.arange(int(np.floor(centre - reach)), int(np.ceil(centre + reach)) + 1)
         weights = _cubic((taps - centre) / factor)

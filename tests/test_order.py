@@ -63,7 +63,7 @@ def test_what_a_bundle_cannot_do_is_refused(values, says):
         ({"size": "big"}, "not a number of pixels"),
         ({"recipe": "mine"}, "choose one of: paper, released"),
         ({"condition": {"kind": "magic"}}, "null, cdm, embeddings, inverted, prior"),
-        ({"condition": {"fine": "magic"}}, "null or independent"),
+        ({"condition": {"fine": "magic"}}, "null, independent, inversion, prior"),
         ({"condition": {"draw": "magic"}}, "is not paper or released"),
         ({"seed": "x"}, "'seed'"),
     ],

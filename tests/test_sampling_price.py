@@ -28,6 +28,7 @@ GRID = dataclasses.asdict(Condition.of(np.ones((2, 3, 8), np.float16)))
         {"size": "128x160", "algorithm": "strided", "sampler": {"steps": 2}},
         {"size": "128x192", "algorithm": "strided", "condition": GRID, "sampler": {"steps": 2}},
         {"size": 128, "sampler": {"steps": 2, "derivative": "difference"}},
+        {"size": "128x192", "sampler": {"steps": 2, "inner": 2, "constraint": "mosaic"}},
         {"count": 2, "sampler": {"steps": 4, "solver": "plms"}},
         {"count": 2, "sampler": {"steps": 4, "solver": "dpm++"}},
         {"count": 2, "sampler": {"steps": 4, "solver": "unipc"}},

@@ -64,8 +64,13 @@ class Conditions:
         return images.to_float(image)
 
     def invert(self, task: Invert, y: Tensor) -> Float[Tensor, "C rows columns"]:
-        """Embeddings inferred batch by batch, each patch of the image by itself."""
+        """Embeddings inferred batch by batch, each patch of the image by itself.
+
+        Args:
+            y: the image [3, rows, columns], or the guide's frames, whose last one is meant.
+        """
         bundle, side = self.bundle, self.bundle.patch.side_px
+        y = y[-1].clamp(-1, 1) if y.ndim == 4 else y
         grid_side = min(1 << task.scale, SIDE)
         rows, columns = y.shape[1] // side, y.shape[2] // side
         cells = [(r, c) for r in range(rows) for c in range(columns)]
@@ -92,7 +97,9 @@ class Conditions:
         if prior is None:
             raise UserError("the bundle has no grid prior; train one, or choose another condition.")
         condition, side = order.condition, self.bundle.patch.side_px
-        vector = torch.from_numpy(condition.grid())[None].to(self.bundle.device)
+        vector = torch.zeros(1, prior.config.vector, device=self.bundle.device)
+        if condition.shape:
+            vector = torch.from_numpy(condition.grid())[None].to(vector)
         negative = condition.against()
         u = None if negative is None else torch.from_numpy(negative)[None].to(self.bundle.device)
         rows, columns = (-(-length // side) << order.scale for length in order.size)
@@ -115,9 +122,14 @@ class Conditions:
         return tokens
 
     def _from_grid(self, task: Draw, grid: Tensor) -> Float[Tensor, "B n D"]:
-        """Each window's cells of a grid over the canvas, whose cells are base tiles or coarser."""
-        order = task.order
-        rows = -(-order.size[0] // self.bundle.patch.side_px)  # windows at the order's own scale
+        """Each window's cells of a grid, whose cells are base tiles or coarser.
+
+        The grid covers the canvas; inferred from a guide it covers the guide's square.
+        """
+        order, patch = task.order, self.bundle.patch
+        rows = -(-order.size[0] // patch.side_px)  # windows at the order's own scale
+        if task.kind == "inverted" and order.algorithm != "superres":
+            rows = 1 << (order.guide(patch).k - order.scale)
         octave = 1 << (task.scale - order.scale)
         per = max(1, grid.shape[1] * octave // rows)  # cells along a window's side
         shrink = max(1, rows // (grid.shape[1] * octave))  # windows along a cell's side

@@ -51,14 +51,21 @@ class Facts:
                 f"the embeddings have {condition.shape[-1]} channels, the bundle's Summarizer "
                 f"takes {self.channels}; embed with the encoder that the bundle was trained with."
             )
-        if condition.kind == "prior" and condition.shape != (self.prior,):
+        prior, given = self._draws_prior(order), condition.kind == "prior" or condition.shape
+        if prior and not self.prior or prior and given and condition.shape != (self.prior,):
             takes = f"takes {self.prior} values" if self.prior else "has no grid prior"
             raise UserError(
-                f"condition.kind prior: the vector has {condition.shape[0]} values, the bundle "
-                f"{takes}; give a vector of the kind that it was trained on."
+                f"condition {condition.kind}, fine {condition.fine}: the vector has the shape "
+                f"{condition.shape}, the bundle {takes}; give a vector of the kind that its prior "
+                f"was trained on, or choose another condition."
             )
         if order.source.control and not self.controlnet:
             raise UserError("source.control: the bundle has no ControlNet; leave it out.")
+
+    @staticmethod
+    def _draws_prior(order: Order) -> bool:
+        guided = order.algorithm == "joint" and not order.count
+        return "prior" in (order.condition.kind, order.condition.fine_kind if guided else "")
 
     @classmethod
     def of(cls, bundle: Bundle) -> Facts:

@@ -19,7 +19,7 @@ from raylarge.images import to_uint8
 from raylarge.models.bundle import Bundle
 from raylarge.models.denoiser import Denoiser, NetworkDenoiser, guided
 from raylarge.order import Order
-from raylarge.sampling import bands, canvas, superres, trajectory
+from raylarge.sampling import bands, canvas, mosaic, superres, trajectory
 from raylarge.sampling.tasks import (
     Band,
     Decode,
@@ -29,8 +29,9 @@ from raylarge.sampling.tasks import (
     Guide,
     Imagine,
     Invert,
+    Mosaic,
+    Parts,
     Task,
-    Traced,
     Windows,
 )
 
@@ -60,8 +61,8 @@ class Worker:
         device = self.bundle.device
         moved = [i.to(device) if isinstance(i, Tensor) else i for i in inputs]
         reply = self._answer(task, *moved)
-        if isinstance(reply, Traced):
-            return Traced(*(part.cpu() for part in reply))
+        if isinstance(reply, Parts):
+            return Parts(reply.whole.cpu(), tuple(part.cpu() for part in reply.parts))
         return reply.cpu() if isinstance(reply, Tensor) else reply
 
     @singledispatchmethod
@@ -89,7 +90,7 @@ class Worker:
         return trajectory.guide(self._networks(task.order, tokens), task, tokens)
 
     @_answer.register
-    def _windows(self, task: Windows, tokens: Tensor, *rest: Tensor) -> Tensor | Traced:
+    def _windows(self, task: Windows, tokens: Tensor, *rest: Tensor) -> Tensor | Parts:
         replies, wanted = list(rest), None
         above = replies.pop(0) if task.guided_by is not None else None
         x_t = replies.pop(0) if task.first else None
@@ -103,6 +104,10 @@ class Worker:
                 wanted = trajectory.below(above, task)
         networks = self._networks(task.order, tokens, denoiser)
         return trajectory.windows(networks, task, tokens, wanted, x_t)
+
+    @_answer.register
+    def _mosaic(self, task: Mosaic, tokens: Tensor, *rest: Tensor) -> Tensor | Parts:
+        return mosaic.answer(self._networks(task.order, tokens), task, tokens, *rest)
 
     @_answer.register
     def _decode(self, task: Decode, *latents: Tensor) -> UInt8[np.ndarray, "rows W 3"]:

@@ -56,10 +56,20 @@ def correct(
     estimate = x_0(x_t)
     image = autoencoder.decode(estimate)
     factor = image.shape[-1] // y.shape[-1]
-    e_img = scaled(upsample(y - downsample(image, factor), factor), sampler)
-    e = scaled(derivative(autoencoder.encode, image, e_img, sampler), sampler)
+    e_img = upsample(y - downsample(image, factor), factor)
+    e = encoded(autoencoder, image, e_img, sampler)
     g = scaled(derivative(x_0, x_t, e, sampler, estimate), sampler)
     return x_t + sampler.rate * g
+
+
+def encoded(
+    autoencoder: Codec,
+    image: Float[Tensor, "B 3 P P"],
+    e_img: Float[Tensor, "B 3 P P"],
+    sampler: Sampler,
+) -> Float[Tensor, "B c p p"]:
+    """e: an error of the image as one of its latent."""
+    return scaled(derivative(autoencoder.encode, image, scaled(e_img, sampler), sampler), sampler)
 
 
 def scaled(direction: Tensor, sampler: Sampler) -> Tensor:

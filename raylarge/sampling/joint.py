@@ -19,11 +19,12 @@ import numpy as np
 
 from raylarge.geometry import Patch, batches, spans
 from raylarge.order import Order
+from raylarge.sampling import draws, mosaic
 from raylarge.sampling.canvas import touching
 from raylarge.sampling.plan import Plan, Request
 from raylarge.sampling.refusals import check
 from raylarge.sampling.strided import canvas
-from raylarge.sampling.tasks import Decode, DecodeEach, Draw, Given, Guide, Imagine, Invert, Windows
+from raylarge.sampling.tasks import Decode, DecodeEach, Guide, Windows
 
 Cell = tuple[int, int]
 Group = tuple[Cell, ...]
@@ -77,13 +78,15 @@ def plan(order: Order, patch: Patch) -> Plan:
 def large(order: Order, patch: Patch) -> Plan:
     """One canvas under one guide, by way of the levels between; a single patch has no guide."""
     top, *below = order.levels_of(patch)
-    requests = _imagined(order)
+    requests = draws.grids(order, top, bool(below))
     if below:
-        drawn = Draw(_bulky(order), order.condition.kind, top, ((0, 0),))
         requests += [
-            Request("draw/guide", drawn, tuple(request.id for request in requests)),
+            draws.draw("draw/guide", order, top, ((0, 0),), guided=False),
             Request("guide", Guide(order.brief(), top), ("draw/guide",)),
         ]
+    if below and order.sampler.mosaic:
+        more, layout = mosaic.requests(order, patch, top, "guide")
+        return _decoded(order, patch, [*requests, *more], _rows(layout), True)
     level = Level(order, patch, below[0] if below else top, top if below else None)
     requests += level.requests(traced=len(below) > 1)
     for scale in below[1:]:
@@ -98,26 +101,17 @@ def large(order: Order, patch: Patch) -> Plan:
 def overlapping(order: Order, patch: Patch) -> Plan:
     """One canvas by strided sampling: no guide, windows that overlap."""
     requests, count = canvas(order, patch)
-    requests = [*_imagined(order), *requests]
+    requests = [*draws.grids(order, order.scale, False), *requests]
     return _decoded(order, patch, requests, _settled(count), False)
-
-
-def _imagined(order: Order) -> list[Request]:
-    """What must be drawn of a grid prior first."""
-    return [Request("imagined", Imagine(order))] if order.condition.kind == "prior" else []
-
-
-def _bulky(order: Order) -> Order:
-    """The order as those need it who draw: with its embeddings, if that is its condition."""
-    return order if order.condition.kind == "embeddings" else order.brief()
 
 
 def larger(order: Order, patch: Patch) -> Plan:
     """An image made larger: every window follows its block of it in all steps."""
     coarse = order.scale + order.source.octaves
-    requests = [Request("given", Given(order))]
-    if order.condition.kind == "inverted":
-        requests.append(Request("inverted", Invert(order.brief(), coarse), ("given",)))
+    requests = draws.grids(order, coarse, False)
+    if order.sampler.mosaic:
+        more, layout = mosaic.requests(order, patch, coarse, "given")
+        return _decoded(order, patch, [*requests, *more], _rows(layout), False)
     level = Level(order, patch, order.scale, coarse)
     requests += level.requests(traced=False)
     return _decoded(order, patch, requests, lambda *rows: (*level.covering(*rows), ()), False)
@@ -129,6 +123,16 @@ def _settled(count: int) -> Reach:
     def reach(first: int, last: int) -> tuple[tuple[str, ...], tuple[Group, ...], tuple[int, ...]]:
         bands = tuple(range(first, min(last, count)))
         return tuple(f"settled/{j}" for j in bands), (), bands
+
+    return reach
+
+
+def _rows(layout: mosaic.Layout) -> Reach:
+    """Where the finished latents of a mosaic are: row by row."""
+
+    def reach(first: int, last: int) -> tuple[tuple[str, ...], tuple[Group, ...], tuple[int, ...]]:
+        rows = range(first, min(last, layout.rows))
+        return tuple(f"settled/{r}" for r in rows), tuple(map(layout.windows, rows)), ()
 
     return reach
 
@@ -232,14 +236,11 @@ class Level:
 
     def requests(self, traced: bool) -> list[Request]:
         """All that takes the level's batches from tokens to latents, chunk by chunk."""
-        condition, found = self.order.condition, []
-        given = self.order.algorithm == "superres"
-        kind = condition.kind if self.above is None or given else condition.fine_kind
-        inferred = {"inverted": ("inverted",), "prior": ("imagined",)}.get(kind, ())
+        given, found = self.order.algorithm == "superres", []
+        guided = self.above is not None and not given
         for b, group in enumerate(self.groups):
             draw = self._name(b, "tokens")
-            task = Draw(_bulky(self.order), kind, self.scale, group)
-            found.append(Request(draw, task, inferred))
+            found.append(draws.draw(draw, self.order, self.scale, group, guided))
             before: tuple[str, ...] = ()
             for first, last in self._chunks():
                 above, frames_from = self._frames(group, first)

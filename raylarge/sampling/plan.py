@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from raylarge.sampling.tasks import Task, Traced
+from raylarge.sampling.tasks import Parts, Task
 
 Reply = Any
 
@@ -190,10 +190,9 @@ def whole(name: str) -> str:
 
 def _parts(id: str, reply: Reply) -> dict[str, Reply]:
     """The replies that a reply consists of, by name."""
-    if not isinstance(reply, Traced):
+    if not isinstance(reply, Parts):
         return {id: reply}
-    frames = {f"{id}#{i}": reply.frames[:, i] for i in range(reply.frames.shape[1])}
-    return {id: reply.latents, **frames}
+    return {id: reply.whole} | {f"{id}#{i}": part for i, part in enumerate(reply.parts)}
 
 
 def run(

@@ -17,7 +17,8 @@ from raylarge.order import Order
 from raylarge.sampling.bands import REFINE_STEPS
 from raylarge.sampling.canvas import touching
 from raylarge.sampling.plan import Plan
-from raylarge.sampling.tasks import Band, Decode, DecodeEach, Guide, Task, Windows
+from raylarge.sampling.mosaic import Layout
+from raylarge.sampling.tasks import Band, Decode, DecodeEach, Guide, Mosaic, Task, Windows
 
 
 def counts(plan: Plan, order: Order, patch: Patch) -> Counts:
@@ -60,6 +61,21 @@ def _(task: Windows, order: Order, patch: Patch) -> Counts:
         unet=passes(order, kind) * n * (1 + again * inner),
         decode=n * (inner + task.traced),
         encode=2 * n * inner,
+    )
+
+
+@_counts.register
+def _(task: Mosaic, order: Order, patch: Patch) -> Counts:
+    columns = Layout.of(order, patch, task.guided_by).columns
+    n = len(batches(columns, order.batch)) * order.batch
+    kind = order.condition.kind if task.given else order.condition.fine_kind
+    inner, steps = order.sampler.inner, order.sampler.steps
+    looks, moved = task.look < inner * steps, task.look > 0
+    stepped = moved and task.look % inner == 0
+    return Counts(
+        unet=passes(order, kind) * n * (looks + 2 * moved + stepped),
+        decode=n * looks,
+        encode=2 * n * moved,
     )
 
 

@@ -32,9 +32,10 @@ def check(order: Order, patch: Patch) -> None:
         _check_superres(order, patch)
     else:
         _check_canvas(order, patch)
-    if order.condition.kind == "prior":
+    if "prior" in (order.condition.kind, order.condition.fine_kind):
         _check_prior(order)
     sampler = order.sampler
+    _check_constraint(order, patch)
     if sampler.solver not in SOLVERS:
         raise UserError(f"sampler.solver '{sampler.solver}' is not {', '.join(SOLVERS)}.")
     if sampler.solver != "ddim" and (not order.count or sampler.eta):
@@ -143,10 +144,26 @@ def _check_superres(order: Order, patch: Patch) -> None:
     _check_condition(order, tuple(length // side * cells for length in order.size))
 
 
+def _check_constraint(order: Order, patch: Patch) -> None:
+    sampler = order.sampler
+    if sampler.constraint not in ("window", "mosaic"):
+        raise UserError(f"sampler.constraint '{sampler.constraint}' is not window or mosaic.")
+    if not sampler.mosaic or order.count or order.algorithm == "strided":
+        return
+    levels = 2 if order.algorithm == "superres" else len(order.levels_of(patch))
+    if sampler.correction != "encoder" or order.source.control or levels > 2:
+        raise UserError(
+            "sampler.constraint mosaic is for two scales under sampler.correction encoder: leave "
+            "out order.levels, source.control and correction=backprop, or choose window."
+        )
+
+
 def _check_prior(order: Order) -> None:
     condition = order.condition
     if order.count or order.scale or order.algorithm == "superres":
-        raise UserError("condition.kind prior is for one large image at order.scale 0.")
+        raise UserError("condition.kind or fine prior is for one large image at order.scale 0.")
+    if condition.kind == "cdm" and not condition.shape and not condition.negative:
+        return
     if len(condition.shape) != 1 or condition.prior_steps < 1 or condition.prior_guidance < 0:
         raise UserError(
             f"condition.kind prior takes one vector (condition.shape {condition.shape}), "

@@ -1,6 +1,6 @@
 """What may be asked of a worker: the whole vocabulary between plans and those who answer.
 
-    Given  Invert  Imagine  Draw  ->  Guide  Windows  Band  ->  Decode  DecodeEach
+    Given  Invert  Imagine  Draw  ->  Guide  Windows  Band  Mosaic  ->  Decode  DecodeEach
 
 A task is a value: it says all that its reply depends on, beside the replies that it takes.
 """
@@ -73,7 +73,8 @@ class Windows(Task):
 
     Takes the batch's tokens; under a coarser level the frames of the one window above, from
     step `frames_from` on, or, if `given`, the image that all steps follow; after the first
-    chunk the latents. If `traced`, the reply is a `Traced`, whose frames guide the level below.
+    chunk the latents. If `traced`, the reply is in `Parts`: window i's frames [steps, 3, P, P],
+    each step's decoded estimate, are part i, and guide the level below.
     """
 
     scale: int
@@ -112,6 +113,29 @@ class Band(Task):
 
 
 @dataclass(frozen=True)
+class Mosaic(Task):
+    """A row of windows from look to look under the constraint on the mosaic -> latents [n, c, p, p].
+
+    Takes the row's tokens and what guides it (the guide's frames, or, if `given`, an image);
+    after the first look the latents and images of the look before, then what the images of the
+    `neighbours` came to when made small. Every reply but the last is in `Parts`: the windows'
+    images [n, 3, P, P], and those made small [3, rows, columns]. (`sampling/mosaic.py`)
+
+    Attributes:
+        row: of windows, counted from the top.
+        look: counts corrections over all steps; after the last one the latents are finished.
+        neighbours: rows whose images reach into this one's pixels, from the top.
+    """
+
+    scale: int
+    row: int
+    look: int
+    guided_by: int
+    neighbours: tuple[int, ...] = ()
+    given: bool = False
+
+
+@dataclass(frozen=True)
 class Decode(Task):
     """Pixel rows top .. bottom - 1 of the canvas, blended -> uint8 [rows, columns, 3].
 
@@ -130,13 +154,8 @@ class DecodeEach(Task):
     """Separate latents, each decoded alone -> uint8 [B, P, P, 3]. Takes the latents."""
 
 
-class Traced(NamedTuple):
-    """A reply in parts: the latents, under the request's id, and window i's frames, under id#i.
+class Parts(NamedTuple):
+    """A reply in parts that others take one by one: `whole` as the request's id, part i as id#i."""
 
-    Attributes:
-        latents: [B, c, p, p].
-        frames: [steps, B, 3, P, P]: each step's decoded estimate of each window.
-    """
-
-    latents: Tensor
-    frames: Tensor
+    whole: Tensor
+    parts: tuple[Tensor, ...]

@@ -26,7 +26,7 @@ from raylarge.order import Order
 from raylarge.sampling.backprop import correct_by_backprop
 from raylarge.sampling.canvas import gather
 from raylarge.sampling.constraint import correct
-from raylarge.sampling.tasks import Guide, Traced, Windows
+from raylarge.sampling.tasks import Guide, Parts, Windows
 
 Cells = Sequence[tuple[int, int]]
 Wanted = Callable[[int], Tensor]
@@ -42,12 +42,18 @@ class Networks:
     autoencoder: Codec
     patch: Patch
 
+    def estimate(
+        self, tokens: Float[Tensor, "B n D"], x_t: Float[Tensor, "B c p p"], t: int
+    ) -> Float[Tensor, "B c p p"]:
+        """The estimate of x_0, with what is fixed for a batch of windows in front."""
+        return self.denoiser(x_t, t, tokens)
+
 
 def guide(
     networks: Networks, task: Guide, tokens: Float[Tensor, "1 n D"]
 ) -> Float[Tensor, "S1 3 P P"]:
     """The guide's whole trajectory: its S estimates decoded, then its finished image."""
-    order, walk = task.order, _Walk(networks, task.order, task.scale, ((0, 0),), tokens)
+    order, walk = task.order, Walk(networks, task.order, task.scale, ((0, 0),), tokens)
     frames, x_t = [], walk.start()
     for i, step in enumerate(networks.denoiser.schedule.steps(order.sampler.steps)):
         x_0 = networks.denoiser(x_t, step.t, tokens)
@@ -62,7 +68,7 @@ def windows(
     tokens: Float[Tensor, "B n D"],
     wanted: Wanted | None,
     x_t: Float[Tensor, "B c p p"] | None,
-) -> Float[Tensor, "B c p p"] | Traced:
+) -> Float[Tensor, "B c p p"] | Parts:
     """A batch of windows through steps first .. last - 1.
 
     Args:
@@ -72,15 +78,15 @@ def windows(
     """
     sampler, traced = task.order.sampler, []
     correction = CORRECTIONS[sampler.correction]
-    walk = _Walk(networks, task.order, task.scale, task.windows, tokens)
+    walk = Walk(networks, task.order, task.scale, task.windows, tokens)
     x_t = walk.start() if x_t is None else x_t.to(tokens)
     schedule = networks.denoiser.schedule
     if sampler.solver != "ddim":  # they remember earlier steps: all are one request
-        plain = partial(_estimate, networks.denoiser, tokens)
+        plain = partial(networks.estimate, tokens)
         return solve(plain, x_t, schedule, sampler.solver, sampler.steps)
     steps = schedule.steps(sampler.steps)
     for i in range(task.first, task.last):
-        x_0 = partial(_estimate, networks.denoiser, tokens, t=steps[i].t)
+        x_0 = partial(networks.estimate, tokens, t=steps[i].t)
         if wanted is not None:
             y = wanted(i).to(tokens)
             for _ in range(sampler.inner):
@@ -89,11 +95,7 @@ def windows(
         if task.traced:
             traced.append(networks.autoencoder.decode(estimate).float())
         x_t = walk.down(i, steps[i], x_t, estimate)
-    return Traced(x_t, torch.stack(traced)) if task.traced else x_t
-
-
-def _estimate(denoiser: Denoiser, tokens: Tensor, x_t: Tensor, t: int) -> Tensor:
-    return denoiser(x_t, t, tokens)
+    return Parts(x_t, torch.stack(traced, dim=1).unbind()) if task.traced else x_t
 
 
 def below(frames: Float[Tensor, "s 3 P P"], task: Windows) -> Wanted:
@@ -115,7 +117,7 @@ def below(frames: Float[Tensor, "s 3 P P"], task: Windows) -> Wanted:
 
 
 @dataclass(frozen=True)
-class _Walk:
+class Walk:
     """Where a batch of windows stands in the noise, and how it takes a step."""
 
     networks: Networks
@@ -125,9 +127,11 @@ class _Walk:
     like: Tensor
 
     def start(self) -> Tensor:
+        """x_T."""
         return self._noise(0)
 
     def down(self, i: int, step: Step, x_t: Tensor, x_0: Tensor) -> Tensor:
+        """The latents after step i."""
         eta = self.order.sampler.eta
         return ddim(x_t, x_0, step, eta, self._noise(i + 1) if eta else None)
 

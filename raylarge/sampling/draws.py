@@ -1,0 +1,49 @@
+"""The beginning of every plan: the requests that give its windows their conditions.
+
+prior's vector -> imagined ─┐
+image -> given -> inverted ─┼-> draw/…: tokens of a batch of windows
+guide ---------> inverted ──┘   (or straight from embeddings, the CDM, or nothing)
+"""
+
+from __future__ import annotations
+
+from raylarge.order import Order
+from raylarge.sampling.plan import Request
+from raylarge.sampling.tasks import Draw, Given, Imagine, Invert
+
+GRIDS = {"inverted": "inverted", "prior": "imagined"}
+"""Kinds of conditions that are cut out of a grid, and the request that gives it."""
+
+
+def grids(order: Order, top: int, guided: bool) -> list[Request]:
+    """What must be there before windows can draw: a prior's grid, an image, what explains it.
+
+    Args:
+        top: scale of the guide, or of the order's own image.
+        guided: whether a guide is sampled, under an id of that name.
+    """
+    found, kinds = [], {order.condition.kind}
+    if order.algorithm == "superres":
+        found.append(Request("given", Given(order)))
+    if guided:
+        kinds.add(order.condition.fine_kind)
+    if "prior" in kinds:
+        found.append(Request("imagined", Imagine(order)))
+    if "inverted" in kinds:
+        source = "guide" if guided else "given"
+        found.append(Request("inverted", Invert(order.brief(), top), (source,)))
+    return found
+
+
+def draw(
+    id: str, order: Order, scale: int, windows: tuple[tuple[int, int], ...], guided: bool
+) -> Request:
+    """Tokens of windows; under a guide, such as `condition.fine` says."""
+    kind = order.condition.fine_kind if guided else order.condition.kind
+    task = Draw(bulky(order), kind, scale, windows)
+    return Request(id, task, (GRIDS[kind],) if kind in GRIDS else ())
+
+
+def bulky(order: Order) -> Order:
+    """The order as those need it who draw: with its embeddings, if that is its condition."""
+    return order if order.condition.kind == "embeddings" else order.brief()
