@@ -99,6 +99,7 @@ class Condition:
         negative: the vector that the prior is led away from, packed as `data`.
         prior_guidance: w of the prior's u + w (c - u).
         prior_steps: of the prior's DDIM.
+        iterations: of an inversion, under kind `inverted` or fine `inversion`.
     """
 
     kind: str = "null"
@@ -109,6 +110,7 @@ class Condition:
     negative: str = ""
     prior_guidance: float = 1.0
     prior_steps: int = 50
+    iterations: int = 200
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(side) for side in self.shape))
@@ -189,13 +191,11 @@ class Source:
         image: base64 of a PNG.
         octaves: n of 2^n.
         control: by the bundle's ControlNet (the baseline) in place of the constraint.
-        iterations: of the inversion, under condition.kind `inverted`.
     """
 
     image: str = ""
     octaves: int = 2
     control: bool = False
-    iterations: int = 200
 
     def png(self) -> bytes:
         """The PNG's bytes.

@@ -17,7 +17,7 @@ from raylarge.models.prior import GridPrior
 from raylarge.order import Condition
 from raylarge.sampling import joint
 from raylarge.sampling.plan import run
-from raylarge.sampling.tasks import Draw, Imagine
+from raylarge.sampling.tasks import Draw, Imagine, Invert
 
 LABEL, OTHER = np.eye(5, dtype=np.float32)[:2]
 QUICK = {"steps": 1, "derivative": "difference"}
@@ -52,13 +52,14 @@ def carried_out(folder, order):
 
     def answer(task, *inputs):
         reply = worker.answer(task, *inputs)
-        if isinstance(task, Imagine):
+        if isinstance(task, Imagine | Invert):
             kept["grid"] = reply
         if isinstance(task, Draw):
             drawn.update({(task.scale, *w): r for w, r in zip(task.windows, reply, strict=True)})
         return reply
 
-    return run(joint.plan(order, worker.bundle.patch), answer).image, kept["grid"], drawn, worker
+    made = run(joint.plan(order, worker.bundle.patch), answer)
+    return made.image, kept.get("grid"), drawn, worker
 
 
 def test_a_label_becomes_a_large_image_under_one_guide(imagining):
@@ -73,6 +74,48 @@ def test_a_label_becomes_a_large_image_under_one_guide(imagining):
             assert torch.allclose(drawn[0, r, c], alone, atol=1e-5)
     square = torch.nn.functional.pad(grid[None], (0, 1, 0, 2), mode="replicate")
     assert torch.allclose(drawn[2, 0, 0], summarizer(square, torch.tensor([2]))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["256x256", "192x256"])
+def test_fine_windows_may_follow_the_inverted_guide(imagining, size):
+    """Its cells lie over the guide's square, so each window finds its own, also where it is cut."""
+    condition = Condition(kind="cdm", fine="inversion", iterations=2)
+    order = an_order(condition, size=size)
+    image, grid, drawn, worker = carried_out(imagining, order)
+    assert image.shape == (*order.size, 3)
+    assert grid.shape == (8, 4, 4)  # a cell for each window of the guide's square
+    assert (grid[:, 0, 0] - grid[:, 2, 3]).abs().max() > 0.1
+    for r in range(order.size[0] // 64):
+        for c in range(4):
+            cell = grid[:, r : r + 1, c : c + 1][None]
+            alone = worker.bundle.summarizer(cell, torch.tensor([0]))[0]
+            assert torch.allclose(drawn[0, r, c], alone, atol=1e-5)
+
+
+def test_windows_under_a_cascade_share_the_inverted_guides_cells(tiny_bundle, tmp_path):
+    """A guide at scale 3 with 8 x 8 cells; its windows at scale 1 take 2 x 2 of them."""
+    condition = Condition(kind="cdm", fine="inversion", iterations=1)
+    order = an_order(condition, size=512, levels="3,1,0", batch=8)
+    _, grid, drawn, worker = carried_out(tiny_bundle, order)
+    cells = grid[:, 2:4, 4:6][None]
+    alone = worker.bundle.summarizer(cells, torch.tensor([1]))[0]
+    assert torch.allclose(drawn[1, 1, 2], alone, atol=1e-5)
+
+
+def test_the_four_conditions_of_fine_windows_share_one_guide(imagining):
+    """Under a guide that the CDM drew; a prior draws with a vector or without."""
+    seen = {}
+    for fine, vector in [("null", ()), ("independent", ()), ("prior", ()), ("prior", LABEL)]:
+        drawn_from = Condition.of_vector(LABEL) if len(vector) else Condition()
+        condition = dataclasses.replace(drawn_from, kind="cdm", fine=fine)
+        order = an_order(condition, size=128)
+        facts = Facts.read(imagining)
+        facts.check(order)
+        worker = Worker(bundles.load(imagining))
+        seen[fine, len(vector)] = run(joint.plan(order, facts.patch), worker.answer)
+    images_, guides = zip(*((made.image, made.frames) for made in seen.values()), strict=True)
+    assert all(torch.equal(guides[0], guide) for guide in guides[1:])
+    assert len({image.tobytes() for image in images_}) == 4
 
 
 def test_vectors_negatives_and_seeds_change_the_grid(imagining):
@@ -124,10 +167,11 @@ def test_a_text_becomes_a_picture(tiny_bundle, tmp_path, capsys):
         ({"count": 2}, "for one large image"),
         ({"size": 128, "prior_steps": 0}, "prior_steps from 1"),
         ({"size": 128, "shape": (1, 5)}, "takes one vector"),
+        ({"size": 128, "iterations": 0}, "condition.iterations 0 starts at 1"),
     ],
 )
 def test_bad_prior_orders_are_refused(imagining, values, told):
-    of = {k: values.pop(k) for k in ("prior_steps", "shape") if k in values}
+    of = {k: values.pop(k) for k in ("prior_steps", "shape", "iterations") if k in values}
     order = an_order(dataclasses.replace(Condition.of_vector(LABEL), **of), **values)
     with pytest.raises(UserError, match=told):
         joint.plan(order, bundles.patch_of(imagining))
@@ -136,7 +180,11 @@ def test_bad_prior_orders_are_refused(imagining, values, told):
 @pytest.mark.parametrize(
     ("condition", "told"),
     [
-        (Condition.of_vector(np.ones(7)), "the vector has 7 values, the bundle takes 5"),
+        (Condition.of_vector(np.ones(7)), r"the vector has the shape \(7,\), the bundle takes 5"),
+        (
+            dataclasses.replace(Condition.of_vector(np.ones(7)), kind="cdm", fine="prior"),
+            "fine prior: the vector",
+        ),
         (Condition.of(np.ones((2, 2, 3))), "have 3 channels, the bundle's Summarizer takes 8"),
     ],
 )
@@ -155,6 +203,10 @@ def test_what_a_bundle_lacks_is_refused_with_a_cure(tiny_bundle):
         facts.check(an_order(Condition(kind="cdm"), size=128))
     with pytest.raises(UserError, match="the bundle has no grid prior"):
         facts.check(an_order(Condition.of_vector(LABEL), size=128))
+    facts = Facts.read(tiny_bundle)
+    with pytest.raises(UserError, match="the bundle has no grid prior"):
+        facts.check(an_order(Condition(kind="cdm", fine="prior"), size=128))
+    facts.check(an_order(Condition(kind="cdm", fine="prior"), count=2))  # nothing is guided
     steered = orders.parse({"size": 128, "algorithm": "superres", "source": {"control": True}})
     with pytest.raises(UserError, match="the bundle has no ControlNet"):
         facts.check(steered)

@@ -1,18 +1,31 @@
 """The price of a plan is what its workers are really asked."""
 
+import base64
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
+from raylarge import images
 from raylarge import order as orders
 from raylarge.fleet.worker import Worker
 from raylarge.models import bundle as bundles
+from raylarge.models import controlnet
+from raylarge.models.prior import GridPrior
 from raylarge.order import Condition
 from raylarge.sampling import joint, price
 from raylarge.sampling.plan import run
 
+
+
+def png(side):
+    """The base64 of a grey PNG."""
+    return base64.b64encode(images.png_bytes(np.full((side, side, 3), 90, np.uint8))).decode()
+
+
+SOURCE = {"image": png(64), "octaves": 1}
+VECTOR = dataclasses.asdict(Condition.of_vector(np.eye(5, dtype=np.float32)[0]))
 GRID = dataclasses.asdict(Condition.of(np.ones((2, 3, 8), np.float16)))
 
 
@@ -22,6 +35,17 @@ GRID = dataclasses.asdict(Condition.of(np.ones((2, 3, 8), np.float16)))
         {"count": 3},
         {"size": "128x192"},
         {"size": "128x192", "condition": {"kind": "cdm", "fine": "independent"}},
+        {"size": 128, "condition": {"kind": "cdm", "fine": "inversion", "iterations": 3}},
+        {"size": 128, "condition": {"kind": "cdm", "fine": "prior", "prior_steps": 4}},
+        {"size": 128, "condition": {**VECTOR, "prior_guidance": 2.0, "prior_steps": 4}},
+        {"size": 128, "algorithm": "superres", "source": SOURCE},
+        {"size": 128, "algorithm": "superres", "source": {**SOURCE, "control": True}},
+        {
+            "size": 256,
+            "algorithm": "superres",
+            "source": {**SOURCE, "image": png(128)},
+            "condition": {"kind": "inverted", "iterations": 2},
+        },
         {"size": "128x192", "condition": GRID, "sampler": {"steps": 2, "inner": 2}},
         {"size": 256, "levels": "2,1,0", "sampler": {"steps": 2}},
         {"size": "128x192", "refine": True, "sampler": {"steps": 2}},
@@ -35,23 +59,37 @@ GRID = dataclasses.asdict(Condition.of(np.ones((2, 3, 8), np.float16)))
     ],
 )
 def test_every_evaluation_is_counted(tiny_bundle, values, one_thread):
-    """Windows that pass through each network, forward-mode ones twice, against the price."""
-    worker = Worker(bundles.load(tiny_bundle))
+    """Windows that pass through each network, forward-mode ones twice, against the price.
+
+    The backward pass of an inversion counts as one more.
+    """
+    plain = bundles.load(tiny_bundle)
+    bundle = dataclasses.replace(
+        plain,
+        prior=GridPrior(channels=8, vector=5, width=16, blocks=1),
+        controlnet=controlnet.build(plain.unet, plain.patch.factor).eval(),
+    )
+    worker = Worker(bundle)
     order = orders.parse({"batch": 4, "sampler": {"steps": 3}, **values})
-    seen = {"unet": 0, "decode": 0, "encode": 0}
+    seen = {"unet": 0, "decode": 0, "encode": 0, "cdm": 0, "prior": 0, "control": 0}
 
     def counted(name, call):
-        def counting(x, *rest):
+        def counting(x, *rest, **more):
             level = torch._C._functorch.maybe_current_level()
-            seen[name] += len(x) * (2 if level is not None else 1)
-            return call(x, *rest)
+            twice = level is not None or torch.is_grad_enabled()
+            seen[name] += len(x) * (2 if twice else 1)
+            return call(x, *rest, **more)
 
         return counting
 
     vae = worker.bundle.vae
     vae.encode, vae.decode = counted("encode", vae.encode), counted("decode", vae.decode)
-    worker._denoiser.unet = counted("unet", worker._denoiser.unet)
-    worker._told_late.unet = counted("unet", worker._told_late.unet)
+    bundle.unet.forward = counted("unet", bundle.unet.forward)
+    bundle.cdm.forward = counted("cdm", bundle.cdm.forward)
+    bundle.controlnet.forward = counted("control", bundle.controlnet.forward)
+    bundle.prior.register_forward_hook(
+        lambda _, given, made: seen.update(prior=seen["prior"] + made[:, 0].numel())
+    )
     plan = joint.plan(order, worker.bundle.patch)
     run(plan, worker.answer)
-    assert seen == dataclasses.asdict(price.counts(plan, order, worker.bundle.patch))
+    assert seen == dataclasses.asdict(price.counts(plan, order, bundle.patch))

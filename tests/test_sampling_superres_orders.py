@@ -67,7 +67,7 @@ def test_inferred_embeddings_condition_each_window_at_its_place(tiny_bundle):
         {
             "size": "128x256",
             "algorithm": "superres",
-            "source": {"image": data, "octaves": 1, "iterations": 2},
+            "source": {"image": data, "octaves": 1},
             "condition": {"kind": "inverted"},
             "sampler": {"steps": 1, "inner": 1, "derivative": "difference"},
             "batch": 8,

@@ -75,9 +75,9 @@ class Conditions:
         rows, columns = y.shape[1] // side, y.shape[2] // side
         cells = [(r, c) for r in range(rows) for c in range(columns)]
         model = invert.Model(bundle.unet, bundle.summarizer, bundle.schedule, bundle.unet.dtype)
-        how = invert.Inversion(iterations=task.order.source.iterations)
+        how = invert.Inversion(iterations=task.order.condition.iterations)
         found: dict[tuple[int, int], Tensor] = {}
-        for group in batches(len(cells), task.order.batch):
+        for group in batches(len(cells), min(len(cells), task.order.batch)):
             here = tuple(cells[i] for i in group)
             cut = canvas.gather(y, [(r * side, c * side) for r, c in here], side)
             places = invert.Places(task.order.seed, task.scale, here)

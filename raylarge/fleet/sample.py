@@ -34,12 +34,13 @@ from raylarge.fleet.worker import Worker
 from raylarge.geometry import Patch
 from raylarge.models import bundle as bundles
 from raylarge.models import cost
-from raylarge.models.bundle import Bundle
 from raylarge.order import Condition, Order
 from raylarge.sampling import joint, price
 from raylarge.sampling.plan import Plan, arun, run
 from raylarge.sampling.tasks import Task
 
+NETWORKS = ("U-Net", "decoder", "encoder", "CDM", "grid prior (per cell)", "ControlNet")
+"""The networks of `cost.Counts`, in its order."""
 VERSIONS = ("raylarge", "torch", "diffusers", "ray")
 
 
@@ -111,23 +112,18 @@ def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
     """Print requests, evaluations, FLOPs and GPU-seconds of an order."""
     bundle = bundles.load(folder)
     counted = price.counts(plan, order, bundle.patch)
+    costs = cost.of_bundle(bundle)
+    named = zip(NETWORKS, dataclasses.astuple(counted), strict=True)
     rows = [
         ["requests", len(plan.requests)],
-        ["U-Net evaluations", counted.unet],
-        ["decoder evaluations", counted.decode],
-        ["encoder evaluations", counted.encode],
-        ["PFLOP", f"{cost.flops(counted, _costs(bundle)) / 1e15:.4g}"],
+        *([f"{name} evaluations", count] for name, count in named if count),
+        ["PFLOP", f"{cost.flops(counted, costs) / 1e15:.4g}"],
         [
             f"GPU-seconds at {config.tflops:g} TFLOP/s",
-            f"{cost.seconds(counted, _costs(bundle), config.tflops):.4g}",
+            f"{cost.seconds(counted, costs, config.tflops):.4g}",
         ],
     ]
     report.say(report.table(["what", "how much"], rows))
-
-
-def _costs(bundle: Bundle) -> cost.Costs:
-    context = bundle.summarizer.null(1).shape[1:]
-    return cost.costs(bundle.unet, bundle.vae, bundle.patch, (context[0], context[1]))
 
 
 class _Run:
@@ -200,7 +196,7 @@ def _here(config: Sample, folder: str, this: _Run) -> dict[str, str]:
     try:
         with this.log.stage("start"):
             worker = Worker(bundles.load(folder, bundles.usable_device()))
-            this.costs = _costs(worker.bundle)
+            this.costs = cost.of_bundle(worker.bundle)
 
         def answer(task: Task, *inputs: Any) -> Any:
             began = time.monotonic()

@@ -182,7 +182,8 @@ class CDM(ModelMixin, ConfigMixin):
         return self.denoise(noise.mT, RECIPES[recipe](self.schedule), scale).mT
 
 
+STEPS = {"paper": 50, "released": 200}
 RECIPES: dict[str, Callable[[Schedule], list[Step]]] = {
-    "paper": lambda schedule: schedule.steps(50),
-    "released": lambda schedule: schedule.respaced(200),
+    "paper": lambda schedule: schedule.steps(STEPS["paper"]),
+    "released": lambda schedule: schedule.respaced(STEPS["released"]),
 }

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raylarge.geometry import Patch, origins
 from raylarge.models.autoencoder import Autoencoder
+from raylarge.models.bundle import Bundle
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -33,25 +35,35 @@ class Costs:
         unet: one pass of the U-Net over one latent.
         decode: one patch from its latent.
         encode: one latent from its patch.
+        cdm: one pass of the CDM over the tokens of one window.
+        prior: one pass of the grid prior, per cell of the grid.
+        control: one pass of the ControlNet over one latent.
     """
 
     unet: float
     decode: float
     encode: float
+    cdm: float = 0.0
+    prior: float = 0.0
+    control: float = 0.0
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Evaluations of the networks, each for one window; sums of counts are counts."""
+    """Evaluations of the networks, each for one window (the prior's: for one cell of a grid).
+
+    Sums of counts are counts.
+    """
 
     unet: int = 0
     decode: int = 0
     encode: int = 0
+    cdm: int = 0
+    prior: int = 0
+    control: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.unet + other.unet, self.decode + other.decode, self.encode + other.encode
-        )
+        return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 def on_meta(network: Network) -> Network:
@@ -85,10 +97,36 @@ def forward_flops(network: nn.Module | Callable[..., Any], *inputs: Tensor) -> i
     return int(counter.get_total_flops())
 
 
+_CELLS = 16
+"""Side of the grid that a grid prior's cost per cell is taken of."""
+
+
+def of_bundle(bundle: Bundle) -> Costs:
+    """The costs of all networks of a bundle."""
+    context = bundle.summarizer.null(1).shape[1:]
+    found = costs(bundle.unet, bundle.vae, bundle.patch, (context[0], context[1]))
+    one = torch.zeros(1, dtype=torch.long)
+    if bundle.cdm is not None:
+        x_t = torch.empty(1, bundle.cdm.config.channels, bundle.cdm.config.tokens)
+        found = replace(found, cdm=float(forward_flops(bundle.cdm, x_t, one, one)))
+    if bundle.prior is not None:
+        grid = torch.empty(1, bundle.prior.config.channels, _CELLS, _CELLS)
+        vector = torch.empty(1, bundle.prior.config.vector)
+        whole = forward_flops(bundle.prior, grid, one, vector)
+        found = replace(found, prior=whole / _CELLS**2)
+    if bundle.controlnet is not None:
+        patch, network = bundle.patch, on_meta(bundle.controlnet)
+        image = torch.empty(1, 3, patch.side_px, patch.side_px, device="meta")
+        call = partial(network, controlnet_cond=image, return_dict=False)
+        x_t, tokens = torch.empty(1, *patch.latent), torch.empty(1, *context)
+        found = replace(found, control=float(forward_flops(call, x_t, one, tokens)))
+    return found
+
+
 def costs(
     unet: nn.Module, autoencoder: Autoencoder, patch: Patch, context: tuple[int, int]
 ) -> Costs:
-    """The costs of a bundle's networks.
+    """The costs of the networks that every bundle has.
 
     Args:
         unet: called as (x_t, t, context).
@@ -164,7 +202,7 @@ def decode(count: int) -> Counts:
 
 def flops(counts: Counts, costs: Costs) -> float:
     """FLOPs of all evaluations together."""
-    return counts.unet * costs.unet + counts.decode * costs.decode + counts.encode * costs.encode
+    return sum(n * each for n, each in zip(astuple(counts), astuple(costs), strict=True))
 
 
 def seconds(counts: Counts, costs: Costs, tflops: float) -> float:

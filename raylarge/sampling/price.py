@@ -3,22 +3,35 @@
     plan -counts-> evaluations of U-Net, decoder, encoder  -models/cost-> FLOPs, seconds
 
 Padded windows count: they are computed. A forward-mode derivative counts as two evaluations
-(value and tangent), and its base point once more; a finite difference shares it. What conditions
-the image (CDM, grid prior, inversion, ControlNet) is not counted.
+(value and tangent), and its base point once more; a finite difference shares it. A step of an
+inversion counts as two: forward and back. Summarizers are left out.
 """
 
 from __future__ import annotations
 
+import math
 from functools import singledispatch
 
 from raylarge.geometry import Patch, batches, origins
+from raylarge.models.cdm import STEPS as CDM_STEPS
 from raylarge.models.cost import Counts
 from raylarge.order import Order
 from raylarge.sampling.bands import REFINE_STEPS
 from raylarge.sampling.canvas import touching
 from raylarge.sampling.plan import Plan
 from raylarge.sampling.mosaic import Layout
-from raylarge.sampling.tasks import Band, Decode, DecodeEach, Guide, Mosaic, Task, Windows
+from raylarge.sampling.tasks import (
+    Band,
+    Decode,
+    DecodeEach,
+    Draw,
+    Guide,
+    Imagine,
+    Invert,
+    Mosaic,
+    Task,
+    Windows,
+)
 
 
 def counts(plan: Plan, order: Order, patch: Patch) -> Counts:
@@ -44,6 +57,29 @@ def _counts(task: Task, order: Order, patch: Patch) -> Counts:
 
 
 @_counts.register
+def _(task: Draw, order: Order, patch: Patch) -> Counts:
+    if task.kind != "cdm":
+        return Counts()
+    return Counts(cdm=CDM_STEPS[order.condition.draw] * len(task.windows))
+
+
+@_counts.register
+def _(task: Imagine, order: Order, patch: Patch) -> Counts:
+    cells = math.prod(-(-length // patch.side_px) << order.scale for length in order.size)
+    both = 1 if order.condition.prior_guidance == 1.0 else 2
+    return Counts(prior=both * order.condition.prior_steps * cells)
+
+
+@_counts.register
+def _(task: Invert, order: Order, patch: Patch) -> Counts:
+    n = 1
+    if order.algorithm == "superres":  # else the guide, one patch
+        inside = math.prod(n // (patch.side_px << order.source.octaves) for n in order.size)
+        n = sum(map(len, batches(inside, min(inside, order.batch))))
+    return Counts(unet=2 * order.condition.iterations * n, encode=n)
+
+
+@_counts.register
 def _(task: Guide, order: Order, patch: Patch) -> Counts:
     steps = order.sampler.steps
     return Counts(unet=passes(order, order.condition.kind) * steps, decode=steps + 1)
@@ -57,10 +93,12 @@ def _(task: Windows, order: Order, patch: Patch) -> Counts:
     steered = task.given and order.source.control  # a ControlNet in place of the corrections
     inner = order.sampler.inner if guided and not steered else 0
     again = 2 if order.sampler.derivative == "difference" else 3
+    unet = passes(order, kind) * n * (1 + again * inner)
     return Counts(
-        unet=passes(order, kind) * n * (1 + again * inner),
+        unet=unet,
         decode=n * (inner + task.traced),
         encode=2 * n * inner,
+        control=unet if steered else 0,
     )
 
 

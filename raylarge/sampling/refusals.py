@@ -50,6 +50,8 @@ def check(order: Order, patch: Patch) -> None:
         raise UserError(f"sampler.derivative '{sampler.derivative}' is not jvp or difference.")
     if min(order.batch, order.chunk, sampler.steps) < 1 or min(order.seed, sampler.inner) < 0:
         raise UserError("batch, chunk and sampler.steps start at 1, seed and sampler.inner at 0.")
+    if order.condition.iterations < 1:
+        raise UserError(f"condition.iterations {order.condition.iterations} starts at 1.")
     if order.batch > LIMIT_BATCH:
         raise UserError(
             f"batch {order.batch} is more than {LIMIT_BATCH}; short batches are padded."
@@ -135,10 +137,9 @@ def _check_superres(order: Order, patch: Patch) -> None:
             f"order.size {order.size} must be multiples of {whole}: the image's sides of "
             f"{whole >> octaves}."
         )
-    if order.source.iterations < 1 or order.refine or order.condition.kind == "cdm":
+    if order.refine or order.condition.kind == "cdm":
         raise UserError(
-            "superres takes source.iterations from 1, no refine, and a condition that is null, "
-            "embeddings or inverted."
+            "superres takes no refine, and a condition that is null, embeddings or inverted."
         )
     cells = 1 << order.scale
     _check_condition(order, tuple(length // side * cells for length in order.size))
