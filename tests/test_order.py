@@ -13,6 +13,7 @@ from raylarge.sampling.refusals import check
 
 PATCH = Patch(side_px=64, factor=4, channels=3, scales=4)
 GRID = np.arange(2 * 3 * 5).reshape(2, 3, 5).astype(np.float16)
+NAN = float("nan")
 
 
 def test_an_order_survives_json():
@@ -48,6 +49,14 @@ def test_the_guide_covers_the_canvas(size, k):
         ({"size": 64, "sampler": {"derivative": "exact"}}, "not jvp or difference"),
         ({"size": 64, "sampler": {"steps": 0}}, "start at 1"),
         ({"size": 64, "batch": 0}, "start at 1"),
+        ({"size": 64, "seed": -1}, "does not fit 64 bits"),
+        ({"size": 64, "sampler": {"guidance": -1}}, "guidance -1.0 is no number from 0"),
+        ({"size": 64, "sampler": {"rate": float("nan")}}, "rate nan"),
+        ({"size": 64, "sampler": {"guidance": float("inf")}}, "guidance inf"),
+        ({"size": 64, "sampler": {"eta": 1.5}}, "eta 1.5 ends at 1"),
+        ({"size": 64, "sampler": {"every": 0}}, "every start at 1"),
+        ({"size": 64, "condition": dataclasses.asdict(Condition.of(GRID[:1, :1] * NAN))}, "NaN"),
+        ({"size": 128, "condition": {"kind": "embeddings", "shape": (2, 2, 4)}}, "float16 values"),
         ({"size": 128, "condition": dataclasses.asdict(Condition.of(GRID))}, r"takes \(2, 2\)"),
     ],
 )
@@ -66,6 +75,8 @@ def test_what_a_bundle_cannot_do_is_refused(values, says):
         ({"condition": {"fine": "magic"}}, "null, independent, inversion, prior"),
         ({"condition": {"draw": "magic"}}, "is not paper or released"),
         ({"seed": "x"}, "'seed'"),
+        ({"sampler": {"interval": [0.5]}}, "not two shares"),
+        ({"sampler": {"interval": [0.5, 0.2]}}, "does not rise"),
     ],
 )
 def test_what_is_no_order_is_refused(values, says):

@@ -42,7 +42,7 @@ def latents_of(order, worker):
     def watched(task, *inputs):
         reply = worker.answer(task, *inputs)
         if isinstance(task, Windows) and task.last == order.sampler.steps:
-            found = reply.latents if task.traced else reply
+            found = reply.whole if task.traced else reply
             kept.update(
                 {(task.scale, *cell): x for cell, x in zip(task.windows, found, strict=True)}
             )

@@ -6,17 +6,20 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack as modes
 
 from raylarge import images
 from raylarge import order as orders
 from raylarge.fleet.worker import Worker
 from raylarge.models import bundle as bundles
 from raylarge.models import controlnet
+from raylarge.models.autoencoder import Autoencoder
+from raylarge.models.cost import Counts
+from raylarge.models.light import LightAutoencoder
 from raylarge.models.prior import GridPrior
 from raylarge.order import Condition
 from raylarge.sampling import joint, price
 from raylarge.sampling.plan import run
-
 
 
 def png(side):
@@ -53,6 +56,10 @@ GRID = dataclasses.asdict(Condition.of(np.ones((2, 3, 8), np.float16)))
         {"size": "128x192", "algorithm": "strided", "condition": GRID, "sampler": {"steps": 2}},
         {"size": 128, "sampler": {"steps": 2, "derivative": "difference"}},
         {"size": "128x192", "sampler": {"steps": 2, "inner": 2, "constraint": "mosaic"}},
+        {"size": "128x192", "condition": GRID, "sampler": {"every": 2, "interval": [0.2, 0.7]}},
+        {"size": "128x192", "sampler": {"inner": 2, "small": True}},
+        {"size": 128, "sampler": {"correction": "backprop"}},
+        {"size": "128x192", "sampler": {"steps": 2, "constraint": "mosaic", "small": True}},
         {"count": 2, "sampler": {"steps": 4, "solver": "plms"}},
         {"count": 2, "sampler": {"steps": 4, "solver": "dpm++"}},
         {"count": 2, "sampler": {"steps": 4, "solver": "unipc"}},
@@ -68,15 +75,16 @@ def test_every_evaluation_is_counted(tiny_bundle, values, one_thread):
         plain,
         prior=GridPrior(channels=8, vector=5, width=16, blocks=1),
         controlnet=controlnet.build(plain.unet, plain.patch.factor).eval(),
+        vae_small=Autoencoder(LightAutoencoder(width=8, blocks=1)),
     )
     worker = Worker(bundle)
     order = orders.parse({"batch": 4, "sampler": {"steps": 3}, **values})
-    seen = {"unet": 0, "decode": 0, "encode": 0, "cdm": 0, "prior": 0, "control": 0}
+    seen = dataclasses.asdict(Counts())
 
     def counted(name, call):
         def counting(x, *rest, **more):
-            level = torch._C._functorch.maybe_current_level()
-            twice = level is not None or torch.is_grad_enabled()
+            linearized = any(type(mode).__name__ == "_Tape" for mode in modes())
+            twice = linearized or torch.is_grad_enabled()
             seen[name] += len(x) * (2 if twice else 1)
             return call(x, *rest, **more)
 
@@ -84,6 +92,9 @@ def test_every_evaluation_is_counted(tiny_bundle, values, one_thread):
 
     vae = worker.bundle.vae
     vae.encode, vae.decode = counted("encode", vae.encode), counted("decode", vae.decode)
+    small = bundle.vae_small
+    small.encode = counted("small_encode", small.encode)
+    small.decode = counted("small_decode", small.decode)
     bundle.unet.forward = counted("unet", bundle.unet.forward)
     bundle.cdm.forward = counted("cdm", bundle.cdm.forward)
     bundle.controlnet.forward = counted("control", bundle.controlnet.forward)

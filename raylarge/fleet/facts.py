@@ -23,6 +23,7 @@ class Facts:
         cdm: whether it can draw conditions by itself.
         prior: width of the vectors that its grid prior takes; 0 without one.
         controlnet: whether it has one.
+        small: whether it has a small autoencoder.
         base_mpp: micrometres per pixel of scale 0, where the bundle knows them.
     """
 
@@ -32,6 +33,7 @@ class Facts:
     cdm: bool
     prior: int = 0
     controlnet: bool = False
+    small: bool = False
     base_mpp: float | None = None
 
     def check(self, order: Order) -> None:
@@ -52,7 +54,7 @@ class Facts:
                 f"takes {self.channels}; embed with the encoder that the bundle was trained with."
             )
         prior, given = self._draws_prior(order), condition.kind == "prior" or condition.shape
-        if prior and not self.prior or prior and given and condition.shape != (self.prior,):
+        if prior and (not self.prior or (given and condition.shape != (self.prior,))):
             takes = f"takes {self.prior} values" if self.prior else "has no grid prior"
             raise UserError(
                 f"condition {condition.kind}, fine {condition.fine}: the vector has the shape "
@@ -61,6 +63,8 @@ class Facts:
             )
         if order.source.control and not self.controlnet:
             raise UserError("source.control: the bundle has no ControlNet; leave it out.")
+        if order.sampler.small and not self.small:
+            raise UserError("sampler.small: the bundle has no vae_small; leave it out.")
 
     @staticmethod
     def _draws_prior(order: Order) -> bool:
@@ -77,6 +81,7 @@ class Facts:
             bundle.cdm is not None,
             0 if bundle.prior is None else int(bundle.prior.config.vector),
             bundle.controlnet is not None,
+            bundle.vae_small is not None,
             bundle.base_mpp,
         )
 
@@ -96,6 +101,7 @@ class Facts:
             "cdm" in index,
             int(parts.config(folder, "prior")["vector"]) if "prior" in index else 0,
             "controlnet" in index,
+            "vae_small" in index,
             bundles.facts(folder).get("base_mpp"),
         )
 

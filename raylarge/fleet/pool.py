@@ -30,8 +30,8 @@ from torch import Tensor
 
 from raylarge.errors import UserError
 from raylarge.fleet.facts import Facts
+from raylarge.fleet.means import Means
 from raylarge.fleet.worker import Worker
-from raylarge.models.bundle import load, usable_device
 from raylarge.report import say
 from raylarge.sampling.plan import Reply
 from raylarge.sampling.tasks import Task
@@ -103,16 +103,16 @@ async def persist(ask: Callable[[], Awaitable[Any]], what: str) -> Any:
 class PooledWorker:
     """A worker in an actor. It loads at its first call, so that errors reach the asker."""
 
-    def __init__(self, bundle: str, threads: int) -> None:
+    def __init__(self, bundle: str, means: Means) -> None:
         """Nothing is loaded yet."""
-        self._bundle, self._threads = bundle, threads
+        self._bundle, self._means = bundle, means
         self._worker: Worker | None = None
 
     def ready(self) -> None:
         """Load, unless that is done; comes back when the actor is idle."""
         if self._worker is None:
-            torch.set_num_threads(self._threads)
-            self._worker = Worker(load(self._bundle, usable_device()))
+            torch.set_num_threads(self._means.threads)
+            self._worker = Worker.opened(self._bundle, self._means)
 
     def answer(self, task: Task, *inputs: Any) -> Reply:
         """The reply to a task."""
@@ -127,17 +127,21 @@ class ActorPool:
     Args:
         bundle: the bundle's folder, visible on every node.
         workers: how many actors.
-        threads: CPU threads (and cores) of each. They decide the last bits: the same number
-            gives the same bytes, however many workers there are.
+        means: what each has. The same means give the same bytes, however many workers.
     """
 
-    def __init__(self, bundle: str, workers: int, threads: int = 1) -> None:
-        actor = ray.remote(PooledWorker).options(num_cpus=threads, max_restarts=-1)
-        self._actors = [actor.remote(bundle, threads) for _ in range(workers)]
+    def __init__(self, bundle: str, workers: int, means: Means | None = None) -> None:
+        means = means or Means()
+        some = float(ray.cluster_resources().get("GPU", 0) > 0)
+        gpus = some if means.gpus < 0 else means.gpus
+        actor = ray.remote(PooledWorker).options(
+            num_cpus=means.threads, num_gpus=gpus, max_restarts=-1
+        )
+        self._actors = [actor.remote(bundle, means) for _ in range(workers)]
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self._shelf = Shelf()
         self._coming: set[asyncio.Task[None]] = set()
-        self._threads = threads
+        self._wanted = f"{means.threads} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
     async def start(self) -> None:
         """Call the actors to work, and wait for the first; the others join as they come.
@@ -150,8 +154,9 @@ class ActorPool:
         try:
             first = await asyncio.wait_for(self._next(), PATIENCE_S)
         except (asyncio.TimeoutError, TimeoutError):
-            room = ray.cluster_resources().get("CPU", 0)
-            say(f"waiting for a worker: each wants {self._threads} of the cluster's {room:g} CPUs")
+            has = ray.cluster_resources()
+            room = f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs"
+            say(f"waiting for a worker: each wants {self._wanted} of the cluster's {room}")
             first = await self._next()
         self._idle.put_nowait(first)
 

@@ -28,6 +28,7 @@ from raylarge.errors import UserError
 from raylarge.fleet import result
 from raylarge.fleet.facts import Facts
 from raylarge.fleet.ledger import Ledger
+from raylarge.fleet.means import Means
 from raylarge.fleet.reference import region
 from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
@@ -39,7 +40,10 @@ from raylarge.sampling import joint, price
 from raylarge.sampling.plan import Plan, arun, run
 from raylarge.sampling.tasks import Task
 
-NETWORKS = ("U-Net", "decoder", "encoder", "CDM", "grid prior (per cell)", "ControlNet")
+NETWORKS = (
+    *("U-Net", "decoder", "encoder", "CDM", "grid prior (per cell)", "ControlNet"),
+    *("small decoder", "small encoder"),
+)
 """The networks of `cost.Counts`, in its order."""
 VERSIONS = ("raylarge", "torch", "diffusers", "ray")
 
@@ -53,8 +57,11 @@ class Sample:
         out: the folder to write into.
         order: the keys of `order.Order`, such as `order.size=512 order.recipe=released`.
         workers: Ray actors; 0 samples in this process.
-        threads: CPU threads of each worker. They decide the last bits: more threads give
-            another image in the last digits, more workers do not.
+        threads: CPU threads of each worker; like the two below they decide the last bits of
+            the image, which more workers do not.
+        dtype: of the networks: float32, bfloat16 or float16.
+        compile: compile the networks where no derivative is taken: slow to start, faster then.
+        gpus: GPUs of each worker on Ray; -1 is one if the cluster has any.
         reference: `DATA` or `DATA:slide_id`, whose embeddings condition the image.
         at: `row,column` of the region's first base tile; left out: the first that has them all.
         image: a PNG to make larger by `order.source.octaves` (`order.algorithm` superres).
@@ -72,6 +79,9 @@ class Sample:
     order: dict[str, Any] = field(default_factory=dict)
     workers: int = 0
     threads: int = 1
+    dtype: str = "float32"
+    compile: bool = False
+    gpus: float = -1.0
     reference: str = ""
     at: Any = None
     image: str = ""
@@ -82,6 +92,15 @@ class Sample:
     dry_run: bool = False
     tflops: float = 200.0
 
+    @property
+    def means(self) -> Means:
+        """What each worker has.
+
+        Raises:
+            UserError: a value that means nothing.
+        """
+        return Means(self.threads, self.dtype, self.compile, self.gpus)
+
 
 def sample(config: Sample, log: report.Report) -> dict[str, str]:
     """Carry out the order, unless its image is there already; file name -> path.
@@ -89,9 +108,10 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     Raises:
         UserError: no bundle, an order or a reference that does not fit, lost workers.
     """
-    if config.workers < 0 or config.threads < 1:
-        raise UserError("workers starts at 0 (no Ray, in this process) and threads at 1.")
-    folder, out = storage.absolute(config.bundle), storage.absolute(config.out)
+    if config.workers < 0:
+        raise UserError(f"workers starts at 0 (no Ray, in this process), not {config.workers}.")
+    means = config.means
+    folder = storage.absolute(config.bundle)
     facts = Facts.read(folder)
     order = _order(config, facts.patch)
     facts.check(order)
@@ -100,12 +120,13 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
         _say_price(config, folder, order, plan)
         return {}
     known = log.facts
-    same = known.get("order") == order.digest and known.get("bundle") == facts.digest
+    wanted = (order.digest, facts.digest, means.name)
+    same = (known.get("order"), known.get("bundle"), known.get("means", "")) == wanted
     if same and all(storage.exists(path) for path in known["files"].values()):
         report.say("this order was carried out before; nothing is left to do")
         return dict(known["files"])
     carry_out = _on_ray if config.workers else _here
-    return carry_out(config, folder, _Run(out, order, facts, plan, log))
+    return carry_out(config, folder, _Run(config, order, facts, plan, log))
 
 
 def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
@@ -130,11 +151,17 @@ class _Run:
     """An order under way: its plan, as far as an earlier run has brought it, and its ledger."""
 
     def __init__(
-        self, out: str, order: Order, facts: Facts, plan: Plan, log: report.Report
+        self,
+        config: Sample,
+        order: Order,
+        facts: Facts,
+        plan: Plan,
+        log: report.Report,
     ) -> None:
-        self.out, self.order, self.facts, self.plan, self.log = out, order, facts, plan, log
+        self.out, self.means = storage.absolute(config.out), config.means
+        self.order, self.facts, self.plan, self.log = order, facts, plan, log
         log.facts = {"stages": {}}  # of an earlier order, whose files this one replaces
-        self.ledger = Ledger(out, order, facts.digest)
+        self.ledger = Ledger(self.out, order, facts.digest + self.means.name)
         self.resumed = self.ledger.resume(plan)
         self.phases: dict[str, float] = {}
         self.costs: cost.Costs | None = None
@@ -179,6 +206,7 @@ class _Run:
         self.log.add(
             order=self.order.digest,
             bundle=self.facts.digest,
+            means=self.means.name,
             seed=self.order.seed,
             versions={name: version(name) for name in VERSIONS},
             files=files,
@@ -195,7 +223,7 @@ def _here(config: Sample, folder: str, this: _Run) -> dict[str, str]:
     torch.set_num_threads(config.threads)
     try:
         with this.log.stage("start"):
-            worker = Worker(bundles.load(folder, bundles.usable_device()))
+            worker = Worker.opened(folder, this.means)
             this.costs = cost.of_bundle(worker.bundle)
 
         def answer(task: Task, *inputs: Any) -> Any:
@@ -220,7 +248,7 @@ def _on_ray(config: Sample, folder: str, this: _Run) -> dict[str, str]:
 async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
     from raylarge.fleet.pool import ActorPool  # knows Ray, which workers=0 does without
 
-    pool = ActorPool(folder, config.workers, config.threads)
+    pool = ActorPool(folder, config.workers, this.means)
     try:
         with this.log.stage("start"):
             await pool.start()

@@ -6,7 +6,7 @@ answers in a notebook (`plan.run`), in an actor pool and behind Ray Serve.
 
 from __future__ import annotations
 
-from functools import singledispatchmethod
+from functools import partial, singledispatchmethod
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from raylarge.fleet.conditions import Conditions
+from raylarge.fleet.means import Means
 from raylarge.images import to_uint8
-from raylarge.models.bundle import Bundle
+from raylarge.models.autoencoder import Codec
+from raylarge.models.bundle import Bundle, load, usable_device
 from raylarge.models.denoiser import Denoiser, NetworkDenoiser, guided
 from raylarge.order import Order
 from raylarge.sampling import bands, canvas, mosaic, superres, trajectory
@@ -42,14 +44,28 @@ class Worker:
     Args:
         bundle: the models.
         denoiser: in place of the bundle's own, for closed-form tests.
+        compiled: whether to compile what no derivative is taken of.
     """
 
-    def __init__(self, bundle: Bundle, denoiser: Denoiser | None = None) -> None:
-        self.bundle = bundle
-        self._denoiser = denoiser or bundle.denoiser()
+    def __init__(
+        self, bundle: Bundle, denoiser: Denoiser | None = None, compiled: bool = False
+    ) -> None:
+        self.bundle, self._codec = bundle, bundle.vae
+        fast = None
+        if compiled:
+            fast = torch.compile(bundle.unet, dynamic=False)
+            self._codec = _Compiled(bundle.vae)
+        network = partial(NetworkDenoiser, bundle.unet, bundle.schedule, compiled=fast)
+        self._denoiser = denoiser or network()
         self._conditions = Conditions(bundle)
         # The released seam removal tells its network t + 1, and so does ours.
-        self._told_late = denoiser or NetworkDenoiser(bundle.unet, bundle.schedule, late=1)
+        self._told_late = denoiser or network(late=1)
+
+    @classmethod
+    def opened(cls, folder: str, means: Means) -> Worker:
+        """The worker of a bundle's folder, on whatever device this process may use."""
+        bundle = load(folder, usable_device(), means.torch_dtype)
+        return cls(bundle, compiled=means.compile)
 
     @torch.no_grad()
     def answer(self, task: Task, *inputs: Any) -> Any:
@@ -117,7 +133,7 @@ class Worker:
         else:
             latent, first = canvas.arranged(latents, task.windows, order.size[1] // patch.factor)
         band = canvas.Band(task.top, task.bottom, order.size[0], first * patch.side_lat)
-        image = canvas.decode_band(self.bundle.vae, latent, band, patch, order.batch)
+        image = canvas.decode_band(self._codec, latent, band, patch, order.batch)
         return to_uint8(image)
 
     @_answer.register
@@ -143,26 +159,36 @@ class Worker:
         """
         conditioner = self.bundle.summarizer
         plain = self._told_late if task.refine else self._denoiser
-        null, w = conditioner.null(1), task.order.sampler.guidance
+        null, sampler = conditioner.null(1), task.order.sampler
 
         def estimate(cut: Tensor, windows: list[int], t: int) -> Tensor:
             if vectors is None:
                 return plain(cut.to(null), t, conditioner.null(len(cut))).to(cut)
             scale = torch.full((len(cut),), task.order.scale, device=cut.device)
             tokens = conditioner(vectors[windows][..., None, None], scale)
-            return guided(plain, w, null)(cut.to(null), t, tokens).to(cut)
+            asked = guided(plain, sampler.guidance, null, sampler.interval)
+            return asked(cut.to(null), t, tokens).to(cut)
 
         return estimate
 
     @_answer.register
     def _decode_each(self, task: DecodeEach, latents: Tensor) -> UInt8[np.ndarray, "B P P 3"]:
-        return to_uint8(self.bundle.vae.decode(latents))
+        return to_uint8(self._codec.decode(latents))
 
     def _networks(
         self, order: Order, tokens: Tensor, denoiser: Denoiser | None = None
     ) -> trajectory.Networks:
         """Guided, unless the tokens are the null condition, which guidance would not change."""
         null = self.bundle.summarizer.null(1).to(tokens)
-        w = 1.0 if torch.equal(tokens, null.expand_as(tokens)) else order.sampler.guidance
-        denoiser = guided(denoiser or self._denoiser, w, null)
-        return trajectory.Networks(denoiser, self.bundle.vae, self.bundle.patch)
+        sampler, bundle = order.sampler, self.bundle
+        w = 1.0 if torch.equal(tokens, null.expand_as(tokens)) else sampler.guidance
+        denoiser = guided(denoiser or self._denoiser, w, null, sampler.interval)
+        small = bundle.vae_small if sampler.small else None
+        return trajectory.Networks(denoiser, self._codec, bundle.patch, small)
+
+
+class _Compiled:
+    """An autoencoder whose decoder is compiled; derivatives are taken of the encoder alone."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.encode, self.decode = codec.encode, torch.compile(codec.decode, dynamic=False)

@@ -52,6 +52,7 @@ class Bundle:
     device: str = "cpu"
     prior: Any = None
     controlnet: Any = None
+    vae_small: Any = None
     base_mpp: float | None = None
 
     def denoiser(self) -> Denoiser:
@@ -177,20 +178,38 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
     parts: dict[str, Any] = {
         name: files.part(folder, name, dtype) if name in index else None for name in PARTS
     }
-    if isinstance(parts["vae"], AutoencoderTiny):
-        parts["vae"] = parts["vae"].float()
     fast = dtype != torch.float32 or device != "cpu"
     layout = torch.channels_last if fast else torch.preserve_format
     for part in filter(None, parts.values()):
+        if isinstance(part, AutoencoderTiny):
+            part.float()
         part.to(device).to(memory_format=layout)
     return Bundle(
-        **{**parts, "vae": Autoencoder(parts["vae"])},
+        **{**parts, **_codecs(folder, parts)},
         schedule=_schedule(folder),
         patch=patch_of(folder),
         digest=digest(folder),
         device=device,
         base_mpp=facts(folder).get("base_mpp"),
     )
+
+
+def _codecs(folder: str, parts: dict[str, Any]) -> dict[str, Autoencoder]:
+    """The autoencoder, and the small one where there is one, which must have the same latent.
+
+    Raises:
+        UserError: it has another factor or other channels.
+    """
+    found = {
+        name: Autoencoder(parts[name]) for name in ("vae", "vae_small") if parts[name] is not None
+    }
+    wanted, *given = ((codec.factor, codec.channels) for codec in found.values())
+    if given not in ([], [wanted]):
+        raise UserError(
+            f"{storage.join(folder, 'vae_small')} has factor and channels {given[0]}, the "
+            f"bundle's vae {wanted}; distil one from that vae, or take it out of {files.INDEX}."
+        )
+    return found
 
 
 def load_autoencoder(folder: str) -> Any:

@@ -38,6 +38,8 @@ class Costs:
         cdm: one pass of the CDM over the tokens of one window.
         prior: one pass of the grid prior, per cell of the grid.
         control: one pass of the ControlNet over one latent.
+        small_decode: as `decode`, of the small autoencoder.
+        small_encode: as `encode`, of the small autoencoder.
     """
 
     unet: float
@@ -46,6 +48,8 @@ class Costs:
     cdm: float = 0.0
     prior: float = 0.0
     control: float = 0.0
+    small_decode: float = 0.0
+    small_encode: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Counts:
     cdm: int = 0
     prior: int = 0
     control: int = 0
+    small_decode: int = 0
+    small_encode: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
@@ -114,6 +120,9 @@ def of_bundle(bundle: Bundle) -> Costs:
         vector = torch.empty(1, bundle.prior.config.vector)
         whole = forward_flops(bundle.prior, grid, one, vector)
         found = replace(found, prior=whole / _CELLS**2)
+    if bundle.vae_small is not None:
+        small = costs(bundle.unet, bundle.vae_small, bundle.patch, (context[0], context[1]))
+        found = replace(found, small_decode=small.decode, small_encode=small.encode)
     if bundle.controlnet is not None:
         patch, network = bundle.patch, on_meta(bundle.controlnet)
         image = torch.empty(1, 3, patch.side_px, patch.side_px, device="meta")
@@ -165,9 +174,8 @@ def joint(patches: int, steps: int, inner: int, guided: int = 2, again: int = 1)
         steps: S.
         inner: K; 0 is sampling without the constraint.
         guided: g, 2 under classifier-free guidance and 1 without.
-        again: m; 1 shares the finite difference's base point with the step's own estimate, 2
-            estimates again after the move, 3 evaluates the base point once more for the
-            derivative, as forward mode does.
+        again: m; 2 is a pass of the derivative and the estimate after the move; 1 leaves the
+            latter out, 3 evaluates the base point once more, as `torch.func.jvp` does.
     """
     corrections = patches * steps * inner
     return Counts(

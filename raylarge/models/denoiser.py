@@ -7,13 +7,24 @@ closed-form Gaussian is a model too: with it every sampler is tested without wei
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from raylarge.diffusion.linearize import linearizing
 from raylarge.diffusion.schedule import Schedule
+from raylarge.order import ALWAYS
+
+
+@runtime_checkable
+class Estimate(Protocol):
+    """The estimate of x_0 under a context that is fixed."""
+
+    def __call__(self, x_t: Tensor, t: int) -> Tensor:
+        """The estimate of x_0."""
+        ...
 
 
 @runtime_checkable
@@ -33,43 +44,98 @@ class NetworkDenoiser:
     """A U-Net as a denoiser, whatever the schedule says that it predicts.
 
     `late` is added to the timestep that the network is told: the released large-image loops
-    tell it t + 1 (0 is what the networks were trained with).
+    tell it t + 1 (0 is what the networks were trained with). `compiled` is the same U-Net,
+    compiled, and is asked wherever no derivative is wanted.
     """
 
-    def __init__(self, unet: Callable[..., Tensor], schedule: Schedule, late: int = 0) -> None:
+    def __init__(
+        self,
+        unet: Callable[..., Tensor],
+        schedule: Schedule,
+        late: int = 0,
+        compiled: Callable[..., Tensor] | None = None,
+    ) -> None:
         self.unet, self.schedule, self.late = unet, schedule, late
+        self.compiled = compiled
 
     def __call__(
         self, x_t: Float[Tensor, "B c h w"], t: int, context: Float[Tensor, "B n D"]
     ) -> Float[Tensor, "B c h w"]:
         """x_0 of the prediction, in the U-Net's own precision."""
-        return self.schedule.x_0(x_t, self.unet(x_t, t + self.late, context), t)
+        return self._x_0(context, x_t, t)
+
+    def bound(self, context: Float[Tensor, "B n D"]) -> Estimate:
+        """As `bound` says; tokens' keys and values stay."""
+        prepare = getattr(self.unet, "context", None)
+        prepared = prepare(context) if prepare else context
+        return lambda x_t, t: self._x_0(prepared, x_t, t)
+
+    def _x_0(self, context: Any, x_t: Tensor, t: int) -> Tensor:
+        told = t + self.late
+        if self.compiled is None or linearizing():
+            return self.schedule.x_0(x_t, self.unet(x_t, told, context), t)
+        timestep = torch.tensor(told, device=x_t.device)  # a number would be compiled in
+        return self.schedule.x_0(x_t, self.compiled(x_t, timestep, context), t)
 
 
 class Guided:
     """Classifier-free guidance in its standard form: u + w (c - u), both in one batch.
 
     u is the estimate under `null`, the tokens of no condition [1, n, D]; zeros, as in ZoomLDM,
-    if left out. x_0 is affine in eps: guiding either is the same.
+    if left out. x_0 is affine in eps: guiding either is the same. Timesteps outside of
+    `interval`, shares of the schedule, are not guided (Kynkaanniemi et al. 2024).
     """
 
-    def __init__(self, denoiser: Denoiser, w: float, null: Tensor | None = None) -> None:
-        self.denoiser, self.w, self.null = denoiser, w, null
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        w: float,
+        null: Tensor | None = None,
+        interval: tuple[float, float] = ALWAYS,
+    ) -> None:
+        self.denoiser, self.w, self.null, self.interval = denoiser, w, null, interval
         self.schedule = denoiser.schedule
 
     def __call__(
         self, x_t: Float[Tensor, "B c h w"], t: int, context: Float[Tensor, "B n D"]
     ) -> Float[Tensor, "B c h w"]:
         """The guided estimate of x_0."""
+        return self.bound(context)(x_t, t)
+
+    def bound(self, context: Float[Tensor, "B n D"]) -> Estimate:
+        """As `bound` says."""
         null = torch.zeros_like(context) if self.null is None else self.null.expand_as(context)
-        contexts = torch.cat([context, null.to(context)])
-        c, u = self.denoiser(torch.cat([x_t, x_t]), t, contexts).chunk(2)
-        return u + self.w * (c - u)
+        both = bound(self.denoiser, torch.cat([context, null.to(context)]))
+        alone = both if self.interval == ALWAYS else bound(self.denoiser, context)
+
+        def estimate(x_t: Tensor, t: int) -> Tensor:
+            if not within(self.interval, t / self.schedule.length):
+                return alone(x_t, t)
+            c, u = both(torch.cat([x_t, x_t]), t).chunk(2)
+            return u + self.w * (c - u)
+
+        return estimate
 
 
-def guided(denoiser: Denoiser, w: float, null: Tensor | None = None) -> Denoiser:
+def within(interval: tuple[float, float], share: float) -> bool:
+    """Whether a share of the schedule lies in an interval, its ends included."""
+    return interval[0] <= share <= interval[1]
+
+
+def bound(denoiser: Denoiser, context: Float[Tensor, "B n D"]) -> Estimate:
+    """The estimate under a context that stays: what depends on it alone is computed once."""
+    bind = getattr(denoiser, "bound", None)
+    return bind(context) if bind else lambda x_t, t: denoiser(x_t, t, context)
+
+
+def guided(
+    denoiser: Denoiser,
+    w: float,
+    null: Tensor | None = None,
+    interval: tuple[float, float] = ALWAYS,
+) -> Denoiser:
     """A denoiser under guidance w; w = 1 is the denoiser itself."""
-    return denoiser if w == 1.0 else Guided(denoiser, w, null)
+    return denoiser if w == 1.0 else Guided(denoiser, w, null, interval)
 
 
 def standard_guidance(published: float) -> float:

@@ -32,13 +32,15 @@ from raylarge.models.summarizer import ConvSummarizer, Summarizer
 from raylarge.models.unet import UNet
 
 FORMAT = 2
+_CODECS: dict[str, Any] = {
+    "LightAutoencoder": LightAutoencoder,
+    "VQModel": VQModel,
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
+}
 PARTS: dict[str, dict[str, Any]] = {
-    "vae": {
-        "LightAutoencoder": LightAutoencoder,
-        "VQModel": VQModel,
-        "AutoencoderKL": AutoencoderKL,
-        "AutoencoderTiny": AutoencoderTiny,
-    },
+    "vae": _CODECS,
+    "vae_small": _CODECS,
     "unet": {"UNet2DConditionModel": UNet},
     "summarizer": {
         "Summarizer": Summarizer,

@@ -14,6 +14,9 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from raylarge.models import attention
+from raylarge.models.attention import Context
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -37,18 +40,29 @@ class UNetConfig:
 class UNet(UNet2DConditionModel):
     """`UNet2DConditionModel` called as (x_t, t, context); its folder loads into diffusers."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        attention.attend(self)
+
+    # The signature names the config's keys to diffusers.
+    __init__.__wrapped__ = UNet2DConditionModel.__init__  # type: ignore[attr-defined]
+
+    def context(self, tokens: Float[Tensor, "B n D"]) -> Context:
+        """Tokens as a context for many calls, for which its part is computed once."""
+        return attention.context(self, tokens)
+
     def forward(
         self,
         x_t: Float[Tensor, "B c h w"],
         t: Num[Tensor, "..."] | int | float,
-        context: Float[Tensor, "B n D"],
+        context: Float[Tensor, "B n D"] | Context,
         **residuals: Any,
     ) -> Float[Tensor, "B c2 h w"]:
         """What the network predicts (noise, v or x_0; its schedule says which).
 
         Args:
             t: timesteps, one per sample or one for all; fractions are allowed.
-            context: conditioning tokens.
+            context: conditioning tokens, or what `context` made of them.
             residuals: a ControlNet's additions (`down_block_additional_residuals`, …).
         """
         output: Tensor = super().forward(

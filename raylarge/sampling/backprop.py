@@ -19,7 +19,7 @@ from torch import Tensor
 from raylarge.models.autoencoder import Codec
 from raylarge.order import Sampler
 from raylarge.resample import downsample
-from raylarge.sampling.constraint import Function, derivative, scaled
+from raylarge.sampling.constraint import Function, differentiated, scaled
 
 
 def correct_by_backprop(
@@ -34,12 +34,10 @@ def correct_by_backprop(
     Arguments as of `constraint.correct`; windows never meet.
     """
     with torch.no_grad():
-        estimate = x_0(x_t).detach()
+        estimate, along = differentiated(x_0, x_t, sampler)
     with torch.enable_grad():
-        estimate.requires_grad_()
+        estimate = estimate.detach().requires_grad_()
         image = autoencoder.decode(estimate)
         error = downsample(image, image.shape[-1] // y.shape[-1]) - y
         (gradient,) = torch.autograd.grad(error.square().sum(), estimate)
-    e = scaled(-gradient, sampler)
-    g = scaled(derivative(x_0, x_t, e, sampler), sampler)
-    return x_t + sampler.rate * g
+    return x_t + sampler.rate * scaled(along(scaled(-gradient, sampler)), sampler)

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from raylarge.diffusion.linearize import linearize
 from raylarge.models.autoencoder import Codec
 from raylarge.order import Sampler
 from raylarge.resample import downsample, upsample
@@ -25,19 +24,16 @@ from raylarge.resample import downsample, upsample
 Function = Callable[[Tensor], Tensor]
 
 
-def derivative(
-    f: Function, at: Tensor, along: Tensor, sampler: Sampler, value: Tensor | None = None
-) -> Tensor:
-    """The directional derivative of f.
+def differentiated(f: Function, at: Tensor, sampler: Sampler) -> tuple[Tensor, Function]:
+    """The value of f at a point, and its derivative there by direction: a pass each.
 
-    `jvp` is exact in every precision; `difference` is the papers' (f(x + d v) - f(x)) / d,
-    which loses its digits in half precision, and asks f once where its value is known.
+    `jvp` is exact in every precision (`diffusion/linearize.py`); `difference` is the papers'
+    (f(x + d v) - f(x)) / d, which loses its digits in half precision.
     """
-    if sampler.derivative == "difference":
-        value = f(at) if value is None else value
-        return (f(at + sampler.step * along) - value) / sampler.step
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward mode
-        return torch.func.jvp(f, (at,), (along,))[1]
+    if sampler.derivative == "jvp":
+        return linearize(f, at)
+    value = f(at)
+    return value, lambda v: (f(at + sampler.step * v) - value) / sampler.step
 
 
 def correct(
@@ -53,13 +49,12 @@ def correct(
         x_0: the denoiser at this step, a function of x_t alone.
         y: each window's block of the guide's frame.
     """
-    estimate = x_0(x_t)
+    estimate, along = differentiated(x_0, x_t, sampler)
     image = autoencoder.decode(estimate)
     factor = image.shape[-1] // y.shape[-1]
     e_img = upsample(y - downsample(image, factor), factor)
     e = encoded(autoencoder, image, e_img, sampler)
-    g = scaled(derivative(x_0, x_t, e, sampler, estimate), sampler)
-    return x_t + sampler.rate * g
+    return x_t + sampler.rate * scaled(along(e), sampler)
 
 
 def encoded(
@@ -69,7 +64,8 @@ def encoded(
     sampler: Sampler,
 ) -> Float[Tensor, "B c p p"]:
     """e: an error of the image as one of its latent."""
-    return scaled(derivative(autoencoder.encode, image, scaled(e_img, sampler), sampler), sampler)
+    _, along = differentiated(autoencoder.encode, image, sampler)
+    return scaled(along(scaled(e_img, sampler)), sampler)
 
 
 def scaled(direction: Tensor, sampler: Sampler) -> Tensor:

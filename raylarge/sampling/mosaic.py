@@ -19,9 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from raylarge.geometry import Patch, batches
+from raylarge.models.denoiser import bound
 from raylarge.order import Order
 from raylarge.resample import bicubic_matrix
-from raylarge.sampling.constraint import derivative, encoded, scaled
+from raylarge.sampling.constraint import differentiated, encoded, scaled
 from raylarge.sampling.draws import draw
 from raylarge.sampling.plan import Request
 from raylarge.sampling.tasks import Mosaic, Parts
@@ -124,19 +125,19 @@ class _Row:
     """A row of windows, and what it computes."""
 
     def __init__(self, networks: Networks, task: Mosaic, tokens: Tensor) -> None:
-        self.networks, self.task, self.tokens = networks, task, tokens
+        self.networks, self.task = networks, task
         self.layout = Layout.of(task.order, networks.patch, task.guided_by)
         cells = self.layout.windows(task.row)
         self.walk = Walk(networks, task.order, task.scale, cells, tokens)
         self.steps = networks.denoiser.schedule.steps(task.order.sampler.steps)
-        self.groups = batches(len(cells), task.order.batch)
+        self.groups = [list(group) for group in batches(len(cells), task.order.batch)]
+        self.estimates = [bound(networks.denoiser, tokens[group]) for group in self.groups]
 
     def images(self, x_t: Tensor, step: int) -> Float[Tensor, "n 3 P P"]:
         """The estimates, decoded window by window."""
-        decode, made = self.networks.autoencoder.decode, []
-        for group in self.groups:
-            here = list(group)
-            made.append(decode(self._x_0(here, step)(x_t[here])))
+        decode, made = self.networks.correcting.decode, []
+        for here, estimate in zip(self.groups, self.estimates, strict=True):
+            made.append(decode(estimate(x_t[here], self.steps[step].t)))
         return torch.cat(made)[: len(x_t)]
 
     def share(self, images: Float[Tensor, "n 3 P P"]) -> Float[Tensor, "3 h w"]:
@@ -163,20 +164,18 @@ class _Row:
     def moved(self, x_t: Tensor, images: Tensor, e_img: Tensor, step: int) -> Tensor:
         """The latents after a correction."""
         sampler, made = self.task.order.sampler, []
-        for group in self.groups:
-            here = list(group)
-            e = encoded(self.networks.autoencoder, images[here], e_img[here].to(images), sampler)
-            g = scaled(derivative(self._x_0(here, step), x_t[here], e, sampler), sampler)
-            made.append(x_t[here] + sampler.rate * g)
+        for here, estimate in zip(self.groups, self.estimates, strict=True):
+            e = encoded(self.networks.correcting, images[here], e_img[here].to(images), sampler)
+            x_0 = partial(estimate, t=self.steps[step].t)
+            _, along = differentiated(x_0, x_t[here], sampler)
+            made.append(x_t[here] + sampler.rate * scaled(along(e), sampler))
         return torch.cat(made)[: len(x_t)]
 
     def stepped(self, x_t: Tensor, step: int) -> Tensor:
         """The latents of the next step."""
-        x_0 = torch.cat([self._x_0(list(g), step)(x_t[list(g)]) for g in self.groups])
+        asked = zip(self.groups, self.estimates, strict=True)
+        x_0 = torch.cat([estimate(x_t[here], self.steps[step].t) for here, estimate in asked])
         return self.walk.down(step, self.steps[step], x_t, x_0[: len(x_t)])
-
-    def _x_0(self, here: list[int], step: int) -> partial[Tensor]:
-        return partial(self.networks.estimate, self.tokens[here], t=self.steps[step].t)
 
     def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """D's block of this row of windows, and D along the whole width."""

@@ -2,9 +2,8 @@
 
     plan -counts-> evaluations of U-Net, decoder, encoder  -models/cost-> FLOPs, seconds
 
-Padded windows count: they are computed. A forward-mode derivative counts as two evaluations
-(value and tangent), and its base point once more; a finite difference shares it. A step of an
-inversion counts as two: forward and back. Summarizers are left out.
+Padded windows count: they are computed. A derivative counts as one evaluation beside that of
+the value. A step of an inversion counts as two: forward and back. Summarizers are left out.
 """
 
 from __future__ import annotations
@@ -12,14 +11,16 @@ from __future__ import annotations
 import math
 from functools import singledispatch
 
+from raylarge.diffusion.schedule import Schedule
 from raylarge.geometry import Patch, batches, origins
 from raylarge.models.cdm import STEPS as CDM_STEPS
 from raylarge.models.cost import Counts
+from raylarge.models.denoiser import within
 from raylarge.order import Order
-from raylarge.sampling.bands import REFINE_STEPS
+from raylarge.sampling.bands import walk
 from raylarge.sampling.canvas import touching
-from raylarge.sampling.plan import Plan
 from raylarge.sampling.mosaic import Layout
+from raylarge.sampling.plan import Plan
 from raylarge.sampling.tasks import (
     Band,
     Decode,
@@ -32,6 +33,9 @@ from raylarge.sampling.tasks import (
     Task,
     Windows,
 )
+
+WALK = Schedule()
+"""Stands for any schedule: prices only ask for its timesteps."""
 
 
 def counts(plan: Plan, order: Order, patch: Patch) -> Counts:
@@ -46,9 +50,19 @@ def counts(plan: Plan, order: Order, patch: Patch) -> Counts:
     return total
 
 
-def passes(order: Order, kind: str) -> int:
-    """Passes of the U-Net per estimate: 2 under guidance, which null tokens do not need."""
-    return 1 if kind == "null" or order.sampler.guidance == 1.0 else 2
+def passes(order: Order, kind: str, t: int = 0) -> int:
+    """Passes of the U-Net per estimate: 2 under guidance, which null tokens do not need.
+
+    Args:
+        t: the timestep of 1,000; guidance may be limited to an interval of them.
+    """
+    guided = kind != "null" and order.sampler.guidance != 1.0
+    return 2 if guided and within(order.sampler.interval, t / WALK.length) else 1
+
+
+def _timesteps(order: Order, first: int, last: int) -> list[int]:
+    """Of some steps of the sampler."""
+    return [step.t for step in WALK.steps(order.sampler.steps)[first:last]]
 
 
 @singledispatch
@@ -81,25 +95,25 @@ def _(task: Invert, order: Order, patch: Patch) -> Counts:
 
 @_counts.register
 def _(task: Guide, order: Order, patch: Patch) -> Counts:
-    steps = order.sampler.steps
-    return Counts(unet=passes(order, order.condition.kind) * steps, decode=steps + 1)
+    steps, kind = order.sampler.steps, order.condition.kind
+    unet = sum(passes(order, kind, t) for t in _timesteps(order, 0, steps))
+    return Counts(unet=unet, decode=steps + 1)
 
 
 @_counts.register
 def _(task: Windows, order: Order, patch: Patch) -> Counts:
-    guided = task.guided_by is not None
-    kind = order.condition.fine_kind if guided else order.condition.kind
-    n = len(task.windows) * (task.last - task.first + (order.sampler.solver == "plms"))
+    sampler, n = order.sampler, len(task.windows)
+    guided, again = task.guided_by is not None, sampler.solver == "plms"
+    kind = order.condition.fine_kind if guided and not task.given else order.condition.kind
     steered = task.given and order.source.control  # a ControlNet in place of the corrections
-    inner = order.sampler.inner if guided and not steered else 0
-    again = 2 if order.sampler.derivative == "difference" else 3
-    unet = passes(order, kind) * n * (1 + again * inner)
-    return Counts(
-        unet=unet,
-        decode=n * (inner + task.traced),
-        encode=2 * n * inner,
-        control=unet if steered else 0,
-    )
+    inner = sampler.inner if guided and not steered else 0
+    found = Counts(decode=n * (task.last - task.first) if task.traced else 0)
+    for i, t in enumerate(_timesteps(order, task.first, task.last), start=task.first):
+        corrections = inner if i % sampler.every == 0 else 0
+        unet = passes(order, kind, t) * n * (1 + 2 * corrections + (again and i == 0))
+        found += Counts(unet=unet, control=unet if steered else 0)
+        found += _corrected(order, n * corrections)
+    return found
 
 
 @_counts.register
@@ -108,20 +122,34 @@ def _(task: Mosaic, order: Order, patch: Patch) -> Counts:
     n = len(batches(columns, order.batch)) * order.batch
     kind = order.condition.kind if task.given else order.condition.fine_kind
     inner, steps = order.sampler.inner, order.sampler.steps
-    looks, moved = task.look < inner * steps, task.look > 0
-    stepped = moved and task.look % inner == 0
-    return Counts(
-        unet=passes(order, kind) * n * (looks + 2 * moved + stepped),
-        decode=n * looks,
-        encode=2 * n * moved,
-    )
+    times = _timesteps(order, 0, steps)
+    found = Counts()
+    if task.look:
+        t = times[(task.look - 1) // inner]
+        stepped = task.look % inner == 0
+        found += Counts(unet=passes(order, kind, t) * n * (2 + stepped))
+        found += _corrected(order, n)
+    if task.look < inner * steps:
+        found += Counts(unet=passes(order, kind, times[task.look // inner]) * n)
+    return found
+
+
+def _corrected(order: Order, n: int) -> Counts:
+    """The autoencoder's share in n corrections: a decode, and the encoder's derivative."""
+    if order.sampler.correction == "backprop":
+        return Counts(small_decode=2 * n) if order.sampler.small else Counts(decode=2 * n)
+    if order.sampler.small:
+        return Counts(small_decode=n, small_encode=2 * n)
+    return Counts(decode=n, encode=2 * n)
 
 
 @_counts.register
 def _(task: Band, order: Order, patch: Patch) -> Counts:
-    windows = len(batches(len(task.windows), order.batch)) * order.batch
-    last = task.step == (REFINE_STEPS if task.refine else order.sampler.steps)
-    return Counts() if last else Counts(unet=passes(order, order.condition.kind) * windows)
+    n = len(batches(len(task.windows), order.batch)) * order.batch
+    steps = walk(order, WALK, task.refine)
+    if task.step == len(steps):
+        return Counts()
+    return Counts(unet=passes(order, order.condition.kind, steps[task.step].t) * n)
 
 
 @_counts.register

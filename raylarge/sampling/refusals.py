@@ -5,7 +5,10 @@ Every refusal names the field, its value and the cure, before any work.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+
+import numpy as np
 
 from raylarge.errors import UserError
 from raylarge.geometry import Patch
@@ -34,8 +37,24 @@ def check(order: Order, patch: Patch) -> None:
         _check_canvas(order, patch)
     if "prior" in (order.condition.kind, order.condition.fine_kind):
         _check_prior(order)
-    sampler = order.sampler
+    if order.condition.kind == "inverted" and order.algorithm != "superres":
+        raise UserError("condition.kind inverted needs algorithm=superres and its image.")
+    if order.condition.iterations < 1:
+        raise UserError(f"condition.iterations {order.condition.iterations} starts at 1.")
+    _check_numbers(order)
+    _check_sampler(order)
     _check_constraint(order, patch)
+    if min(order.batch, order.chunk) < 1 or order.batch > LIMIT_BATCH:
+        raise UserError(
+            f"batch {order.batch} and chunk {order.chunk} start at 1, and batch ends at "
+            f"{LIMIT_BATCH}; short batches are padded."
+        )
+    if not 0 <= order.seed < 1 << 64:
+        raise UserError(f"seed {order.seed} does not fit 64 bits; choose one from 0 below 2**64.")
+
+
+def _check_sampler(order: Order) -> None:
+    sampler = order.sampler
     if sampler.solver not in SOLVERS:
         raise UserError(f"sampler.solver '{sampler.solver}' is not {', '.join(SOLVERS)}.")
     if sampler.solver != "ddim" and (not order.count or sampler.eta):
@@ -44,20 +63,16 @@ def check(order: Order, patch: Patch) -> None:
         )
     if sampler.correction not in ("encoder", "backprop"):
         raise UserError(f"sampler.correction '{sampler.correction}' is not encoder or backprop.")
-    if order.condition.kind == "inverted" and order.algorithm != "superres":
-        raise UserError("condition.kind inverted needs algorithm=superres and its image.")
     if sampler.derivative not in ("jvp", "difference"):
         raise UserError(f"sampler.derivative '{sampler.derivative}' is not jvp or difference.")
-    if min(order.batch, order.chunk, sampler.steps) < 1 or min(order.seed, sampler.inner) < 0:
-        raise UserError("batch, chunk and sampler.steps start at 1, seed and sampler.inner at 0.")
-    if order.condition.iterations < 1:
-        raise UserError(f"condition.iterations {order.condition.iterations} starts at 1.")
-    if order.batch > LIMIT_BATCH:
-        raise UserError(
-            f"batch {order.batch} is more than {LIMIT_BATCH}; short batches are padded."
-        )
-    if order.seed >= 1 << 64:
-        raise UserError(f"seed {order.seed} does not fit 64 bits; choose one below 2**64.")
+    for name in ("guidance", "eta", "rate", "step"):
+        value = getattr(sampler, name)
+        if not 0 <= value < math.inf:
+            raise UserError(f"sampler.{name} {value} is no number from 0; 0 is the least.")
+    if sampler.eta > 1 or sampler.step == 0:
+        raise UserError(f"sampler.eta {sampler.eta} ends at 1; sampler.step is more than 0.")
+    if min(sampler.steps, sampler.every) < 1 or sampler.inner < 0:
+        raise UserError("sampler.steps and sampler.every start at 1, sampler.inner at 0.")
 
 
 def _check_patches(order: Order, patch: Patch) -> None:
@@ -152,10 +167,21 @@ def _check_constraint(order: Order, patch: Patch) -> None:
     if not sampler.mosaic or order.count or order.algorithm == "strided":
         return
     levels = 2 if order.algorithm == "superres" else len(order.levels_of(patch))
-    if sampler.correction != "encoder" or order.source.control or levels > 2:
+    if sampler.correction != "encoder" or sampler.every > 1 or order.source.control or levels > 2:
         raise UserError(
             "sampler.constraint mosaic is for two scales under sampler.correction encoder: leave "
-            "out order.levels, source.control and correction=backprop, or choose window."
+            "out levels, source.control, sampler.every and correction=backprop, or choose window."
+        )
+
+
+def _check_numbers(order: Order) -> None:
+    """Refuse conditions that hold NaN or infinity, or do not fill their shape."""
+    condition = order.condition
+    needed = condition.kind == "embeddings" or condition.data
+    given = [condition.grid() if needed else None, condition.against()]
+    if not all(np.isfinite(values).all() for values in given if values is not None):
+        raise UserError(
+            "condition.data or condition.negative holds NaN or infinity; look at the embeddings."
         )
 
 

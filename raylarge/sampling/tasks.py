@@ -114,7 +114,7 @@ class Band(Task):
 
 @dataclass(frozen=True)
 class Mosaic(Task):
-    """A row of windows from look to look under the constraint on the mosaic -> latents [n, c, p, p].
+    """A row of windows, from look to look of the arranged mosaic -> latents [n, c, p, p].
 
     Takes the row's tokens and what guides it (the guide's frames, or, if `given`, an image);
     after the first look the latents and images of the look before, then what the images of the

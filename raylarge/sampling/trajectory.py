@@ -21,7 +21,7 @@ from raylarge.diffusion.solvers import solve
 from raylarge.diffusion.steps import ddim
 from raylarge.geometry import Patch
 from raylarge.models.autoencoder import Codec
-from raylarge.models.denoiser import Denoiser
+from raylarge.models.denoiser import Denoiser, bound
 from raylarge.order import Order
 from raylarge.sampling.backprop import correct_by_backprop
 from raylarge.sampling.canvas import gather
@@ -36,17 +36,21 @@ CORRECTIONS = {"encoder": correct, "backprop": correct_by_backprop}
 
 @dataclass(frozen=True)
 class Networks:
-    """What trajectories run on: a (guided) denoiser, an autoencoder and their patch."""
+    """What trajectories run on: a (guided) denoiser, an autoencoder and their patch.
+
+    Attributes:
+        corrector: the autoencoder of the correction, where it is another one.
+    """
 
     denoiser: Denoiser
     autoencoder: Codec
     patch: Patch
+    corrector: Codec | None = None
 
-    def estimate(
-        self, tokens: Float[Tensor, "B n D"], x_t: Float[Tensor, "B c p p"], t: int
-    ) -> Float[Tensor, "B c p p"]:
-        """The estimate of x_0, with what is fixed for a batch of windows in front."""
-        return self.denoiser(x_t, t, tokens)
+    @property
+    def correcting(self) -> Codec:
+        """What the correction decodes and encodes with."""
+        return self.corrector or self.autoencoder
 
 
 def guide(
@@ -54,9 +58,9 @@ def guide(
 ) -> Float[Tensor, "S1 3 P P"]:
     """The guide's whole trajectory: its S estimates decoded, then its finished image."""
     order, walk = task.order, Walk(networks, task.order, task.scale, ((0, 0),), tokens)
-    frames, x_t = [], walk.start()
+    frames, x_t, estimate = [], walk.start(), bound(networks.denoiser, tokens)
     for i, step in enumerate(networks.denoiser.schedule.steps(order.sampler.steps)):
-        x_0 = networks.denoiser(x_t, step.t, tokens)
+        x_0 = estimate(x_t, step.t)
         frames.append(networks.autoencoder.decode(x_0))
         x_t = walk.down(i, step, x_t, x_0)
     return torch.cat([*frames, networks.autoencoder.decode(x_t)]).float()
@@ -80,21 +84,20 @@ def windows(
     correction = CORRECTIONS[sampler.correction]
     walk = Walk(networks, task.order, task.scale, task.windows, tokens)
     x_t = walk.start() if x_t is None else x_t.to(tokens)
-    schedule = networks.denoiser.schedule
+    schedule, estimate = networks.denoiser.schedule, bound(networks.denoiser, tokens)
     if sampler.solver != "ddim":  # they remember earlier steps: all are one request
-        plain = partial(networks.estimate, tokens)
-        return solve(plain, x_t, schedule, sampler.solver, sampler.steps)
+        return solve(estimate, x_t, schedule, sampler.solver, sampler.steps)
     steps = schedule.steps(sampler.steps)
     for i in range(task.first, task.last):
-        x_0 = partial(networks.estimate, tokens, t=steps[i].t)
-        if wanted is not None:
+        x_0 = partial(estimate, t=steps[i].t)
+        if wanted is not None and i % sampler.every == 0:
             y = wanted(i).to(tokens)
             for _ in range(sampler.inner):
-                x_t = correction(x_t, x_0, networks.autoencoder, y, sampler)
-        estimate = x_0(x_t)
+                x_t = correction(x_t, x_0, networks.correcting, y, sampler)
+        clean = x_0(x_t)
         if task.traced:
-            traced.append(networks.autoencoder.decode(estimate).float())
-        x_t = walk.down(i, steps[i], x_t, estimate)
+            traced.append(networks.autoencoder.decode(clean).float())
+        x_t = walk.down(i, steps[i], x_t, clean)
     return Parts(x_t, torch.stack(traced, dim=1).unbind()) if task.traced else x_t
 
 

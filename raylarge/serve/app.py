@@ -20,6 +20,7 @@ from raylarge import config as configuration
 from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.fleet.facts import require
+from raylarge.fleet.means import Means
 from raylarge.fleet.session import session
 from raylarge.serve.desk import Limits
 
@@ -34,12 +35,14 @@ class Service(Limits):
     Attributes:
         bundle: the folder of the models, visible on every node.
         workers: replicas of the Worker, unless the deployment's configuration says otherwise.
-        threads: CPU threads of each; they decide the last bits.
+        threads, dtype, compile: what each has (`fleet/means.py`); they decide the last bits.
     """
 
     bundle: str = MISSING
     workers: int = 1
     threads: int = 1
+    dtype: str = "float32"
+    compile: bool = False
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -49,6 +52,7 @@ def build(args: dict[str, Any]) -> Any:
         UserError: an unknown argument, or a bundle that cannot sample.
     """
     config = configuration.build(Service, args)
+    means = Means(config.threads, config.dtype, config.compile)
     folder = storage.absolute(config.bundle)
     require(folder)
     from ray import serve  # here, for `session` settles Ray's environment before
@@ -60,7 +64,7 @@ def build(args: dict[str, Any]) -> Any:
         name="Worker",
         num_replicas=config.workers,
         max_ongoing_requests=2,  # one computing, one whose inputs arrive meanwhile
-        ray_actor_options={"num_cpus": config.threads},
+        ray_actor_options={"num_cpus": means.threads},
     )
     ingress = serve.deployment(
         serve.ingress()(ServiceIngress),
@@ -68,7 +72,7 @@ def build(args: dict[str, Any]) -> Any:
         max_ongoing_requests=100,
     )
     limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
-    return ingress.bind(worker.bind(folder, config.threads), limits)
+    return ingress.bind(worker.bind(folder, means), limits)
 
 
 def start(bundle: str, port: int = 8000, workers: int = 1, logs: str = "") -> str:

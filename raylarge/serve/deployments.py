@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
 from raylarge.fleet.facts import Facts
+from raylarge.fleet.means import Means
 from raylarge.fleet.pool import Held, Replicas
 from raylarge.fleet.worker import Worker
-from raylarge.models.bundle import load, usable_device
 from raylarge.sampling.plan import Reply
 from raylarge.sampling.tasks import Task
 from raylarge.serve.api import Api
@@ -27,10 +27,10 @@ class WorkerReplica:
     is dropped.
     """
 
-    def __init__(self, bundle: str, threads: int) -> None:
+    def __init__(self, bundle: str, means: Means) -> None:
         """Load the bundle; the replica is healthy when this has come back."""
-        self._worker = Worker(load(bundle, usable_device()))
-        self._thread = ThreadPoolExecutor(1, "answer", torch.set_num_threads, (threads,))
+        self._worker = Worker.opened(bundle, means)
+        self._thread = ThreadPoolExecutor(1, "answer", torch.set_num_threads, (means.threads,))
 
     async def facts(self) -> Facts:
         """What the bundle is."""

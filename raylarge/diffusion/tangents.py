@@ -1,0 +1,241 @@
+"""Rules for tangents: how each operation of a network takes a direction from input to output.
+
+    rule(call) -> value, {argument: tangent} -> tangent of the value
+
+The rules are those of denoisers and autoencoders; an operation without one is differentiated
+by itself with `torch.func.jvp`. What normalises or acts on each element has a symmetric
+Jacobian, but for its weights, so that torch's kernels for gradients serve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Key = int | str | tuple[int, int]
+"""Where an argument stands: its position, its name, or its place in a list at a position."""
+Rule = Callable[[Any], Any]
+"""Tangents of a call's active arguments, by key -> tangent of its value."""
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a torch function; `active` are keys of the arguments that depend on x."""
+
+    func: Callable[..., Any]
+    name: str
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    active: tuple[Key, ...]
+
+    def run(self, changed: dict[Key, Any]) -> Any:
+        """The call, with some arguments replaced."""
+        args, kwargs = [*self.args], self.kwargs
+        for key, value in changed.items():
+            if isinstance(key, str):
+                kwargs = {**kwargs, key: value}
+            elif isinstance(key, int):
+                args[key] = value
+            else:
+                args[key[0]] = [*args[key[0]]]
+                args[key[0]][key[1]] = value
+        return self.func(*args, **kwargs)
+
+    def at(self, key: Key) -> Any:
+        """An argument."""
+        if isinstance(key, str):
+            return self.kwargs[key]
+        return self.args[key] if isinstance(key, int) else self.args[key[0]][key[1]]
+
+    def bound(self, *names: str) -> dict[str, Any]:
+        """The arguments by name, the first ones as given."""
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+
+
+def by_itself(call: Call) -> tuple[Any, Rule]:
+    """Any differentiable operation, with its value computed twice."""
+
+    def rule(tangents: dict[Key, Tensor]) -> Any:
+        def of(*active: Tensor) -> Any:
+            value = call.run(dict(zip(call.active, active, strict=True)))
+            return tuple(value) if isinstance(value, list) else value
+
+        at = tuple(call.at(key) for key in call.active)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
+            return torch.func.jvp(of, at, tuple(tangents[key] for key in call.active))[1]
+
+    return call.run({}), rule
+
+
+def _linear(call: Call) -> tuple[Any, Rule]:
+    """Linear in all that depends on x, together; what does not counts as zero beside it."""
+    zeros: dict[Key, Tensor] = {}
+    if call.name in ("cat", "stack", "concat"):
+        constant = [(0, j) for j in range(len(call.args[0])) if (0, j) not in call.active]
+        zeros = {key: torch.zeros_like(call.at(key)) for key in constant}
+
+    def rule(tangents: dict[Key, Tensor]) -> Any:
+        made = call.run({**zeros, **tangents})
+        return tuple(made) if isinstance(made, list) else made
+
+    return call.run({}), rule
+
+
+def _affine(call: Call) -> tuple[Any, Rule]:
+    """A convolution or matrix of constant weights: the tangent goes without the bias."""
+    if call.active != (0,):
+        return by_itself(call)
+    bias: Key = 2 if len(call.args) > 2 else "bias"
+    return call.run({}), lambda tangents: call.run({bias: None, **tangents})
+
+
+def _sum(call: Call) -> tuple[Any, Rule]:
+    """Sums and differences; one side may be a constant, and the active one smaller."""
+    if len(call.args) != 2 or call.kwargs:  # alpha
+        return by_itself(call)
+    value = call.run({})
+    if len(call.active) == 2:
+        return value, call.run
+    taken_off = {"sub": 1, "__sub__": 1, "rsub": 0, "__rsub__": 0}.get(call.name)
+
+    def rule(tangents: dict[Key, Tensor]) -> Tensor:
+        v = tangents[call.active[0]].expand(value.shape).to(value.dtype)
+        return -v if taken_off == call.active[0] else v
+
+    return value, rule
+
+
+def _product(call: Call) -> tuple[Any, Rule]:
+    """Linear in each factor: the tangents of both, one after the other, are added."""
+
+    def rule(tangents: dict[Key, Tensor]) -> Tensor:
+        return _added([call.run({i: v}) for i, v in tangents.items()])
+
+    return call.run({}), rule
+
+
+def _quotient(call: Call) -> tuple[Any, Rule]:
+    """By a constant."""
+    return _product(call) if call.active == (0,) and not call.kwargs else by_itself(call)
+
+
+def _pointwise(backward: Callable[[Tensor, Tensor, Call], Tensor]) -> Callable[[Call], Any]:
+    """A function of each element: what takes gradients back takes tangents forth."""
+
+    def made(call: Call) -> tuple[Any, Rule]:
+        x = call.at(0)
+        return call.run({}), lambda tangents: backward(tangents[0], x, call)
+
+    return made
+
+
+def _group_norm(call: Call) -> tuple[Any, Rule]:
+    """Its Jacobian is symmetric but for the weight, so gradients' kernel serves tangents."""
+    of = call.bound("input", "num_groups", "weight", "bias", "eps")
+    x, groups, weight = of["input"], of["num_groups"], of.get("weight")
+    size = (x.shape[0], x.shape[1], math.prod(x.shape[2:]), groups)
+    value, mean, rstd = torch.native_group_norm(
+        x, weight, of.get("bias"), *size, of.get("eps", 1e-5)
+    )
+
+    def rule(tangents: dict[Key, Tensor]) -> Tensor:
+        v = tangents[0].to(x.dtype)
+        v = v.contiguous(memory_format=_layout(x))
+        mask = [True, False, False]
+        made: Tensor = aten.native_group_norm_backward(v, x, mean, rstd, None, *size, mask)[0]
+        return made if weight is None else made * weight.view(-1, *[1] * (x.ndim - 2))
+
+    return value, rule
+
+
+def _layer_norm(call: Call) -> tuple[Any, Rule]:
+    """As the group norm."""
+    of = call.bound("input", "normalized_shape", "weight", "bias", "eps")
+    x, shape, weight = of["input"], list(of["normalized_shape"]), of.get("weight")
+    value, mean, rstd = torch.native_layer_norm(
+        x, shape, weight, of.get("bias"), of.get("eps", 1e-5)
+    )
+
+    def rule(tangents: dict[Key, Tensor]) -> Tensor:
+        v, mask = tangents[0], [True, False, False]
+        made: Tensor = aten.native_layer_norm_backward(v, x, shape, mean, rstd, None, None, mask)[0]
+        return made if weight is None else made * weight
+
+    return value, rule
+
+
+def _attention(call: Call) -> tuple[Any, Rule]:
+    """softmax(q k^T s) v: fused for the value, written out for the tangent."""
+    of = call.bound("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+    plain = of.get("attn_mask") is None and not of.get("is_causal") and not of.get("dropout_p")
+    if not plain or not {*call.active} <= {0, 1, 2}:
+        return by_itself(call)
+    q, k, v = of["query"], of["key"], of["value"]
+    s = of.get("scale") or q.shape[-1] ** -0.5
+
+    def rule(tangents: dict[Key, Tensor]) -> Tensor:
+        dq, dk, dv = (tangents.get(i) for i in range(3))
+        p = torch.softmax((q * s) @ k.mT, dim=-1)
+        made = [p @ dv] if dv is not None else []
+        scores = [(dq * s) @ k.mT] if dq is not None else []
+        scores += [(q * s) @ dk.mT] if dk is not None else []
+        if scores:
+            dp = aten._softmax_backward_data(_added(scores), p, -1, p.dtype)
+            made.append(dp @ v)
+        return _added(made)
+
+    return call.run({}), rule
+
+
+def _dropout(call: Call) -> tuple[Any, Rule]:
+    """Nothing, in a network that is not being trained."""
+    if call.bound("input", "p", "training").get("training", True):
+        raise RuntimeError("a network that draws dropout cannot be linearized; call eval() first")
+    return call.run({}), lambda tangents: tangents[0]
+
+
+def _added(tangents: list[Tensor]) -> Tensor:
+    return reduce(torch.add, tangents)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _gelu(v: Tensor, x: Tensor, call: Call) -> Tensor:
+    how = call.bound("input").get("approximate", "none")
+    made: Tensor = aten.gelu_backward(v, x, approximate=how)
+    return made
+
+
+LINEAR = (
+    *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze"),
+    *("unsqueeze", "expand", "repeat", "contiguous", "chunk", "split", "unbind", "__getitem__"),
+    *("to", "float", "double", "half", "bfloat16", "neg", "__neg__", "clone", "view_as"),
+    *("pixel_shuffle", "pixel_unshuffle", "interpolate", "avg_pool2d", "cat", "stack", "concat"),
+)
+LIKE = ("to", "type_as", "view_as", "expand_as", "reshape_as")
+"""Operations that take of their second argument its type or shape alone."""
+RULES: dict[str, Callable[[Call], tuple[Any, Rule]]] = {
+    **dict.fromkeys(LINEAR, _linear),
+    **dict.fromkeys(("conv2d", "linear", "conv_transpose2d"), _affine),
+    **dict.fromkeys(("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub"), _sum),
+    **dict.fromkeys(("mul", "__mul__", "__rmul__", "matmul", "__matmul__", "bmm"), _product),
+    **dict.fromkeys(("div", "__truediv__"), _quotient),
+    "dropout": _dropout,
+    "silu": _pointwise(lambda v, x, _: aten.silu_backward(v, x)),
+    "relu": _pointwise(lambda v, x, _: aten.threshold_backward(v, x, 0)),
+    "gelu": _pointwise(_gelu),
+    "group_norm": _group_norm,
+    "layer_norm": _layer_norm,
+    "scaled_dot_product_attention": _attention,
+}
