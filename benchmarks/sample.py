@@ -1,6 +1,6 @@
 """Sampling, measured: against the published loops, by stride, in memory, by condition.
 
-python -m benchmarks.sample [quick=true] [only=speed,strides] [bundle=DIR] [out=PAGE.md]
+python -m benchmarks.sample [quick=true] [only=speed,strides] [bundle=DIR data=DIR] [out=PAGE.md]
 
 Networks are tiny and have random weights unless `bundle` gives others, so seconds say what the
 loops around them cost, and quality says what the averaging does, not what a model can. The
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import bundles, memory, page
+from benchmarks import bundles, memory, page, quality
 from benchmarks.baseline import Average, Published
 from benchmarks.page import Section
 from raylarge import order as orders
@@ -29,7 +29,6 @@ from raylarge.errors import UserError
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import windows
 from raylarge.images import to_float, to_uint8
-from raylarge.metrics.consistency import window_error
 from raylarge.metrics.seams import seam_ratio
 from raylarge.models.bundle import Bundle, load
 from raylarge.order import Condition, Order
@@ -48,29 +47,43 @@ class Bench:
     """What is measured, and how long.
 
     Attributes:
-        only: of speed, strides, memory and conditions.
+        only: of speed, strides, memory, conditions, constraints and trading.
         side: patches along the side of the canvas of `speed`.
         pairs: how often speed and strides are measured.
         steps: of the sampler, in speed; strides and conditions take twice as many.
         shares: strides, as windows per patch side: 16 is a stride of 4 of 64 latent cells.
         sizes: of `memory`; the last is compared with the first, between them a wide one.
-        bundle: trained models for strides and conditions.
+        bundle: trained models for strides, conditions, constraints and trading.
+        data: the folder that they were trained on, for the last three.
+        patches: side of the pictures that are judged, in patches.
+        seeds: how many pictures are judged of each way.
         out: the page to write.
     """
 
     quick: bool = False
-    only: str = "speed,strides,memory,conditions"
+    only: str = "speed,strides,memory"
     side: int = 16
     pairs: int = 3
     steps: int = 1
     shares: str = "16,8,4,2,1"
     sizes: str = "4096,4096x16384,16384"
     bundle: str = ""
+    data: str = ""
+    patches: int = 4
+    seeds: int = 6
     out: str = ""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"side": 4, "pairs": 1, "steps": 1, "shares": "4,2,1", "sizes": "512,1024"}
+    "quick": {
+        "seeds": 1,
+        "patches": 2,
+        "side": 4,
+        "pairs": 1,
+        "steps": 1,
+        "shares": "4,2,1",
+        "sizes": "512,1024",
+    }
 }
 
 
@@ -269,40 +282,18 @@ def decoding_seconds(bundle: Bundle, order: Order, pairs: int) -> float:
     return statistics.median(spent)
 
 
-def conditions(config: Bench) -> Section:
-    """How fine windows are conditioned under a guide that the CDM drew."""
-    bundle = load(config.bundle) if config.bundle else bundles.tiny()
-    if bundle.cdm is None:
-        raise UserError(f"{config.bundle} has no CDM; leave conditions out of only=.")
-    rows = []
-    for fine in ("null", "independent"):
-        for inner in (0, 1):
-            sampler = {
-                "steps": 2 * config.steps if not config.bundle else 20,
-                "inner": inner,
-                "derivative": "difference",
-            }
-            condition = {"kind": "cdm", "fine": fine}
-            size = 4 * bundle.patch.side_px
-            order = orders.parse({"size": size, "sampler": sampler, "condition": condition})
-            began = time.perf_counter()
-            made, pixels = image_of(bundle, order)
-            spent, image = time.perf_counter() - began, to_float(pixels)
-            error = window_error(image, made.frames[-1])
-            seam = seam_ratio(image, bundle.patch.side_px)
-            rows.append([fine, inner, f"{error:.3f}", f"{seam:.3f}", f"{spent:.1f}"])
-    short = []
-    if not config.bundle:
-        short.append(
-            "Conditions: no trained bundle was at hand; with random weights the figures only "
-            "show that both choices run."
-        )
-    return Section(
-        "Conditions of fine windows under a guide drawn by the CDM, 4 x 4 patches",
-        ["fine windows", "K", "cross-scale error", "seam ratio", "seconds"],
-        rows,
-        short=short,
-    )
+def judged(section: Callable[[quality.Judge], Section]) -> Callable[[Bench], Section]:
+    """A section that judges pictures of a trained bundle."""
+
+    def made(config: Bench) -> Section:
+        if not (config.bundle and config.data):
+            raise UserError(
+                "pictures are judged of a trained bundle: give bundle=DIR data=DIR, such as "
+                "out/demo/bundle and out/demo/data after make demo."
+            )
+        return section(quality.Judge(config.bundle, config.data, config.patches, config.seeds))
+
+    return made
 
 
 def interleaved(ways: dict[Any, Callable[[], Any]], pairs: int) -> dict[Any, list[float]]:
@@ -324,7 +315,9 @@ PARTS: dict[str, Callable[[Bench], Section]] = {
     "speed": speed,
     "strides": strides,
     "memory": lambda config: memory.section(config.sizes.split(",")),
-    "conditions": conditions,
+    "conditions": judged(quality.conditions),
+    "constraints": judged(quality.constraints),
+    "trading": judged(quality.trading),
 }
 
 if __name__ == "__main__":

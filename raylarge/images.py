@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from raylarge import storage
@@ -39,14 +39,23 @@ def to_uint8(
     return pixels.to(torch.uint8).movedim(-3, -1).cpu().contiguous().numpy()
 
 
-def png_bytes(image: Pixels, text: Mapping[str, str] | None = None) -> bytes:
-    """An image as PNG bytes, with text fields when given."""
+def png_bytes(
+    image: Pixels, text: Mapping[str, str] | None = None, icc: bytes | None = None
+) -> bytes:
+    """An image as PNG bytes, with text fields and an ICC profile when given."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
     sink = io.BytesIO()
-    Image.fromarray(image).save(sink, format="PNG", pnginfo=info)
+    Image.fromarray(image).save(sink, format="PNG", pnginfo=info, icc_profile=icc)
     return sink.getvalue()
+
+
+def srgb() -> bytes:
+    """An sRGB profile; its date of creation is fixed, so that equal images make equal files."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[24:36] = np.array([2000, 1, 1, 0, 0, 0], ">u2").tobytes()
+    return bytes(profile)
 
 
 def from_bytes(content: bytes) -> Pixels:
@@ -63,7 +72,7 @@ def marked(text: Mapping[str, str], *, synthetic: bool = True) -> dict[str, str]
 def write_png(
     path: str, image: Pixels, text: Mapping[str, str] | None = None, *, synthetic: bool = True
 ) -> None:
-    """Write a PNG atomically, with `Software`, `Synthetic` and the given text fields in it.
+    """Write a PNG atomically, in sRGB, with `Software`, `Synthetic` and the text fields in it.
 
     Args:
         path: a local path or URL.
@@ -71,7 +80,8 @@ def write_png(
         text: further fields, such as the order as JSON.
         synthetic: False only for pictures that show nothing but real data.
     """
-    storage.write_bytes(path, png_bytes(image, marked(text or {}, synthetic=synthetic)))
+    fields = marked(text or {}, synthetic=synthetic)
+    storage.write_bytes(path, png_bytes(image, fields, srgb()))
 
 
 def read_png(path: str) -> tuple[Pixels, dict[str, str]]:

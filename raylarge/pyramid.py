@@ -24,11 +24,10 @@ import fsspec
 import numpy as np
 import tifffile
 from jaxtyping import UInt8
-from PIL import ImageCms
 
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.images import Pixels, marked
+from raylarge.images import Pixels, marked, srgb
 
 TILE_PX = 256
 _BIG_BYTES = 1 << 31
@@ -164,19 +163,12 @@ def _write_level(
         dtype=np.uint8,
         tile=(TILE_PX, TILE_PX),
         photometric="rgb",
-        iccprofile=_srgb(),
+        iccprofile=srgb(),
         software="raylarge",
         metadata=None,
         buffersize=_ENCODE_BYTES,
         **options,
     )
-
-
-def _srgb() -> bytes:
-    """An sRGB profile; its date of creation is fixed, so that equal images make equal files."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    profile[24:36] = np.array([2000, 1, 1, 0, 0, 0], ">u2").tobytes()
-    return bytes(profile)
 
 
 def _strips(bands: Iterable[Pixels], size: tuple[int, int]) -> Iterator[Pixels]:

@@ -1,8 +1,10 @@
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageCms
 
 from raylarge import images
 
@@ -43,6 +45,9 @@ def test_a_written_png_says_that_it_is_synthetic(tmp_path, picture):
     images.write_png(str(tmp_path / "made.png"), picture, {"order": order, "Synthetic": "false"})
     pixels, text = images.read_png(str(tmp_path / "made.png"))
     assert (pixels == picture).all()
+    with Image.open(tmp_path / "made.png") as opened:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(opened.info["icc_profile"]))
+    assert "sRGB" in ImageCms.getProfileDescription(profile)
     assert text == {"Software": "raylarge", "Synthetic": "true", "order": order}
 
 

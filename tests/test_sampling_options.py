@@ -109,9 +109,8 @@ def test_the_small_autoencoder_corrects_and_the_large_one_decodes(bundle):
     small = {**QUICK, "small": True}
     assert np.array_equal(image_of(same, sampler=small), large)
     assert not np.array_equal(image_of(other, sampler=small), large)
-    assert np.array_equal(
-        image_of(other, sampler={**small, "inner": 0}), image_of(bundle, sampler={**QUICK, "inner": 0})
-    )  # fmt: skip
+    free = image_of(bundle, sampler={**QUICK, "inner": 0})
+    assert np.array_equal(image_of(other, sampler={**small, "inner": 0}), free)
 
 
 def test_a_bundle_carries_its_small_autoencoder(tiny_bundle, tmp_path):

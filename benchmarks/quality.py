@@ -1,0 +1,174 @@
+"""What choices of sampling do to pictures of a trained bundle: judged against real tiles.
+
+An order is carried out for several seeds. Its figures: the cross-scale error, both with A
+inside each window and across their borders; the seam ratio; the kernel distance (KID) of its
+patches to real tiles, in the features of the encoder that made the bundle's embeddings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.page import Section
+from raylarge import order as orders
+from raylarge import storage
+from raylarge.evaluate.references import references
+from raylarge.fleet.reference import region
+from raylarge.fleet.worker import Worker
+from raylarge.geometry import windows
+from raylarge.images import to_float
+from raylarge.metrics.consistency import cross_scale_error, window_error
+from raylarge.metrics.kernel import kernel_distances
+from raylarge.metrics.seams import seam_ratio
+from raylarge.models import bundle as bundles
+from raylarge.models import ssl
+from raylarge.models.prior import GridPrior
+from raylarge.order import Condition, Order
+from raylarge.sampling import joint
+from raylarge.sampling.plan import run
+
+HEADER = ("seconds", "error in windows", "across borders", "seam ratio", "KID x 1000")
+SAMPLER = {"steps": 20, "clamp": True}
+FINE = ("null", "independent", "inversion", "prior")
+PRIOR_SECONDS = 90
+
+
+class Judge:
+    """Makes images with a trained bundle and holds them against real tiles.
+
+    Args:
+        bundle: a trained bundle's folder.
+        data: the folder that it was prepared from.
+        side: of the images, in patches.
+        seeds: images per order.
+    """
+
+    def __init__(self, bundle: str, data: str, side: int, seeds: int) -> None:
+        self.bundle, self.data = bundles.load(bundle), storage.absolute(data)
+        self.side, self.seeds = side, seeds
+        facts = bundles.facts(bundle)
+        self.encoder = ssl.load(facts["encoder"]["name"])
+        rows = references(self.data, 0, None)
+        self.real = torch.from_numpy(np.stack([row.grid[0, 0] for row in rows])).float()
+
+    def row(self, name: str, **values: Any) -> list[str]:
+        """The figures of an order, the mean over its seeds."""
+        found = [self._judged(self._order(values, seed)) for seed in range(self.seeds)]
+        seconds, inside, across, seam = (statistics.mean(one[i] for one in found) for i in range(4))
+        features = torch.cat([one[4] for one in found])
+        kid, spread = kernel_distances(features, self.real, size=min(100, len(features)))
+        errors = [f"{error:.3f}" if error >= 0 else "–" for error in (inside, across)]
+        distance = f"{1000 * kid:.1f} ± {1000 * spread:.1f}"
+        return [name, f"{seconds:.1f}", *errors, f"{seam:.3f}", distance]
+
+    def reference(self) -> Condition:
+        """The embeddings of a real region."""
+        return Condition.of(region(self.data, None, (self.side, self.side)))
+
+    def _order(self, values: dict[str, Any], seed: int) -> Order:
+        values = {"size": self.side * self.bundle.patch.side_px, "seed": seed, **values}
+        condition = values.pop("condition", None)
+        values["sampler"] = {**SAMPLER, **values.get("sampler", {})}
+        order = orders.parse(values)
+        return dataclasses.replace(order, condition=condition) if condition else order
+
+    def _judged(self, order: Order) -> tuple[float, float, float, float, Tensor]:
+        patch, began = self.bundle.patch, time.perf_counter()
+        made = run(joint.plan(order, patch), Worker(self.bundle).answer)
+        pixels = made.image
+        seconds, image = time.perf_counter() - began, to_float(pixels)
+        inside = across = -1.0
+        if made.frames is not None:
+            inside, across = (f(image, made.frames[-1]) for f in (window_error, cross_scale_error))
+        side = patch.side_px
+        cut = np.stack(
+            [pixels[r : r + side, c : c + side] for r, c in windows(order.size, side, side)]
+        )
+        features = torch.from_numpy(self.encoder(cut)).float()
+        return seconds, inside, across, seam_ratio(image, side), features
+
+    def train_prior(self, seconds: float = PRIOR_SECONDS) -> None:
+        """Give the bundle a small grid prior, trained here on the grids of real regions."""
+        torch.manual_seed(0)
+        scale = self.side.bit_length() - 1
+        rows = references(self.data, scale, None, "train")
+        grids = torch.from_numpy(np.stack([row.grid for row in rows])).float().movedim(-1, 1)
+        vectors = grids.mean(dim=(2, 3))
+        prior = GridPrior(grids.shape[1], vectors.shape[1], self.side, width=128, blocks=4)
+        prior.standardise(grids, vectors)
+        adam, ended = torch.optim.Adam(prior.parameters(), 1e-3), time.monotonic() + seconds
+        while time.monotonic() < ended:
+            some = torch.randint(len(grids), (32,))
+            clean, t = prior.standardised(grids[some]), torch.randint(1000, (32,))
+            given = vectors[some] * (torch.rand(32, 1) > 0.5)
+            noisy = prior.schedule.noised(clean, torch.randn_like(clean), t)
+            loss = (prior(noisy, t, given) - clean).square().mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        self.bundle = dataclasses.replace(self.bundle, prior=prior.eval())
+
+
+def conditions(judge: Judge) -> Section:
+    """How windows under a guide that the CDM drew are conditioned."""
+    judge.train_prior()
+    rows = [
+        judge.row(fine, condition=Condition(kind="cdm", fine=fine)) for fine in FINE
+    ]  # fmt: skip
+    free = Condition(kind="cdm", fine="null")
+    rows.append(judge.row("null, K = 0", condition=free, sampler={"inner": 0}))
+    return _section(
+        judge, "Conditions of windows under a guide that the CDM drew", "fine", rows,
+        f"`prior` is a grid prior of 128 channels trained here for {PRIOR_SECONDS} s, drawn "
+        f"without a vector: it knows nothing of the guide.",
+    )  # fmt: skip
+
+
+def constraints(judge: Judge) -> Section:
+    """Where A acts, what the correction goes through, and seams after their removal."""
+    real = judge.reference()
+    ways: dict[str, dict[str, Any]] = {
+        "window": {},
+        "mosaic": {"sampler": {"constraint": "mosaic"}},
+        "backprop (S1)": {"sampler": {"correction": "backprop"}},
+        "none": {"sampler": {"inner": 0}},
+        "window, seams removed": {"refine": True},
+        "strided, 4 per side, no guide": {"algorithm": "strided"},
+    }
+    rows = [judge.row(name, condition=real, **way) for name, way in ways.items()]
+    return _section(judge, "Constraint and seams, embeddings of a real region", "way", rows)
+
+
+def trading(judge: Judge) -> Section:
+    """What cheaper sampling costs in quality."""
+    real = judge.reference()
+    ways: dict[str, dict[str, Any]] = {
+        "as it is": {},
+        "interval=[0.2,0.8]": {"interval": [0.2, 0.8]},
+        "interval=[0.4,0.8]": {"interval": [0.4, 0.8]},
+        "every=2": {"every": 2},
+        "every=4": {"every": 4},
+        "every=2 interval=[0.2,0.8]": {"every": 2, "interval": [0.2, 0.8]},
+    }
+    rows = [judge.row(name, condition=real, sampler=way) for name, way in ways.items()]
+    return _section(judge, "Cheaper sampling, embeddings of a real region", "sampler", rows)
+
+
+def _section(
+    judge: Judge, title: str, first: str, rows: Sequence[list[str]], *more: str
+) -> Section:
+    side = judge.side * judge.bundle.patch.side_px
+    note = (
+        f"{judge.seeds} images of {side}² each, S = {SAMPLER['steps']}, K = 1 unless said; KID "
+        f"against {len(judge.real)} real tiles, ± over subsets of 100. The trained bundle is "
+        f"small and was trained for minutes: figures compare ways, they do not praise pictures."
+    )
+    return Section(title, [first, *HEADER], list(rows), [note, *more])
