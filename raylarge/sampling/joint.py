@@ -198,6 +198,7 @@ class Level:
         self.parents = parents
         shrunk = patch.side_px << (scale - order.scale)
         rows, columns = (-(-length // shrunk) for length in order.size)
+        size = order.batch if cells else 0  # on a canvas, few windows make a smaller batch
         all_cells = cells or [(r, c) for r in range(rows) for c in range(columns)]
         families: dict[Cell | None, list[Cell]] = {}
         for cell in all_cells:
@@ -205,7 +206,7 @@ class Level:
         self.groups = [
             tuple(family[i] for i in group)
             for family in families.values()
-            for group in batches(len(family), order.batch)
+            for group in batches(len(family), size or min(len(family), order.batch))
         ]
         self._place = {
             cell: (b, i)

@@ -130,7 +130,8 @@ class _Row:
         cells = self.layout.windows(task.row)
         self.walk = Walk(networks, task.order, task.scale, cells, tokens)
         self.steps = networks.denoiser.schedule.steps(task.order.sampler.steps)
-        self.groups = [list(group) for group in batches(len(cells), task.order.batch)]
+        size = min(len(cells), task.order.batch)
+        self.groups = [list(group) for group in batches(len(cells), size)]
         self.estimates = [bound(networks.denoiser, tokens[group]) for group in self.groups]
 
     def images(self, x_t: Tensor, step: int) -> Float[Tensor, "n 3 P P"]:

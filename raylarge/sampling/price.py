@@ -119,7 +119,7 @@ def _(task: Windows, order: Order, patch: Patch) -> Counts:
 @_counts.register
 def _(task: Mosaic, order: Order, patch: Patch) -> Counts:
     columns = Layout.of(order, patch, task.guided_by).columns
-    n = len(batches(columns, order.batch)) * order.batch
+    n = sum(map(len, batches(columns, min(columns, order.batch))))
     kind = order.condition.kind if task.given else order.condition.fine_kind
     inner, steps = order.sampler.inner, order.sampler.steps
     times = _timesteps(order, 0, steps)
