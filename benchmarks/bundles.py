@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,58 +36,12 @@ class Blocks:
         return nn.functional.interpolate(latent / 4, scale_factor=4, mode="nearest")
 
 
-class UNetOf(nn.Module):
-    """A U-Net that rounds inputs to its own precision, and answers in theirs."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x_t: Tensor, t: Any, context: Tensor) -> Tensor:
-        """What the network predicts."""
-        weight = next(self.network.parameters())
-        predicted: Tensor = self.network(x_t.to(weight), t, context.to(weight))
-        return predicted.to(x_t)
-
-
-class CodecOf:
-    """An autoencoder that rounds inputs to its own precision, and answers in theirs."""
-
-    def __init__(self, codec: Autoencoder) -> None:
-        self.codec = codec
-
-    def encode(self, image: Tensor) -> Tensor:
-        """The latent of an image."""
-        return self.codec.encode(image.to(next(self.codec.parameters()))).to(image)
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """The image of a latent."""
-        return self.codec.decode(latent.to(next(self.codec.parameters()))).to(latent)
-
-
-class ConditionerOf:
-    """A conditioner that rounds embeddings to its own precision."""
-
-    def __init__(self, conditioner: Any) -> None:
-        self.conditioner = conditioner
-        self.config, self.null = conditioner.config, conditioner.null
-
-    def __call__(self, grid: Tensor, scale: Tensor, size: Tensor | None = None) -> Tensor:
-        """Context tokens in the precision of the weights."""
-        tokens: Tensor = self.conditioner(grid.to(self.null(1)), scale, size)
-        return tokens
-
-
 def in_precision(bundle: Bundle, dtype: torch.dtype) -> Bundle:
-    """The bundle with U-Net, autoencoder and conditioner in another type, channels-last.
-
-    Requests mix precisions (embeddings and canvases are float32), so the parts are wrapped.
-    """
+    """The bundle, its U-Net, autoencoder and conditioner now of another type, channels-last."""
     for part in (bundle.unet, bundle.vae, bundle.summarizer):
         nn.Module.to(part, dtype=dtype)
         nn.Module.to(part, memory_format=torch.channels_last)
-    vae, conditioner = CodecOf(bundle.vae), ConditionerOf(bundle.summarizer)
-    return replace(bundle, unet=UNetOf(bundle.unet), vae=vae, summarizer=conditioner)
+    return bundle
 
 
 def oracle(side_px: int = 256, scales: int = 8) -> Bundle:

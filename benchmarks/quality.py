@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from benchmarks.page import Section
 from raylarge import order as orders
 from raylarge import storage
-from raylarge.evaluate.references import references
+from raylarge.evaluate.references import Reference, references
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import windows
 from raylarge.images import to_float
@@ -29,36 +30,52 @@ from raylarge.metrics.kernel import kernel_distances
 from raylarge.metrics.seams import seam_ratio
 from raylarge.models import bundle as bundles
 from raylarge.models import ssl
+from raylarge.models.bundle import Bundle
 from raylarge.models.prior import GridPrior
 from raylarge.order import Condition, Order
 from raylarge.sampling import joint
 from raylarge.sampling.plan import run
 
 HEADER = ("seconds", "error in windows", "across borders", "seam ratio", "KID x 1000")
-SAMPLER = {"steps": 20, "clamp": True}
 FINE = ("null", "independent", "inversion", "prior")
 PRIOR_SECONDS = 90
 
 
+@dataclass
 class Judge:
     """Makes images with a trained bundle and holds them against real tiles.
 
-    Args:
-        bundle: a trained bundle's folder.
-        data: the folder that it was prepared from.
+    Attributes:
+        bundle: what makes the images.
+        encoder: pixels uint8 [n, P, P, 3] -> features [n, d].
+        tiles: real examples of scale 0.
+        regions: real examples as large as the images, of which the windows' conditions are.
         side: of the images, in patches.
         seeds: images per order.
+        steps: of the sampler.
     """
 
-    def __init__(self, bundle: str, data: str, side: int, seeds: int) -> None:
-        self.bundle, self.data = bundles.load(bundle), storage.absolute(data)
-        self.side, self.seeds = side, seeds
-        facts = bundles.facts(bundle)
-        self.encoder = ssl.load(facts["encoder"]["name"])
-        rows = references(self.data, 0, None)
-        regions = references(self.data, side.bit_length() - 1, None)
-        self.regions = sorted(regions, key=lambda region: -region.tissue)
-        self.real = torch.from_numpy(np.stack([row.grid[0, 0] for row in rows])).float()
+    bundle: Bundle
+    encoder: Callable[[np.ndarray], np.ndarray]
+    tiles: Sequence[Reference]
+    regions: Sequence[Reference]
+    side: int
+    seeds: int
+    steps: int = 20
+
+    @classmethod
+    def open(cls, bundle: str, data: str, side: int, seeds: int) -> Judge:
+        """The judge of a trained bundle's folder and the data that it was trained on."""
+        data = storage.absolute(data)
+        encoder = ssl.load(bundles.facts(bundle)["encoder"]["name"])
+        regions = references(data, side.bit_length() - 1, None)
+        tiles = references(data, 0, None)
+        return cls(bundles.load(bundle), encoder, tiles, regions, side, seeds)
+
+    @property
+    def real(self) -> Tensor:
+        """Features of the real tiles: their embeddings."""
+        return torch.from_numpy(np.stack([tile.grid[0, 0] for tile in self.tiles])).float()
 
     def row(self, name: str, **values: Any) -> list[str]:
         """The figures of an order, the mean over its seeds."""
@@ -74,9 +91,10 @@ class Judge:
         """An order; conditioned on the region with the (seed + 1)-th most tissue, if left open."""
         values = {"size": self.side * self.bundle.patch.side_px, "seed": seed, **values}
         condition = values.pop("condition", None)
-        values["sampler"] = {**SAMPLER, **values.get("sampler", {})}
+        values["sampler"] = {"steps": self.steps, "clamp": True, **values.get("sampler", {})}
         if condition is None:
-            condition = Condition.of(self.regions[seed % len(self.regions)].grid)
+            regions = sorted(self.regions, key=lambda region: -region.tissue)
+            condition = Condition.of(regions[seed % len(regions)].grid)
         return dataclasses.replace(orders.parse(values), condition=condition)
 
     def _judged(self, order: Order) -> tuple[float, float, float, float, Tensor]:
@@ -94,12 +112,11 @@ class Judge:
         features = torch.from_numpy(self.encoder(cut)).float()
         return seconds, inside, across, seam_ratio(image, side), features
 
-    def train_prior(self, seconds: float = PRIOR_SECONDS) -> None:
+    def train_prior(self, seconds: float) -> None:
         """Give the bundle a small grid prior, trained here on the grids of real regions."""
         torch.manual_seed(0)
-        scale = self.side.bit_length() - 1
-        rows = references(self.data, scale, None, "train")
-        grids = torch.from_numpy(np.stack([row.grid for row in rows])).float().movedim(-1, 1)
+        grids = torch.from_numpy(np.stack([one.grid for one in self.regions])).float()
+        grids = grids.movedim(-1, 1)
         vectors = grids.mean(dim=(2, 3))
         prior = GridPrior(grids.shape[1], vectors.shape[1], self.side, width=128, blocks=4)
         prior.standardise(grids, vectors)
@@ -116,9 +133,9 @@ class Judge:
         self.bundle = dataclasses.replace(self.bundle, prior=prior.eval())
 
 
-def conditions(judge: Judge) -> Section:
+def conditions(judge: Judge, seconds: float = PRIOR_SECONDS) -> Section:
     """How windows under a guide that the CDM drew are conditioned."""
-    judge.train_prior()
+    judge.train_prior(seconds)
     rows = [
         judge.row(fine, condition=Condition(kind="cdm", fine=fine)) for fine in FINE
     ]  # fmt: skip
@@ -126,7 +143,7 @@ def conditions(judge: Judge) -> Section:
     rows.append(judge.row("null, K = 0", condition=free, sampler={"inner": 0}))
     return _section(
         judge, "Conditions of windows under a guide that the CDM drew", "fine", rows,
-        f"`prior` is a grid prior of 128 channels trained here for {PRIOR_SECONDS} s, drawn "
+        f"`prior` is a grid prior of 128 channels trained here for {seconds:g} s, drawn "
         f"without a vector: it knows nothing of the guide.",
     )  # fmt: skip
 
@@ -164,7 +181,7 @@ def _section(
 ) -> Section:
     side = judge.side * judge.bundle.patch.side_px
     note = (
-        f"{judge.seeds} images of {side}² each, S = {SAMPLER['steps']}, K = 1 unless said; KID "
+        f"{judge.seeds} images of {side}² each, S = {judge.steps}, K = 1 unless said; KID "
         f"against {len(judge.real)} real tiles, ± over subsets of 100. The trained bundle is "
         f"small and was trained for minutes: figures compare ways, they do not praise pictures."
     )

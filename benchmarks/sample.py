@@ -291,7 +291,7 @@ def judged(section: Callable[[quality.Judge], Section]) -> Callable[[Bench], Sec
                 "pictures are judged of a trained bundle: give bundle=DIR data=DIR, such as "
                 "out/demo/bundle and out/demo/data after make demo."
             )
-        return section(quality.Judge(config.bundle, config.data, config.patches, config.seeds))
+        return section(quality.Judge.open(config.bundle, config.data, config.patches, config.seeds))
 
     return made
 

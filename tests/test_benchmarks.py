@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import bundles, gpu, memory, sample
+from benchmarks import bundles, gpu, memory, quality, sample
 from raylarge.errors import UserError
+from raylarge.evaluate.references import Reference
+from raylarge.models.bundle import load
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,12 +37,44 @@ def test_memory_is_told_by_phase(tmp_path):
 def test_sampling_writes_its_page(one_thread, tmp_path, capsys):
     page = tmp_path / "page.md"
     words = ["quick=true", "side=2", "shares=2,1", f"out={page}"]
-    sample.main([*words, "only=speed,strides,conditions"])
+    sample.main([*words, "only=speed,strides"])
     text = page.read_text()
     assert "published loop, one window per call" in text
     assert "| 32 | 49 |" in text
     assert "## What falls short" in text
-    assert "cross-scale error" in capsys.readouterr().out
+    assert "times ours, median" in capsys.readouterr().out
+
+
+def test_choices_are_judged_by_pictures(tiny_bundle, one_thread):
+    """Every way is carried out and has its figures; the features are means of colour here."""
+    random = np.random.default_rng(0)
+
+    def example(side):
+        grid = random.normal(size=(side, side, 8)).astype(np.float16)
+        return Reference(random.integers(0, 255, (64, 64, 3), np.uint8), grid, random.random())
+
+    judge = quality.Judge(
+        load(tiny_bundle),
+        lambda pixels: pixels.reshape(len(pixels), -1)[:, :8].astype(np.float32) / 255,
+        [example(1) for _ in range(12)],
+        [example(2) for _ in range(3)],
+        side=2,
+        seeds=1,
+        steps=1,
+    )
+    sections = [quality.conditions(judge, 0.1), quality.constraints(judge)]
+    judge.steps = 5
+    sections.append(quality.trading(judge))
+    for section, ways in zip(sections, (5, 6, 6), strict=True):
+        assert len(section.rows) == ways
+        assert all(len(row) == len(section.header) for row in section.rows)
+        assert len({tuple(row[2:]) for row in section.rows}) > ways - 3  # ways differ
+    assert sections[1].rows[5][2] == "–"  # strided sampling has no guide
+
+
+def test_pictures_are_judged_of_a_trained_bundle_alone():
+    with pytest.raises(UserError, match="give bundle=DIR data=DIR"):
+        sample.main(["quick=true", "only=trading"])
 
 
 def test_a_part_that_nobody_knows_is_refused():

@@ -16,7 +16,8 @@ from raylarge.models.autoencoder import Autoencoder
 from raylarge.models.denoiser import NetworkDenoiser
 from raylarge.models.light import LightAutoencoder
 from raylarge.order import Sampler
-from raylarge.sampling.constraint import differentiated
+from raylarge.resample import downsample
+from raylarge.sampling.constraint import correct, differentiated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,7 +80,7 @@ def autoencoder(request, parity):
         for residual in (network.encoder[2], network.decoder[1]):
             torch.nn.init.normal_(residual.second.weight, std=0.05)
         return Autoencoder(network).requires_grad_(False)
-    return Autoencoder(published.kl((32, 64), 1, 4, 0.18215)).eval().requires_grad_(False)
+    return Autoencoder(published.kl((32, 64), 1, 3, 0.18215)).eval().requires_grad_(False)
 
 
 def test_derivatives_of_encoder_and_decoder(autoencoder, parity):
@@ -130,3 +131,37 @@ def test_real_tiny_autoencoders_on_real_tissue(shared_data):
         cosine(differentiated(tiny.decode, latent, Sampler())[1](noise(latent, 3)), wanted) >= 0.999
     )
     assert tiny.encode(images[:1].bfloat16()).dtype == torch.bfloat16  # computed in float32
+
+
+@pytest.mark.parametrize("t", [981, 500, 101])
+@pytest.mark.parametrize("unit", [False, True], ids=["paper", "released"])
+def test_the_whole_correction_keeps_its_direction_in_half_precision(
+    parity, autoencoder, request, t, unit
+):
+    """Denoiser, decoder, A, U, encoder's derivative, denoiser's derivative: bf16 against float64.
+
+    Latents stay in float32, as on every walk; the networks see theirs. A quantiser takes other
+    codes where the estimate is rounded, which is no matter of derivatives: under VQ the float64
+    chain starts from the rounded estimate.
+    """
+    unet, given = published.unet_from_published(state(parity, "unet_b")), figures(parity, "unet_b")
+    sampler, x_t = Sampler(unit=unit), given["x"]
+    double, fast = copy.deepcopy(autoencoder).double(), half(autoencoder)
+    with torch.no_grad():
+        y = downsample(double.decode(noise(x_t, 2).double()), autoencoder.factor)
+
+    def denoise(network, dtype):
+        denoiser, context = NetworkDenoiser(network, Schedule()), given["c"].to(dtype)
+        return lambda z: denoiser(z, t, context)
+
+    exact, rounded = (
+        denoise(copy.deepcopy(unet).double(), torch.float64),
+        denoise(half(unet), torch.bfloat16),
+    )
+    with torch.no_grad():
+        shift = rounded(x_t).double() - exact(x_t.double())
+        if request.node.callspec.params["autoencoder"] != "vq":
+            shift = torch.zeros_like(shift)
+    wanted = correct(x_t.double(), lambda z: exact(z) + shift, double, y, sampler)
+    found = correct(x_t, rounded, fast, y.float(), sampler)
+    assert cosine(found - x_t, wanted - x_t) >= 0.97

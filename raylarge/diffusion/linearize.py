@@ -67,6 +67,7 @@ class _Tape(TorchFunctionMode):
         self.steps: list[tuple[dict[Key, int], Rule, list[int]]] = []
         self.token = object()  # tensors bear it, not the tape: that would be a circle
         self.count = 0
+        self.last: list[set[int]] = []
 
     def mark(self, tensor: Tensor) -> int:
         """Give a tensor a slot: it depends on x."""
@@ -81,26 +82,34 @@ class _Tape(TorchFunctionMode):
 
     def forget_all_but(self, end: int) -> None:
         """Drop the steps that a slot does not come from, such as a quantiser's distances."""
-        needed, kept = {end}, []
+        needed, kept, self.last = {end}, [], []
         for step in reversed(self.steps):
             taken, _, given = step
             if needed.intersection(given):
+                self.last.append({*taken.values()} - needed)
                 needed.update(taken.values())
                 kept.append(step)
-        self.steps = kept[::-1]
+        self.steps, self.last = kept[::-1], self.last[::-1]
 
     def play(self, start: int, v: Tensor, end: int) -> Tensor:
         """The tangent at a slot, of that at another."""
         tangents: dict[int, Any] = {start: v}
-        for taken, rule, given in self.steps:
+        for (taken, rule, given), last in zip(self.steps, self.last, strict=True):
             made = rule({position: tangents[slot] for position, slot in taken.items()})
             tangents.update(zip(given, made if isinstance(made, tuple) else (made,), strict=True))
+            for slot in last:  # nobody takes it any more
+                del tangents[slot]
         found: Tensor = tangents[end]
         return found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        slots = dict(self._slots(args, kwargs))
+        token = self.token
+        slots: dict[Key, int] = {
+            key: argument._slot[1]
+            for key, argument in _tensors(args, kwargs)
+            if getattr(argument, "_slot", NOWHERE)[0] is token
+        }
         if not slots:
             return func(*args, **kwargs)
         call = Call(func, getattr(func, "__name__", ""), args, kwargs, tuple(slots))
@@ -115,16 +124,18 @@ class _Tape(TorchFunctionMode):
             self.steps.append((slots, rule, [self.mark(one) for one in made]))
         return value
 
-    def _slots(self, args: Any, kwargs: Any) -> Iterator[tuple[Key, int]]:
-        """Where a call's arguments depend on x; lists are looked into."""
-        for key, argument in (*enumerate(args), *kwargs.items()):
-            if isinstance(argument, Tensor):
-                if (slot := self.slot(argument)) is not None:
-                    yield key, slot
-            elif isinstance(argument, (list, tuple)) and isinstance(key, int):
-                for j, one in enumerate(argument):
-                    if (slot := self.slot(one)) is not None:
-                        yield (key, j), slot
+
+NOWHERE = (None, 0)
+"""The slot of a tensor that depends on nothing."""
+
+
+def _tensors(args: Any, kwargs: Any) -> Iterator[tuple[Key, Any]]:
+    """A call's tensors, and where they stand; lists are looked into."""
+    for key, argument in (*enumerate(args), *kwargs.items()):
+        if isinstance(argument, Tensor):
+            yield key, argument
+        elif isinstance(argument, (list, tuple)) and isinstance(key, int):
+            yield from (((key, j), one) for j, one in enumerate(argument))
 
 
 def _changes(call: Call) -> bool:

@@ -10,9 +10,9 @@ Jacobian, but for its weights, so that torch's kernels for gradients serve.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -21,8 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Key = int | str | tuple[int, int]
 """Where an argument stands: its position, its name, or its place in a list at a position."""
+Tangents = Mapping[Key, Tensor]
+"""Tangents of a call's active arguments."""
 Rule = Callable[[Any], Any]
-"""Tangents of a call's active arguments, by key -> tangent of its value."""
+"""Tangents -> tangent of the call's value. Rules are no annotated functions of their own: one
+is made for every call, and type checks in tests would be made with each."""
 aten = torch.ops.aten
 
 
@@ -62,17 +65,21 @@ class Call:
 
 def by_itself(call: Call) -> tuple[Any, Rule]:
     """Any differentiable operation, with its value computed twice."""
+    return call.run({}), partial(_forward_mode, call)
 
-    def rule(tangents: dict[Key, Tensor]) -> Any:
-        def of(*active: Tensor) -> Any:
-            value = call.run(dict(zip(call.active, active, strict=True)))
-            return tuple(value) if isinstance(value, list) else value
 
-        at = tuple(call.at(key) for key in call.active)
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
-            return torch.func.jvp(of, at, tuple(tangents[key] for key in call.active))[1]
+def _forward_mode(call: Call, tangents: Tangents) -> Any:
+    at, along = zip(*((call.at(key), tangents[key]) for key in call.active), strict=True)
 
-    return call.run({}), rule
+    def of(*active):  # type: ignore[no-untyped-def]
+        return _tuple(call.run(dict(zip(call.active, active, strict=True))))
+
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
+        return torch.func.jvp(of, at, along)[1]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _linear(call: Call) -> tuple[Any, Rule]:
@@ -81,12 +88,7 @@ def _linear(call: Call) -> tuple[Any, Rule]:
     if call.name in ("cat", "stack", "concat"):
         constant = [(0, j) for j in range(len(call.args[0])) if (0, j) not in call.active]
         zeros = {key: torch.zeros_like(call.at(key)) for key in constant}
-
-    def rule(tangents: dict[Key, Tensor]) -> Any:
-        made = call.run({**zeros, **tangents})
-        return tuple(made) if isinstance(made, list) else made
-
-    return call.run({}), rule
+    return call.run({}), lambda tangents: _tuple(call.run({**zeros, **tangents}))
 
 
 def _affine(call: Call) -> tuple[Any, Rule]:
@@ -104,22 +106,15 @@ def _sum(call: Call) -> tuple[Any, Rule]:
     value = call.run({})
     if len(call.active) == 2:
         return value, call.run
-    taken_off = {"sub": 1, "__sub__": 1, "rsub": 0, "__rsub__": 0}.get(call.name)
-
-    def rule(tangents: dict[Key, Tensor]) -> Tensor:
-        v = tangents[call.active[0]].expand(value.shape).to(value.dtype)
-        return -v if taken_off == call.active[0] else v
-
-    return value, rule
+    (active,) = call.active
+    taken_off = {"sub": 1, "__sub__": 1, "rsub": 0, "__rsub__": 0}.get(call.name) == active
+    shape, dtype, sign = value.shape, value.dtype, torch.neg if taken_off else torch.positive
+    return value, lambda tangents: sign(tangents[active].expand(shape).to(dtype))
 
 
 def _product(call: Call) -> tuple[Any, Rule]:
     """Linear in each factor: the tangents of both, one after the other, are added."""
-
-    def rule(tangents: dict[Key, Tensor]) -> Tensor:
-        return _added([call.run({i: v}) for i, v in tangents.items()])
-
-    return call.run({}), rule
+    return call.run({}), lambda tangents: _added([call.run({k: v}) for k, v in tangents.items()])
 
 
 def _quotient(call: Call) -> tuple[Any, Rule]:
@@ -129,47 +124,39 @@ def _quotient(call: Call) -> tuple[Any, Rule]:
 
 def _pointwise(backward: Callable[[Tensor, Tensor, Call], Tensor]) -> Callable[[Call], Any]:
     """A function of each element: what takes gradients back takes tangents forth."""
-
-    def made(call: Call) -> tuple[Any, Rule]:
-        x = call.at(0)
-        return call.run({}), lambda tangents: backward(tangents[0], x, call)
-
-    return made
+    return lambda call: (call.run({}), lambda tangents: backward(tangents[0], call.at(0), call))
 
 
 def _group_norm(call: Call) -> tuple[Any, Rule]:
     """Its Jacobian is symmetric but for the weight, so gradients' kernel serves tangents."""
     of = call.bound("input", "num_groups", "weight", "bias", "eps")
-    x, groups, weight = of["input"], of["num_groups"], of.get("weight")
+    x, groups, weight, eps = of["input"], of["num_groups"], of.get("weight"), of.get("eps", 1e-5)
     size = (x.shape[0], x.shape[1], math.prod(x.shape[2:]), groups)
-    value, mean, rstd = torch.native_group_norm(
-        x, weight, of.get("bias"), *size, of.get("eps", 1e-5)
+    value, mean, rstd = torch.native_group_norm(x, weight, of.get("bias"), *size, eps)
+    scale = None if weight is None else weight.view(-1, *[1] * (x.ndim - 2))
+    back, layout = aten.native_group_norm_backward, _layout(x)
+
+    return value, lambda tangents: _scaled(
+        back(tangents[0].contiguous(memory_format=layout), x, mean, rstd, None, *size, INPUT_ALONE),
+        scale,
     )
-
-    def rule(tangents: dict[Key, Tensor]) -> Tensor:
-        v = tangents[0].to(x.dtype)
-        v = v.contiguous(memory_format=_layout(x))
-        mask = [True, False, False]
-        made: Tensor = aten.native_group_norm_backward(v, x, mean, rstd, None, *size, mask)[0]
-        return made if weight is None else made * weight.view(-1, *[1] * (x.ndim - 2))
-
-    return value, rule
 
 
 def _layer_norm(call: Call) -> tuple[Any, Rule]:
     """As the group norm."""
     of = call.bound("input", "normalized_shape", "weight", "bias", "eps")
-    x, shape, weight = of["input"], list(of["normalized_shape"]), of.get("weight")
-    value, mean, rstd = torch.native_layer_norm(
-        x, shape, weight, of.get("bias"), of.get("eps", 1e-5)
+    x, shape, weight, eps = of["input"], of["normalized_shape"], of.get("weight"), of.get("eps")
+    eps = 1e-5 if eps is None else eps
+    value, mean, rstd = torch.native_layer_norm(x, list(shape), weight, of.get("bias"), eps)
+    back = aten.native_layer_norm_backward
+    return value, lambda tangents: _scaled(
+        back(tangents[0], x, list(shape), mean, rstd, None, None, INPUT_ALONE), weight
     )
 
-    def rule(tangents: dict[Key, Tensor]) -> Tensor:
-        v, mask = tangents[0], [True, False, False]
-        made: Tensor = aten.native_layer_norm_backward(v, x, shape, mean, rstd, None, None, mask)[0]
-        return made if weight is None else made * weight
 
-    return value, rule
+def _scaled(made: tuple[Any, ...], weight: Tensor | None) -> Tensor:
+    x: Tensor = made[0]
+    return x if weight is None else x * weight
 
 
 def _attention(call: Call) -> tuple[Any, Rule]:
@@ -180,19 +167,19 @@ def _attention(call: Call) -> tuple[Any, Rule]:
         return by_itself(call)
     q, k, v = of["query"], of["key"], of["value"]
     s = of.get("scale") or q.shape[-1] ** -0.5
+    return call.run({}), partial(_attended, q * s, k, v, s)
 
-    def rule(tangents: dict[Key, Tensor]) -> Tensor:
-        dq, dk, dv = (tangents.get(i) for i in range(3))
-        p = torch.softmax((q * s) @ k.mT, dim=-1)
-        made = [p @ dv] if dv is not None else []
-        scores = [(dq * s) @ k.mT] if dq is not None else []
-        scores += [(q * s) @ dk.mT] if dk is not None else []
-        if scores:
-            dp = aten._softmax_backward_data(_added(scores), p, -1, p.dtype)
-            made.append(dp @ v)
-        return _added(made)
 
-    return call.run({}), rule
+def _attended(q: Tensor, k: Tensor, v: Tensor, s: float, tangents: Tangents) -> Tensor:
+    """The tangent of softmax(q k^T) v, whose q was scaled by s already."""
+    dq, dk, dv = (tangents.get(i) for i in range(3))
+    p = torch.softmax(q @ k.mT, dim=-1)
+    made = [p @ dv] if dv is not None else []
+    scores = [(dq * s) @ k.mT] if dq is not None else []
+    scores += [q @ dk.mT] if dk is not None else []
+    if scores:
+        made.append(aten._softmax_backward_data(_added(scores), p, -1, p.dtype) @ v)
+    return _added(made)
 
 
 def _dropout(call: Call) -> tuple[Any, Rule]:
@@ -217,6 +204,8 @@ def _gelu(v: Tensor, x: Tensor, call: Call) -> Tensor:
     return made
 
 
+INPUT_ALONE = [True, False, False]
+"""Of a norm's gradients, which to compute."""
 LINEAR = (
     *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze"),
     *("unsqueeze", "expand", "repeat", "contiguous", "chunk", "split", "unbind", "__getitem__"),

@@ -163,11 +163,11 @@ class Worker:
 
         def estimate(cut: Tensor, windows: list[int], t: int) -> Tensor:
             if vectors is None:
-                return plain(cut.to(null), t, conditioner.null(len(cut))).to(cut)
+                return plain(cut, t, conditioner.null(len(cut)))
             scale = torch.full((len(cut),), task.order.scale, device=cut.device)
             tokens = conditioner(vectors[windows][..., None, None], scale)
             asked = guided(plain, sampler.guidance, null, sampler.interval)
-            return asked(cut.to(null), t, tokens).to(cut)
+            return asked(cut, t, tokens)
 
         return estimate
 

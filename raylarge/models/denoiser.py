@@ -61,7 +61,7 @@ class NetworkDenoiser:
     def __call__(
         self, x_t: Float[Tensor, "B c h w"], t: int, context: Float[Tensor, "B n D"]
     ) -> Float[Tensor, "B c h w"]:
-        """x_0 of the prediction, in the U-Net's own precision."""
+        """x_0 of the prediction, in x_t's precision; the U-Net sees its own."""
         return self._x_0(context, x_t, t)
 
     def bound(self, context: Float[Tensor, "B n D"]) -> Estimate:
@@ -71,11 +71,11 @@ class NetworkDenoiser:
         return lambda x_t, t: self._x_0(prepared, x_t, t)
 
     def _x_0(self, context: Any, x_t: Tensor, t: int) -> Tensor:
-        told = t + self.late
+        told, z = t + self.late, x_t.to(getattr(self.unet, "dtype", x_t.dtype))
         if self.compiled is None or linearizing():
-            return self.schedule.x_0(x_t, self.unet(x_t, told, context), t)
+            return self.schedule.x_0(x_t, self.unet(z, told, context).to(x_t), t)
         timestep = torch.tensor(told, device=x_t.device)  # a number would be compiled in
-        return self.schedule.x_0(x_t, self.compiled(x_t, timestep, context), t)
+        return self.schedule.x_0(x_t, self.compiled(z, timestep, context).to(x_t), t)
 
 
 class Guided:

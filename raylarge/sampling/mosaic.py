@@ -112,7 +112,7 @@ def answer(
         step = (task.look - 1) // sampler.inner
         y = above if task.given else above[step]
         y = y.clamp(-1, 1) if sampler.clamp else y
-        x_t = here.moved(x_t.to(tokens), images.to(tokens), here.error(y, shares), step)
+        x_t = here.moved(x_t, images, here.error(y, shares), step)
         if task.look % sampler.inner == 0:
             x_t = here.stepped(x_t, step)
     if task.look == sampler.steps * sampler.inner:

@@ -83,7 +83,7 @@ def windows(
     sampler, traced = task.order.sampler, []
     correction = CORRECTIONS[sampler.correction]
     walk = Walk(networks, task.order, task.scale, task.windows, tokens)
-    x_t = walk.start() if x_t is None else x_t.to(tokens)
+    x_t = walk.start() if x_t is None else x_t.to(walk.dtype)
     schedule, estimate = networks.denoiser.schedule, bound(networks.denoiser, tokens)
     if sampler.solver != "ddim":  # they remember earlier steps: all are one request
         return solve(estimate, x_t, schedule, sampler.solver, sampler.steps)
@@ -91,7 +91,7 @@ def windows(
     for i in range(task.first, task.last):
         x_0 = partial(estimate, t=steps[i].t)
         if wanted is not None and i % sampler.every == 0:
-            y = wanted(i).to(tokens)
+            y = wanted(i).to(x_t)
             for _ in range(sampler.inner):
                 x_t = correction(x_t, x_0, networks.correcting, y, sampler)
         clean = x_0(x_t)
@@ -121,7 +121,10 @@ def below(frames: Float[Tensor, "s 3 P P"], task: Windows) -> Wanted:
 
 @dataclass(frozen=True)
 class Walk:
-    """Where a batch of windows stands in the noise, and how it takes a step."""
+    """Where a batch of windows stands in the noise, and how it takes a step.
+
+    Latents are float32 or better, whatever the networks see: a step changes their last digits.
+    """
 
     networks: Networks
     order: Order
@@ -141,4 +144,10 @@ class Walk:
     def _noise(self, step: int) -> Tensor:
         addresses = [(self.scale, row, column, step) for row, column in self.cells]
         latent = self.networks.patch.latent
-        return normal(latent, self.order.seed, "sampling", addresses).to(self.like)
+        noise = normal(latent, self.order.seed, "sampling", addresses)
+        return noise.to(self.like.device, self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the latents."""
+        return torch.promote_types(self.like.dtype, torch.float32)
