@@ -176,3 +176,25 @@ def test_nothing_is_kept_when_the_derivative_goes():
         assert kept[0]() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x.max(dim=1).values + x[:, 0],
+        lambda x: torch.fft.fft(x).real,
+    ],
+)
+def test_values_without_a_derivative_beside_others_are_refused(f):
+    with pytest.raises(RuntimeError, match="without a derivative"):
+        linearize(f, drawn(2, 3))
+
+
+def test_lists_by_keyword_and_lists_that_grow():
+    def f(x):
+        parts = [x]
+        made = torch.stack(parts).sum(0)
+        parts.append(made)
+        return torch.cat(tensors=[x, made * x, torch.ones_like(x)], dim=0)
+
+    agrees(f, drawn(2, 3), drawn(2, 3, seed=1))

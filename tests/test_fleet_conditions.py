@@ -19,6 +19,7 @@ from raylarge.sampling import joint
 from raylarge.sampling.plan import run
 from raylarge.sampling.tasks import Draw, Imagine, Invert
 
+CONDITION = ("kind", "fine", "data", "shape", "prior_steps", "prior_guidance", "iterations")
 LABEL, OTHER = np.eye(5, dtype=np.float32)[:2]
 QUICK = {"steps": 1, "derivative": "difference"}
 
@@ -165,13 +166,26 @@ def test_a_text_becomes_a_picture(tiny_bundle, tmp_path, capsys):
     [
         ({"size": 128, "scale": 1}, "for one large image at order.scale 0"),
         ({"count": 2}, "for one large image"),
-        ({"size": 128, "prior_steps": 0}, "prior_steps from 1"),
+        ({"size": 128, "prior_steps": 0}, "prior_steps 0 lies from 1"),
+        ({"size": 128, "prior_steps": 1000}, "prior_steps 1000 lies from 1 to 999"),
+        ({"size": 128, "prior_guidance": float("nan")}, "prior_guidance nan"),
+        (
+            {
+                "size": 128,
+                "kind": "cdm",
+                "fine": "prior",
+                "shape": (),
+                "data": "",
+                "prior_steps": 0,
+            },
+            "prior_steps 0",
+        ),
         ({"size": 128, "shape": (1, 5)}, "takes one vector"),
         ({"size": 128, "iterations": 0}, "condition.iterations 0 starts at 1"),
     ],
 )
 def test_bad_prior_orders_are_refused(imagining, values, told):
-    of = {k: values.pop(k) for k in ("prior_steps", "shape", "iterations") if k in values}
+    of = {k: values.pop(k) for k in CONDITION if k in values}
     order = an_order(dataclasses.replace(Condition.of_vector(LABEL), **of), **values)
     with pytest.raises(UserError, match=told):
         joint.plan(order, bundles.patch_of(imagining))

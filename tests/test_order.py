@@ -55,6 +55,7 @@ def test_the_guide_covers_the_canvas(size, k):
         ({"size": 64, "sampler": {"guidance": float("inf")}}, "guidance inf"),
         ({"size": 64, "sampler": {"eta": 1.5}}, "eta 1.5 ends at 1"),
         ({"size": 64, "sampler": {"every": 0}}, "every start at 1"),
+        ({"size": 64, "sampler": {"steps": 1000}}, "steps 1000 is more than 999"),
         ({"size": 64, "condition": dataclasses.asdict(Condition.of(GRID[:1, :1] * NAN))}, "NaN"),
         ({"size": 128, "condition": {"kind": "embeddings", "shape": (2, 2, 4)}}, "float16 values"),
         ({"size": 128, "condition": dataclasses.asdict(Condition.of(GRID))}, r"takes \(2, 2\)"),

@@ -43,6 +43,8 @@ def latents_of(order, worker):
         reply = worker.answer(task, *inputs)
         if isinstance(task, Windows) and task.last == order.sampler.steps:
             found = reply.whole if task.traced else reply
+            for part in reply.parts if task.traced else ():  # no views of one large storage
+                assert part.untyped_storage().nbytes() == part.nbytes
             kept.update(
                 {(task.scale, *cell): x for cell, x in zip(task.windows, found, strict=True)}
             )

@@ -208,6 +208,7 @@ class _Other(Memory):
         ({"sampler": {"constraint": "tile"}}, "constraint 'tile'"),
         ({"sampler": {"correction": "backprop"}}, "correction encoder"),
         ({"levels": "2,1,0"}, "leave out levels"),
+        ({"refine": True}, "refine"),
     ],
 )
 def test_what_a_mosaic_cannot_do_is_refused(values, told):

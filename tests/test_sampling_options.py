@@ -15,6 +15,7 @@ from raylarge.fleet.facts import Facts
 from raylarge.fleet.means import Means
 from raylarge.fleet.worker import Worker
 from raylarge.models import bundle as bundles
+from raylarge.models import controlnet
 from raylarge.models.autoencoder import Autoencoder
 from raylarge.models.denoiser import GaussianDenoiser, Guided, NetworkDenoiser, bound
 from raylarge.models.light import LightAutoencoder
@@ -145,6 +146,20 @@ def test_half_precision_gives_nearly_the_same_image(tiny_bundle, name):
     ]
     cosine = torch.nn.functional.cosine_similarity(*(f.flatten() for f in frames), dim=0)
     assert cosine > 0.995
+
+
+def test_a_controlnet_in_half_precision(bundle):
+    """Latents are float32, both networks are not."""
+    half = copy.deepcopy(bundle.unet).to(torch.bfloat16)
+    network = controlnet.build(half, bundle.patch.factor).eval().to(torch.bfloat16)
+    tokens, x_t = tokens_and_x(bundle)
+    control = torch.zeros(3, 3, 64, 64)
+    with torch.no_grad():
+        asked = controlnet.Controlled(half, network, bundle.schedule, control)
+        found = asked(x_t, 500, tokens.bfloat16())
+        plain = NetworkDenoiser(bundle.unet, bundle.schedule)(x_t, 500, tokens)
+    assert found.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(found.flatten(), plain.flatten(), dim=0) > 0.99
 
 
 @pytest.mark.parametrize(

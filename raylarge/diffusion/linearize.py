@@ -112,6 +112,7 @@ class _Tape(TorchFunctionMode):
         }
         if not slots:
             return func(*args, **kwargs)
+        args = [list(a) if isinstance(a, list) else a for a in args]  # theirs may grow
         call = Call(func, getattr(func, "__name__", ""), args, kwargs, tuple(slots))
         if call.name == "detach" or (call.name in LIKE and 0 not in slots):
             return func(*args, **kwargs)  # the value does not depend on x
@@ -120,8 +121,11 @@ class _Tape(TorchFunctionMode):
         value, rule = RULES.get(call.name, by_itself)(call)
         several = isinstance(value, (tuple, list))
         made = list(value) if several else [value]
-        if all(isinstance(one, Tensor) and one.is_floating_point() for one in made):
+        smooth = [isinstance(one, Tensor) and one.is_floating_point() for one in made]
+        if all(smooth):
             self.steps.append((slots, rule, [self.mark(one) for one in made]))
+        elif any(smooth) or any(isinstance(one, Tensor) and one.is_complex() for one in made):
+            raise RuntimeError(f"{call.name} gives values without a derivative beside others")
         return value
 
 
@@ -134,7 +138,7 @@ def _tensors(args: Any, kwargs: Any) -> Iterator[tuple[Key, Any]]:
     for key, argument in (*enumerate(args), *kwargs.items()):
         if isinstance(argument, Tensor):
             yield key, argument
-        elif isinstance(argument, (list, tuple)) and isinstance(key, int):
+        elif isinstance(argument, (list, tuple)):
             yield from (((key, j), one) for j, one in enumerate(argument))
 
 

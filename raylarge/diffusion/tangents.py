@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Key = int | str | tuple[int, int]
+Key = int | str | tuple[int | str, int]
 """Where an argument stands: its position, its name, or its place in a list at a position."""
 Tangents = Mapping[Key, Tensor]
 """Tangents of a call's active arguments."""
@@ -47,6 +47,10 @@ class Call:
                 kwargs = {**kwargs, key: value}
             elif isinstance(key, int):
                 args[key] = value
+            elif isinstance(key[0], str):
+                told = [*kwargs[key[0]]]
+                told[key[1]] = value
+                kwargs = {**kwargs, key[0]: told}
             else:
                 args[key[0]] = [*args[key[0]]]
                 args[key[0]][key[1]] = value
@@ -56,7 +60,9 @@ class Call:
         """An argument."""
         if isinstance(key, str):
             return self.kwargs[key]
-        return self.args[key] if isinstance(key, int) else self.args[key[0]][key[1]]
+        if isinstance(key, int):
+            return self.args[key]
+        return self.at(key[0])[key[1]]
 
     def bound(self, *names: str) -> dict[str, Any]:
         """The arguments by name, the first ones as given."""
@@ -86,7 +92,9 @@ def _linear(call: Call) -> tuple[Any, Rule]:
     """Linear in all that depends on x, together; what does not counts as zero beside it."""
     zeros: dict[Key, Tensor] = {}
     if call.name in ("cat", "stack", "concat"):
-        constant = [(0, j) for j in range(len(call.args[0])) if (0, j) not in call.active]
+        where: int | str = 0 if call.args else "tensors"
+        keys = [(where, j) for j in range(len(call.at(where)))]
+        constant = [key for key in keys if key not in call.active]
         zeros = {key: torch.zeros_like(call.at(key)) for key in constant}
     return call.run({}), lambda tangents: _tuple(call.run({**zeros, **tangents}))
 
@@ -166,7 +174,7 @@ def _attention(call: Call) -> tuple[Any, Rule]:
     if not plain or not {*call.active} <= {0, 1, 2}:
         return by_itself(call)
     q, k, v = of["query"], of["key"], of["value"]
-    s = of.get("scale") or q.shape[-1] ** -0.5
+    s = q.shape[-1] ** -0.5 if of.get("scale") is None else of["scale"]
     return call.run({}), partial(_attended, q * s, k, v, s)
 
 

@@ -48,10 +48,11 @@ class Facts:
                 "condition.kind cdm: the bundle has no CDM; train one with python jobs/train.py "
                 "model=cdm, or choose condition.kind=null."
             )
-        if condition.kind == "embeddings" and condition.shape[-1] != self.channels:
+        if condition.kind == "embeddings" and condition.shape[-1:] != (self.channels,):
+            width = condition.shape[-1] if condition.shape else 0
             raise UserError(
-                f"the embeddings have {condition.shape[-1]} channels, the bundle's Summarizer "
-                f"takes {self.channels}; embed with the encoder that the bundle was trained with."
+                f"the embeddings have {width} channels, the bundle's Summarizer takes "
+                f"{self.channels}; embed with the encoder that the bundle was trained with."
             )
         prior, given = self._draws_prior(order), condition.kind == "prior" or condition.shape
         if prior and (not self.prior or (given and condition.shape != (self.prior,))):

@@ -1,7 +1,7 @@
 """How workers compute: their threads, precision, compilation and GPUs.
 
 Like the hardware, these decide the last bits of what is made; how many workers there are does
-not. A ledger of one kind of means is not taken up by another.
+not. A ledger of one precision is not taken up by another; hardware and threads are the user's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Means:
         dtype: of the networks: float32, bfloat16 or float16.
         compile: `torch.compile` the denoiser and the decoder: a minute or more at first, then
             faster; derivatives stay as they are.
-        gpus: GPUs of the cluster; less than 1 shares one, -1 is one if the cluster has any.
+        gpus: GPUs of the cluster; less than 1 shares one, 0 is the CPU, -1 is one if there is any.
 
     Raises:
         UserError: a value that means nothing.
@@ -50,6 +50,6 @@ class Means:
 
     @property
     def name(self) -> str:
-        """Names what decides the bits, beside the threads: nothing, for the usual means."""
+        """Names precision and compilation: nothing, for the usual ones."""
         usual = self.dtype == "float32" and not self.compile
         return "" if usual else f"{self.dtype}{'-compiled' if self.compile else ''}"

@@ -37,6 +37,9 @@ from raylarge.sampling.tasks import (
     Windows,
 )
 
+SHAPES = 256
+"""Shapes of batches that a compiled network may meet; each is compiled once."""
+
 
 class Worker:
     """Answers the requests of any plan with one bundle.
@@ -53,6 +56,7 @@ class Worker:
         self.bundle, self._codec = bundle, bundle.vae
         fast = None
         if compiled:
+            torch._dynamo.config.recompile_limit = SHAPES  # beyond it torch would go on eagerly
             fast = torch.compile(bundle.unet, dynamic=False)
             self._codec = _Compiled(bundle.vae)
         network = partial(NetworkDenoiser, bundle.unet, bundle.schedule, compiled=fast)
@@ -64,7 +68,8 @@ class Worker:
     @classmethod
     def opened(cls, folder: str, means: Means) -> Worker:
         """The worker of a bundle's folder, on whatever device this process may use."""
-        bundle = load(folder, usable_device(), means.torch_dtype)
+        device = "cpu" if means.gpus == 0 else usable_device()
+        bundle = load(folder, device, means.torch_dtype)
         return cls(bundle, compiled=means.compile)
 
     @torch.no_grad()

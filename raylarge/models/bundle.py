@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler
+from diffusers import DDIMScheduler
 
 from raylarge import storage
 from raylarge.diffusion.schedule import Schedule
@@ -181,8 +181,6 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
     fast = dtype != torch.float32 or device != "cpu"
     layout = torch.channels_last if fast else torch.preserve_format
     for part in filter(None, parts.values()):
-        if isinstance(part, AutoencoderTiny):
-            part.float()
         part.to(device).to(memory_format=layout)
     return Bundle(
         **{**parts, **_codecs(folder, parts)},

@@ -89,17 +89,18 @@ class Controlled:
             UserError: a control that does not have the latent's size in pixels, or a batch
                 that is no multiple of the controls.
         """
+        z = x_t.to(self.unet.dtype)
         down, middle = self.controlnet(
-            x_t, t, context, controlnet_cond=self._control(x_t), return_dict=False
+            z, t, context, controlnet_cond=self._control(z), return_dict=False
         )
         output = self.unet(
-            x_t,
+            z,
             t,
             context,
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
         )
-        return self.schedule.x_0(x_t, output, t)
+        return self.schedule.x_0(x_t, output.to(x_t), t)
 
     def _control(self, x_t: Float[Tensor, "B c h w"]) -> Float[Tensor, "B 3 P P"]:
         """The controls, repeated for the whole batch, on its device."""

@@ -187,7 +187,7 @@ def config(folder: str, name: str) -> dict[str, Any]:
 
 
 def part(folder: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A part with its weights, in evaluation mode, on the CPU.
+    """A part with its weights, in evaluation mode, on the CPU; tiny autoencoders in float32.
 
     Raises:
         UserError: a class that no bundle holds, a damaged file, or tensors that are missing or
@@ -197,6 +197,7 @@ def part(folder: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
     with torch.device("meta"):
         module = made.from_config(config(folder, name))
     filled = weights.fill(module, _tensors(folder, name), f"{folder}: {name}")
+    dtype = torch.float32 if isinstance(filled, AutoencoderTiny) else dtype
     return nn.Module.to(filled, dtype)  # diffusers' own `to` warns of what does not concern it
 
 

@@ -168,8 +168,8 @@ class _Row:
         for here, estimate in zip(self.groups, self.estimates, strict=True):
             e = encoded(self.networks.correcting, images[here], e_img[here].to(images), sampler)
             x_0 = partial(estimate, t=self.steps[step].t)
-            _, along = differentiated(x_0, x_t[here], sampler)
-            made.append(x_t[here] + sampler.rate * scaled(along(e), sampler))
+            g = differentiated(x_0, x_t[here], sampler)[1](e)  # and nothing of it stays
+            made.append(x_t[here] + sampler.rate * scaled(g, sampler))
         return torch.cat(made)[: len(x_t)]
 
     def stepped(self, x_t: Tensor, step: int) -> Tensor:

@@ -110,7 +110,9 @@ def _(task: Windows, order: Order, patch: Patch) -> Counts:
     found = Counts(decode=n * (task.last - task.first) if task.traced else 0)
     for i, t in enumerate(_timesteps(order, task.first, task.last), start=task.first):
         corrections = inner if i % sampler.every == 0 else 0
-        unet = passes(order, kind, t) * n * (1 + 2 * corrections + (again and i == 0))
+        unet = passes(order, kind, t) * n * (1 + 2 * corrections)
+        if again and i == 0:  # plms begins with a step of Heun's
+            unet += n * passes(order, kind, [*_timesteps(order, 0, sampler.steps), 0][1])
         found += Counts(unet=unet, control=unet if steered else 0)
         found += _corrected(order, n * corrections)
     return found

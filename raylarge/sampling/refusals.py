@@ -16,6 +16,8 @@ from raylarge.order import Order
 
 LIMIT_PX = 1 << 17
 LIMIT_BATCH = 1024
+MOST_STEPS = 999
+"""Steps that a schedule of 1,000 timesteps has room for."""
 SOLVERS = ("ddim", "plms", "dpm++", "unipc")
 
 
@@ -35,7 +37,8 @@ def check(order: Order, patch: Patch) -> None:
         _check_superres(order, patch)
     else:
         _check_canvas(order, patch)
-    if "prior" in (order.condition.kind, order.condition.fine_kind):
+    guided = order.algorithm == "joint" and not order.count and len(order.levels_of(patch)) > 1
+    if "prior" in (order.condition.kind, order.condition.fine_kind if guided else ""):
         _check_prior(order)
     if order.condition.kind == "inverted" and order.algorithm != "superres":
         raise UserError("condition.kind inverted needs algorithm=superres and its image.")
@@ -73,6 +76,8 @@ def _check_sampler(order: Order) -> None:
         raise UserError(f"sampler.eta {sampler.eta} ends at 1; sampler.step is more than 0.")
     if min(sampler.steps, sampler.every) < 1 or sampler.inner < 0:
         raise UserError("sampler.steps and sampler.every start at 1, sampler.inner at 0.")
+    if sampler.steps > MOST_STEPS:
+        raise UserError(f"sampler.steps {sampler.steps} is more than {MOST_STEPS}.")
 
 
 def _check_patches(order: Order, patch: Patch) -> None:
@@ -167,17 +172,19 @@ def _check_constraint(order: Order, patch: Patch) -> None:
     if not sampler.mosaic or order.count or order.algorithm == "strided":
         return
     levels = 2 if order.algorithm == "superres" else len(order.levels_of(patch))
-    if sampler.correction != "encoder" or sampler.every > 1 or order.source.control or levels > 2:
+    more = sampler.every > 1 or order.source.control or order.refine
+    if sampler.correction != "encoder" or more or levels > 2:
         raise UserError(
             "sampler.constraint mosaic is for two scales under sampler.correction encoder: leave "
-            "out levels, source.control, sampler.every and correction=backprop, or choose window."
+            "out levels, refine, source.control, sampler.every and correction=backprop, or choose "
+            "window."
         )
 
 
 def _check_numbers(order: Order) -> None:
     """Refuse conditions that hold NaN or infinity, or do not fill their shape."""
     condition = order.condition
-    needed = condition.kind == "embeddings" or condition.data
+    needed = condition.kind in ("embeddings", "prior") or condition.data
     given = [condition.grid() if needed else None, condition.against()]
     if not all(np.isfinite(values).all() for values in given if values is not None):
         raise UserError(
@@ -189,12 +196,16 @@ def _check_prior(order: Order) -> None:
     condition = order.condition
     if order.count or order.scale or order.algorithm == "superres":
         raise UserError("condition.kind or fine prior is for one large image at order.scale 0.")
-    if condition.kind == "cdm" and not condition.shape and not condition.negative:
-        return
-    if len(condition.shape) != 1 or condition.prior_steps < 1 or condition.prior_guidance < 0:
+    free = condition.kind == "cdm" and not condition.shape and not condition.negative
+    steps, guidance = condition.prior_steps, condition.prior_guidance
+    if not 1 <= steps <= MOST_STEPS or not 0 <= guidance < math.inf:
         raise UserError(
-            f"condition.kind prior takes one vector (condition.shape {condition.shape}), "
-            f"condition.prior_steps from 1 and condition.prior_guidance from 0."
+            f"condition.prior_steps {steps} lies from 1 to {MOST_STEPS}, condition.prior_guidance "
+            f"{guidance} from 0."
+        )
+    if not free and len(condition.shape) != 1:
+        raise UserError(
+            f"condition.kind prior takes one vector, no condition.shape {condition.shape}."
         )
 
 

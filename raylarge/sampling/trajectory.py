@@ -98,7 +98,10 @@ def windows(
         if task.traced:
             traced.append(networks.autoencoder.decode(clean).float())
         x_t = walk.down(i, steps[i], x_t, clean)
-    return Parts(x_t, torch.stack(traced, dim=1).unbind()) if task.traced else x_t
+    if not task.traced:
+        return x_t
+    # Each window's frames in memory of their own: they travel one by one.
+    return Parts(x_t, tuple(frames.clone() for frames in torch.stack(traced, dim=1)))
 
 
 def below(frames: Float[Tensor, "s 3 P P"], task: Windows) -> Wanted:

@@ -169,7 +169,11 @@ class Desk:
         asked = {
             "windows": windows,
             "batch": order.batch,
-            "passes": sampler.steps * (1 + sampler.inner),
+            "passes": max(
+                sampler.steps * (1 + sampler.inner),
+                order.condition.iterations,
+                order.condition.prior_steps,
+            ),
         }
         for name, value in asked.items():
             if value > (most := getattr(limits, name)):
