@@ -35,7 +35,7 @@ def to_uint8(
     x: Float[Tensor, "*batch 3 rows columns"],
 ) -> UInt8[np.ndarray, "*batch rows columns 3"]:
     """A network's image as pixels: round(127.5 (x + 1)), clamped to 0..255."""
-    pixels = (127.5 * (x.detach().float() + 1.0)).round().clamp(0, 255)
+    pixels = (x.detach().float() + 1.0).mul_(127.5).round_().clamp_(0, 255)  # one copy alone
     return pixels.to(torch.uint8).movedim(-3, -1).cpu().contiguous().numpy()
 
 

@@ -61,9 +61,9 @@ def write(
     if not isinstance(result, Large):
         return paths | _png(folder, mosaic(result), text), {}
     small = order.size[0] * order.size[1] <= PNG_PIXELS
-    kept: list[np.ndarray] = []
+    whole = np.empty((*order.size, 3), np.uint8) if small else None
     measured = _Measured(order, facts, result)
-    bands = measured.following(result.bands(), kept if small else None)
+    bands = measured.following(result.bands(), whole)
     if pyramid or not small:
         path = storage.join(folder, "image.tif")
         mpp = facts.base_mpp * (1 << order.scale) if facts.base_mpp else None
@@ -71,8 +71,8 @@ def write(
         paths["image.tif"] = path
     for _ in bands:
         pass
-    if small:
-        paths |= _png(folder, np.concatenate(kept), text)
+    if whole is not None:
+        paths |= _png(folder, whole, text)
     return paths, measured.values()
 
 
@@ -94,16 +94,18 @@ class _Measured:
             self._seams = SeamRatio(side)
 
     def following(
-        self, bands: Iterable[np.ndarray], kept: list[np.ndarray] | None
+        self, bands: Iterable[np.ndarray], whole: np.ndarray | None
     ) -> Iterator[np.ndarray]:
-        """The bands, measured on their way, and kept where the whole image is wanted."""
+        """The bands, measured on their way, and put together where the whole image is wanted."""
+        top = 0
         for band in bands:
             for first, last in spans(len(band), STRIP_ROWS):
                 rows = images.to_float(band[first:last])
                 for metric in filter(None, (self._error, self._seams)):
                     metric.add(rows)
-            if kept is not None:
-                kept.append(band)
+            if whole is not None:
+                whole[top : top + len(band)] = band
+            top += len(band)
             yield band
 
     def values(self) -> dict[str, float]:
