@@ -33,3 +33,14 @@ def figures(parity, file):
     """A parity file's arrays as tensors."""
     arrays = np.load(parity / f"{file}.npz")
     return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+
+
+def kl_of(vq):
+    """The VQ's encoder and decoder with a posterior in the codebook's place."""
+    named = {k: v for k, v in vq.items() if not k.startswith(("quant", "encoder.conv_out"))}
+    sizes = {"encoder.conv_out": (6, *vq["encoder.conv_out.weight"].shape[1:])}
+    sizes["quant_conv"] = (6, 6, 1, 1)
+    for name, size in sizes.items():
+        named[f"{name}.weight"] = filled(f"{name}.weight", size)
+        named[f"{name}.bias"] = filled(f"{name}.bias", size[:1])
+    return named

@@ -27,11 +27,11 @@ def test_the_autoencoder_without_weights_is_orthogonal():
     torch.testing.assert_close((blocks.encode(x) * z).sum(), (x * blocks.decode(z)).sum())
 
 
-def test_memory_is_told_by_phase(tmp_path):
-    found = memory.carry_out("512", 1, 4, str(tmp_path))
+def test_memory_is_told_by_phase():
+    """In a process of its own: here other tests have left memory that is taken again."""
+    found = memory.measured("512", 1, 4)
     assert {"plan", "guide", "windows", "decode", "ledger", "write"} <= found["mib"].keys()
     assert max(found["mib"].values()) > 0
-    assert (tmp_path / "image.png").exists()
 
 
 def test_sampling_writes_its_page(one_thread, tmp_path, capsys):

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 import torch
-from published import figures, filled, state
+from published import figures, filled, kl_of, state
 
 from raylarge.diffusion.loss import learned_range
 from raylarge.errors import UserError

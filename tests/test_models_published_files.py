@@ -6,13 +6,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from published import filled, state
+from published import figures, filled, kl_of, state
 
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
 from raylarge.models import published, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+NETWORK = 2e-5
 
 
 def largest(found, wanted):
@@ -47,17 +48,6 @@ READ = {
         {k: v for k, v in state.items() if k.startswith("decoder.")},
     ),
 }
-
-
-def kl_of(vq):
-    """The VQ's encoder and decoder with a posterior in the codebook's place."""
-    named = {k: v for k, v in vq.items() if not k.startswith(("quant", "encoder.conv_out"))}
-    sizes = {"encoder.conv_out": (6, *vq["encoder.conv_out.weight"].shape[1:])}
-    sizes["quant_conv"] = (6, 6, 1, 1)
-    for name, size in sizes.items():
-        named[f"{name}.weight"] = filled(f"{name}.weight", size)
-        named[f"{name}.bias"] = filled(f"{name}.bias", size[:1])
-    return named
 
 
 def tiny_files():

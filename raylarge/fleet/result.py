@@ -25,7 +25,7 @@ from raylarge.metrics.seams import SeamRatio
 from raylarge.order import Order
 from raylarge.sampling.joint import Large
 
-STRIP_ROWS = 128
+STRIP_ROWS = 32
 """Rows that are floats at a time."""
 PNG_PIXELS = 1 << 26
 """Larger images (8192 x 8192) are written as a pyramid alone."""
