@@ -267,6 +267,11 @@ class Order:
         top = self.guide(patch).k
         return self.levels or ((top, self.scale) if top > self.scale else (self.scale,))
 
+    def guided(self, patch: Patch) -> bool:
+        """Whether the image's windows follow a guide that is sampled with them."""
+        several = self.algorithm == "joint" and not self.count
+        return several and len(self.levels_of(patch)) > 1
+
     def brief(self) -> Order:
         """The order without the bulk of its condition and source, for most requests."""
         condition = dataclasses.replace(self.condition, data="", shape=(), negative="")

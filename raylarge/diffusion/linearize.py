@@ -35,7 +35,8 @@ def linearize(
     The function holds what lies between x and f(x) in memory, about as training would.
 
     Raises:
-        RuntimeError: f does not depend on its argument, or changes a tensor in place.
+        RuntimeError: f does not depend on its argument, or changes a tensor in place; so does
+            the derivative, where a constant was changed after its use.
     """
     tape = _Tape()
     x = x.view_as(x)  # a name of our own for it
@@ -68,6 +69,7 @@ class _Tape(TorchFunctionMode):
         self.token = object()  # tensors bear it, not the tape: that would be a circle
         self.count = 0
         self.last: list[set[int]] = []
+        self.constants: list[tuple[Tensor, int]] = []
 
     def mark(self, tensor: Tensor) -> int:
         """Give a tensor a slot: it depends on x."""
@@ -93,6 +95,8 @@ class _Tape(TorchFunctionMode):
 
     def play(self, start: int, v: Tensor, end: int) -> Tensor:
         """The tangent at a slot, of that at another."""
+        if any(constant._version != version for constant, version in self.constants):
+            raise RuntimeError("a constant of what was linearized was changed in place since")
         tangents: dict[int, Any] = {start: v}
         for (taken, rule, given), last in zip(self.steps, self.last, strict=True):
             made = rule({position: tangents[slot] for position, slot in taken.items()})
@@ -121,6 +125,11 @@ class _Tape(TorchFunctionMode):
         value, rule = RULES.get(call.name, by_itself)(call)
         several = isinstance(value, (tuple, list))
         made = list(value) if several else [value]
+        self.constants += [
+            (one, one._version)
+            for key, one in _tensors(args, kwargs)
+            if isinstance(one, Tensor) and key not in slots and not one.is_inference()
+        ]
         smooth = [isinstance(one, Tensor) and one.is_floating_point() for one in made]
         if all(smooth):
             self.steps.append((slots, rule, [self.mark(one) for one in made]))

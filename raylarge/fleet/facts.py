@@ -37,7 +37,7 @@ class Facts:
     base_mpp: float | None = None
 
     def check(self, order: Order) -> None:
-        """Refuse an order that the bundle has no parts for, before any work.
+        """Refuse an order, one of a plan, that the bundle has no parts for, before any work.
 
         Raises:
             UserError: what is missing, and the cure.
@@ -54,7 +54,11 @@ class Facts:
                 f"the embeddings have {width} channels, the bundle's Summarizer takes "
                 f"{self.channels}; embed with the encoder that the bundle was trained with."
             )
-        prior, given = self._draws_prior(order), condition.kind == "prior" or condition.shape
+        fine = condition.fine_kind if order.guided(self.patch) else ""
+        prior, given = (
+            "prior" in (condition.kind, fine),
+            condition.kind == "prior" or condition.shape,
+        )
         if prior and (not self.prior or (given and condition.shape != (self.prior,))):
             takes = f"takes {self.prior} values" if self.prior else "has no grid prior"
             raise UserError(
@@ -66,11 +70,6 @@ class Facts:
             raise UserError("source.control: the bundle has no ControlNet; leave it out.")
         if order.sampler.small and not self.small:
             raise UserError("sampler.small: the bundle has no vae_small; leave it out.")
-
-    @staticmethod
-    def _draws_prior(order: Order) -> bool:
-        guided = order.algorithm == "joint" and not order.count
-        return "prior" in (order.condition.kind, order.condition.fine_kind if guided else "")
 
     @classmethod
     def of(cls, bundle: Bundle) -> Facts:

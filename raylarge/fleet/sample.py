@@ -61,7 +61,7 @@ class Sample:
             the image, which more workers do not.
         dtype: of the networks: float32, bfloat16 or float16.
         compile: compile the networks where no derivative is taken: slow to start, faster then.
-        gpus: GPUs of each worker on Ray; -1 is one if the cluster has any.
+        gpus: GPUs of each worker; 0 is the CPU, -1 is one if there is any.
         reference: `DATA` or `DATA:slide_id`, whose embeddings condition the image.
         at: `row,column` of the region's first base tile; left out: the first that has them all.
         image: a PNG to make larger by `order.source.octaves` (`order.algorithm` superres).
@@ -114,8 +114,8 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     folder = storage.absolute(config.bundle)
     facts = Facts.read(folder)
     order = _order(config, facts.patch)
-    facts.check(order)
     plan = joint.plan(order, facts.patch)
+    facts.check(order)
     if config.dry_run:
         _say_price(config, folder, order, plan)
         return {}

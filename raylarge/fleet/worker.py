@@ -167,6 +167,7 @@ class Worker:
         null, sampler = conditioner.null(1), task.order.sampler
 
         def estimate(cut: Tensor, windows: list[int], t: int) -> Tensor:
+            """x_0 of some windows, each under its embedding."""
             if vectors is None:
                 return plain(cut, t, conditioner.null(len(cut)))
             scale = torch.full((len(cut),), task.order.scale, device=cut.device)

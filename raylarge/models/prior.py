@@ -59,6 +59,7 @@ class _Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B D h w"], c: Float[Tensor, "B D"]
     ) -> Float[Tensor, "B D h w"]:
+        """A residual block whose second norm the condition scales and shifts."""
         silu = nn.functional.silu
         shift, scale = self.film(c)[:, :, None, None].chunk(2, dim=1)
         h = (1 + scale) * self.norm2(self.conv1(silu(self.norm1(x)))) + shift

@@ -302,6 +302,7 @@ def _toy(width: int) -> Network:
     )
 
     def network(x: Tensor) -> Tensor:
+        """Features of images [B, 3, P, P]."""
         x = x.double()
         parts = [nn.functional.adaptive_avg_pool2d(x, 4).flatten(1), x.std(dim=(2, 3))]
         for factor in (1, 4):

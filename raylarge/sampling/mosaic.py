@@ -104,42 +104,68 @@ def answer(
             images, and the neighbours' shares.
     """
     above, *rest = replies
-    here = _Row(networks, task, tokens)
-    sampler = task.order.sampler
-    x_t = here.walk.start()
+    row = _Row(networks, task)
+    before: tuple[Tensor, ...] = ()
     if task.look:
         x_t, images, *shares = rest
-        step = (task.look - 1) // sampler.inner
-        y = above if task.given else above[step]
-        y = y.clamp(-1, 1) if sampler.clamp else y
-        x_t = here.moved(x_t, images, here.error(y, shares), step)
-        if task.look % sampler.inner == 0:
-            x_t = here.stepped(x_t, step)
-    if task.look == sampler.steps * sampler.inner:
-        return x_t
-    images = here.images(x_t, task.look // sampler.inner)
-    return Parts(x_t, (images, here.share(images)))
+        y = above if task.given else above[row.corrected]
+        y = y.clamp(-1, 1) if task.order.sampler.clamp else y
+        before = (x_t, images, row.error(y, shares))
+    made: list[Tensor] = []
+    seen: list[Tensor] = []
+    for group in batches(len(tokens), min(len(tokens), task.order.batch)):
+        here = list(group)
+        x_t = row.moved(here, tokens[here], [one[here] for one in before], seen)
+        made.append(x_t)
+    latents = torch.cat(made)[: len(tokens)]
+    if not seen:
+        return latents
+    images = torch.cat(seen)[: len(tokens)]
+    return Parts(latents, (images, row.share(images)))
 
 
 class _Row:
-    """A row of windows, and what it computes."""
+    """A row of windows at a look, and what it computes."""
 
-    def __init__(self, networks: Networks, task: Mosaic, tokens: Tensor) -> None:
-        self.networks, self.task = networks, task
+    def __init__(self, networks: Networks, task: Mosaic) -> None:
+        self.networks, self.task, self.sampler = networks, task, task.order.sampler
         self.layout = Layout.of(task.order, networks.patch, task.guided_by)
-        cells = self.layout.windows(task.row)
-        self.walk = Walk(networks, task.order, task.scale, cells, tokens)
-        self.steps = networks.denoiser.schedule.steps(task.order.sampler.steps)
-        size = min(len(cells), task.order.batch)
-        self.groups = [list(group) for group in batches(len(cells), size)]
-        self.estimates = [bound(networks.denoiser, tokens[group]) for group in self.groups]
+        self.steps = networks.denoiser.schedule.steps(self.sampler.steps)
 
-    def images(self, x_t: Tensor, step: int) -> Float[Tensor, "n 3 P P"]:
-        """The estimates, decoded window by window."""
-        decode, made = self.networks.correcting.decode, []
-        for here, estimate in zip(self.groups, self.estimates, strict=True):
-            made.append(decode(estimate(x_t[here], self.steps[step].t)))
-        return torch.cat(made)[: len(x_t)]
+    @property
+    def corrected(self) -> int:
+        """The step whose correction this request ends, from the second look on."""
+        return (self.task.look - 1) // self.sampler.inner
+
+    def moved(
+        self,
+        here: list[int],
+        tokens: Float[Tensor, "b m D"],
+        before: Sequence[Tensor],
+        seen: list[Tensor],
+    ) -> Float[Tensor, "b c p p"]:
+        """Some windows from look to look: their latents; what they look like is added to `seen`.
+
+        Args:
+            before: their latents, images and e_img; nothing at the first look.
+        """
+        task, inner, codec = self.task, self.sampler.inner, self.networks.correcting
+        cells = [self.layout.windows(task.row)[i] for i in here]
+        walk = Walk(self.networks, task.order, task.scale, cells, tokens)
+        estimate = bound(self.networks.denoiser, tokens)
+        if not before:
+            x_t = walk.start()
+        else:
+            x_t, images, e_img = before
+            step = self.steps[self.corrected]
+            e = encoded(codec, images, e_img.to(images), self.sampler)
+            g = differentiated(partial(estimate, t=step.t), x_t, self.sampler)[1](e)
+            x_t = x_t + self.sampler.rate * scaled(g, self.sampler)
+            if task.look % inner == 0:
+                x_t = walk.down(self.corrected, step, x_t, estimate(x_t, step.t))
+        if task.look < inner * len(self.steps):
+            seen.append(codec.decode(estimate(x_t, self.steps[task.look // inner].t)))
+        return x_t
 
     def share(self, images: Float[Tensor, "n 3 P P"]) -> Float[Tensor, "3 h w"]:
         """What the row's images add to A(mosaic), on the small pixels that they reach."""
@@ -161,22 +187,6 @@ class _Row:
         down, across = self._matrices(error)
         lifted = layout.factor**2 * (down.mT @ error @ across)
         return torch.stack(lifted.split(layout.side, dim=2))
-
-    def moved(self, x_t: Tensor, images: Tensor, e_img: Tensor, step: int) -> Tensor:
-        """The latents after a correction."""
-        sampler, made = self.task.order.sampler, []
-        for here, estimate in zip(self.groups, self.estimates, strict=True):
-            e = encoded(self.networks.correcting, images[here], e_img[here].to(images), sampler)
-            x_0 = partial(estimate, t=self.steps[step].t)
-            g = differentiated(x_0, x_t[here], sampler)[1](e)  # and nothing of it stays
-            made.append(x_t[here] + sampler.rate * scaled(g, sampler))
-        return torch.cat(made)[: len(x_t)]
-
-    def stepped(self, x_t: Tensor, step: int) -> Tensor:
-        """The latents of the next step."""
-        asked = zip(self.groups, self.estimates, strict=True)
-        x_0 = torch.cat([estimate(x_t[here], self.steps[step].t) for here, estimate in asked])
-        return self.walk.down(step, self.steps[step], x_t, x_0[: len(x_t)])
 
     def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """D's block of this row of windows, and D along the whole width."""

@@ -37,8 +37,8 @@ def check(order: Order, patch: Patch) -> None:
         _check_superres(order, patch)
     else:
         _check_canvas(order, patch)
-    guided = order.algorithm == "joint" and not order.count and len(order.levels_of(patch)) > 1
-    if "prior" in (order.condition.kind, order.condition.fine_kind if guided else ""):
+    fine = order.condition.fine_kind if order.guided(patch) else ""
+    if "prior" in (order.condition.kind, fine):
         _check_prior(order)
     if order.condition.kind == "inverted" and order.algorithm != "superres":
         raise UserError("condition.kind inverted needs algorithm=superres and its image.")

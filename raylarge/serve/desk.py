@@ -157,10 +157,9 @@ class Desk:
     def _plan(self, values: Mapping[str, Any], facts: Facts) -> tuple[Order, Plan]:
         order = orders.parse(values)
         self._bound(order, facts.patch)
+        plan = joint.plan(order, facts.patch)
         facts.check(order)
-        if order.condition.kind == "embeddings":
-            order.condition.grid()
-        return order, joint.plan(order, facts.patch)
+        return order, plan
 
     def _bound(self, order: Order, patch: Patch) -> None:
         """Refuse what would keep the service busy for ever or fill its memory."""

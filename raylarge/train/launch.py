@@ -243,6 +243,7 @@ def _line(model: str) -> Iterator[Callable[[Status], None]]:
         drawn = time.monotonic()
 
         def show(status: Status) -> None:
+            """Draw the line anew, unless that was just done."""
             nonlocal drawn
             if time.monotonic() - drawn < bar.mininterval:
                 return
