@@ -1,8 +1,19 @@
 """Files and objects: whole or absent, named and digested wherever they lie."""
 
+import errno
 import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raylarge import storage
@@ -58,3 +69,224 @@ def test_a_folder_in_s3_loses_what_the_new_one_does_not_have(tmp_path, s3_bucket
     storage.put_folder(folder_of(tmp_path / "two", few), target)
     assert storage.sizes(f"{target}/") == {"config.json": 8, "b.safetensors": 2}
     assert storage.read_json(storage.join(target, "config.json")) == {"x": 1}
+
+
+def test_a_pattern_and_a_folder_with_brackets(tmp_path):
+    for folder in ("b [1]", "b 1"):
+        folder_of(tmp_path / folder, {"one.parquet": b"1", "two.json": b"2", ".one.parquet.x": b""})
+    (tmp_path / "b [1]" / "below").mkdir()
+    (tmp_path / "b [1]" / "below" / "three.parquet").write_bytes(b"3")
+    root = f"{tmp_path}/b [1]"
+    assert storage.children(root, "*.parquet") == [f"{root}/one.parquet"]
+    assert storage.children(f"{root}/", "t*") == [f"{root}/two.json"]
+    assert storage.children(f"{root}/none") == []
+    assert storage.listing(f"{root}/*.parquet") == [f"{root}/one.parquet"]
+    assert storage.listing(f"{root}/one.parquet") == [f"{root}/one.parquet"]
+    assert storage.listing(f"{root}/one.p") == []
+    (tmp_path / "b [1]").rename(tmp_path / "c")
+    assert storage.listing(f"{root}/*.parquet") == [f"{tmp_path}/b 1/one.parquet"]
+    both = [f"{tmp_path}/b 1/two.json", f"{tmp_path}/c/two.json"]
+    assert storage.listing(f"{tmp_path}/*/t?o.json") == both
+    assert storage.listing(f"{tmp_path}/**/two.json") == both
+    assert storage.listing(f"{tmp_path}/c/**/*.parquet") == [
+        f"{tmp_path}/c/below/three.parquet",
+        f"{tmp_path}/c/one.parquet",
+    ]
+    assert f"{tmp_path}/c/below/three.parquet" in storage.listing(f"{tmp_path}/**")
+    assert storage.listing(f"{tmp_path}/c/two.json/*") == []
+
+
+@pytest.mark.parametrize(
+    "end", ["*", "*.bin", "?.bin", "[ab].bin", "*/a.bin", "**", "**/a.bin", "d"]
+)
+def test_a_listing_is_what_glob_finds(tmp_path, end):
+    for folder in ("d", "d/e", "f"):
+        folder_of(tmp_path / folder, {"a.bin": b"", "bb.bin": b"", ".c": b""})
+    found, wanted = storage.listing(f"{tmp_path}/{end}"), fsspec.filesystem("file").glob
+    assert set(found) == {path.rstrip("/") for path in wanted(f"{tmp_path}/{end}")} - {
+        str(tmp_path)
+    }
+
+
+def test_files_that_come_and_go_do_not_disturb_a_listing(tmp_path):
+    (tmp_path / "stays").write_bytes(b"1")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    on = threading.Event()
+
+    def disturb():
+        while not on.is_set():
+            storage.write_bytes(f"{tmp_path}/comes", b"1")
+            storage.remove(f"{tmp_path}/comes")
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    seen = [storage.sizes(str(tmp_path)) for _ in range(300)]
+    on.set()
+    other.join()
+    assert all(one["stays"] == 1 for one in seen)
+
+
+def test_of_many_one_writes_a_new_file(tmp_path):
+    path = f"{tmp_path}/deep/state.json"
+    with ThreadPoolExecutor(8) as workers:
+        wrote = list(workers.map(lambda n: storage.write_new(path, b"%d" % n), range(32)))
+    assert sum(wrote) == 1
+    assert storage.read_bytes(path) == b"%d" % wrote.index(True)
+    assert [one.name for one in storage.entries(f"{tmp_path}/deep")] == ["state.json"]
+
+
+def test_a_disk_without_links_has_one_writer_too(tmp_path, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    path = f"{tmp_path}/state.json"
+    assert [storage.write_new(path, content) for content in (b"1", b"2")] == [True, False]
+    assert storage.read_bytes(path) == b"1"
+    assert len(storage.entries(str(tmp_path))) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MiB."""
+    if shutil.which("mount") is None or os.getuid() != 0:
+        pytest.skip("only root may mount a small disk")
+    made = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if subprocess.run(made, capture_output=True).returncode:
+        pytest.skip("here even root may not mount a small disk")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk(small_disk):
+    path = f"{small_disk}/part.parquet"
+    storage.write_bytes(path, b"old")
+    for write in (storage.write_bytes, storage.write_new):
+        with pytest.raises(UserError, match=rf"{path}.*: the disk is full; free some space"):
+            write(path if write is storage.write_bytes else f"{path}.new", bytes(2 << 20))
+        assert storage.sizes(str(small_disk)) == {"part.parquet": 3}
+    assert storage.read_bytes(path) == b"old"
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError, match="the disk is read-only; choose another folder"):
+        storage.write_bytes(path, b"new")
+
+
+# In a process of its own: limits and rights that are given away do not come back.
+REFUSED = """
+import os, resource, sys
+from raylarge import storage
+from raylarge.errors import UserError
+root = sys.argv[1]
+def told(act):
+    try: act()
+    except UserError as error: print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+told(lambda: storage.write_bytes(f"{root}/open/large", bytes(2000)))
+print(os.listdir(f"{root}/open"))
+if os.getuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+told(lambda: storage.write_bytes(f"{root}/closed/one", b"1"))
+told(lambda: storage.write_new(f"{root}/closed/one", b"1"))
+told(lambda: storage.write_bytes(f"{root}/closed/new/one", b"1"))
+told(lambda: storage.read_bytes(f"{root}/closed/secret"))
+told(lambda: storage.listing(f"{root}/hidden/*"))
+"""
+
+
+def test_what_a_disk_refuses(tmp_path):
+    tmp_path.chmod(0o755)
+    for parent in list(tmp_path.parents)[:2]:  # pytest's own: others may pass through
+        parent.chmod(0o755)
+    folder_of(tmp_path / "open", {})
+    folder_of(tmp_path / "closed", {"secret": b"1"})
+    folder_of(tmp_path / "hidden", {"secret": b"1"})
+    (tmp_path / "closed" / "secret").chmod(0o000)
+    (tmp_path / "closed").chmod(0o555)
+    (tmp_path / "hidden").chmod(0o311)
+    command = [sys.executable, "-c", REFUSED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=os.getcwd())
+    large, left, *denied = done.stdout.splitlines()
+    assert large.startswith(f"{tmp_path}/open/large: the file is larger than this disk or")
+    assert left == "[]"
+    assert len(denied) == 5, done.stderr
+    assert all(": permission denied; change the rights" in line for line in denied)
+
+
+def test_a_file_in_the_way_of_a_folder(tmp_path):
+    storage.write_bytes(f"{tmp_path}/file", b"1")
+    for path in (f"{tmp_path}/file/one", f"{tmp_path}/file/deep/one"):
+        with pytest.raises(UserError, match="a file stands where a folder is needed; move it"):
+            storage.write_bytes(path, b"1")
+        assert not storage.exists(path)
+    for act in (storage.read_bytes, lambda path: storage.write_bytes(path, b"")):
+        with pytest.raises(UserError, match="this is a folder; check the path"):
+            act(str(tmp_path))
+    with pytest.raises(UserError, match="the name is too long"):
+        storage.write_bytes(f"{tmp_path}/{'x' * 250}", b"")
+    with pytest.raises(UserError, match="cannot be opened"):
+        storage.read_bytes("nowhere://a/b")
+
+
+def table_of(rows):
+    images = [bytes([row % 256]) * (row % 50) for row in range(rows)]
+    return pa.table(
+        {"row": pa.array(range(rows), pa.int32()), "image": images},
+        schema=pa.schema([("row", pa.int32()), ("image", pa.binary())], {"facts": "{}"}),
+    )
+
+
+def test_row_groups_are_those_that_were_asked_for(tmp_path):
+    path, table = f"{tmp_path}/part.parquet", table_of(1000)
+    storage.write_table(path, table, [300, 1, 699])
+    found = pq.ParquetFile(path).metadata
+    assert [found.row_group(group).num_rows for group in range(3)] == [300, 1, 699]
+    assert storage.read_table(path).equals(table, check_metadata=True)
+    assert storage.read_rows(path, [2, 1]).equals(
+        pa.concat_tables([table.slice(301), table.slice(300, 1)]), check_metadata=True
+    )
+    assert storage.read_rows(path, [1], ["image", "row"]).column_names == ["image", "row"]
+    assert storage.read_rows(path, []).num_rows == 0
+    assert storage.read_metadata(path) == {b"facts": b"{}"}
+    for groups in ([300, 1], [0, 1000], [-1, 1001], []):
+        with pytest.raises(ValueError, match="do not make up 1000 rows"):
+            storage.write_table(path, table, groups)
+    storage.write_table(path, table.slice(0, 0), [])
+    assert storage.read_table(path).schema == table.schema
+    with pytest.raises(UserError, match=r"part\.parquet has 0 row groups and no number 0; run"):
+        storage.read_rows(path, [0])
+    for read in (lambda: storage.read_table(path, ["x"]), lambda: storage.read_rows(path, [], "x")):
+        with pytest.raises(UserError, match=r"part\.parquet has no column x; run what wrote it"):
+            read()
+    with pytest.raises(UserError, match=r"none\.parquet does not exist; check the path"):
+        storage.read_metadata(f"{tmp_path}/none.parquet")
+
+
+@pytest.mark.parametrize("groups", [None, [123, 877]])
+def test_the_same_table_makes_the_same_bytes(tmp_path, groups):
+    table = table_of(1000)
+    cut = pa.concat_tables([table.slice(0, 7), table.slice(7, 500), table.slice(507)])
+    again = pa.concat_tables([table_of(1500).slice(0, 1000)])
+    names = [f"{tmp_path}/{name}.parquet" for name in "abc"]
+    for name, one in zip(names, (table, cut, again), strict=True):
+        storage.write_table(name, one, groups)
+    assert len({storage.read_bytes(name) for name in names}) == 1
+
+
+def test_no_damage_to_a_table_is_taken_for_a_value(tmp_path):
+    path, table = f"{tmp_path}/part.parquet", table_of(500)
+    storage.write_table(path, table, [200, 300])
+    whole, random = storage.read_bytes(path), np.random.default_rng(0)
+    cuts = [whole[:size] for size in (0, 3, 100, len(whole) - 1)]
+    pages = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for at in random.integers(4, pages, 60):
+        cuts.append(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+    told = []
+    for content in cuts:
+        storage.write_bytes(path, content)
+        for read in (storage.read_table, lambda path: storage.read_rows(path, [0, 1])):
+            try:
+                assert read(path).equals(table)  # a flipped bit may not matter
+            except UserError as error:
+                told.append(str(error))
+    assert len(told) > len(cuts)
+    assert all(f"{path} is no parquet file that can be read" in one for one in told)

@@ -1,0 +1,62 @@
+"""Files on a disk and objects in S3 behind one small set of verbs.
+
+    files     bytes, JSON, whole folders        parquet   tables, by row groups too
+    folders   what stands where                 objects   one object over HTTP
+    patience  what becomes of a failure
+
+Every write is whole or absent. A path is a local path or a URL such as `s3://bucket/key`. What
+may pass is tried again for a while (`patience.PATIENCE_S`); other failures of disk or store
+are a UserError with the path and the cure, in all of these, and docstrings do not repeat it.
+"""
+
+from pathlib import Path
+
+from raylarge.storage.files import (
+    digest,
+    digest_file,
+    digest_pieces,
+    pieces,
+    put_folder,
+    read_bytes,
+    read_json,
+    remove,
+    replace_folder,
+    write_bytes,
+    write_json,
+    write_new,
+)
+from raylarge.storage.folders import absolute, children, entries, exists, join, listing, sizes
+from raylarge.storage.objects import read_range
+from raylarge.storage.parquet import read_metadata, read_rows, read_table, write_table
+from raylarge.storage.patience import filesystem, is_local, patiently
+
+__all__ = [
+    "Path",
+    "absolute",
+    "children",
+    "digest",
+    "digest_file",
+    "digest_pieces",
+    "entries",
+    "exists",
+    "filesystem",
+    "is_local",
+    "join",
+    "listing",
+    "patiently",
+    "pieces",
+    "put_folder",
+    "read_bytes",
+    "read_json",
+    "read_metadata",
+    "read_range",
+    "read_rows",
+    "read_table",
+    "remove",
+    "replace_folder",
+    "sizes",
+    "write_bytes",
+    "write_json",
+    "write_new",
+    "write_table",
+]

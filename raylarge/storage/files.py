@@ -1,0 +1,192 @@
+"""Files and objects as bytes and JSON, read and written whole; folders put in place.
+
+A local file is written beside its place, synced and renamed. `storage.objects` does the same
+for objects over HTTP.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from raylarge.errors import UserError
+from raylarge.storage import objects
+from raylarge.storage.folders import absolute, join, sizes
+from raylarge.storage.patience import Unmet, is_local, on_disk, patiently
+
+PIECE_BYTES = 4 << 20
+
+
+def remove(path: str) -> None:
+    """Remove a file, if it is there."""
+    with suppress(FileNotFoundError):
+        patiently(path, lambda fs, root: fs.rm_file(root))
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole content of a file, all of one version.
+
+    Raises:
+        UserError: nothing stands at the path.
+    """
+    try:
+        if is_local(path):
+            return patiently(path, lambda fs, root: bytes(fs.cat_file(root)))
+        return objects.get(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path.") from error
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Write a file atomically: a reader sees the old content or the new, never a part."""
+    if not is_local(path):
+        objects.put(path, content)
+        return
+    with _beside(path, content) as (beside, target):
+        os.replace(beside, target)
+
+
+def write_new(path: str, content: bytes) -> bool:
+    """Write a file unless one stands there. Whether this call did: of many at once, one does."""
+    if not is_local(path):
+        return objects.put_new(path, content)
+    if os.path.lexists(path.removeprefix("file://")):
+        return False
+    with _beside(path, content) as (beside, target):
+        try:
+            os.link(beside, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            return _claimed(beside, target)  # exFAT and many a FUSE: a disk without hard links
+    return True
+
+
+def read_json(path: str) -> Any:
+    """A JSON document.
+
+    Raises:
+        UserError: nothing stands at the path, or no JSON.
+    """
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError as error:  # also bytes that are no text
+        raise UserError(
+            f"{path} is not readable as JSON ({error}): it is damaged or cut short; copy it again, "
+            f"or remove it and run what wrote it."
+        ) from error
+
+
+def write_json(path: str, document: Any) -> None:
+    """Write a JSON document atomically, in a form people can read and diff."""
+    write_bytes(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+
+
+def replace_folder(made: Path, target: Path) -> None:
+    """Put a finished local folder in the place of another; readers never see half of one.
+
+    What a killed call left beside it (`.NAME.` and eight digits) goes too.
+    """
+    with on_disk(str(target)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.iterdir():
+            if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}", left.name):
+                shutil.rmtree(left, ignore_errors=True)
+        old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        if target.exists():
+            os.replace(target, old)
+        os.replace(made, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_folder(made: Path, target: str) -> None:
+    """Move a finished local folder of plain files to a path or URL, in the place of another.
+
+    On a disk (the same one) readers never see half of it. An object store loses the files that
+    the new folder does not have and gets the others one by one: its reader needs an index,
+    which does not list the folder meanwhile, to tell.
+    """
+    if is_local(target):
+        replace_folder(made, Path(absolute(target)))
+        return
+    paths = sorted(made.iterdir())
+    for name in sizes(target).keys() - {path.name for path in paths}:
+        remove(join(target, name))
+    for path in paths:
+        objects.put(join(target, path.name), path)
+
+
+def digest(*contents: bytes) -> str:
+    """A short name for bytes: the first 16 hexadecimal digits of their SHA-256."""
+    return digest_pieces(contents)
+
+
+def digest_pieces(pieces: Iterable[bytes]) -> str:
+    """The same short name for bytes that come piece by piece."""
+    total = hashlib.sha256()
+    for piece in pieces:
+        total.update(piece)
+    return total.hexdigest()[:16]
+
+
+def digest_file(path: str | Path) -> str:
+    """The same short name for the content of a large file."""
+    return digest_pieces(pieces(str(path)))
+
+
+def pieces(path: str) -> Iterator[bytes]:
+    """The content of a large file, 4 MiB at a time, all of one version.
+
+    Raises:
+        FileNotFoundError: nothing stands at the path.
+        UserError: an object was written anew meanwhile.
+    """
+    if is_local(path):
+        with on_disk(path), Path(path.removeprefix("file://")).open("rb") as stream:
+            while piece := stream.read(PIECE_BYTES):
+                yield piece
+        return
+    source = objects.Ranges(path)
+    try:
+        while part := source.read(objects.PART_BYTES):
+            yield from (part[at : at + PIECE_BYTES] for at in range(0, len(part), PIECE_BYTES))
+    except Unmet as error:
+        raise objects.changing(path) from error
+
+
+@contextmanager
+def _beside(path: str, content: bytes) -> Iterator[tuple[Path, Path]]:
+    """A file with some content beside the place where it shall be, and that place."""
+    target = Path(path.removeprefix("file://"))
+    with on_disk(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with beside.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            yield beside, target
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _claimed(beside: Path, target: Path) -> bool:
+    """Whether nobody made a file before; it is empty for a moment."""
+    try:
+        target.open("xb").close()
+    except FileExistsError:
+        return False
+    os.replace(beside, target)
+    return True

@@ -1,0 +1,124 @@
+"""What stands where: paths, folders and patterns, on a disk and in object stores.
+
+fsspec's own `glob` takes a store that fails for a folder that is empty, and its `ls` of a disk
+fails when a file goes while it looks. Here a folder is listed whole or a UserError says why not.
+"""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatchcase
+from glob import has_magic
+from typing import Any, NamedTuple
+
+from raylarge.storage.patience import is_local, patiently
+
+
+class Entry(NamedTuple):
+    """What stands in a folder."""
+
+    name: str
+    size: int
+    is_folder: bool
+
+
+def join(folder: str, *names: str) -> str:
+    """A path below a folder."""
+    return "/".join([folder.rstrip("/"), *names])
+
+
+def absolute(path: str) -> str:
+    """A path that means the same in every process: local ones from the root of the disk."""
+    return os.path.abspath(path.removeprefix("file://")) if is_local(path) else path
+
+
+def exists(path: str) -> bool:
+    """Whether a file, an object or a folder stands at a path (never from a stale listing)."""
+    if is_local(path):
+        return patiently(path, lambda fs, root: bool(fs.exists(root)))
+    try:
+        patiently(path, lambda fs, root: fs.info(root))  # exists() of some stores hides failures
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def entries(folder: str) -> list[Entry]:
+    """What stands in a folder, in no order; nothing if there is none."""
+    try:
+        return patiently(folder, _on_disk if is_local(folder) else _in_store)
+    except FileNotFoundError:
+        return []
+
+
+def sizes(folder: str) -> dict[str, int]:
+    """Names of the files in a folder, and how many bytes each holds; none if there is none."""
+    return {one.name: one.size for one in entries(folder) if not one.is_folder}
+
+
+def children(folder: str, pattern: str = "*") -> list[str]:
+    """Sorted paths in a folder whose names match a pattern; none if there is no folder.
+
+    Unlike in `listing`, the folder is taken at its word: it may be called `b [1]`.
+    """
+    names = (one.name for one in entries(folder))
+    return [join(folder, name) for name in sorted(names) if fnmatchcase(name, pattern)]
+
+
+def listing(pattern: str) -> list[str]:
+    """Sorted paths that match a pattern such as `s3://bucket/*.svs`; `**` is any folders.
+
+    What stands goes before what a bracket may mean: `b [1]/*` looks into `b [1]`, and into `b 1`
+    only if there is no such folder. Where only the name is a pattern, take `children`.
+    """
+    scheme, at, rest = pattern.rpartition("://") if not is_local(pattern) else ("", "", "")
+    start, *parts = (rest or absolute(pattern)).rstrip("/").split("/")
+    found = [scheme + at + start]
+    while parts and found:
+        part = parts.pop(0)
+        if part == "**":
+            found = [path for folder in found for path in _below(folder, not parts)]
+        elif has_magic(part):
+            found = [path for folder in found for path in _matching(folder, part, bool(parts))]
+        else:
+            found = [f"{folder}/{part}" for folder in found]
+            found = found if parts else [path for path in found if exists(path)]
+    return sorted(set(found))
+
+
+def _matching(folder: str, pattern: str, only_folders: bool) -> list[str]:
+    names = [one.name for one in entries(folder or "/") if one.is_folder or not only_folders]
+    if pattern in names:
+        return [f"{folder}/{pattern}"]
+    return [f"{folder}/{name}" for name in names if fnmatchcase(name, pattern)]
+
+
+def _below(folder: str, everything: bool) -> list[str]:
+    """All folders from one down, itself too; or everything that stands below it."""
+    inside = entries(folder or "/")
+    found = [f"{folder}/{one.name}" for one in inside] if everything else [folder]
+    deeper = [_below(f"{folder}/{one.name}", everything) for one in inside if one.is_folder]
+    return found + [path for paths in deeper for path in paths]
+
+
+def _on_disk(_: Any, root: str) -> list[Entry]:
+    found = []
+    try:
+        with os.scandir(root) as inside:
+            for one in inside:
+                try:
+                    found.append(Entry(one.name, one.stat().st_size, one.is_dir()))
+                except FileNotFoundError:  # gone since, or a link to nothing
+                    continue
+    except NotADirectoryError:
+        return []
+    return found
+
+
+def _in_store(fs: Any, root: str) -> list[Entry]:
+    found = [(one, one["name"].rstrip("/")) for one in fs.ls(root, detail=True)]
+    return [
+        Entry(name.rsplit("/", 1)[-1], int(one["size"] or 0), one["type"] == "directory")
+        for one, name in found
+        if name != root.rstrip("/")  # the folder's own marker, or a file that is no folder
+    ]

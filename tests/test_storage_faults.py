@@ -1,0 +1,191 @@
+"""Storage when servers stop, lines break and stores are busy: all over real HTTP."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import servers
+from servers import content_of, keys
+
+from raylarge import storage
+from raylarge.errors import UserError
+
+machine, store = servers.machine, servers.store  # fixtures
+pytestmark = pytest.mark.s3
+BIG = 3 << 20
+
+
+@pytest.mark.parametrize("kind", ["cut", "close"])
+@pytest.mark.parametrize("upwards", [True, False])
+def test_a_line_that_breaks_in_a_body_is_not_noticed(store, kind, upwards):
+    path, content = f"{store.root}/object", content_of(BIG)
+    if upwards:
+        store.line.fail(kind, upwards=True, after=BIG // 2, times=2)
+    storage.write_bytes(path, content)
+    if not upwards:
+        store.line.fail(kind, upwards=False, after=BIG // 2, times=2)
+    assert storage.read_bytes(path) == content
+    assert store.line.met == 2
+    assert keys(store) == {"first": 18, "object": BIG}
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(503, "SlowDown"), (500, "InternalError"), (429, "TooManyRequests")],
+)
+def test_a_busy_store_is_asked_again(store, status, code):
+    def busy():
+        store.line.fail("answer", status=status, code=code, times=2)
+
+    path = f"{store.root}/object"
+    for act, wanted in [
+        (lambda: storage.write_bytes(path, b"12"), None),
+        (lambda: storage.read_bytes(path), b"12"),
+        (lambda: storage.exists(path), True),
+        (lambda: storage.sizes(store.root), {"first": 18, "object": 2}),
+        (lambda: storage.listing(f"{store.root}/ob*"), [path]),
+        (lambda: storage.children(store.root, "ob*"), [path]),
+        (lambda: storage.read_range(path, 1, 2), b"2"),
+        (lambda: b"".join(storage.pieces(path)), b"12"),
+        (lambda: storage.write_new(path, b"3"), False),
+        (lambda: storage.write_new(f"{store.root}/new", b"3"), True),
+        (lambda: storage.remove(path), None),
+    ]:
+        busy()
+        assert act() == wanted
+        assert not store.line.faults
+    assert store.line.met == 22
+    assert keys(store) == {"first": 18, "new": 1}
+
+
+def test_a_folder_is_never_empty_because_the_store_is_busy(store, monkeypatch):
+    monkeypatch.setenv("RAYLARGE_STORAGE_PATIENCE_S", "0.5")
+    store.line.fail("answer", times=-1)
+    for act in (storage.exists, storage.sizes, storage.children, storage.listing):
+        with pytest.raises(
+            UserError, match=r"answers (SlowDown|503), for 0\.5 s; see that the server"
+        ):
+            act(f"{store.root}/first/*" if act is storage.listing else store.root)
+
+
+def test_a_server_that_hangs_is_given_up(store, monkeypatch):
+    monkeypatch.setenv("RAYLARGE_STORAGE_PATIENCE_S", "1")
+    store.line.fail("swallow", times=-1)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no answer in time, for 1 s"):
+        storage.write_bytes(f"{store.root}/object", b"1")
+    assert time.monotonic() - began < 10  # 1.5 s; the last attempt begins at the end of patience
+    store.line.clear()
+    assert keys(store) == {"first": 18}
+
+
+def test_a_server_that_hangs_once_is_not_noticed(store):
+    store.line.fail("swallow", times=1)
+    storage.write_bytes(f"{store.root}/object", b"12")
+    assert storage.read_bytes(f"{store.root}/object") == b"12"
+
+
+def test_a_server_stops_in_a_write_and_comes_back(store):
+    path, content = f"{store.root}/object", content_of(BIG)
+    store.line.fail("swallow", after=BIG // 2)  # the write stands still in its middle
+    with ThreadPoolExecutor(1) as other:
+        write = other.submit(storage.write_bytes, path, content)
+        while not store.line.met:
+            time.sleep(0.01)
+        store.stop()
+        time.sleep(1)
+        assert not write.done()
+        store.start()
+        write.result()
+    assert keys(store) == {"first": 18, "object": BIG}
+    assert storage.read_bytes(path) == content
+
+
+def test_a_server_that_is_gone_is_told_and_leaves_nothing(store, monkeypatch):
+    monkeypatch.setenv("RAYLARGE_STORAGE_PATIENCE_S", "2")
+    path, content = f"{store.root}/object", content_of(BIG)
+    storage.write_bytes(path, b"old")
+    store.line.fail("swallow", after=BIG // 2)
+    with ThreadPoolExecutor(1) as other:
+        began = time.monotonic()
+        write = other.submit(storage.write_bytes, path, content)
+        while not store.line.met:
+            time.sleep(0.01)
+        store.stop()
+        with pytest.raises(UserError, match=rf"{path}: .*{store.url}.* for 2 s; see .* is up"):
+            write.result()
+        assert time.monotonic() - began < 10
+    store.start()
+    assert keys(store) == {"first": 18, "object": 3}
+    assert storage.read_bytes(path) == b"old"
+
+
+def test_many_workers_and_a_bad_line(store):
+    def work(number):
+        path = f"{store.root}/{number:03d}"
+        storage.write_bytes(path, content_of(100_000, number))
+        return storage.read_bytes(path) == content_of(100_000, number)
+
+    for number in range(12):
+        store.line.fail("cut", upwards=number % 2 == 0, after=150_000)
+    with ThreadPoolExecutor(8) as workers:
+        assert all(workers.map(work, range(32)))
+    assert store.line.met == 12
+    assert keys(store) == {"first": 18} | {f"{number:03d}": 100_000 for number in range(32)}
+
+
+def test_of_many_one_writes_a_new_object(store):
+    gate = threading.Barrier(8)
+
+    def write(number):
+        gate.wait()
+        return storage.write_new(f"{store.root}/state", b"%d" % number)
+
+    with ThreadPoolExecutor(8) as workers:
+        wrote = list(workers.map(write, range(8)))
+    assert sum(wrote) == 1
+    assert storage.read_bytes(f"{store.root}/state") == b"%d" % wrote.index(True)
+
+
+def quick(act, match):
+    """It fails at once, with a sentence."""
+    began = time.monotonic()
+    with pytest.raises(UserError, match=match):
+        act()
+    assert time.monotonic() - began < 15
+
+
+def test_what_waiting_does_not_cure_is_told_at_once(store, monkeypatch):
+    monkeypatch.setenv("RAYLARGE_STORAGE_PATIENCE_S", "30")
+    path = f"{store.root}/object"
+    quick(lambda: storage.read_bytes(path), "object does not exist; check")
+    quick(lambda: storage.read_rows(path, [0]), "object does not exist; check")
+    quick(lambda: storage.read_bytes("s3://no-such-one/a"), "the bucket does not exist; create")
+    quick(lambda: storage.write_bytes("s3://no-such-one/a", b""), "the bucket does not exist")
+    quick(lambda: storage.write_bytes("s3://A b/a", b""), "no path in an object store")
+    for code, match in [
+        ("AccessDenied", "access denied; check the credentials"),
+        ("InvalidAccessKeyId", "does not know these credentials; set AWS_ACCESS_KEY_ID"),
+        ("SignatureDoesNotMatch", "does not accept the secret key"),
+        ("ExpiredToken", "have expired"),
+        ("SomethingElse", r"refuses \(SomethingElse: so\); check"),
+    ]:
+        store.line.fail("answer", status=403, code=code)
+        quick(lambda: storage.write_bytes(path, b"1"), rf"{path}: .*{match}")
+        store.line.fail("answer", status=403, code=code)
+        quick(lambda: storage.exists(path), "access denied")  # HEAD has no body with a code
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:1")
+    quick(lambda: storage.exists(path), "Invalid endpoint: 127.0.0.1:1; check AWS_ENDPOINT_URL")
+    monkeypatch.setenv("RAYLARGE_STORAGE_PATIENCE_S", "soon")
+    quick(lambda: storage.exists(path), "PATIENCE_S=soon: give seconds")
+
+
+def test_without_credentials(store, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    quick(
+        lambda: storage.read_bytes(f"{store.root}/first"), "no credentials; set AWS_ACCESS_KEY_ID"
+    )
