@@ -1,102 +1,98 @@
-"""Plain images as slides of one level: PNG, JPEG, and TIFF that is no pyramid.
+"""PNG and JPEG as slides: small ones in memory, large ones converted into tiles once per node.
 
-The whole image is decoded into memory, so its size is limited; a larger one belongs into a
-tiled pyramidal TIFF, which OpenSlide reads piece by piece.
+Grey, palette, 1-bit and transparent images (over white) become RGB; 16-bit RGB keeps its upper
+byte, as Pillow reads it. 16-bit grey and CMYK are refused. Rows and columns are those stored in
+the file: an EXIF orientation is not applied, so that coordinates mean what they mean elsewhere.
 """
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
-import tifffile
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 
-from raylarge.errors import UserError
-from raylarge.slides.reader import Pixels
+from raylarge.slides.protocol import (
+    DECODE_PX,
+    WHOLE_PX,
+    Hint,
+    Pixels,
+    Refusal,
+    refuse_size,
+)
+from raylarge.slides.tiff_reader import ConvertedPyramid
 
-LIMIT_PX = 178_956_970
-"""Pillow's own limit against decompression bombs, for every format."""
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_DAMAGE = (OSError, SyntaxError, ValueError, LookupError, RuntimeError, tifffile.TiffFileError)
-"""What Pillow, tifffile and imagecodecs raise on files that are cut short or garbled."""
-_UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+_UM_PER_INCH = 25_400.0
 
 
 class ImagePyramid:
-    """One level: the image itself; of more than three bands the first three are read."""
+    """One level in memory, or the levels of the converted image."""
+
+    georeference = None
 
     def __init__(self, path: str) -> None:
-        """Decode an image file.
+        """Open an image file.
 
         Raises:
-            UserError: no image, a damaged one, or one above the pixel limit.
+            Refusal: neither PNG nor JPEG, colours that are not 8-bit RGB or grey, or more
+                pixels than may be decoded.
         """
-        with open(path, "rb") as stream:
-            is_tiff = stream.read(4) in _TIFF_MAGIC
-        try:
-            self._image, dots_mpp = (_read_tiff if is_tiff else _read_image)(path)
-        except UnidentifiedImageError as error:
-            raise UserError(
-                f"slide {path} is neither a slide that OpenSlide knows nor a PNG, JPEG or TIFF "
-                "image; it may be damaged: fetch it again or leave it out."
-            ) from error
-        except _DAMAGE as error:
-            raise UserError(
-                f"slide {path} is damaged or incomplete ({error}); fetch it again or leave it out."
-            ) from error
-        self.sizes = [(self._image.shape[0], self._image.shape[1])]
-        self.mpp_hints = [("resolution", dots_mpp)] if dots_mpp > 0 else []
+        with _opened(path) as picture:
+            size = (picture.height, picture.width)
+            refuse_size(size, DECODE_PX)
+            if picture.mode not in _MODES:
+                raise Refusal(f"holds {picture.mode} pixels; convert it to 8-bit RGB.")
+            self.icc_profile: bytes | None = picture.info.get("icc_profile") or None
+            self.mpp_hints = _mpp_hints(picture)
+            self._image: Pixels | None = None
+            self._tiles: ConvertedPyramid | None = None
+            if size[0] * size[1] <= WHOLE_PX:
+                self._image = _rgb(picture)
+                self.sizes = [size]
+            else:
+                self._tiles = ConvertedPyramid(
+                    path, size, lambda top, bottom: _rgb(picture.crop((0, top, size[1], bottom)))
+                )
+                self.sizes = self._tiles.sizes
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
-        """A region inside the image; the only level is 0."""
+        """A region inside a level."""
+        if self._tiles is not None:
+            return self._tiles.read_level(level, top, left, rows, columns)
+        assert self._image is not None, "the slide is closed"
         return self._image[top : top + rows, left : left + columns]
 
     def close(self) -> None:
         """Let go of the pixels."""
-        self._image = np.empty((0, 0, 3), np.uint8)
+        self._image = None
+        if self._tiles is not None:
+            self._tiles.close()
 
 
-def _read_image(path: str) -> tuple[Pixels, float]:
-    """Pixels, and micrometres per pixel from the dots per inch (0 where absent)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            picture: Image.Image = Image.open(path)
-        except Image.DecompressionBombError as error:
-            raise _too_large(path) from error
-    dots_per_inch = float(picture.info.get("dpi", (0, 0))[0])
-    mpp = 25_400.0 / dots_per_inch if dots_per_inch > 0 else 0.0
+def _opened(path: str) -> Image.Image:
+    """The header of an image; the plug-ins are asked by name, so limits are ours alone."""
+    with open(path, "rb") as stream:
+        head = stream.read(8)
+    if head.startswith(b"\x89PNG"):
+        return PngImagePlugin.PngImageFile(path)
+    if head.startswith(b"\xff\xd8"):
+        return JpegImagePlugin.JpegImageFile(path)
+    raise Refusal(
+        "is neither a slide that OpenSlide knows nor a TIFF, PNG or JPEG image; it may be "
+        "damaged: fetch it again or leave it out."
+    )
+
+
+def _mpp_hints(picture: Image.Image) -> list[Hint]:
+    """Micrometres per pixel from the dots per inch."""
+    across, down = (float(dots) for dots in picture.info.get("dpi", (0, 0)))
+    if across <= 0 or down <= 0:
+        return []
+    return [Hint("image resolution", _UM_PER_INCH / down, _UM_PER_INCH / across)]
+
+
+def _rgb(picture: Image.Image) -> Pixels:
+    """Pixels as RGB, over white where they are transparent."""
     if picture.has_transparency_data:
         page = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(page, picture.convert("RGBA"))
-    return np.asarray(picture.convert("RGB")), mpp
-
-
-def _read_tiff(path: str) -> tuple[Pixels, float]:
-    """Pixels of the first page, and micrometres per pixel from its tags (0 where absent)."""
-    with tifffile.TiffFile(path) as file:
-        page = file.pages.first
-        if page.imagewidth * page.imagelength > LIMIT_PX:
-            raise _too_large(path)
-        if page.dtype != np.uint8:
-            raise UserError(
-                f"slide {path} holds {page.dtype} pixels, not 8-bit; convert it to 8-bit RGB."
-            )
-        pixels = page.asarray()
-        if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3:
-            pixels = np.moveaxis(pixels, 0, -1)
-        unit = _UM_PER_UNIT.get(int(page.resolutionunit), 0.0)
-        dots = float(page.resolution[0])
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], 3, axis=-1)
-    if pixels.shape[-1] < 3:
-        pixels = np.repeat(pixels[..., :1], 3, axis=-1)
-    return np.ascontiguousarray(pixels[..., :3]), unit / dots if dots > 0 else 0.0
-
-
-def _too_large(path: str) -> UserError:
-    return UserError(
-        f"image {path} has more than {LIMIT_PX:,} pixels, too many to decode at once; "
-        "convert it to a tiled pyramidal TIFF (for example with `vips tiffsave --tile --pyramid`)."
-    )
+    return np.asarray(picture.convert("RGB"))

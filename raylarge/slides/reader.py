@@ -1,76 +1,73 @@
 """A slide seen at the base scale, whatever its file's own resolution is.
 
-A format's reader gives levels of pixels (`Pyramid`); `Slide` resamples them so that one
-base pixel is `base_mpp` micrometres: a 40x slide gives true 20x tiles. A region is a pure
-function of its coordinates, so tiles fit together without a seam. Label and macro images are
-never read. The chain of sources for mpp follows Mussel (github.com/pathology-data-mining).
+A format's reader gives levels of pixels (`protocol.Pyramid`); `Slide` resamples them so that
+one base pixel is `base_mpp` micrometres: a 40x slide gives true 20x tiles. A region is a pure
+function of its coordinates, so tiles fit together without a seam. Which reader opens a file
+follows from its content: vendors' slides OpenSlide, GeoTIFF rasterio, other TIFF tifffile, the
+rest Pillow.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import math
 import os
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Protocol, runtime_checkable
 
-import fsspec
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
-from raylarge import storage
-from raylarge.errors import UserError
 from raylarge.geometry import spans
+from raylarge.slides import icc as colours
+from raylarge.slides import mpp as scales
+from raylarge.slides import openslide_reader, tiff_reader
+from raylarge.slides.aperio_reader import AperioPyramid
+from raylarge.slides.fetch import fetched, local_copy
+from raylarge.slides.image_reader import ImagePyramid
+from raylarge.slides.mpp import BASE_MPP
+from raylarge.slides.openslide_reader import OpenSlidePyramid
+from raylarge.slides.protocol import (
+    SLIDE_PX,
+    Georeference,
+    Pixels,
+    Pyramid,
+    Refusal,
+    refuse_size,
+    speaking_of,
+)
+from raylarge.slides.tiff_reader import TiffPyramid
 
-Pixels = UInt8[np.ndarray, "_ _ 3"]
-BASE_MPP = 0.5
-_TOLERANCE = 0.1
-_PLAUSIBLE_MPP = (0.05, 20.0)
+__all__ = ["BASE_MPP", "Pixels", "Pyramid", "Slide", "local_copy", "open_slide"]
+
 _STRIP_PX = 256
-
-
-@runtime_checkable
-class Pyramid(Protocol):
-    """What the reader of one file format gives: levels of pixels, finest first."""
-
-    @property
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        """(rows, columns) of each level."""
-        ...
-
-    @property
-    def mpp_hints(self) -> Sequence[tuple[str, float]]:
-        """Micrometres per level-0 pixel as the file tells it, most trusted first."""
-        ...
-
-    def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
-        """A region that lies inside a level, in that level's pixels."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the file."""
-        ...
 
 
 class Slide:
     """A pyramid at the base scale; a context manager."""
 
-    def __init__(self, path: str, pyramid: Pyramid, mpp: float, base_mpp: float) -> None:
-        """See `open_slide`."""
+    def __init__(
+        self,
+        path: str,
+        pyramid: Pyramid,
+        mpp: float,
+        base_mpp: float,
+        opened: ExitStack | None = None,
+    ) -> None:
+        """See `open_slide`; `opened` is what to close, where that is more than the pyramid."""
         self.path = path
         self.mpp = mpp
         self._pyramid = pyramid
-        near_base = abs(mpp / base_mpp - 1) <= _TOLERANCE
-        self.zoom = 1.0 if near_base else base_mpp / mpp
+        self._close = pyramid.close if opened is None else opened.close
+        self.zoom = scales.zoom(mpp, base_mpp)
         """Level-0 pixels per base pixel."""
         self.size_l0: tuple[int, int] = pyramid.sizes[0]
         self.size_px = (int(self.size_l0[0] / self.zoom), int(self.size_l0[1] / self.zoom))
         """(rows, columns) in whole base pixels."""
+
+    @property
+    def georeference(self) -> Georeference | None:
+        """Where level 0 lies on the ground; None for what a microscope saw."""
+        return self._pyramid.georeference
 
     def __enter__(self) -> Slide:
         return self
@@ -84,8 +81,8 @@ class Slide:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._pyramid.close()
+        """Let go of the file, and of its place in the node's cache."""
+        self._close()
 
     def read(
         self, top_px: int, left_px: int, rows_px: int, columns_px: int, downscale: int = 1
@@ -99,15 +96,18 @@ class Slide:
             UserError: the file is damaged there.
         """
         rows, columns = rows_px // downscale, columns_px // downscale
-        page = np.full((rows, columns, 3), 255, np.uint8)
         top, bottom = _inside(top_px, rows, downscale, self.size_px[0])
         left, right = _inside(left_px, columns, downscale, self.size_px[1])
-        if top < bottom and left < right:
-            page[top:bottom, left:right] = self._resampled(
-                (top_px + top * downscale, left_px + left * downscale),
-                (bottom - top, right - left),
-                downscale,
-            )
+        origin_px = (top_px + top * downscale, left_px + left * downscale)
+        shape = (bottom - top, right - left)
+        if min(shape) <= 0:
+            return np.full((rows, columns, 3), 255, np.uint8)
+        with speaking_of(self.path):
+            region = self._resampled(origin_px, shape, downscale)
+        if shape == (rows, columns):
+            return region
+        page = np.full((rows, columns, 3), 255, np.uint8)
+        page[top:bottom, left:right] = region
         return page
 
     def _resampled(
@@ -150,81 +150,60 @@ class Slide:
         )
 
 
-def open_slide(path: str, mpp_override: float | None = None, base_mpp: float = BASE_MPP) -> Slide:
-    """Open a slide by its content: OpenSlide where it knows the file, else as a plain image.
+def open_slide(
+    path: str, mpp_override: float | None = None, base_mpp: float = BASE_MPP, icc: bool = True
+) -> Slide:
+    """Open a slide by its content.
 
     Args:
-        path: a local path, or a URL (fetched once per machine into a cache).
+        path: a local path, or a URL (fetched once per node and version into a cache).
         mpp_override: micrometres per level-0 pixel, before anything the file says.
-        base_mpp: micrometres per pixel of the base scale; within 10 % no resampling is done.
+        base_mpp: micrometres per pixel of the base scale (1e6 for aerial images); within 10 %
+            no resampling is done.
+        icc: whether pixels are converted to sRGB by the colour profile in the file.
 
     Raises:
-        UserError: no such file, a broken one, no mpp to be found, or one coarser than the base.
+        UserError: no such file, a broken one, one that cannot be right, no mpp to be found, or
+            one coarser than the base.
     """
-    from raylarge.slides.image_reader import ImagePyramid
-    from raylarge.slides.openslide_reader import OpenSlidePyramid
-
-    local = local_copy(path)
-    if not os.path.isfile(local):
-        raise UserError(f"slide {path} does not exist; check the path.")
-    known = OpenSlidePyramid.knows(local)
-    pyramid: Pyramid = OpenSlidePyramid(local) if known else ImagePyramid(local)
-    try:
-        mpp = resolve_mpp(path, mpp_override, pyramid.mpp_hints)
-        if mpp > base_mpp * (1 + _TOLERANCE):
-            raise UserError(
-                f"slide {path} has {mpp:.3g} um/px, coarser than the base scale of {base_mpp:.3g}; "
-                f"set tile.base_mpp={mpp:.3g}, a right tile.mpp=, or leave the slide out."
-            )
-    except UserError:
-        pyramid.close()
-        raise
-    return Slide(path, pyramid, mpp, base_mpp)
+    with speaking_of(path), ExitStack() as opened:
+        held = fetched(path)
+        opened.callback(held.close)
+        pyramid = _pyramid(held.path)
+        opened.callback(pyramid.close)
+        refuse_size(pyramid.sizes[0], SLIDE_PX)
+        mpp = scales.resolve_mpp(pyramid, mpp_override)
+        scales.refuse_base(pyramid, mpp, base_mpp)
+        pyramid = colours.to_srgb(pyramid) if icc else pyramid
+        return Slide(path, pyramid, mpp, base_mpp, opened.pop_all())
 
 
-def resolve_mpp(path: str, override: float | None, hints: Sequence[tuple[str, float]]) -> float:
-    """Micrometres per level-0 pixel: the override, else the first plausible hint of the file.
+def _pyramid(local: str) -> Pyramid:
+    """The reader that fits the content of a local file or folder."""
+    if os.path.isdir(local):
+        from raylarge.slides.dicom_reader import open_folder
 
-    Raises:
-        UserError: an override that is not positive, or nothing plausible.
-    """
-    if override is not None:
-        if override <= 0:
-            raise UserError(f"tile.mpp={override} for slide {path}: it must be above 0.")
-        return override
-    low, high = _PLAUSIBLE_MPP
-    for _, mpp in hints:
-        if low <= mpp <= high:
-            return mpp
-    seen = ", ".join(f"{name} {mpp:.4g}" for name, mpp in hints)
-    told = f"only says {seen} um/px, which no slide has" if hints else "does not say its resolution"
-    raise UserError(f"slide {path} {told}; set tile.mpp= (micrometres per level-0 pixel).")
+        return open_folder(local)
+    with open(local, "rb") as stream:
+        head = stream.read(4)
+    if not head:
+        raise Refusal("is empty; fetch it again or leave it out.")
+    vendor = openslide_reader.vendor(local)
+    if vendor == "dicom":
+        from raylarge.slides.dicom_reader import open_instance
 
+        return open_instance(local)
+    if vendor == "aperio":
+        return AperioPyramid(local)
+    if vendor not in (None, "generic-tiff"):
+        return OpenSlidePyramid(local)
+    if head not in tiff_reader.MAGIC:
+        return ImagePyramid(local)
+    if tiff_reader.is_georeferenced(local):
+        from raylarge.slides.geo_reader import GeoPyramid
 
-def local_copy(path: str) -> str:
-    """The local path of a slide; an object of a store is fetched once per machine and version.
-
-    Raises:
-        UserError: nothing stands at the URL.
-    """
-    if storage.is_local(path):
-        return path.removeprefix("file://")
-    fs, root = fsspec.core.url_to_fs(path)
-    try:
-        version = fs.ukey(root)
-    except FileNotFoundError as error:
-        raise UserError(f"slide {path} does not exist; check the path.") from error
-    folder = Path(tempfile.gettempdir()) / f"raylarge-slides-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    name = hashlib.sha256(f"{path} {version}".encode()).hexdigest()[:20]
-    target = folder / f"{name}{Path(root).suffix}"
-    with (folder / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            beside = target.with_name(f".{target.name}.part")
-            fs.get_file(root, str(beside))
-            os.replace(beside, target)
-    return str(target)
+        return GeoPyramid(local)
+    return TiffPyramid(local)
 
 
 def _inside(start_px: int, count: int, downscale: int, size_px: int) -> tuple[int, int]:

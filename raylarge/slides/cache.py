@@ -1,0 +1,190 @@
+"""The node's cache of slides: objects fetched from stores, images converted into tiles.
+
+    RAYLARGE_CACHE        its folder; by default raylarge-slides-UID in the temporary folder
+    RAYLARGE_CACHE_BYTES  its cap; by default 64 GiB, or half of the disk where that is less
+
+An entry is a folder NAME, made beside its place and renamed. NAME.lock is an empty sparse file
+as long as the entry's share of the cap, touched at each use. Who reads an entry holds a shared
+lock, who makes or evicts it an exclusive one; the least recently used go first.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from raylarge import storage
+from raylarge.slides.protocol import Refusal
+
+_DEFAULT_BYTES = 64 << 30
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a full disk says."""
+
+
+class Held:
+    """A local file (or folder) that stays where it is until it is closed."""
+
+    def __init__(self, path: str, lock: int | None = None) -> None:
+        """Take over an open lock file, if there is one."""
+        self.path = path
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let it be evicted."""
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
+
+
+def hold(identity: str, need_bytes: int, make: Callable[[Path], None], name: str) -> Held:
+    """An entry of the cache, made where it is not there yet; one process of a node makes it.
+
+    Args:
+        identity: what the entry is, with its version.
+        need_bytes: the most room it may take while it is made.
+        make: fills an empty folder.
+        name: what the caller wants in that folder.
+
+    Raises:
+        Refusal: there is no room for it.
+    """
+    root = folder()
+    entry = root / storage.digest(identity.encode())
+    while True:
+        lock = _locked(_lock_of(entry), fcntl.LOCK_SH)
+        if entry.is_dir():
+            os.utime(lock)
+            return Held(str(entry / name), lock)
+        os.close(lock)
+        lock = _locked(_lock_of(entry), fcntl.LOCK_EX)
+        try:
+            if not entry.is_dir():
+                _make(entry, lock, need_bytes, make)
+        finally:
+            os.close(lock)
+
+
+def folder() -> Path:
+    """The cache's folder, made where it is not there yet."""
+    default = Path(tempfile.gettempdir()) / f"raylarge-slides-{os.getuid()}"
+    root = Path(os.environ.get("RAYLARGE_CACHE") or default)
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(
+            f"needs a cache, and {root} cannot be made ({error.strerror}); set RAYLARGE_CACHE= "
+            "to a folder that can be written."
+        ) from error
+    return root
+
+
+def _cap_bytes(root: Path) -> int:
+    wish = os.environ.get("RAYLARGE_CACHE_BYTES", "")
+    if not wish:
+        return min(_DEFAULT_BYTES, shutil.disk_usage(root).total // 2)
+    if not wish.isdigit():
+        raise Refusal(
+            f"needs the cache, and RAYLARGE_CACHE_BYTES={wish} is no number of bytes; set it to "
+            "one such as 64000000000."
+        )
+    return int(wish)
+
+
+def _lock_of(entry: Path) -> Path:
+    return entry.with_name(f"{entry.name}.lock")
+
+
+def _part_of(entry: Path) -> Path:
+    return entry.with_name(f".{entry.name}.part")
+
+
+def _locked(path: Path, kind: int) -> int:
+    """An open lock file; waits for it, and again where it was evicted meanwhile."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, kind)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(path)):
+                    return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _make(entry: Path, lock: int, need_bytes: int, make: Callable[[Path], None]) -> None:
+    part = _part_of(entry)
+    os.truncate(lock, 0)  # what a killed process reserved
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        _reserve(entry.parent, lock, need_bytes)
+        part.mkdir()
+        make(part)
+        os.truncate(lock, _synced_bytes(part))
+        os.replace(part, entry)
+    except BaseException as error:
+        os.truncate(lock, 0)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise Refusal(
+                f"does not fit on the disk of the cache {entry.parent} ({need_bytes:,} bytes at "
+                "most); free space there, or set RAYLARGE_CACHE= to a folder on a larger disk."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _reserve(root: Path, lock: int, need_bytes: int) -> None:
+    """Take a share of the cap; one process of the node at a time."""
+    room = _locked(root / ".room", fcntl.LOCK_EX)
+    try:
+        shares = {path: path.stat() for path in root.glob("*.lock")}
+        used = sum(share.st_size for share in shares.values())
+        cap = _cap_bytes(root)
+        for path, share in sorted(shares.items(), key=lambda item: item[1].st_mtime_ns):
+            if used + need_bytes <= cap:
+                break
+            used -= share.st_size if _evicted(path) else 0
+        if used + need_bytes > cap:
+            raise Refusal(
+                f"needs up to {need_bytes:,} bytes of the cache {root}, which may hold {cap:,} "
+                f"and has {used:,} in use; set RAYLARGE_CACHE_BYTES= higher, or work on fewer "
+                "slides at once."
+            )
+        os.truncate(lock, need_bytes)
+    finally:
+        os.close(room)
+
+
+def _evicted(path: Path) -> bool:
+    """Whether an entry could be removed: not while anybody holds its lock."""
+    try:
+        lock = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    entry = path.with_suffix("")
+    try:
+        shutil.rmtree(entry, ignore_errors=True)
+        shutil.rmtree(_part_of(entry), ignore_errors=True)
+        path.unlink()
+    finally:
+        os.close(lock)
+    return True
+
+
+def _synced_bytes(part: Path) -> int:
+    """The size of all files in a folder, once they are on the disk."""
+    total = 0
+    for path in part.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+            total += path.stat().st_size
+    return total

@@ -1,0 +1,117 @@
+"""DICOM whole slides: a folder of instances, or any one instance of a series.
+
+OpenSlide reads them first: it needs no extra, and takes JPEG, JPEG 2000 and plain pixels at the
+speed of C. What it refuses (JPEG-LS, HTJ2K, concatenations) wsidicom reads (extra `dicom`). In
+both, levels are the VOLUME images of one series alone: labels, overviews and thumbnails are not
+read, and of the tags only pixel spacing and colour profile are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raylarge.slides.openslide_reader import OpenSlidePyramid
+from raylarge.slides.protocol import Hint, Pixels, Pyramid, Refusal
+
+_WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+"""The class of VL Whole Slide Microscopy Image Storage."""
+_EXTRA = "pip install 'raylarge[dicom]' brings what reads more kinds of DICOM."
+
+
+def open_folder(path: str) -> Pyramid:
+    """The slide whose instances lie in a folder.
+
+    Raises:
+        Refusal: the folder holds no slide, or several.
+    """
+    series = {}
+    with _wsidicom("is a folder, and may be DICOM"):
+        for file in sorted(Path(path).iterdir(), reverse=True):
+            if (uid := _volume_series(file)) is not None:
+                series[uid] = str(file)
+    if len(series) != 1:
+        raise Refusal(
+            f"is a folder that holds {len(series)} DICOM slides; name a slide's file, or a folder "
+            "with the instances of one."
+        )
+    return open_instance(next(iter(series.values())))
+
+
+def open_instance(path: str) -> Pyramid:
+    """The slide to which an instance belongs; the others are looked for beside it.
+
+    Raises:
+        Refusal: neither OpenSlide nor wsidicom can open it.
+    """
+    try:
+        return OpenSlidePyramid(path)
+    except Refusal as refusal:
+        with _wsidicom(str(refusal)):
+            return DicomPyramid(path)
+
+
+class DicomPyramid:
+    """The VOLUME levels of a series, by wsidicom."""
+
+    georeference = None
+
+    def __init__(self, path: str) -> None:
+        """Open the series of an instance."""
+        with _wsidicom() as wsidicom:
+            series = _volume_series(Path(path))
+            beside = sorted(Path(path).parent.iterdir())
+            self._slide = wsidicom.WsiDicom.open(
+                [file for file in beside if series and _volume_series(file) == series]
+            )
+            pyramid = self._slide.pyramid
+            self._levels = [level.level for level in pyramid]
+            self.sizes = [(level.size.height, level.size.width) for level in pyramid]
+            self.mpp_hints = [Hint("pixel spacing", pyramid.mpp.height, pyramid.mpp.width)]
+            paths = pyramid.metadata.optical_paths
+            self.icc_profile: bytes | None = paths[0].icc_profile if paths else None
+
+    def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
+        """A region inside a level, in that level's pixels."""
+        with _wsidicom():
+            region = self._slide.read_region((left, top), self._levels[level], (columns, rows))
+            return np.asarray(region.convert("RGB"))
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._slide.close()
+
+
+@contextmanager
+def _wsidicom(because: str = "is DICOM") -> Iterator[Any]:
+    """The wsidicom package; what it stumbles over in a file becomes an OSError."""
+    try:
+        import wsidicom
+    except ImportError as error:
+        raise Refusal(f"{because.rstrip('.')}; {_EXTRA}") from error
+    try:
+        yield wsidicom
+    except (Refusal, OSError):
+        raise
+    except Exception as error:  # pydicom's and wsidicom's own, and what a garbled tag brings
+        raise OSError(f"wsidicom: {error}") from error
+
+
+def _volume_series(file: Path) -> str | None:
+    """The series of a file, where it is a VOLUME instance of a whole slide."""
+    import pydicom
+
+    if not file.is_file():
+        return None
+    tags = ["SOPClassUID", "ImageType", "SeriesInstanceUID"]
+    try:
+        facts = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
+    except pydicom.errors.InvalidDicomError:
+        return None
+    flavours = facts.get("ImageType") or []
+    is_volume = "VOLUME" in flavours and facts.get("SOPClassUID") == _WHOLE_SLIDE
+    return str(facts.get("SeriesInstanceUID")) if is_volume else None

@@ -1,0 +1,222 @@
+"""GeoTIFF and COG by rasterio (extra `geo`): overviews are levels, regions are windows.
+
+Red, green and blue are the first three bands (NAIP's fourth is near infrared, even where it is
+labelled alpha). What the file calls no data is white. The size of a pixel is measured on the
+ground, at the image's centre: Mercator's metres and degrees are no metres there. What is not
+north-up with square pixels on a map in metres is warped to that while it is read, in fixed
+blocks, so that a region is the same however it is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raylarge.slides.protocol import Georeference, Hint, Pixels, Refusal
+
+if TYPE_CHECKING:
+    from affine import Affine
+
+Numbers = Sequence[float] | np.ndarray
+
+_EQUATOR_M, _FLATTENING = 6_378_137.0, 1 / 298.257223563
+"""WGS 84."""
+_TRUE_LENGTHS = 0.01
+"""A map whose lengths are this near those on the ground counts as true: UTM, state planes."""
+_SQUARE = 0.03
+_STEP_PX = 64
+_UTM_LATITUDES = 84.0
+_WARP_PX = 0.01
+"""How far a warped pixel may miss its place."""
+
+
+class GeoPyramid:
+    """The full image and its overviews."""
+
+    icc_profile = None
+
+    def __init__(self, path: str) -> None:
+        """Open a GeoTIFF.
+
+        Raises:
+            Refusal: rasterio is missing, or the bands are no 8-bit grey or RGB.
+        """
+        self.georeference: Georeference | None = None
+        self.mpp_hints: list[Hint] = []
+        with ExitStack() as opened, _gdal() as rasterio:
+            base = opened.enter_context(rasterio.open(path))
+            _refuse_bands(base)
+            self._bands = [1, 2, 3] if base.count >= 3 else [1]
+            self._labelled_alpha = rasterio.enums.ColorInterp.alpha in base.colorinterp
+            numbers = range(len(base.overviews(1)))
+            levels = [base, *(opened.enter_context(_overview(path, n)) for n in numbers)]
+            if base.crs is not None:
+                levels = self._placed(path, levels, opened)
+            self._levels = levels
+            self.sizes = [(level.height, level.width) for level in levels]
+            self.close = opened.pop_all().close
+
+    def _placed(self, path: str, levels: list[Any], opened: ExitStack) -> list[Any]:
+        """Tell where the image lies; warp it where its pixels are no squares on the ground."""
+        base = levels[0]
+        size_m = _pixel_m(base.crs, base.transform, (base.height / 2, base.width / 2))
+        if not _is_plain(base, size_m):
+            plain = levels
+            if self._labelled_alpha:  # GDAL would weigh colours by near infrared
+                names = [f"vrt://{path}?bands=1,2,3"] * len(levels)
+                plain = [opened.enter_context(_overview(n, i - 1)) for i, n in enumerate(names)]
+            levels = [opened.enter_context(level) for level in _warped(plain, min(size_m))]
+            self._labelled_alpha = False
+            size_m = (min(size_m),) * 2
+        crs, transform = levels[0].crs, list(levels[0].transform)[:6]
+        self.georeference = {"crs": crs.to_string(), "transform": transform}
+        nominal_m = abs(transform[0]) * _metres_per_unit(crs)
+        if abs(size_m[0] / nominal_m - 1) <= _TRUE_LENGTHS:
+            size_m = (nominal_m, abs(transform[4]) * _metres_per_unit(crs))
+        self.mpp_hints = [Hint("pixel size on the ground", *(1e6 * side for side in size_m))]
+        return levels
+
+    def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
+        """A region inside a level; white where the file has no data."""
+        source, pixels = self._levels[level], np.empty((rows, columns, 3), np.uint8)
+        with _gdal() as rasterio:
+            window = rasterio.windows.Window(left, top, columns, rows)
+            bands = source.read(self._bands, window=window)
+            for band in range(3):
+                pixels[..., band] = bands[min(band, len(bands) - 1)]
+            if rasterio.enums.MaskFlags.all_valid not in source.mask_flag_enums[0]:
+                void = source.dataset_mask(window=window) == 0
+                pixels[void & ~pixels.any(axis=-1) if self._labelled_alpha else void] = 255
+        return pixels
+
+
+@contextmanager
+def _gdal() -> Iterator[Any]:
+    """The rasterio package; what GDAL finds wrong with a file becomes an OSError."""
+    try:
+        import rasterio.warp
+        import rasterio.windows
+    except ImportError as error:
+        raise Refusal(
+            "is georeferenced, which needs rasterio; install it with pip install 'raylarge[geo]'."
+        ) from error
+    from rasterio._err import CPLE_BaseError
+
+    try:
+        yield rasterio
+    except (rasterio.errors.RasterioError, CPLE_BaseError) as error:
+        raise OSError(str(error)) from error
+
+
+def _overview(path: str, number: int) -> Any:
+    """The dataset of one overview; the full image at -1."""
+    import rasterio
+
+    return rasterio.open(path) if number < 0 else rasterio.open(path, overview_level=number)
+
+
+def _refuse_bands(dataset: Any) -> None:
+    if set(dataset.dtypes) != {"uint8"}:
+        kinds = ", ".join(sorted(set(dataset.dtypes)))
+        raise Refusal(
+            f"holds {kinds} pixels, not 8-bit ones; bring it to 8 bits with the contrast you want "
+            "(for example `gdal_translate -ot Byte -scale`)."
+        )
+    if "palette" in dataset.colorinterp[0].name:
+        raise Refusal("holds a palette; convert it with `gdal_translate -expand rgb`.")
+
+
+def _is_plain(dataset: Any, size_m: tuple[float, float]) -> bool:
+    """Whether an image is north-up, on a map in metres (or feet), with square pixels."""
+    a, b, _, d, e, _ = list(dataset.transform)[:6]
+    north_up = b == d == 0 and a > 0 > e
+    square = abs(size_m[0] / size_m[1] - 1) <= _SQUARE
+    return north_up and square and bool(dataset.crs.is_projected)
+
+
+def _metres_per_unit(crs: Any) -> float:
+    return float(crs.linear_units_factor[1]) if crs.is_projected else math.nan
+
+
+def _degrees(crs: Any, x: Numbers, y: Numbers) -> tuple[np.ndarray, np.ndarray]:
+    """Longitudes and latitudes of places on a map."""
+    from rasterio.warp import transform
+
+    longitude, latitude = transform(crs, "EPSG:4326", x, y)
+    return np.array(longitude), np.array(latitude)
+
+
+def _on_map(affine: Affine, columns: Numbers, rows: Numbers) -> tuple[np.ndarray, np.ndarray]:
+    """Where places of an image lie on its map: x, y."""
+    a, b, c, d, e, f = list(affine)[:6]
+    u, v = np.asarray(columns, float), np.asarray(rows, float)
+    return a * u + b * v + c, d * u + e * v + f
+
+
+def _pixel_m(crs: Any, affine: Affine, place_px: tuple[float, float]) -> tuple[float, float]:
+    """Height and width in metres, on the ground, of the pixel at (row, column)."""
+    row, column = place_px
+    x, y = _on_map(affine, (column, column, column + _STEP_PX), (row, row + _STEP_PX, row))
+    longitude, latitude = _degrees(crs, x, y)
+    phi, e2 = math.radians(latitude[0]), _FLATTENING * (2 - _FLATTENING)
+    bend = 1 - e2 * math.sin(phi) ** 2
+    north_m = np.radians(latitude[1:] - latitude[0]) * _EQUATOR_M * (1 - e2) / bend**1.5
+    turned = (longitude[1:] - longitude[0] + 180) % 360 - 180
+    east_m = np.radians(turned) * _EQUATOR_M / math.sqrt(bend) * math.cos(phi)
+    down, across = np.hypot(north_m, east_m) / _STEP_PX
+    return float(down), float(across)
+
+
+def _warped(levels: list[Any], side_m: float) -> list[Any]:
+    """The levels on a north-up grid of square pixels of side_m metres, in metres of its map."""
+    from affine import Affine
+    from rasterio.enums import Resampling
+    from rasterio.vrt import WarpedVRT
+    from rasterio.warp import transform
+
+    base = levels[0]
+    middle = _on_map(base.transform, [base.width / 2], [base.height / 2])
+    target = base.crs if base.crs.is_projected else _utm(*_degrees(base.crs, *middle))
+    edge, zero = np.linspace(0, 1, 22), np.zeros(22)
+    u, v = (
+        np.concatenate([edge, edge, zero, zero + 1]),
+        np.concatenate([zero, zero + 1, edge, edge]),
+    )
+    border = _on_map(base.transform, u * base.width, v * base.height)
+    x, y = np.array(transform(base.crs, target, *border))
+    unit_m = _pixel_m(target, Affine(1, 0, x.mean(), 0, -1, y.mean()), (0.0, 0.0))
+    side = side_m / unit_m[0]
+    rows, columns = (math.ceil((one.max() - one.min()) / side) for one in (y, x))
+    warped = []
+    for level in levels:
+        factor = base.width / level.width
+        warped.append(
+            WarpedVRT(
+                level,
+                crs=target,
+                transform=Affine(side * factor, 0, x.min(), 0, -side * factor, y.max()),
+                height=math.ceil(rows / factor),
+                width=math.ceil(columns / factor),
+                resampling=Resampling.cubic,
+                tolerance=_WARP_PX,
+                add_alpha=True,
+            )
+        )
+    return warped
+
+
+def _utm(longitude: np.ndarray, latitude: np.ndarray) -> Any:
+    """The UTM zone of a place."""
+    from rasterio.crs import CRS
+
+    if abs(latitude[0]) > _UTM_LATITUDES:
+        raise Refusal(
+            f"lies at latitude {latitude[0]:.4g}, where no UTM zone is; reproject it to a polar "
+            "map in metres (`gdalwarp -t_srs`)."
+        )
+    zone = int((longitude[0] + 180) // 6) % 60 + 1
+    return CRS.from_epsg((32_600 if latitude[0] >= 0 else 32_700) + zone)

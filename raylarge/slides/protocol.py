@@ -1,0 +1,143 @@
+"""What the reader of one slide format gives, and how it refuses.
+
+A reader knows levels of 8-bit RGB and what the file says about itself; of scales, caches and
+users it knows nothing. It raises `Refusal` with the end of a sentence, or lets its parser's
+own exceptions pass: `speaking_of` makes either a sentence about the slide. Only the specimen
+is ever a level: labels and macro images are not read, and no tag of a patient is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+
+from raylarge.errors import UserError
+
+Pixels = UInt8[np.ndarray, "_ _ 3"]
+
+WHOLE_PX = 1 << 26
+"""67 Mpx (200 MB): larger images that have no tiles are converted before they are read."""
+DECODE_PX = 1 << 29
+"""537 Mpx: more is never decoded at once, against decompression bombs (4 bytes each at most)."""
+SLIDE_PX = 1 << 38
+"""275 Gpx, six times the largest scans: what a header may claim at all."""
+
+_DAMAGE = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow, tifffile and imagecodecs raise on files that are cut short or garbled."""
+
+
+class Refusal(Exception):
+    """Why a file's pixels cannot be had: the end of a sentence that begins `slide PATH`."""
+
+
+class Hint(NamedTuple):
+    """What a file says about its resolution, in micrometres per level-0 pixel."""
+
+    source: str
+    mpp_y: float
+    mpp_x: float
+
+
+class Georeference(TypedDict):
+    """Where level 0 lies on the ground."""
+
+    crs: str
+    """`EPSG:code`, or WKT where there is none."""
+    transform: list[float]
+    """a, b, c, d, e, f: x = a column + b row + c, y = d column + e row + f."""
+
+
+@runtime_checkable
+class Pyramid(Protocol):
+    """What the reader of one file format gives: levels of pixels, finest first."""
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """(rows, columns) of each level."""
+        ...
+
+    @property
+    def mpp_hints(self) -> Sequence[Hint]:
+        """Resolutions as the file tells them, most trusted first."""
+        ...
+
+    @property
+    def icc_profile(self) -> bytes | None:
+        """The embedded colour profile of the pixels."""
+        ...
+
+    @property
+    def georeference(self) -> Georeference | None:
+        """Where the image lies on the ground; None for what a microscope saw."""
+        ...
+
+    def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
+        """A region that lies inside a level, in that level's pixels."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the file."""
+        ...
+
+
+@contextmanager
+def speaking_of(path: str) -> Iterator[None]:
+    """Turn what readers raise into one sentence about the slide.
+
+    Raises:
+        UserError: in the place of a refusal, or of a parser's exception about damaged bytes.
+    """
+    try:
+        yield
+    except Refusal as refusal:
+        raise UserError(f"slide {path} {refusal}") from refusal
+    except FileNotFoundError as error:
+        raise UserError(f"slide {path} does not exist; check the path.") from error
+    except PermissionError as error:
+        raise UserError(f"slide {path} may not be read; check its permissions.") from error
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise UserError(
+            f"slide {path} is damaged or incomplete ({reason}); fetch it again or leave it out."
+        ) from error
+
+
+def refuse_size(size: tuple[int, int], limit_px: int) -> None:
+    """Refuse more pixels than a limit.
+
+    Raises:
+        Refusal: with the limit and the cure.
+    """
+    rows, columns = size
+    if rows * columns > limit_px:
+        raise Refusal(
+            f"claims {rows} x {columns} pixels, and more than {limit_px:,} are not decoded at "
+            "once; if it is no decompression bomb, convert it to a tiled TIFF (for example with "
+            "`vips tiffsave --tile --pyramid --bigtiff`)."
+        )
+    if rows < 1 or columns < 1:
+        raise Refusal(f"has {rows} x {columns} pixels: nothing to read; leave it out.")
+
+
+def version_of(path: str) -> str:
+    """A name for a local file as it is now: another after it was changed."""
+    facts = os.stat(path)
+    return f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}"

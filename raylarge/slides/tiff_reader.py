@@ -1,0 +1,250 @@
+"""TIFF that no microscope vendor shaped: tiled or in strips, pyramids, OME-TIFF, BigTIFF.
+
+tifffile finds the levels (pages, SubIFDs, OME) and decodes single tiles or strips, with every
+codec of imagecodecs, so a region costs what it covers. A large image that is one page of strips
+is converted into tiles first (`convert.py`). Rows and columns are those stored in the file: the
+orientation tag is not applied, as in OpenSlide.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import tifffile
+from jaxtyping import UInt8
+from tifffile import EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG
+
+from raylarge.slides import convert
+from raylarge.slides.protocol import DECODE_PX, WHOLE_PX, Hint, Pixels, Refusal, refuse_size
+
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_GEO_KEYS, _ICC_PROFILE = 34735, 34675
+_CACHE_BYTES = 1 << 26
+"""Decoded tiles or strips that a level remembers: neighbours are read soon after."""
+_UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}
+_UM_PER_NAME = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "micron": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
+_GREY = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
+_KNOWN = (*_GREY, PHOTOMETRIC.PALETTE, PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR)
+_ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
+
+
+class TiffPyramid:
+    """The levels of the largest image in a TIFF file; other images in it are not read."""
+
+    georeference = None
+
+    def __init__(self, path: str) -> None:
+        """Open a TIFF file.
+
+        Raises:
+            Refusal: pixels that are not 8-bit RGB, grey or a palette, several planes, or more
+                pixels in one piece than may be decoded.
+        """
+        self._tiles: ConvertedPyramid | None = None
+        with ExitStack() as opened, parsed():
+            self._file = opened.enter_context(tifffile.TiffFile(path))
+            found = self._file.series
+            areas = [one.keyframe.imagelength * one.keyframe.imagewidth for one in found]
+            index = areas.index(max(areas))
+            page = found[index].keyframe
+            self.icc_profile: bytes | None = page.tags.valueof(_ICC_PROFILE)
+            self.mpp_hints = _mpp_hints(self._file, index, page)
+            self._levels = [
+                Level(self._file.filehandle, one.keyframe, one.pages[0], one.axes)
+                for one in found[index].levels
+            ]
+            self.sizes = [level.size for level in self._levels]
+            if not page.is_tiled and self.sizes[0][0] * self.sizes[0][1] > WHOLE_PX:
+                self._tiles = ConvertedPyramid(path, self.sizes[0], self._strip)
+                self.sizes = self._tiles.sizes
+            opened.pop_all()
+
+    def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
+        """A region inside a level; tiles that a sparse file leaves out are white."""
+        if self._tiles is not None:
+            return self._tiles.read_level(level, top, left, rows, columns)
+        return self._levels[level].read(top, left, rows, columns)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._tiles is not None:
+            self._tiles.close()
+        self._file.close()
+
+    def _strip(self, top: int, bottom: int) -> Pixels:
+        return self._levels[0].read(top, 0, bottom - top, self.sizes[0][1])
+
+
+class ConvertedPyramid(TiffPyramid):
+    """The tiles of a converted image, kept in the cache as long as they are open."""
+
+    def __init__(
+        self, path: str, size: tuple[int, int], strip: Callable[[int, int], Pixels]
+    ) -> None:
+        """See `convert.tiled`."""
+        self._held = convert.tiled(path, size, strip)
+        try:
+            super().__init__(self._held.path)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the file, which may leave the cache now."""
+        super().close()
+        self._held.close()
+
+
+@contextmanager
+def parsed() -> Iterator[None]:
+    """What tifffile raises where a garbled tag has a type that it does not expect is damage."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def is_georeferenced(path: str) -> bool:
+    """Whether a TIFF file tells its coordinate system on the ground."""
+    with parsed(), tifffile.TiffFile(path) as file:
+        return _GEO_KEYS in file.pages.first.tags
+
+
+class Level:
+    """One page, cut into the tiles or strips in which it is stored."""
+
+    def __init__(
+        self,
+        file: tifffile.FileHandle,
+        kind: tifffile.TiffPage,
+        page: Any = None,
+        axes: str = "YXS",
+    ) -> None:
+        """Hold the page.
+
+        Args:
+            file: where it lies.
+            kind: knows how its pieces are coded.
+            page: knows where they lie; absent: `kind` does.
+            axes: tifffile's names of its dimensions.
+
+        Raises:
+            Refusal: its pixels are not 8-bit RGB, grey or a palette.
+        """
+        self._file = file
+        self._page, self._kind = page or kind, kind
+        _refuse_kind(kind, axes)
+        self.size = (kind.imagelength, kind.imagewidth)
+        strip = (min(kind.rowsperstrip, self.size[0]), self.size[1])
+        self._piece = (kind.tilelength, kind.tilewidth) if kind.is_tiled else strip
+        refuse_size(self._piece, DECODE_PX)
+        self._across = -(-self.size[1] // self._piece[1])
+        self._count = self._across * -(-self.size[0] // self._piece[0])
+        separate = kind.planarconfig == PLANARCONFIG.SEPARATE
+        self._planes = min(kind.samplesperpixel, 4) if separate else 1
+        in_cache = _CACHE_BYTES // (3 * self._piece[0] * self._piece[1])
+        self._pixels = lru_cache(max(1, in_cache))(self._decoded)
+
+    def read(self, top: int, left: int, rows: int, columns: int) -> Pixels:
+        """A region inside the level."""
+        region = np.empty((rows, columns, 3), np.uint8)
+        for row, y, into_y in _overlaps(top, rows, self._piece[0]):
+            for column, x, into_x in _overlaps(left, columns, self._piece[1]):
+                region[into_y, into_x] = self._pixels(row * self._across + column)[y, x]
+        return region
+
+    def _decoded(self, index: int) -> Pixels:
+        """One tile or strip as RGB; white where the file leaves it out."""
+        planes = []
+        for number in range(index, index + self._planes * self._count, self._count):
+            samples = self._samples(number)
+            if samples is None:
+                return np.full((*self._piece, 3), 255, np.uint8)
+            planes.append(samples)
+        return _rgb(np.concatenate(planes, axis=-1) if len(planes) > 1 else planes[0], self._kind)
+
+    def _samples(self, number: int) -> UInt8[np.ndarray, "_ _ s"] | None:
+        """One stored piece; bits come as 0 and 255."""
+        count = self._page.databytecounts[number]
+        if count == 0:
+            return None
+        self._file.seek(self._page.dataoffsets[number])
+        content = self._file.read(count)
+        if len(content) < count:
+            raise EOFError(f"piece {number} ends after {len(content)} of {count} bytes")
+        decoded: Any = self._kind.decode(
+            content, number, jpegtables=self._page.jpegtables, jpegheader=self._page.jpegheader
+        )
+        samples = decoded[0][0]
+        bits: np.ndarray = samples * np.uint8(255) if self._kind.bitspersample == 1 else samples
+        return bits.astype(np.uint8, copy=False)
+
+
+def _overlaps(start: int, count: int, piece: int) -> Iterator[tuple[int, slice, slice]]:
+    """The pieces that [start, start + count) meets: number, slice of the piece, slice of it."""
+    for number in range(start // piece, -(-(start + count) // piece)):
+        first, last = max(start, number * piece), min(start + count, (number + 1) * piece)
+        inside = slice(first - number * piece, last - number * piece)
+        yield number, inside, slice(first - start, last - start)
+
+
+def _refuse_kind(kind: tifffile.TiffPage, axes: str) -> None:
+    if axes not in ("YX", "YXS", "SYX"):
+        raise Refusal(
+            f"holds several planes (axes {axes}) where one RGB image was expected; save the one "
+            "that counts as an RGB TIFF."
+        )
+    if kind.bitspersample not in (1, 8) or kind.dtype not in (np.bool_, np.uint8):
+        raise Refusal(f"holds {kind.dtype} pixels, not 8-bit ones; convert it to 8-bit RGB.")
+    if kind.photometric not in _KNOWN:
+        name = getattr(kind.photometric, "name", kind.photometric)
+        raise Refusal(f"holds {name} colours; convert it to 8-bit RGB.")
+
+
+def _rgb(samples: UInt8[np.ndarray, "_ _ s"], kind: tifffile.TiffPage) -> Pixels:
+    """Samples of a piece as RGB, over white where they are transparent."""
+    if kind.photometric == PHOTOMETRIC.PALETTE:
+        table = np.asarray(kind.colormap).T
+        return (table >> 8 if table.max() > 255 else table).astype(np.uint8)[samples[..., 0]]
+    colours = 3 if samples.shape[-1] >= 3 else 1
+    pixels = samples[..., :colours]
+    if kind.photometric == PHOTOMETRIC.MINISWHITE:
+        pixels = 255 - pixels
+    if kind.extrasamples and kind.extrasamples[0] in _ALPHA and samples.shape[-1] > colours:
+        alpha = samples[..., colours : colours + 1].astype(np.uint16)
+        ready = kind.extrasamples[0] == EXTRASAMPLE.ASSOCALPHA
+        lit = pixels.astype(np.uint16) if ready else (pixels * alpha + 127) // 255
+        pixels = np.minimum(lit + (255 - alpha), 255).astype(np.uint8)
+    return pixels if colours == 3 else np.repeat(pixels, 3, axis=-1)
+
+
+def _mpp_hints(file: tifffile.TiffFile, index: int, page: tifffile.TiffPage) -> list[Hint]:
+    """What the tags say about micrometres per pixel, most trusted first."""
+    hints = []
+    if file.is_ome and file.ome_metadata:
+        hints += _ome_hints(file.ome_metadata, index)
+    unit, name = _UM_PER_UNIT.get(int(page.resolutionunit), 0.0), "TIFF resolution"
+    if file.is_imagej and file.imagej_metadata:
+        said = str(file.imagej_metadata.get("unit", "")).replace("\\u00B5", "µ")
+        unit, name = _UM_PER_NAME.get(said, unit), "ImageJ unit"
+    across, down = page.resolution
+    if unit and across > 0 and down > 0:
+        hints.append(Hint(name, unit / down, unit / across))
+    return hints
+
+
+def _ome_hints(description: str, index: int) -> list[Hint]:
+    """PhysicalSizeY and -X of the image that a series shows."""
+    images = ET.fromstring(description).findall(".//{*}Image/{*}Pixels")
+    facts = images[min(index, len(images) - 1)].attrib if images else {}
+    sizes = [
+        float(facts.get(f"PhysicalSize{axis}", 0))
+        * _UM_PER_NAME.get(facts.get(f"PhysicalSize{axis}Unit", "µm"), 0.0)
+        for axis in "YX"
+    ]
+    return [Hint("OME PhysicalSize", *sizes)] if min(sizes) > 0 else []

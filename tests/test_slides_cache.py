@@ -1,0 +1,156 @@
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raylarge.slides import cache
+from raylarge.slides.protocol import Refusal
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYLARGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAYLARGE_CACHE_BYTES", "1000")
+    return tmp_path / "cache"
+
+
+def filler(size, made=None):
+    def make(folder):
+        (folder / "slide").write_bytes(b"x" * size)
+        if made is not None:
+            made.append(size)
+
+    return make
+
+
+def hold(identity, size=300, made=None):
+    return cache.hold(identity, size, filler(size, made), "slide")
+
+
+def names(root):
+    return sorted(path.name for path in root.iterdir() if path.name != ".room")
+
+
+def test_an_entry_is_made_once_and_held_until_closed(root):
+    made = []
+    first, second = hold("a", made=made), hold("a", made=made)
+    assert (first.path, made) == (second.path, [300])
+    assert Path(first.path).read_bytes() == b"x" * 300
+    for held in (first, second, second):
+        held.close()
+    assert hold("b").path != first.path
+
+
+def test_the_least_recently_used_entry_goes_first(root):
+    for name in "abc":
+        hold(name).close()
+        time.sleep(0.02)
+    hold("a").close()
+    made = []
+    hold("d").close()
+    for name in "acd":
+        hold(name, made=made).close()
+    assert made == []
+    hold("b", made=made).close()
+    assert made == [300]
+    assert sum(path.stat().st_size for path in root.glob("*.lock")) <= 1000
+
+
+def test_an_entry_in_use_is_never_evicted(root):
+    held = [hold(name) for name in "abc"]
+    with pytest.raises(
+        Refusal,
+        match=r"needs up to 300 bytes .* may hold 1,000 and has 900 in use; "
+        "set RAYLARGE_CACHE_BYTES= higher",
+    ):
+        hold("d")
+    assert all(os.path.exists(one.path) for one in held)
+    held.pop(0).close()
+    hold("d").close()
+    assert all(os.path.exists(one.path) for one in held)
+    with pytest.raises(Refusal, match="needs up to 1,001 bytes"):
+        hold("e", 1001)
+
+
+def test_what_fails_leaves_nothing(root):
+    def fail(folder):
+        (folder / "half").write_bytes(b"x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.hold("a", 300, fail, "slide")
+    assert [name for name in names(root) if not name.endswith(".lock")] == []
+    assert [path.stat().st_size for path in root.glob("*.lock")] == [0]
+    hold("a").close()
+
+
+def test_what_a_killed_process_left_is_taken_away(root):
+    code = """
+import os, signal
+from raylarge.slides import cache
+def make(folder):
+    (folder / "half").write_bytes(b"x" * 100)
+    os.kill(os.getpid(), signal.SIGKILL)
+cache.hold("a", 900, make, "slide")
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert any(name.endswith(".part") for name in names(root))
+    for name in "bcd":
+        hold(name).close()
+    assert not any(name.endswith(".part") for name in names(root))
+
+
+def test_a_full_disk_is_one_sentence(root):
+    code = """
+import resource
+from raylarge.slides import cache
+from raylarge.slides.protocol import speaking_of
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    with speaking_of("s.svs"):
+        cache.hold("a", 900, lambda folder: (folder / "slide").write_bytes(b"x" * 9000), "slide")
+except Exception as error: print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("UserError slide s.svs does not fit on the disk of the cache ")
+    assert "set RAYLARGE_CACHE= to a folder on a larger disk" in done.stdout
+    assert [name for name in names(root) if not name.endswith(".lock")] == []
+
+
+def test_settings_that_make_no_sense_are_refused(root, monkeypatch):
+    monkeypatch.setenv("RAYLARGE_CACHE_BYTES", "64GB")
+    with pytest.raises(Refusal, match="RAYLARGE_CACHE_BYTES=64GB is no number of bytes"):
+        hold("a")
+    (root / "file").write_bytes(b"")
+    monkeypatch.setenv("RAYLARGE_CACHE", str(root / "file" / "below"))
+    with pytest.raises(Refusal, match=r"file/below cannot be made .* set RAYLARGE_CACHE="):
+        hold("a")
+
+
+def busy(number):
+    """One of several processes that share a cache too small for all of their entries."""
+    for turn in range(25):
+        name = str((number + turn) % 7)
+        held = cache.hold(name, 100, lambda folder, n=name: _slowly(folder, n), "slide")
+        assert Path(held.path).read_text() == name * 100
+        time.sleep(0.002)
+        assert Path(held.path).read_text() == name * 100
+        held.close()
+    return True
+
+
+def _slowly(folder, name):
+    (folder / "slide").write_text(name * 50)
+    time.sleep(0.003)
+    (folder / "slide").write_text(name * 100)
+
+
+def test_processes_share_it_without_ever_seeing_half_an_entry(root, monkeypatch):
+    monkeypatch.setenv("RAYLARGE_CACHE_BYTES", "500")
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        assert all(pool.map(busy, range(4)))
+    assert sum(path.stat().st_size for path in root.glob("*/slide")) <= 500

@@ -1,0 +1,156 @@
+import functools
+import http.server
+import os
+import threading
+
+import fsspec.implementations.http
+import numpy as np
+import pytest
+
+from raylarge import pyramid
+from raylarge.errors import UserError
+from raylarge.slides.fetch import fetched, local_copy
+from raylarge.slides.protocol import Refusal
+from raylarge.slides.reader import open_slide
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYLARGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAYLARGE_STORAGE_PATIENCE_S", "1")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).integers(0, 256, (100, 130, 3), dtype=np.uint8)
+
+
+def put(url, content):
+    with fsspec.open(url, "wb") as stream:
+        stream.write(content)
+
+
+def files(cache):
+    return {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file() and p.suffix == ".tif"}
+
+
+@pytest.mark.s3
+def test_an_object_is_fetched_once_per_version(s3_bucket, image, cache):
+    url = f"{s3_bucket}/slides/made.tif"
+    pyramid.write_image(url, image, 0.5)
+    first = local_copy(url)
+    assert os.path.basename(first) == "made.tif"
+    before = files(cache)
+    with open_slide(url) as slide:
+        assert slide.path == url
+        assert (slide.read(0, 0, *slide.size_px) == image).all()
+    assert files(cache) == before
+    pyramid.write_image(url, image[::-1], 0.5)
+    assert local_copy(url) != first
+    with open_slide(url) as slide:
+        assert (slide.read(0, 0, *slide.size_px) == image[::-1]).all()
+
+
+@pytest.mark.s3
+def test_a_missing_object_is_one_sentence(s3_bucket):
+    url = f"{s3_bucket}/slides/other.tif"
+    with pytest.raises(UserError, match=rf"^slide {url} does not exist; check the path\.$"):
+        open_slide(url)
+
+
+@pytest.mark.s3
+def test_a_slide_in_use_stays_in_the_cache(s3_bucket, image, monkeypatch):
+    for name in "ab":
+        pyramid.write_image(f"{s3_bucket}/full/{name}.tif", image, 0.5)
+    first = f"{s3_bucket}/full/a.tif"
+    size = os.path.getsize(local_copy(first))
+    monkeypatch.setenv("RAYLARGE_CACHE_BYTES", str(size * 3 // 2))
+    with (
+        open_slide(first) as slide,
+        pytest.raises(UserError, match=rf"full/b\.tif needs up to {size:,} bytes .* in use; set"),
+    ):
+        open_slide(f"{s3_bucket}/full/b.tif")
+    assert (slide.path, slide.size_px) == (first, (100, 130))
+    with open_slide(f"{s3_bucket}/full/b.tif") as slide:
+        assert (slide.read(0, 0, 100, 130) == image).all()
+    with open_slide(first) as slide:
+        assert (slide.read(0, 0, 100, 130) == image).all()
+
+
+@pytest.mark.s3
+def test_a_mirax_slide_brings_its_folder(s3_bucket):
+    put(f"{s3_bucket}/mirax/case.mrxs", b"index")
+    with pytest.raises(Refusal, match=r"MIRAX index, and nothing is found in the folder .*case/"):
+        fetched(f"{s3_bucket}/mirax/case.mrxs")
+    put(f"{s3_bucket}/mirax/case/Slidedat.ini", b"first")
+    put(f"{s3_bucket}/mirax/case/Data0000.dat", b"12345")
+    held = fetched(f"{s3_bucket}/mirax/case.mrxs")
+    beside = held.path.removesuffix(".mrxs")
+    with open(held.path, "rb") as index, open(f"{beside}/Slidedat.ini", "rb") as first:
+        assert (index.read(), first.read()) == (b"index", b"first")
+    assert sorted(os.listdir(beside)) == ["Data0000.dat", "Slidedat.ini"]
+    held.close()
+    put(f"{s3_bucket}/mirax/case/Data0000.dat", b"54321")
+    again = fetched(f"{s3_bucket}/mirax/case.mrxs")
+    assert again.path != held.path  # a change in the folder is another version
+    again.close()
+
+
+@pytest.mark.s3
+def test_folders_and_indices_are_refused(s3_bucket):
+    put(f"{s3_bucket}/many/a.svs", b"a")
+    with pytest.raises(UserError, match=r"many is a folder without DICOM instances"):
+        open_slide(f"{s3_bucket}/many")
+    put(f"{s3_bucket}/many/b.vms", b"a")
+    with pytest.raises(UserError, match=r"b\.vms is an index of several files; copy all of them"):
+        open_slide(f"{s3_bucket}/many/b.vms")
+
+
+@pytest.fixture
+def web(tmp_path):
+    """The address of a web server that shows a folder."""
+    (tmp_path / "web").mkdir()
+    handler = functools.partial(
+        http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "web")
+    )
+    handler.func.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_web_address_is_fetched_too(web, tmp_path, image, cache):
+    pyramid.write_image(str(tmp_path / "web/made.tif"), image, 0.5)
+    for url in (f"{web}/made.tif", f"{web}/made.tif?token=1"):
+        with open_slide(url) as slide:
+            assert (slide.read(0, 0, *slide.size_px) == image).all()
+    with pytest.raises(UserError, match=r"nowhere\.tif does not exist; check the path"):
+        open_slide(f"{web}/nowhere.tif")
+    (tmp_path / "web/case.mrxs").write_bytes(b"index")
+    with pytest.raises(UserError, match="MIRAX index, and nothing is found in the folder"):
+        open_slide(f"{web}/case.mrxs")
+
+
+def test_a_full_disk_while_fetching_is_one_sentence(web, tmp_path, monkeypatch, cache):
+    async def full(self, source, target, **_):
+        with open(target, "wb") as stream:
+            stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "web/made.tif").write_bytes(b"x" * 100)
+    monkeypatch.setattr(fsspec.implementations.http.HTTPFileSystem, "_get_file", full)
+    fsspec.implementations.http.HTTPFileSystem.clear_instance_cache()
+    with pytest.raises(
+        UserError, match=r"made\.tif does not fit on the disk of the cache .*larger"
+    ):
+        open_slide(f"{web}/made.tif")
+    assert list(cache.rglob("made.tif")) == []
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket/a.svs", "http://127.0.0.1:9/a.svs"])
+def test_what_cannot_be_reached_is_one_sentence(url):
+    with pytest.raises(UserError, match=r"^[^\n]*a\.svs[^\n]*\.$"):
+        open_slide(url)

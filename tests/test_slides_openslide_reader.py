@@ -1,0 +1,74 @@
+import numpy as np
+import openslide
+import pytest
+
+from raylarge.slides.openslide_reader import OpenSlidePyramid, vendor
+from raylarge.slides.reader import open_slide
+
+PART = (1500, 1000, 200, 300)
+
+
+@pytest.fixture(scope="module")
+def cmu(shared_data):
+    return str(shared_data / "wsi/CMU-1-Small-Region.svs")
+
+
+def test_a_real_slide(cmu):
+    with open_slide(cmu) as slide:
+        assert isinstance(slide._pyramid, OpenSlidePyramid)
+        assert (slide.mpp, slide.zoom, slide.size_px) == (0.499, 1.0, (2967, 2220))
+        nuclei, glass = slide.read(1500, 1000, 64, 64), slide.read(0, 0, 64, 64)
+        assert nuclei.mean() < 200 < glass.mean()
+        top, left, rows, columns = PART
+        region = slide.read(*PART)
+    with openslide.OpenSlide(cmu) as plain:
+        expected = np.asarray(plain.read_region((left, top), 0, (columns, rows)).convert("RGB"))
+    assert (region == expected).all()
+    assert region.flags.c_contiguous
+
+
+def test_label_and_macro_are_no_levels(cmu):
+    with openslide.OpenSlide(cmu) as plain:
+        sizes = {image.size[::-1] for image in plain.associated_images.values()}
+        assert {"label", "macro"} <= set(plain.associated_images)
+    pyramid = OpenSlidePyramid(cmu)
+    assert not sizes & set(pyramid.sizes)
+    pyramid.close()
+
+
+def test_they_are_never_asked_for(cmu, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("an associated image was read")
+
+    monkeypatch.setattr(openslide.lowlevel, "read_associated_image", refuse)
+    monkeypatch.setattr(openslide.lowlevel, "get_associated_image_names", refuse)
+    with open_slide(cmu) as slide:
+        slide.thumbnail(32)
+
+
+class Transparent:
+    """An OpenSlide whose pixels are partly transparent."""
+
+    level_downsamples = (1.0,)
+
+    def read_region(self, corner, level, size):
+        from PIL import Image
+
+        page = Image.new("RGBA", size, (10, 20, 30, 255))
+        page.paste((10, 20, 30, 0), (0, 0, 4, 4))
+        page.paste((100, 0, 200, 51), (4, 0, 8, 4))
+        return page
+
+
+def test_transparent_pixels_lie_on_white(cmu):
+    pyramid = OpenSlidePyramid(cmu)
+    pyramid._slide = Transparent()
+    region = pyramid.read_level(0, 0, 0, 8, 8)
+    assert (region[:4, :4] == 255).all()
+    assert (region[:4, 4:] == (224, 204, 244)).all()
+    assert (region[4:] == (10, 20, 30)).all()
+
+
+def test_vendors(cmu, tmp_path):
+    (tmp_path / "text.svs").write_text("no slide")
+    assert (vendor(cmu), vendor(str(tmp_path / "text.svs"))) == ("aperio", None)
