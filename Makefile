@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv (several GB the first time, torch with CUDA among them) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--editable ".[test,dev,text]" --constraint constraints.txt
+		--editable ".[test,dev,text,geo,dicom,h5]" --constraint constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## slide to served image; SLIDES='a.svs b.svs' MINUTES=20 ARGS='key=value'

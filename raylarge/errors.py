@@ -1,4 +1,4 @@
-"""The one exception that speaks to a user: what is wrong, with the value, and the cure."""
+"""The exceptions that speak to a user: what is wrong, with the value, and the cure."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Jobs print it without a traceback and exit with status 2 (`raylarge.report.entry`).
     """
+
+
+class SlideError(UserError):
+    """Something wrong with one slide: a run over many may go on without it."""

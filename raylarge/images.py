@@ -51,6 +51,15 @@ def png_bytes(
     return sink.getvalue()
 
 
+def encoded(image: Pixels, quality: int = 0) -> bytes:
+    """An image as the bytes of a PNG, or of a JPEG of a quality from 1 to 100 (no subsampling)."""
+    if not quality:
+        return png_bytes(image)
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, format="JPEG", quality=quality, subsampling=0)
+    return sink.getvalue()
+
+
 def srgb() -> bytes:
     """An sRGB profile; its date of creation is fixed, so that equal images make equal files."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())

@@ -16,8 +16,22 @@ import pyarrow.compute as pc
 from raylarge import schema, storage
 from raylarge.errors import UserError
 
-VERBS = {"tiles": "tile", "embeddings": "embed", "examples": "shard"}
-KEYS = ("scale", "slide_id", "row", "column")
+VERBS = {
+    "tiles": "tile",
+    "embeddings": "embed",
+    "examples": "shard",
+    "latents": "encode",
+    "captions": "caption",
+    "vectors": "text_embed",
+    "features": "features",
+}
+KEYS = ("scale", "slide_id", "row", "column", "flip")
+
+
+def verb(name: str) -> str:
+    """The verb that makes a table, with what follows the table's name: encode-<digest>."""
+    table, *rest = name.split("-", 1)
+    return "-".join([VERBS[table], *rest])
 
 
 def manifest(root: str, name: str) -> dict[str, Any]:
@@ -25,15 +39,14 @@ def manifest(root: str, name: str) -> dict[str, Any]:
 
     Args:
         root: the data folder; a path or an `s3://` URL.
-        name: tiles, embeddings, examples or latents-<digest>.
+        name: tiles, embeddings, examples, latents-<digest> and so on (`VERBS`).
 
     Raises:
         UserError: it has not finished, or not here.
     """
-    verb = VERBS.get(name, name.replace("latents", "encode", 1))
-    path = storage.join(root, f"{verb}.json")
+    path = storage.join(root, f"{verb(name)}.json")
     if not storage.exists(path):
-        more = " verbs=encode bundle=..." if verb.startswith("encode") else ""
+        more = " verbs=encode bundle=..." if name.startswith("latents") else ""
         raise UserError(
             f"{path} is missing, so there are no {name} yet; run python jobs/prepare.py "
             f"out={root}{more} first."
@@ -77,7 +90,7 @@ def lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _checked(path: str, name: str) -> pa.Table:
-    kind = schema.LATENTS if name.startswith("latents") else getattr(schema, name.upper())
+    kind = getattr(schema, name.split("-", 1)[0].upper())
     table = storage.read_table(path)
     found = (table.schema.metadata or {}).get(b"version", b"?").decode()
     if found != schema.VERSION:

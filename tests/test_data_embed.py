@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 
-from raylarge import storage
+from raylarge import pyramid, storage
 from raylarge.data.prepare import prepare
 from raylarge.errors import UserError
 from raylarge.models import ssl
@@ -21,6 +21,16 @@ def rows_of(folder):
     return [row for table in tables for row in table.to_pylist()]
 
 
+def vectors(rows):
+    """The valid cells of EMBEDDINGS and their vectors."""
+    found = {}
+    for row in rows:
+        grid = np.array(row["embedding"], np.float16).reshape(row["columns"], -1)
+        found |= {(row["row"], c): grid[c] for c in range(row["columns"]) if row["valid"][c]}
+        assert not grid[~np.array(row["valid"])].any()
+    return found
+
+
 def covered(root):
     cells = set()
     for row in rows_of(f"{root}/tiles"):
@@ -33,17 +43,63 @@ def covered(root):
 def test_each_covered_tile_has_one_raw_vector(tiny_prepare, run, tiny_slide):
     config = tiny_prepare(verbs="tile,embed")
     facts = run(config)["embed"]
-    found = rows_of(f"{config.out}/embeddings")
-    cells = [(row["row"], row["column"]) for row in found]
-    assert len(cells) == len(set(cells)) == facts["rows"]
-    assert set(cells) == covered(config.out)
+    rows = rows_of(f"{config.out}/embeddings")
+    assert [row["row"] for row in rows] == list(range(12))  # dense, whatever is covered
+    found = vectors(rows)
+    assert set(found) == covered(config.out)
+    assert len(found) == facts["embedded"] + facts["blank"] < 12 * 10
     assert facts["parts"] == 4  # blocks of three rows of ten tiles
     encoder = ssl.load("toy")
     with open_slide(tiny_slide) as slide:
-        for row in (found[0], found[len(found) // 2], found[-1]):
-            tile = slide.read(row["row"] * 64, row["column"] * 64, 64, 64)
+        for row, column in found:
+            tile = slide.read(row * 64, column * 64, 64, 64)
             expected = encoder(np.stack([tile] * 8))[0]
-            assert (np.array(row["embedding"], np.float16) == expected).all()
+            assert (found[row, column] == expected).all()
+
+
+def test_tiles_of_one_colour_are_embedded_once(tiny_prepare, run, tmp_path, monkeypatch):
+    page = np.full((640, 640, 3), 255, np.uint8)
+    page[:128, :192] = np.random.default_rng(0).integers(0, 255, (128, 192, 3))
+    page[320:384, 64:128] = (200, 120, 170)
+    pyramid.write_image(str(tmp_path / "page.tif"), page, 0.5)
+    sizes = []
+    call = ssl.Encoder.__call__
+
+    def watched(self, images):
+        sizes.append(len({image.tobytes() for image in images}))
+        return call(self, images)
+
+    monkeypatch.setattr(ssl.Encoder, "__call__", watched)
+    tile = {"tissue": [0.0], "scales": [0], "block_tiles": 1000, "split": "patient"}
+    config = tiny_prepare(slides=str(tmp_path / "page.tif"), verbs="tile,embed", tile=tile)
+    facts = run(config)["embed"]
+    assert (facts["embedded"], facts["blank"]) == (6, 94)
+    assert sorted(sizes) == [1, 1, 6]  # white, pink, and a batch of the others
+    found = vectors(rows_of(f"{config.out}/embeddings"))
+    white, pink = (
+        ssl.load("toy")(np.stack([page[r : r + 64, c : c + 64]] * 8))[0]
+        for r, c in ((576, 576), (320, 64))
+    )
+    assert (found[5, 1] == pink).all()
+    assert (found[9, 9] == white).all()
+    assert (found[0, 3] == white).all()
+
+
+def test_a_lower_precision_is_another_table(tiny_prepare, run):
+    config = tiny_prepare(verbs="tile,embed", embed={"encoder": "efficientnet_lite0"})
+    run(config)
+    exact = vectors(rows_of(f"{config.out}/embeddings"))
+    half = {"encoder": "efficientnet_lite0", "dtype": "bfloat16"}
+    with pytest.raises(UserError, match=r"embed\.dtype=float32, not bfloat16"):
+        run(tiny_prepare(verbs="embed", embed=half))
+    with pytest.raises(UserError, match=r"embed\.dtype=int8: choose one of float32"):
+        run(tiny_prepare(verbs="embed", embed={"dtype": "int8"}))
+    other = tiny_prepare(out=config.out + "2", verbs="tile,embed", embed=half)
+    run(other)
+    rough = vectors(rows_of(f"{other.out}/embeddings"))
+    a, b = (np.stack([found[key] for key in exact]).astype(float) for found in (exact, rough))
+    error = np.linalg.norm(a - b) / np.linalg.norm(a)
+    assert 1e-4 < error < 0.1
 
 
 def test_batches_never_reach_over_a_block(tiny_prepare, run, monkeypatch):
@@ -58,11 +114,8 @@ def test_batches_never_reach_over_a_block(tiny_prepare, run, monkeypatch):
     config = tiny_prepare(verbs="tile,embed")
     run(config)
     assert set(sizes) == {8}  # padded, whatever is left of a block
-    per_part = [
-        storage.read_table(path).num_rows
-        for path in storage.listing(f"{config.out}/embeddings/*.parquet")
-    ]
-    assert len(sizes) == sum(-(-count // 8) for count in per_part)
+    parts = storage.read_json(f"{config.out}/embed.json")["parts"]
+    assert len(sizes) == sum(-(-one["embedded"] // 8) for one in parts)
 
 
 def test_the_manifest_names_the_encoder(tiny_prepare, run):

@@ -37,9 +37,9 @@ def test_each_example_has_its_latent(tiny_prepare, run, monkeypatch):
     Doubling.sizes.clear()
     config = tiny_prepare(verbs="tile,embed,shard,encode", bundle="somewhere")
     done = run(config)["encode"]
-    assert done["latents"] == f"{config.out}/latents-feedfacefeedface"
+    assert done["table"] == f"{config.out}/latents-feedfacefeedface"
     assert set(Doubling.sizes) == {8}
-    found = rows_of(done["latents"])
+    found = rows_of(done["table"])
     parts = storage.listing(f"{config.out}/examples/*.parquet")
     examples = [row for path in parts for row in storage.read_table(path).to_pylist()]
     assert len(found) == len(examples) == done["rows"] > 30
@@ -55,10 +55,10 @@ def test_a_bundles_autoencoder_names_the_table(tiny_prepare, run, tiny_bundle):
     config = tiny_prepare(verbs="tile,embed,shard,encode", bundle=tiny_bundle)
     done = run(config)["encode"]
     autoencoder = load_autoencoder(tiny_bundle)
-    assert done["latents"].endswith(f"latents-{autoencoder.digest}")
+    assert done["table"].endswith(f"latents-{autoencoder.digest}")
     manifest = storage.read_json(f"{config.out}/encode-{autoencoder.digest}.json")
     assert manifest["counts"] == storage.read_json(f"{config.out}/shard.json")["counts"]
-    row = rows_of(done["latents"])[0]
+    row = rows_of(done["table"])[0]
     part = storage.read_table(storage.listing(f"{config.out}/examples/*.parquet")[0])
     x = images.to_float(images.from_bytes(part["image"][0].as_py()))[None]
     with torch.inference_mode():

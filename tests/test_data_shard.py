@@ -1,13 +1,20 @@
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raylarge import images, pyramid, resample, schema, storage
+from raylarge import images, pyramid, resample, schema, storage, tables
+from raylarge.data.candidates import Tile
 from raylarge.data.grid import TileGrid
 from raylarge.data.prepare import prepare
-from raylarge.data.shard import example_image, pooled
+from raylarge.data.shard import example_image, key, pooled
 from raylarge.errors import UserError
+from raylarge.models import ssl
 from raylarge.report import Report
 from raylarge.slides.reader import open_slide
 
@@ -39,6 +46,10 @@ def base(examples):
         for row in examples
         if row["scale"] == 0
     }
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def mosaic(base, row, column, factor):
@@ -77,9 +88,10 @@ def test_law_2_fine_examples_under_a_are_the_coarse_one(base, examples, scale):
 def test_grids_hold_the_embeddings_they_cover(data, examples):
     parts = [storage.read_table(path) for path in storage.listing(f"{data}/embeddings/*.parquet")]
     vectors = {
-        (row["row"], row["column"]): np.array(row["embedding"], np.float16)
+        (row["row"], column): vector
         for part in parts
         for row in part.to_pylist()
+        for column, vector in enumerate(np.array(row["embedding"], np.float16).reshape(-1, 32))
     }
     for row in examples:
         factor = 1 << row["scale"]
@@ -98,13 +110,30 @@ def test_larger_grids_are_pooled_to_8_by_8():
     assert (pooled(raw[:8, :8]) == raw[:8, :8]).all()
 
 
-def test_examples_lie_in_the_block_of_their_upper_edge(data, examples):
-    for number, path in enumerate(storage.listing(f"{data}/examples/*.parquet")):
-        table = storage.read_table(path)
+def test_examples_lie_in_buckets_by_scale_split_and_key(data, examples):
+    blocks, made = {}, storage.read_json(f"{data}/shard.json")
+    assert [f"{data}/{part['part']}" for part in made["parts"]] == storage.listing(
+        f"{data}/examples/*.parquet"
+    )
+    for part in made["parts"]:
+        table = storage.read_table(f"{data}/{part['part']}")
         assert table.schema.names == schema.EXAMPLES.names
-        keys = [(row["scale"], row["row"], row["column"]) for row in table.to_pylist()]
-        assert keys == sorted(keys)
-        assert {row // 3 for _, row, _ in keys} <= {number}
+        rows = table.to_pylist()
+        order = [(row["scale"], row["split"], row["key"]) for row in rows]
+        assert order == sorted(order)
+        for row in rows:
+            assert row["key"] == key(row["slide_id"], row["scale"], row["row"], row["column"])
+            blocks.setdefault(row["row"] // 3, set()).add(part["part"])
+        counted = [[row["scale"], row["split"]] for row in rows]
+        groups = [[scale, split] for scale, split, n in part["groups"] for _ in range(n)]
+        assert counted == groups
+        assert max(n for _, _, n in part["groups"]) <= 64
+        file = pq.ParquetFile(f"{data}/{part['part']}")
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        assert sizes == [n for _, _, n in part["groups"]]
+    assert all(len(found) == 1 for found in blocks.values())  # a block stays together
+    assert len(set.union(*blocks.values())) > 1
+    assert not storage.exists(f"{data}/blocks") or not os.listdir(f"{data}/blocks")
     tiles = storage.read_table(storage.listing(f"{data}/tiles/*.parquet")[0])
     kept = tiles.filter(tiles["kept"]).to_pylist()
     where = ("slide_id", "patient_id", "split", "scale", "row", "column", "tissue")
@@ -114,11 +143,12 @@ def test_examples_lie_in_the_block_of_their_upper_edge(data, examples):
 
 
 def test_a_small_cache_changes_nothing(tiny_slide, monkeypatch):
-    whole = TileGrid(64, None, 0.5)
-    whole.open(tiny_slide)
+    unit = {"path": tiny_slide, "mpp_override": None}
+    whole = TileGrid(Tile(64))
+    whole.open(unit)
     monkeypatch.setattr("raylarge.data.grid._CACHE_BYTES", 3 * 64 * 64 * 3)
-    small = TileGrid(64, None, 0.5)
-    small.open(tiny_slide)
+    small = TileGrid(Tile(64))
+    small.open(unit)
     assert (example_image(small, 2, 1, 4) == example_image(whole, 2, 1, 4)).all()
 
 
@@ -130,8 +160,8 @@ def test_a_40x_slide_gives_the_examples_of_the_20x_one(tmp_path):
     procedural.write(str(tmp_path / "40x.tif"), (640, 640), 3, mpp=0.25)
     found = []
     for name in ("20x.tif", "40x.tif"):
-        grid = TileGrid(64, None, 0.5)
-        assert grid.open(str(tmp_path / name)).size_px == (320, 320)
+        grid = TileGrid(Tile(64))
+        assert grid.open({"path": str(tmp_path / name), "mpp_override": None}).size_px == (320, 320)
         found.append([example_image(grid, 1, 1, f).astype(int) for f in (1, 2)])
     for low, high in zip(*found, strict=True):
         assert low.std() > 10
@@ -158,7 +188,10 @@ def test_a_slide_that_joins_later_is_added(tiny_prepare, tmp_path, tiny_slide):
     done = prepare(tiny_prepare(slides=both), log)
     assert done["tile"]["made"] == 0
     assert done["shard"]["rows"] > first["rows"]
-    assert done["shard"]["parts"] - done["shard"]["made"] == first["parts"]
+    assert done["shard"]["blocks_made"] == 2  # those of the new slide alone
+    again = tiny_prepare(slides=both, out=f"{tmp_path}/again")
+    prepare(again, log)
+    assert contents(f"{tmp_path}/data/examples") == contents(f"{again.out}/examples")
 
 
 def test_a_changed_slide_is_done_anew(tiny_prepare, tmp_path, tiny_slide):
@@ -174,3 +207,46 @@ def test_a_changed_slide_is_done_anew(tiny_prepare, tmp_path, tiny_slide):
     picture = images.from_bytes(pa.concat_tables(tables)["image"][0].as_py())
     assert (picture == (225, 150, 190)).all()
     assert torch.is_tensor(images.to_float(picture))
+
+
+class Where:
+    """An encoder whose embedding is where its tile lies, painted into the tile's colours."""
+
+    card = replace(ssl.card("toy"), width=2)
+
+    def __call__(self, tiles):
+        return tiles[:, 0, 0, :2].astype(np.float16)
+
+
+@pytest.mark.parametrize("border", ["drop", "pad"])
+def test_every_grid_holds_exactly_the_tiles_under_its_example(
+    tmp_path, tiny_prepare, monkeypatch, border
+):
+    """Scales 0 to 4 of a slide of 18 x 19 tiles (and a bit), painted (row + 1, column + 1)."""
+    side, rows, columns = 16, 18, 19
+    page = np.full((rows * side + 5, columns * side + 9, 3), 255, np.uint8)
+    for r, c in np.ndindex(rows + 1, columns + 1):
+        page[r * side : (r + 1) * side, c * side : (c + 1) * side] = (r + 1, c + 1, 7)
+    pyramid.write_image(str(tmp_path / "painted.tif"), page, 0.5)
+    monkeypatch.setattr(ssl, "load", lambda *_: Where())
+    tile = {"patch_px": side, "scales": [0, 1, 2, 3, 4], "mask": "all", "tissue": [0.0]}
+    tile |= {"crops": 6, "split": "patient", "val_fraction": 0.0, "border": border}
+    config = tiny_prepare(slides=str(tmp_path / "painted.tif"), tile=tile)
+    prepare(config, Report(str(tmp_path / "report.json")))
+    found = tables.rows(config.out, "examples").to_pylist()
+    assert {row["scale"] for row in found} == {0, 1, 2, 3, 4}
+    for row in found:
+        factor = 1 << row["scale"]
+        r, c = (np.arange(row[name], row[name] + factor) for name in ("row", "column"))
+        expected = np.stack(np.meshgrid(r + 1.0, c + 1.0, indexing="ij"), axis=-1)
+        expected[(r > rows)[:, None] | (c > columns)] = 255  # beyond the slide it is white
+        inside = (r[:, None] < rows) & (c < columns)
+        if border == "drop":
+            assert inside.all()
+        if factor > 8:
+            expected = expected.reshape(8, factor // 8, 8, factor // 8, 2).mean(axis=(1, 3))
+        grid = np.array(row["grid"]).reshape(row["grid_rows"], row["grid_columns"], 2)
+        assert np.abs(grid - expected).max() <= 0.25 * (factor > 8), (row["scale"], row["row"])
+    regular = sum(-(-rows // f) * -(-columns // f) for f in (1, 2, 4, 8, 16))
+    if border == "pad":
+        assert len(found) >= regular

@@ -1,12 +1,15 @@
 import json
+import re
 
 import numpy as np
 import pytest
 
 from raylarge import pyramid, schema, storage
 from raylarge.data import tile
+from raylarge.data.candidates import Tile, candidates
+from raylarge.data.pipeline import Crew
 from raylarge.data.prepare import find_slides, prepare
-from raylarge.data.tile import Tile, candidates, slides_of
+from raylarge.data.tile import slides_of
 from raylarge.errors import UserError
 from raylarge.report import Report
 from raylarge.slides.reader import open_slide
@@ -23,7 +26,7 @@ def tiles(tiny_slide, tmp_path_factory):
     """The TILES of the tiny slide (12 x 10 tiles), split by a band of four rows."""
     root = str(tmp_path_factory.mktemp("tiles"))
     config = Tile(64, [0, 1, 2], [0.3, 0.2], crops=8, split="band", val_fraction=0.35)
-    tile.run(root, [tiny_slide], config, None)
+    tile.run(root, [tiny_slide], config, Crew())
     return storage.read_table(storage.listing(f"{root}/tiles/*.parquet")[0])
 
 
@@ -97,7 +100,7 @@ def test_patients_are_held_out_whole(tiny_slide, tmp_path):
         (tmp_path / name).write_bytes(content)
     config = Tile(64, [0], [0.3], val_fraction=0.4, patient=r"^(P\d\d)-")
     root = str(tmp_path / "data")
-    tile.run(root, find_slides(f"{tmp_path}/*.tif"), config, None)
+    tile.run(root, find_slides(f"{tmp_path}/*.tif"), config, Crew())
     slides = slides_of(root)
     assert len({slide["slide_id"] for slide in slides}) == 16
     splits = {}
@@ -109,13 +112,13 @@ def test_patients_are_held_out_whole(tiny_slide, tmp_path):
     tables = b"".join(storage.read_bytes(path) for path in storage.listing(f"{root}/tiles/*"))
     assert b"P03" not in tables  # no file names in tables
     with pytest.raises(UserError, match=r"tile\.patient=\(Q\) finds no patient in 'P00-a\.tif'"):
-        tile.run(root + "2", find_slides(f"{tmp_path}/*.tif"), Tile(64, patient="(Q)"), None)
+        tile.run(root + "2", find_slides(f"{tmp_path}/*.tif"), Tile(64, patient="(Q)"), Crew())
 
 
 def test_no_tissue_names_the_slide_and_the_cure(tmp_path, tiny_prepare, run):
     pyramid.write_image(str(tmp_path / "glass.tif"), np.full((400, 400, 3), 243, np.uint8), 0.5)
     glass = str(tmp_path / "glass.tif")
-    with pytest.raises(UserError, match=r"no tile of glass\.tif is kept.*lower tile\.tissue="):
+    with pytest.raises(UserError, match=r"no tile of 1 slides is kept.*lower tile\.tissue="):
         run(tiny_prepare(slides=glass, verbs="tile"))
     assert not (tmp_path / "data" / "tile.json").exists()
     done = run(tiny_prepare(slides=glass, verbs="tile", tile={"tissue": [0.0]}))  # the cure cures
@@ -137,9 +140,14 @@ def test_slides_are_found_or_missed_loudly(tiny_slide, tmp_path, tiny_prepare, r
         run(tiny_prepare(slides=f"{tiny_slide},{tmp_path}/deep/tiny.tif", verbs="tile"))
 
 
-def test_a_broken_slide_stops_the_run_with_its_name(shared_data, tiny_prepare, run):
-    with pytest.raises(UserError, match=r"broken\.svs is neither .*leave it out"):
-        run(tiny_prepare(slides=str(shared_data / "wsi/broken.svs"), verbs="tile"))
+def test_a_broken_slide_stops_the_run_by_its_pseudonym(shared_data, tiny_prepare, run):
+    broken = str(shared_data / "wsi/broken.svs")
+    with pytest.raises(UserError, match=r"^slide [0-9a-f]{16} is neither .*leave it out") as told:
+        run(tiny_prepare(slides=broken, verbs="tile"))
+    slide_id = re.search(r"[0-9a-f]{16}", str(told.value))[0]
+    assert "broken" not in str(told.value)
+    names = storage.read_json(f"{tiny_prepare().out}/names.json")
+    assert names == {slide_id: broken}
 
 
 @pytest.mark.parametrize(

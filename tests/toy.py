@@ -108,6 +108,9 @@ def keys(rng, counts, split):
         side = min(8, 2**k)
         for i in range(count):
             yield {
+                "key": 1000 * k + i,
+                "labels": [],
+                "flip": 0,
                 "slide_id": f"slide-{i % 3}",
                 "patient_id": "p",
                 "split": split,
@@ -129,9 +132,7 @@ def write(root, name, rows, kind, split):
     path = f"{root}/{'shard' if name == 'examples' else name.replace('latents', 'encode')}.json"
     parts = storage.read_json(path)["parts"] if storage.exists(path) else []
     for i, some in enumerate((rows[::2], rows[1::2])):
-        table = schema.check(
-            pa.table({column: [row[column] for row in some] for column in kind.names}), kind
-        )
+        table = pa.table({name: [row[name] for row in some] for name in kind.names}, schema=kind)
         part = f"{name}/{split}-{i}.parquet"
         storage.write_table(f"{root}/{part}", table)
         parts.append({"part": part, "counts": {"0": {split: len(some)}}})

@@ -1,40 +1,56 @@
 """embed: TILES in, EMBEDDINGS out: one raw vector per base tile that a kept example covers.
 
 The encoder sees batches of one fixed size, cut inside a block of rows in row-major order, so
-neither the number of workers nor a rerun changes a bit.
+neither the number of workers nor a rerun changes a bit. Tiles of one colour (glass that the
+scanner left out, padding) are embedded once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float16
+import torch
+from jaxtyping import Float16
 
 from raylarge import schema, storage
 from raylarge.config import plain
 from raylarge.data import parts
-from raylarge.data.grid import TileGrid
+from raylarge.data.candidates import Tile, blocks, covered
+from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Facts, Unit
-from raylarge.data.tile import Tile, blocks, slides_of
+from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.tile import kept, scale_and_cells, slides_of
+from raylarge.data.tile import section as tile_section
+from raylarge.errors import UserError
 from raylarge.geometry import batches
 from raylarge.models import ssl
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+Vector = Float16[np.ndarray, "width"]
+Vectors = Float16[np.ndarray, "n width"]
 
 
 @dataclass(frozen=True)
 class Embed:
-    """Which encoder looks at the base tiles."""
+    """Which encoder looks at the base tiles, and by what means."""
 
     encoder: str = "efficientnet_lite0"
     weights: str = ""  # a file or folder of weights that the user has, on every node
     batch: int = 32
+    dtype: str = "float32"
+    """The network's precision: float32, bfloat16 or float16."""
+    actors: int | None = None
+    """Ray actors; absent: `workers`."""
+    gpus: float = 0.0
+    """Of each actor; a part of one lets several share it."""
 
 
-def run(root: str, tile: Tile, config: Embed, workers: int | None) -> Facts:
+def run(root: str, tile: Tile, config: Embed, crew: Crew) -> Facts:
     """Embed the tiles of all slides, and write `embed.json`.
 
     Raises:
@@ -42,34 +58,60 @@ def run(root: str, tile: Tile, config: Embed, workers: int | None) -> Facts:
     """
     tiles = parts.manifest(root, "tile", "embed")
     used = section(config)
-    sections = {"tile": plain(tile), "embed": used}
+    sections = {"tile": tile_section(tile), "embed": used}
     parts.refuse_mixing(root, sections)
-    units = [
+    units = units_of(root, tile, sections)
+    config = replace(config, weights=config.weights and storage.absolute(config.weights))
+    if config.actors is not None:
+        crew = replace(crew, workers=config.actors)
+    crew = replace(crew, gpus=config.gpus)
+    built = parts.build(root, units, partial(Embedding, root, tile, config), crew, "embed")
+    encoder = {**ssl.card(config.encoder).as_json(), "weights": used.get("weights", "")}
+    totals = {key: sum(one[key] for one in built.facts) for key in ("embedded", "blank")}
+    more = {"input": tiles["digest"], "encoder": encoder, **totals}
+    return {**parts.finish(root, "embed", built, sections, **more), **totals}
+
+
+def units_of(root: str, tile: Tile, sections: dict[str, Any]) -> list[Unit]:
+    """The blocks of all slides."""
+    return [
         {
             "part": f"embeddings/{slide['slide_id']}-{number:04d}.parquet",
-            "stamp": parts.stamp(sections, slide["fingerprint"], rows),
-            "slide_id": slide["slide_id"],
-            "path": slide["path"],
+            "stamp": parts.stamp(sections, slide["cells"], rows),
+            **{key: slide[key] for key in ("slide_id", "path", "mpp_override")},
+            "tiles": sum(slide["covered"][rows[0] : rows[1]]),
+            "columns": slide["grid"][1],
             "rows": rows,
         }
         for slide in slides_of(root)
-        for number, rows in enumerate(blocks(slide, tile))
+        for number, rows in enumerate(blocks(slide["grid"], tile))
     ]
-    config = replace(config, weights=config.weights and storage.absolute(config.weights))
-    facts = parts.build(root, units, partial(Embedding, root, tile, config), workers, "embed")
-    encoder = {**ssl.card(config.encoder).as_json(), "weights": used.get("weights", "")}
-    return parts.finish(root, "embed", facts, sections, input=tiles["digest"], encoder=encoder)
 
 
 def section(config: Embed) -> dict[str, Any]:
     """What of the config the embeddings depend on: weights count by their content, not their path.
 
     Raises:
-        UserError: an unknown encoder, or weights that are missing.
+        UserError: an unknown encoder or precision, or weights that are missing.
     """
+    if config.dtype not in DTYPES:
+        raise UserError(f"embed.dtype={config.dtype}: choose one of {', '.join(DTYPES)}.")
     known = plain(config)
+    for name in ("actors", "gpus"):
+        known.pop(name)
     digest = ssl.weights_digest(ssl.card(config.encoder), known.pop("weights"))
     return {**known, "weights": digest} if digest else known
+
+
+def section_in(root: str, config: Embed) -> dict[str, Any]:
+    """The section of the embeddings in a folder: imported ones tell their own.
+
+    Raises:
+        UserError: as `section`.
+    """
+    path = storage.join(root, "embed.json")
+    made = storage.read_json(path)["config"]["embed"] if storage.exists(path) else {}
+    return made if "imported" in made else section(config)
 
 
 class Embedding(Maker):
@@ -81,48 +123,65 @@ class Embedding(Maker):
         """Load the encoder."""
         self._root = root
         self._batch = config.batch
-        self._encoder = ssl.load(config.encoder, config.weights)
-        self._grid = TileGrid(tile.patch_px, tile.mpp, tile.base_mpp)
+        device = "cuda" if config.gpus else "cpu"
+        self._encoder = ssl.load(config.encoder, config.weights, device, DTYPES[config.dtype])
+        self._grid = TileGrid(tile)
+        self._blank: dict[bytes, Vector] = {}
 
     def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
-        """All covered tiles of the block, row by row."""
+        """The block's rows of the base grid, dense; tiles that nothing covers are not valid."""
         top, bottom = unit["rows"]
-        cells = np.argwhere(covered(self._root, unit["slide_id"], top, bottom))
-        cells[:, 0] += top
-        vectors = self._embed(unit["path"], cells)
-        lengths = np.arange(len(cells) + 1, dtype=np.int32) * vectors.shape[1]
-        columns = {
-            "slide_id": pa.array([unit["slide_id"]] * len(cells), pa.string()),
-            "row": pa.array(cells[:, 0], pa.int32()),
-            "column": pa.array(cells[:, 1], pa.int32()),
-            "embedding": pa.ListArray.from_arrays(lengths, pa.array(vectors.ravel())),
+        table = kept(self._root, unit["slide_id"])
+        valid = covered(*scale_and_cells(table), (top, bottom), unit["columns"])
+        vectors = np.zeros((*valid.shape, self._encoder.card.width), np.float16)
+        cells = [(top + int(r), int(c)) for r, c in np.argwhere(valid)]
+        facts = {"embedded": 0, "blank": 0}
+        if cells:
+            with about(unit):
+                self._grid.open(unit)
+                vectors[valid] = self._embed(cells, facts)
+        count, columns, width = vectors.shape
+        offsets = np.arange(count + 1, dtype=np.int32) * columns
+        made = {
+            "slide_id": pa.array([unit["slide_id"]] * count, pa.string()),
+            "row": pa.array(range(top, bottom), pa.int32()),
+            "columns": pa.array([columns] * count, pa.int32()),
+            "valid": pa.ListArray.from_arrays(offsets, pa.array(valid.ravel())),
+            "embedding": pa.ListArray.from_arrays(offsets * width, pa.array(vectors.ravel())),
         }
-        return pa.table(columns), {}
+        return pa.table(made), facts
 
-    def _embed(self, path: str, cells: np.ndarray) -> Float16[np.ndarray, "n width"]:
+    def _embed(self, cells: Sequence[tuple[int, int]], facts: Facts) -> Vectors:
+        """A vector per cell: tiles of one colour share one, the others go in full batches."""
         vectors = np.empty((len(cells), self._encoder.card.width), np.float16)
-        if not len(cells):
-            return vectors
-        self._grid.open(path)
-        for batch in batches(len(cells), self._batch):
-            tiles = np.stack([self._grid.tile(*cells[i].tolist()) for i in batch])
-            vectors[list(batch)] = self._encoder(tiles)
+        waiting: list[tuple[int, np.ndarray]] = []
+        for index, pixels in enumerate(self._grid.ahead(cells)):
+            if (colour := blank(pixels)) is None:
+                waiting.append((index, pixels))
+            else:
+                vectors[index] = self._of_colour(colour, pixels)
+                facts["blank"] += 1
+            if len(waiting) == self._batch:
+                self._batch_into(vectors, waiting)
+        facts["embedded"] = len(cells) - facts["blank"]
+        if waiting:
+            self._batch_into(vectors, waiting)
         return vectors
 
+    def _batch_into(self, vectors: Vectors, waiting: list[tuple[int, np.ndarray]]) -> None:
+        """Embed what waits, as one batch of the full size: its last tile is repeated."""
+        order = batches(len(waiting), self._batch)[0]
+        found = self._encoder(np.stack([waiting[i][1] for i in order]))
+        vectors[[index for index, _ in waiting]] = found[: len(waiting)]
+        waiting.clear()
 
-def covered(root: str, slide_id: str, top: int, bottom: int) -> Bool[np.ndarray, "rows columns"]:
-    """Which base tiles of the rows [top, bottom) some kept example of a slide covers."""
-    table = kept(root, slide_id)
-    scale, row, column = (table[name].to_numpy() for name in ("scale", "row", "column"))
-    factor = 1 << scale.astype(np.int64)
-    columns = int((column + factor).max(initial=0))
-    cells = np.zeros((bottom - top, columns), bool)
-    for r, c, f in zip(row, column, factor, strict=True):
-        cells[max(0, r - top) : max(0, r + f - top), c : c + f] = True
-    return cells
+    def _of_colour(self, colour: bytes, pixels: np.ndarray) -> Vector:
+        if colour not in self._blank:
+            self._blank[colour] = self._encoder(np.stack([pixels] * self._batch))[0]
+        return self._blank[colour]
 
 
-def kept(root: str, slide_id: str) -> pa.Table:
-    """The kept examples of a slide among its TILES."""
-    table = storage.read_table(storage.join(root, "tiles", f"{slide_id}.parquet"))
-    return table.filter(table["kept"])
+def blank(pixels: np.ndarray) -> bytes | None:
+    """The colour of a tile that has one alone."""
+    first = pixels[0, 0]
+    return first.tobytes() if (pixels[0] == first).all() and (pixels == first).all() else None

@@ -1,40 +1,57 @@
-"""A slide as its grid of base tiles, read once each as far as memory allows.
+"""A slide as its grid of base tiles, read in wide strips and once each as far as memory allows.
 
 `row` and `column` are cells of the base grid (`x_tok`); cell (r, c) holds the P x P base
-pixels from (r P, c P). Every region that a verb wants is put together from these tiles.
+pixels from (r P, c P), white beyond the slide. Every region that a verb wants is put together
+from these tiles. One call for a strip decodes each of the file's own tiles once; a call per
+tile decodes those under a border again and again.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from raylarge.data.candidates import Tile
+from raylarge.errors import SlideError, UserError
 from raylarge.slides.reader import Slide, open_slide
 
 _CACHE_BYTES = 256 << 20
+_STRIP_BYTES = 16 << 20
+Pixels = UInt8[np.ndarray, "P P 3"]
 
 
 class TileGrid:
     """Base tiles of the slide that was asked for last; it stays open until another comes."""
 
-    def __init__(self, patch_px: int, mpp: float | None, base_mpp: float) -> None:
-        """See `raylarge.data.tile.Tile` for the fields."""
-        self._patch_px, self._mpp, self._base_mpp = patch_px, mpp, base_mpp
+    def __init__(self, config: Tile) -> None:
+        """See `raylarge.data.tile.Tile` for the fields that matter here."""
+        self._config = config
         self._path: str | None = None
         self._slide: Slide | None = None
-        self._read = lru_cache(maxsize=max(1, _CACHE_BYTES // (3 * patch_px**2)))(self._uncached)
+        self._tiles: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        side_bytes = 3 * config.patch_px**2
+        self._most = max(1, _CACHE_BYTES // side_bytes)
+        self._wide = max(1, _STRIP_BYTES // side_bytes)
 
-    def open(self, path: str) -> Slide:
-        """The slide at a path, opened where it is not open yet.
+    def open(self, unit: Mapping[str, Any]) -> Slide:
+        """The slide of a unit (`path`, `mpp_override`), opened where it is not open yet.
 
         Raises:
             UserError: see `open_slide`.
         """
-        if self._slide is None or self._path != path:
+        if self._slide is None or self._path != unit["path"]:
             self.close()
-            self._slide, self._path = open_slide(path, self._mpp, self._base_mpp), path
+            config = self._config
+            self._slide = open_slide(
+                unit["path"], unit["mpp_override"], config.base_mpp, config.icc
+            )
+            self._path = unit["path"]
         return self._slide
 
     def close(self) -> None:
@@ -42,17 +59,83 @@ class TileGrid:
         if self._slide is not None:
             self._slide.close()
         self._slide = None
-        self._read.cache_clear()
+        self._tiles.clear()
 
-    def tile(self, row: int, column: int) -> UInt8[np.ndarray, "P P 3"]:
+    def tile(self, row: int, column: int) -> Pixels:
         """One base tile."""
-        return self._read(row, column)
+        if (row, column) not in self._tiles:
+            self.load(row, [column])
+        self._tiles.move_to_end((row, column))
+        return self._tiles[row, column]
 
     def strip(self, row: int, column: int, count: int) -> UInt8[np.ndarray, "P w 3"]:
         """`count` base tiles side by side."""
-        return np.concatenate([self._read(row, column + i) for i in range(count)], axis=1)
+        wide = range(column, column + count, self._wide)
+        return np.concatenate(
+            [
+                piece
+                for start in wide
+                for piece in self._loaded(row, start, min(self._wide, column + count - start))
+            ],
+            axis=1,
+        )
 
-    def _uncached(self, row: int, column: int) -> np.ndarray:
+    def load(self, row: int, columns: Sequence[int]) -> None:
+        """Read those tiles of a row that are not at hand, neighbours in one go."""
+        missing = [column for column in columns if (row, column) not in self._tiles]
+        for first, count in runs(missing, self._wide):
+            for i, pixels in enumerate(self.read(row, first, count)):
+                self._tiles[row, first + i] = pixels
+        while len(self._tiles) > self._most:
+            self._tiles.popitem(last=False)
+
+    def read(self, row: int, column: int, count: int) -> list[Pixels]:
+        """`count` neighbouring tiles, straight from the slide."""
         assert self._slide is not None, "open() comes first"
-        side = self._patch_px
-        return np.ascontiguousarray(self._slide.read(row * side, column * side, side, side))
+        side = self._config.patch_px
+        strip = self._slide.read(row * side, column * side, side, count * side)
+        return [np.ascontiguousarray(strip[:, i * side : (i + 1) * side]) for i in range(count)]
+
+    def ahead(self, cells: Sequence[tuple[int, int]]) -> Iterator[Pixels]:
+        """The tiles of many cells in their order; a thread reads on while they are used."""
+        wanted = [
+            (row, first, count)
+            for row in sorted({row for row, _ in cells})
+            for first, count in runs([c for r, c in cells if r == row], self._wide)
+        ]
+        with ThreadPoolExecutor(1) as pool:
+            waiting: list[Future[list[Pixels]]] = []
+            for strip in wanted:
+                waiting.append(pool.submit(self.read, *strip))
+                if len(waiting) > 2:
+                    yield from waiting.pop(0).result()
+            for one in waiting:
+                yield from one.result()
+
+    def _loaded(self, row: int, column: int, count: int) -> list[Pixels]:
+        self.load(row, range(column, column + count))
+        return [self.tile(row, column + i) for i in range(count)]
+
+
+def runs(columns: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """(first, count) of the runs of neighbours in ascending columns, none above `most`."""
+    found: list[tuple[int, int]] = []
+    for column in columns:
+        first, count = found[-1] if found else (column, 0)
+        if found and column == first + count and count < most:
+            found[-1] = (first, count + 1)
+        else:
+            found.append((column, 1))
+    return found
+
+
+@contextmanager
+def about(unit: Mapping[str, Any]) -> Iterator[None]:
+    """Whatever goes wrong with a unit's slide inside becomes a `SlideError` by its pseudonym."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        text, slide_id, path = str(error), unit["slide_id"], unit["path"]
+        for name in (path, path.rsplit("/", 1)[-1]):
+            text = text.replace(name, slide_id)
+        raise SlideError(f"{text} (names.json says which file {slide_id} is)") from error

@@ -1,13 +1,15 @@
 """How a data folder is laid out, and when a part of it counts as done.
 
-    DATA/slides.json                      the slides: path, pseudonym, patient, split, size
-    DATA/tiles/<slide_id>.parquet         one part per slide
-    DATA/embeddings|examples|latents-<digest>/<slide_id>-<block>.parquet
-    DATA/<verb>.json                      written last: config, counts, parts
+    DATA/slides.json   names.json        the slides by pseudonym; which file each one is (private)
+    DATA/tiles/<slide_id>.parquet        one part per slide; qc/<slide_id>.png beside it
+    DATA/embeddings|blocks/<slide_id>-<block>.parquet     one part per block of rows of a slide
+    DATA/examples|latents-<digest>|.../<bucket>.parquet   one part per hash bucket of blocks
+    DATA/<verb>.json                     written last: config, counts, parts
+    DATA/failed.parquet                  what could not be made, and why
 
-A part is written whole under a name that follows from its unit, and carries a stamp of all
-that it depends on. A rerun skips parts whose stamp is right and makes the others anew, so
-no two configurations mix, and any number of workers makes the same bytes.
+A part is one object, whole or absent, under a name that follows from its unit; its footer is its
+commit: a stamp of all that it depends on. A rerun skips parts whose stamp is right and makes the
+others anew, so no two configurations mix, and any number of workers makes the same bytes.
 """
 
 from __future__ import annotations
@@ -16,16 +18,15 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raylarge import schema, storage
 from raylarge.data import pipeline
-from raylarge.data.pipeline import Facts, Unit
+from raylarge.data.pipeline import Crew, Facts, Unit
 from raylarge.errors import UserError
 
 
@@ -36,7 +37,23 @@ class Maker(ABC):
 
     @abstractmethod
     def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
-        """A unit's table, and what is worth saying about it."""
+        """A unit's table, and what is worth saying about it.
+
+        `groups`, where it is said, is [scale, split, rows] of each row group to be written.
+        """
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of a verb's units: facts of the parts that stand, and what failed."""
+
+    facts: list[Facts]
+    failed: list[dict[str, str]]
+
+    @property
+    def lost(self) -> set[str]:
+        """The slides of which a part failed."""
+        return {one["slide_id"] for one in self.failed}
 
 
 class PartWork:
@@ -50,37 +67,54 @@ class PartWork:
 
     def __call__(self, unit: Unit) -> Facts:
         """The facts of the unit's part, with `made` telling whether it was made just now."""
-        path = storage.join(self._root, unit["part"])
-        standing = _facts_of(path) if storage.exists(path) else {}
-        if standing.get("stamp") == unit["stamp"]:
-            return {**standing, "made": False}
+        found = standing(self._root, unit["part"])
+        if found.get("stamp") == unit["stamp"]:
+            return {**found, "made": False}
         if self._maker is None:
             self._maker = self._make_maker()
         table, facts = self._maker.make(unit)
         table = schema.check(table, self._maker.kind)
-        facts = {**facts, "part": unit["part"], "stamp": unit["stamp"], **_counts(table)}
+        known = {key: unit[key] for key in ("part", "stamp", "tiles") if key in unit}
+        facts = {**facts, **known, **_counts(table)}
         metadata = {**table.schema.metadata, "facts": json.dumps(facts, sort_keys=True)}
-        storage.write_table(path, table.replace_schema_metadata(metadata))
+        table = table.replace_schema_metadata(metadata)
+        groups = [rows for _, _, rows in facts["groups"]] if "groups" in facts else None
+        storage.write_table(storage.join(self._root, unit["part"]), table, groups)
         return {**facts, "made": True}
 
 
 def build(
-    root: str, units: Sequence[Unit], maker: Callable[[], Maker], workers: int | None, verb: str
-) -> list[Facts]:
-    """Make what is missing of a verb's parts; the facts of all of them, in order of the units.
+    root: str, units: Sequence[Unit], maker: Callable[[], Maker], crew: Crew, verb: str
+) -> Built:
+    """Make what is missing of a verb's parts.
 
     Args:
         root: the data folder.
         units: each with `part` (its path below the folder), `stamp`, and what the maker wants.
         maker: makes the maker; picklable.
-        workers: see `pipeline.run`.
+        crew: who makes them.
         verb: whose manifest, where it exists, tells without a look which parts are done.
     """
     done = _listed(root, verb, units)
     rest = [unit for unit in units if unit["part"] not in done]
-    made = pipeline.run(rest, partial(PartWork, root, maker), workers, verb.split("-")[0])
-    done.update({facts["part"]: facts for facts in made})
-    return [done[unit["part"]] for unit in units]
+    made = pipeline.run(rest, partial(PartWork, root, maker), crew, verb.split("-")[0])
+    failed = []
+    for unit, facts in zip(rest, made, strict=True):
+        if "failed" in facts:
+            slide_id = str(unit.get("slide_id", ""))
+            failed.append({"slide_id": slide_id, "part": unit["part"], "reason": facts["failed"]})
+        else:
+            done[unit["part"]] = facts
+    return Built([done[unit["part"]] for unit in units if unit["part"] in done], failed)
+
+
+def standing(root: str, part: str) -> Facts:
+    """The facts in the footer of a part; nothing where it does not stand."""
+    path = storage.join(root, part)
+    if not storage.exists(path):
+        return {}
+    facts: Facts = json.loads(storage.read_metadata(path)[b"facts"])
+    return facts
 
 
 def stamp(*inputs: Any) -> str:
@@ -108,14 +142,12 @@ def refuse_mixing(root: str, sections: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def finish(
-    root: str,
-    verb: str,
-    facts: Sequence[Facts],
-    config: Mapping[str, Mapping[str, Any]],
-    **more: Any,
+    root: str, verb: str, built: Built, config: Mapping[str, Mapping[str, Any]], **more: Any
 ) -> Facts:
     """Write a verb's manifest, the last thing it does; what a report wants to know of it."""
-    parts = [{key: value for key, value in one.items() if key != "made"} for one in facts]
+    facts = built.facts
+    passing = ("made", "again")
+    parts = [{key: value for key, value in one.items() if key not in passing} for one in facts]
     counts = _sum([one["counts"] for one in facts])
     document = {
         "verb": verb,
@@ -124,14 +156,30 @@ def finish(
         "rows": sum(one["rows"] for one in facts),
         "counts": counts,
         "digest": stamp(parts),
+        "lost": sorted(built.lost),
         "parts": parts,
         **more,
     }
+    _record(root, verb, built.failed)
     path = storage.join(root, f"{verb}.json")
     storage.write_json(path, document)
     made = sum(one["made"] for one in facts)
-    rows = {"rows": document["rows"], "counts": counts}
-    return {**rows, "parts": len(parts), "made": made, "output": path}
+    rows = {"rows": document["rows"], "counts": counts, "failed": len(built.failed)}
+    tiles = sum(one.get("tiles", 0) for one in facts if one["made"])
+    again = sum(one.get("again", 0) for one in facts)
+    more_work = {"parts": len(parts), "made": made, "again": again, "tiles": tiles}
+    return {**rows, **more_work, "output": path}
+
+
+def _record(root: str, verb: str, failed: Sequence[Mapping[str, str]]) -> None:
+    """Put a verb's failures into failed.parquet, in the place of those of its last run."""
+    path = storage.join(root, "failed.parquet")
+    before = storage.read_table(path).to_pylist() if storage.exists(path) else []
+    rows = [row for row in before if row["verb"] != verb]
+    rows += [{"verb": verb, **one} for one in failed]
+    if rows != before:
+        table = pa.Table.from_pylist(rows, schema=pa.schema(list(schema.FAILED)))
+        storage.write_table(path, schema.check(table, schema.FAILED))
 
 
 def manifest(root: str, verb: str, wanted_by: str) -> dict[str, Any]:
@@ -153,15 +201,13 @@ def _listed(root: str, verb: str, units: Sequence[Unit]) -> dict[str, Facts]:
     if not units or not storage.exists(path):
         return {}
     folder = units[0]["part"].rsplit("/", 1)[0]
-    standing = {
-        f"{folder}/{name.rsplit('/', 1)[-1]}"
-        for name in storage.listing(storage.join(root, folder, "*.parquet"))
-    }
+    found = storage.children(storage.join(root, folder), "*.parquet")
+    stand = {f"{folder}/{name.rsplit('/', 1)[-1]}" for name in found}
     stamps = {unit["part"]: unit["stamp"] for unit in units}
     return {
         one["part"]: {**one, "made": False}
         for one in storage.read_json(path)["parts"]
-        if one["part"] in standing and one["stamp"] == stamps.get(one["part"])
+        if one["part"] in stand and one["stamp"] == stamps.get(one["part"])
     }
 
 
@@ -186,11 +232,3 @@ def _counts(table: pa.Table) -> Facts:
     for (scale, split), count in sorted(Counter(pairs).items()):
         counts.setdefault(str(scale), {})[split] = count
     return {"rows": table.num_rows, "counts": counts}
-
-
-def _facts_of(path: str) -> Facts:
-    """The facts in a part's metadata; only its footer is read."""
-    fs, root = fsspec.core.url_to_fs(path)
-    with fs.open(root, "rb") as stream:
-        facts: Facts = json.loads(pq.read_schema(stream).metadata[b"facts"])
-    return facts

@@ -15,52 +15,102 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from raylarge import report
-from raylarge.errors import UserError
+from raylarge.errors import SlideError, UserError
 from raylarge.fleet.session import session
 
 Unit = Mapping[str, Any]
 Facts = dict[str, Any]
 Work = Callable[[Unit], Facts]
-_ATTEMPTS = 3
+_ATTEMPTS = 5
 """Workers may die and are replaced; a unit that killed so many must not kill for ever."""
 
 
-def run(
-    units: Sequence[Unit], work: Callable[[], Work], workers: int | None, title: str
-) -> list[Facts]:
-    """The facts of all units, in the order of the units.
+@dataclass(frozen=True)
+class Crew:
+    """Who does the work of a verb.
+
+    Attributes:
+        workers: Ray actors; None: this process.
+        cpus: of each actor.
+        gpus: of each actor; a part of one lets several share it.
+        skip: go on without a slide that cannot be read.
+    """
+
+    workers: int | None = None
+    cpus: float = 1.0
+    gpus: float = 0.0
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise UserError(
+                f"workers={self.workers}: give 1 or more, or leave it out to run without Ray."
+            )
+
+
+def run(units: Sequence[Unit], work: Callable[[], Work], crew: Crew, title: str) -> list[Facts]:
+    """The facts of all units, in the order of the units; of a skipped one `{"failed": why}`.
+
+    `again` among the facts is how often a unit was begun in vain, by workers that died.
 
     Args:
-        units: what is to be done; JSON.
+        units: what is to be done; JSON. `tiles` and `slide_id`, where given, feed the progress.
         work: makes the work once per process; picklable (a class, `functools.partial` of one).
-        workers: Ray actors of one CPU each; None: this process.
+        crew: who does it.
         title: of the progress bar.
 
     Raises:
-        UserError: what a unit raised, or workers below 1.
+        UserError: what a unit raised.
         RuntimeError: any other failure of a unit, naming it.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"workers={workers}: give 1 or more, or leave it out to run without Ray.")
     if not units:
         return []
-    answers = _here(units, work) if workers is None else _on_ray(units, work, workers, title)
+    answers = _here(units, work) if crew.workers is None else _on_ray(units, work, crew, title)
     found: dict[int, Facts] = {}
-    bar = report.progress(None, title, total=len(units), unit="part")
-    with closing(answers), bar:
+    with closing(answers), _Progress(units, title) as progress:
         for answer in answers:
-            if "error" in answer:
-                raise UserError(answer["error"])
+            if "error" in answer or ("failed" in answer and not crew.skip):
+                raise UserError(answer.get("error") or answer["failed"])
             if "failure" in answer:
                 raise RuntimeError(f"{title} failed at {answer['failure']}")
-            found[answer["index"]] = answer["facts"]
-            bar.update()
+            index, again = answer["index"], answer.get("again", 0)
+            facts = {"failed": answer["failed"]} if "failed" in answer else answer["facts"]
+            found[index] = {**facts, "again": again} if again else facts
+            progress.advance(index)
     return [found[index] for index in range(len(units))]
+
+
+class _Progress:
+    """A bar in tiles (or parts) with the slides that are done; a context manager."""
+
+    def __init__(self, units: Sequence[Unit], title: str) -> None:
+        counted = all("tiles" in unit for unit in units)
+        self._tiles = [int(unit["tiles"]) if counted else 1 for unit in units]
+        self._slides = [str(unit.get("slide_id", "")) for unit in units]
+        self._left = Counter(self._slides)
+        self._of = len(self._left)
+        name = "tile" if counted else "part"
+        self._bar = report.progress(None, title, total=sum(self._tiles), unit=name)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self, index: int) -> None:
+        """One unit is done."""
+        self._left[self._slides[index]] -= 1
+        done = sum(not left for left in self._left.values())
+        if self._slides[index]:
+            self._bar.set_postfix_str(f"slides {done}/{self._of}", refresh=False)
+        self._bar.update(self._tiles[index])
 
 
 def _here(units: Sequence[Unit], work: Callable[[], Work]) -> Generator[Facts, None, None]:
@@ -71,9 +121,10 @@ def _here(units: Sequence[Unit], work: Callable[[], Work]) -> Generator[Facts, N
 
 
 def _on_ray(
-    units: Sequence[Unit], work: Callable[[], Work], workers: int, title: str
+    units: Sequence[Unit], work: Callable[[], Work], crew: Crew, title: str
 ) -> Generator[Facts, None, None]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
+    workers = min(crew.workers or 1, len(units))
     with session(workers + 1):
         import ray.data
 
@@ -84,10 +135,11 @@ def _on_ray(
         rows = [{"index": i, "unit": json.dumps(unit)} for i, unit in enumerate(units)]
         answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Runner,
-            fn_constructor_args=[work, ray.remote(num_cpus=0)(_Attempts).remote()],
+            fn_constructor_args=[work, _attempts()],
             batch_size=1,
-            compute=_pool(min(workers, len(units))),
-            num_cpus=1,
+            compute=_pool(workers),
+            num_cpus=crew.cpus,
+            num_gpus=crew.gpus or None,
         )
         try:
             for row in answers.iter_rows():
@@ -105,6 +157,15 @@ def _pool(size: int) -> Any:
     )
 
 
+def _attempts() -> Any:
+    """The counter of attempts, on the driver's own node: it lives as long as the driver."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(_Attempts).options(scheduling_strategy=here).remote()
+
+
 class _Runner:
     """Holds the work of one process; the shape of a class that `map_batches` takes."""
 
@@ -119,10 +180,12 @@ class _Runner:
             if self._work is None:
                 self._work = self._make()
             return {"index": index, "facts": self._work(unit)}
+        except SlideError as error:
+            return {"index": index, "failed": str(error)}
         except UserError as error:
             return {"index": index, "error": str(error)}
         except Exception as error:
-            named = f"{json.dumps(unit)}: {type(error).__name__}: {error}"
+            named = f"{_name(unit)}: {type(error).__name__}: {error}"
             return {"index": index, "failure": f"{named}\n{traceback.format_exc()}"}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -131,10 +194,11 @@ class _Runner:
 
         torch.set_num_threads(1)
         index, unit = int(batch["index"][0]), json.loads(str(batch["unit"][0]))
-        if ray.get(self._attempts.begin.remote(index)) > _ATTEMPTS:
-            why = f"{json.dumps(unit)}: its worker process died {_ATTEMPTS} times (out of memory?)"
-            return {"answer": [json.dumps({"index": index, "failure": why})]}
-        return {"answer": [json.dumps(self.answer(index, unit))]}
+        again = ray.get(self._attempts.begin.remote(index)) - 1
+        if again >= _ATTEMPTS:
+            why = f"{_name(unit)}: its worker process died {_ATTEMPTS} times (out of memory?)"
+            return {"answer": [json.dumps({"index": index, "failed": why})]}
+        return {"answer": [json.dumps({**self.answer(index, unit), "again": again})]}
 
 
 class _Attempts:
@@ -157,6 +221,11 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _name(unit: Unit) -> str:
+    """A unit by its part, which names no file of the user."""
+    return str(unit.get("part") or json.dumps(unit))
 
 
 def _cause(error: BaseException) -> str:

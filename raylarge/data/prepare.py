@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,14 +11,19 @@ from typing import Any
 from omegaconf import MISSING
 
 from raylarge import report, storage
-from raylarge.data import embed, encode, shard, tile
+from raylarge.data import caption, embed, encode, features, shard, text_embed, tile
+from raylarge.data.candidates import Tile
+from raylarge.data.caption import Caption
 from raylarge.data.embed import Embed
 from raylarge.data.encode import Encode
-from raylarge.data.tile import Tile
+from raylarge.data.features import Features
+from raylarge.data.pipeline import Crew
+from raylarge.data.shard import Shard
+from raylarge.data.text_embed import TextEmbed
 from raylarge.errors import UserError
 from raylarge.fleet.session import session
 
-VERBS = ("tile", "embed", "shard", "encode")
+VERBS = ("tile", "embed", "shard", "encode", "caption", "text_embed", "features")
 
 
 @dataclass(frozen=True)
@@ -30,46 +36,71 @@ class Prepare:
     verbs: str = "tile,embed,shard"
     workers: int | None = None
     """Ray workers of one CPU each; absent: this process."""
+    on_error: str = "stop"
+    """At a slide that cannot be read: `stop`, or `skip` it and say so in failed.parquet."""
     bundle: str = ""
-    """Whose autoencoder `encode` uses."""
+    """Whose autoencoder `encode` uses, and whose U-Net `features`."""
     tile: Tile = field(default_factory=Tile)
     embed: Embed = field(default_factory=Embed)
+    shard: Shard = field(default_factory=Shard)
     encode: Encode = field(default_factory=Encode)
+    caption: Caption = field(default_factory=Caption)
+    text_embed: TextEmbed = field(default_factory=TextEmbed)
+    features: Features = field(default_factory=Features)
 
 
 def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
     """Run the verbs in their order; each is a stage of the report.
 
     Returns:
-        Per verb: rows, counts (scale -> split -> rows), parts, made, output; `encode` also
-        `latents`, the folder of its table.
+        Per verb: rows, counts (scale -> split -> rows), failed, parts, made, again, tiles, output;
+        of a verb after `shard` also `table`, the folder of what it made.
 
     Raises:
         UserError: whatever the verbs raise, an unknown verb, no slide, no bundle.
     """
+    if config.on_error not in ("stop", "skip"):
+        raise UserError(f"on_error={config.on_error}: it must be stop or skip.")
     root = storage.absolute(config.out)
+    crew = Crew(workers=config.workers, skip=config.on_error == "skip")
     done: dict[str, dict[str, Any]] = {}
     with nullcontext() if config.workers is None else session(config.workers + 1):
         for verb in _verbs(config):
             with log.stage(verb) as facts:
-                facts.update(_run(verb, root, config))
+                start = time.monotonic()
+                facts.update(_run(verb, root, config, crew))
+                if facts["tiles"]:
+                    facts["tiles_per_s"] = round(facts["tiles"] / (time.monotonic() - start), 1)
             done[verb] = dict(facts)
-            news = f"{facts['made']} of {facts['parts']} parts new"
-            report.say(f"{verb}: {facts['rows']} rows, {news}")
+            report.say(_line(verb, facts))
     return done
 
 
-def _run(verb: str, root: str, config: Prepare) -> dict[str, Any]:
-    workers = config.workers
+def _line(verb: str, facts: dict[str, Any]) -> str:
+    failed = f", {facts['failed']} failed: see failed.parquet" if facts["failed"] else ""
+    again = f", {facts['again']} begun again after workers died" if facts["again"] else ""
+    made = f"{facts['made']} of {facts['parts']} parts new"
+    return f"{verb}: {facts['rows']} rows, {made}{again}{failed}"
+
+
+def _run(verb: str, root: str, config: Prepare, crew: Crew) -> dict[str, Any]:
     if verb == "tile":
-        return tile.run(root, find_slides(config.slides), config.tile, workers)
+        return tile.run(root, find_slides(config.slides), config.tile, crew)
     if verb == "embed":
-        return embed.run(root, config.tile, config.embed, workers)
+        return embed.run(root, config.tile, config.embed, crew)
     if verb == "shard":
-        return shard.run(root, config.tile, config.embed, workers)
+        return shard.run(root, config.tile, config.embed, config.shard, crew)
+    if verb == "caption":
+        return caption.run(root, config.caption, crew)
+    if verb == "text_embed":
+        return text_embed.run(root, config.text_embed, crew)
     if not config.bundle:
-        raise UserError("encode needs bundle=, the folder that jobs/train.py model=vae wrote.")
-    return encode.run(root, storage.absolute(config.bundle), config.encode, workers)
+        wrote = "model=vae" if verb == "encode" else "model=ldm"
+        raise UserError(f"{verb} needs bundle=, the folder that jobs/train.py {wrote} wrote.")
+    bundle = storage.absolute(config.bundle)
+    if verb == "encode":
+        return encode.run(root, bundle, config.encode, crew)
+    return features.run(root, bundle, config.features, crew)
 
 
 def find_slides(slides: str) -> list[str]:
@@ -83,7 +114,8 @@ def find_slides(slides: str) -> list[str]:
         paths = storage.listing(storage.absolute(word))
         if not paths:
             raise UserError(f"no slide fits {word}; check the path (a pattern needs quotes).")
-        if storage.is_local(word) and any(os.path.isdir(path) for path in paths):
+        folders = [path for path in paths if storage.is_local(word) and os.path.isdir(path)]
+        if any(not storage.children(folder, "*.dcm") for folder in folders):
             raise UserError(f"{word} is a folder; name the slides in it: slides='{word}/*.svs'.")
         found.update(paths)
     if not found:

@@ -3,10 +3,14 @@
 The image of an example at scale k is A(base pixels of its region), with A the one downsampling
 operator of `raylarge.resample`, taken in floating point and rounded once. Its grid is the
 2^k x 2^k raw embeddings under it, averaged to 8 x 8 where larger (ZoomLDM, section 3.2).
+
+Blocks of slides are made first; `bucket.py` then mixes them for shuffled reading.
 """
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,45 +22,88 @@ from torch import nn
 
 from raylarge import images, schema, storage
 from raylarge.config import plain
-from raylarge.data import parts
-from raylarge.data.embed import Embed, kept, section
-from raylarge.data.grid import TileGrid
+from raylarge.data import bucket, parts
+from raylarge.data.candidates import Tile, blocks
+from raylarge.data.embed import Embed, section_in
+from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Facts, Unit
-from raylarge.data.tile import Tile, blocks, slides_of
+from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.tile import kept, scale_and_cells, slides_of
+from raylarge.data.tile import section as tile_section
 from raylarge.errors import UserError
 from raylarge.resample import bicubic_matrix
 
 GRID_SIDE = 8
 _CACHED_PARTS = 64
+_OUTPUTS = 32  # rows of A taken together: its band is narrow, so most of it is zero
 Vectors = Float16[np.ndarray, "rows columns width"]
 
 
-def run(root: str, tile: Tile, embed: Embed, workers: int | None) -> Facts:
+@dataclass(frozen=True)
+class Shard:
+    """How examples are stored."""
+
+    quality: int = 0
+    """0 keeps every pixel (PNG); 1 to 100 is the quality of a JPEG, some six times smaller."""
+    buckets: int = 16
+    """Files of EXAMPLES; a worker holds one of them in memory."""
+    group_rows: int = 64
+    """Rows that are read together."""
+
+    def check(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            UserError: naming the key, its value and what it may be.
+        """
+        for key, fine, wish in (
+            ("quality", 0 <= self.quality <= 100, "0 (lossless) to 100"),
+            ("buckets", self.buckets >= 1, "1 or more"),
+            ("group_rows", self.group_rows >= 1, "1 or more"),
+        ):
+            if not fine:
+                raise UserError(f"shard.{key}={getattr(self, key)}: it must be {wish}.")
+
+
+def run(root: str, tile: Tile, embed: Embed, config: Shard, crew: Crew) -> Facts:
     """Put the examples of all slides together, and write `shard.json`.
+
+    Slides of which `embed` could not read all are left out.
 
     Raises:
         UserError: `tile` or `embed` has not run (or is out of date), or another config.
     """
+    config.check()
     tiles, embedded = (parts.manifest(root, verb, "shard") for verb in ("tile", "embed"))
-    sections = {"tile": plain(tile), "embed": section(embed)}
+    mine = {"embed": section_in(root, embed), "shard": plain(config)}
+    sections = {"tile": tile_section(tile), **mine}
     parts.refuse_mixing(root, sections)
     if embedded["input"] != tiles["digest"]:
         raise UserError(f"{root} was tiled anew since embed ran; run verbs=embed,shard.")
-    units = [unit for slide in slides_of(root) for unit in _units(slide, tile, sections)]
-    facts = parts.build(root, units, partial(Sharding, root, tile), workers, "shard")
+    slides = [one for one in slides_of(root) if one["slide_id"] not in embedded["lost"]]
+    units = [unit for slide in slides for unit in _units(slide, tile, sections)]
+    plan = bucket.Plan(root, units, config.buckets)
+    blocks_made = parts.build(
+        root, plan.missing_blocks(), partial(Sharding, root, tile, config), crew, "blocks"
+    )
+    plan = plan.without(blocks_made.lost)
+    built = plan.build(config.group_rows, crew)
     more = {"input": embedded["digest"], "encoder": embedded["encoder"], "patch_px": tile.patch_px}
-    return parts.finish(root, "shard", facts, sections, **more)
+    together = parts.Built(built.facts, blocks_made.failed + built.failed)
+    done = parts.finish(root, "shard", together, sections, **more)
+    plan.sweep()
+    return {**done, "blocks_made": sum(one["made"] for one in blocks_made.facts)}
 
 
 def _units(slide: dict[str, Any], tile: Tile, sections: dict[str, Any]) -> list[Unit]:
-    edges = blocks(slide, tile)
+    edges = blocks(slide["grid"], tile)
+    known = ("slide_id", "path", "mpp_override", "labels")
     return [
         {
-            "part": f"examples/{slide['slide_id']}-{number:04d}.parquet",
-            "stamp": parts.stamp(sections, slide["fingerprint"], rows),
-            "slide_id": slide["slide_id"],
-            "path": slide["path"],
+            "part": f"blocks/{slide['slide_id']}-{number:04d}.parquet",
+            "stamp": parts.stamp(sections, slide["stamp"], rows),
+            **{key: slide[key] for key in known},
+            "tiles": sum(slide["covered"][rows[0] : rows[1]]),
             "rows": rows,
             "blocks": edges,
         }
@@ -69,10 +116,11 @@ class Sharding(Maker):
 
     kind = schema.EXAMPLES
 
-    def __init__(self, root: str, tile: Tile) -> None:
+    def __init__(self, root: str, tile: Tile, config: Shard) -> None:
         """Hold where the data lies, and the tiles and embeddings read last."""
         self._root = root
-        self._grid = TileGrid(tile.patch_px, tile.mpp, tile.base_mpp)
+        self._quality = config.quality
+        self._grid = TileGrid(tile)
         self._embeddings = lru_cache(_CACHED_PARTS)(self._read_embeddings)
 
     def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
@@ -83,19 +131,31 @@ class Sharding(Maker):
         table = table.filter(pa.array((row >= top) & (row < bottom)))
         found = []
         if table.num_rows:
-            self._grid.open(unit["path"])
-            vectors = self._vectors(unit, table)
-            found = [self._example(cell, top, vectors) for cell in table.to_pylist()]
+            with about(unit):
+                self._grid.open(unit)
+                self._load(table)
+                vectors = self._vectors(unit, table)
+                found = [self._example(cell, unit, vectors) for cell in table.to_pylist()]
         return pa.Table.from_pylist(found, schema=pa.schema(list(schema.EXAMPLES))), {}
 
-    def _example(self, cell: dict[str, Any], top: int, vectors: Vectors) -> dict[str, Any]:
-        factor = 1 << cell["scale"]
+    def _load(self, table: pa.Table) -> None:
+        """Read the base examples' tiles in strips; coarser ones read their own."""
+        scale, cells = scale_and_cells(table)
+        base = cells[scale == 0]
+        for row in np.unique(base[:, 0]):
+            self._grid.load(int(row), [int(c) for c in np.sort(base[base[:, 0] == row, 1])])
+
+    def _example(self, cell: dict[str, Any], unit: Unit, vectors: Vectors) -> dict[str, Any]:
+        factor, top = 1 << cell["scale"], unit["rows"][0]
         row, column = cell["row"], cell["column"]
         raw = vectors[row - top : row - top + factor, column : column + factor]
         grid = pooled(raw)
+        image = example_image(self._grid, row, column, factor)
         return {
             **{name: cell[name] for name in schema.EXAMPLES.names if name in cell},
-            "image": images.png_bytes(example_image(self._grid, row, column, factor)),
+            "key": key(cell["slide_id"], cell["scale"], row, column),
+            "labels": sorted(unit["labels"].items()),
+            "image": images.encoded(image, self._quality),
             "grid": grid.ravel(),
             "grid_rows": grid.shape[0],
             "grid_columns": grid.shape[1],
@@ -103,30 +163,28 @@ class Sharding(Maker):
 
     def _vectors(self, unit: Unit, table: pa.Table) -> Vectors:
         """Raw embeddings from the block's first row down to the last row that is covered."""
-        factor = 1 << table["scale"].to_numpy().astype(np.int64)
-        top, bottom = unit["rows"][0], int((table["row"].to_numpy() + factor).max())
-        columns = int((table["column"].to_numpy() + factor).max())
-        vectors: np.ndarray | None = None
+        scale, cells = scale_and_cells(table)
+        top, bottom = unit["rows"][0], int((cells[:, 0] + (1 << scale.astype(np.int64))).max())
+        found = []
         for number, (start, stop) in enumerate(unit["blocks"]):
-            if start >= bottom or stop <= top:
-                continue
-            name = f"{unit['slide_id']}-{number:04d}.parquet"
-            cells, values = self._embeddings(name)
-            if not len(cells):
-                continue
-            if vectors is None:
-                vectors = np.zeros((bottom - top, columns, values.shape[1]), np.float16)
-            inside = (cells[:, 0] < bottom) & (cells[:, 1] < columns)
-            vectors[cells[inside, 0] - top, cells[inside, 1]] = values[inside]
-        assert vectors is not None, "embed has covered every kept example"
-        return vectors
+            if start < bottom and stop > top:
+                name = f"{unit['slide_id']}-{number:04d}.parquet"
+                first, values = self._embeddings(name)
+                found.append(values[max(0, top - first) : bottom - first])
+        return np.concatenate(found)
 
-    def _read_embeddings(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(row, column) [n, 2] and the vectors [n, width] of one part."""
+    def _read_embeddings(self, name: str) -> tuple[int, Vectors]:
+        """The first row of one part, and its vectors."""
         table = storage.read_table(storage.join(self._root, "embeddings", name))
-        cells = np.stack([table["row"].to_numpy(), table["column"].to_numpy()], axis=1)
+        columns = table["columns"][0].as_py()
         values = table["embedding"].combine_chunks().values.to_numpy(zero_copy_only=False)
-        return cells.astype(np.int64), values.reshape(len(cells), -1 if len(cells) else 0)
+        return table["row"][0].as_py(), values.reshape(table.num_rows, columns, -1)
+
+
+def key(slide_id: str, scale: int, row: int, column: int) -> int:
+    """The name of an example: 64 bits of a hash of where it lies."""
+    place = f"{slide_id} {scale} {row} {column}".encode()
+    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big")
 
 
 def example_image(grid: TileGrid, row: int, column: int, factor: int) -> UInt8[np.ndarray, "P P 3"]:
@@ -139,8 +197,20 @@ def example_image(grid: TileGrid, row: int, column: int, factor: int) -> UInt8[n
     side = grid.tile(row, column).shape[0]
     matrix = torch.from_numpy(bicubic_matrix(side * factor, factor)).float()
     strips = (grid.strip(row + i, column, factor) for i in range(factor))
-    narrow = [images.to_float(strip) @ matrix.T for strip in strips]
-    return images.to_uint8(matrix @ torch.cat(narrow, dim=1))
+    narrow = [_shrunk(images.to_float(strip), matrix) for strip in strips]
+    tall = torch.cat(narrow, dim=1)
+    return images.to_uint8(_shrunk(tall.mT, matrix).mT)
+
+
+def _shrunk(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """X Dᵀ for a banded D: a few outputs at a time see only the inputs that they weigh."""
+    found = []
+    for start in range(0, len(matrix), _OUTPUTS):
+        rows = matrix[start : start + _OUTPUTS]
+        seen = rows.abs().amax(dim=0).nonzero()
+        low, high = int(seen[0]), int(seen[-1]) + 1
+        found.append(x[..., low:high] @ rows[:, low:high].T)
+    return torch.cat(found, dim=-1)
 
 
 def pooled(raw: Vectors) -> Float16[np.ndarray, "pooled_rows pooled_columns width"]:

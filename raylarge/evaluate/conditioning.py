@@ -36,7 +36,7 @@ def shuffled_loss(
         UserError: no such table, or no row of the split.
     """
     table = tables.rows(data, latents, split)
-    found = {}
+    found: dict[int, Mapping[str, float]] = {}
     for k in sorted(set(table["scale"].to_pylist())):
         rows = table.filter(pc.equal(table["scale"], k))
         rows = rows.take(np.unique(np.linspace(0, len(rows) - 1, ROWS).round().astype(int)))

@@ -101,8 +101,10 @@ class _Measured:
         for band in bands:
             for first, last in spans(len(band), STRIP_ROWS):
                 rows = images.to_float(band[first:last])
-                for metric in filter(None, (self._error, self._seams)):
-                    metric.add(rows)
+                if self._error is not None:
+                    self._error.add(rows)
+                if self._seams is not None:
+                    self._seams.add(rows)
             if whole is not None:
                 whole[top : top + len(band)] = band
             top += len(band)

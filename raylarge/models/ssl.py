@@ -26,10 +26,16 @@ from raylarge.models.ssl_networks import Network
 class Encoder:
     """A loaded encoder; deterministic for one batch size on one kind of hardware."""
 
-    def __init__(self, card: Card, weights: str = "", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        card: Card,
+        weights: str = "",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Load the card's network; see `load`."""
         self.card = card
-        self._network = _network(card, weights, device)
+        self._network, self._dtype = _network(card, weights, device, dtype)
         self._device = device
 
     def __call__(self, images: UInt8[np.ndarray, "B P P 3"]) -> Float16[np.ndarray, "B width"]:
@@ -37,12 +43,14 @@ class Encoder:
         one = self.card
         x = ssl_networks.inputs(images, one.input_px, one.colour, one.resample, self._device)
         with torch.inference_mode():
-            raw = self._network(x)
-        embeddings: np.ndarray = raw.cpu().numpy().astype(np.float16)
+            raw = self._network(x.to(self._dtype))
+        embeddings: np.ndarray = raw.float().cpu().numpy().astype(np.float16)
         return embeddings
 
 
-def load(name: str, weights: str = "", device: str = "cpu") -> Encoder:
+def load(
+    name: str, weights: str = "", device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Encoder:
     """The encoder of a card.
 
     Args:
@@ -50,11 +58,12 @@ def load(name: str, weights: str = "", device: str = "cpu") -> Encoder:
         weights: a .safetensors, .pth, .pt or .bin file, or a folder that holds one; without it
             they come from the package or the hub that the card names.
         device: where the network runs.
+        dtype: its precision; embeddings are float16 in any case.
 
     Raises:
         UserError: no card has that name, or its weights are missing, out of reach or others'.
     """
-    return Encoder(card(name), weights, device)
+    return Encoder(card(name), weights, device, dtype)
 
 
 def card(name: str) -> Card:
@@ -103,14 +112,19 @@ def _cure(card: Card) -> str:
     return f"{have}, or name a file that you have: embed.weights=/path/to/file."
 
 
-def _network(card: Card, weights: str, device: str) -> Network:
+def _network(
+    card: Card, weights: str, device: str, dtype: torch.dtype
+) -> tuple[Network, torch.dtype]:
+    """The card's network and its precision: statistics without weights stay in float32."""
     require(card, weights)
     if not card.files:
         network = ssl_networks.own(card)
-        return network.to(device) if isinstance(network, nn.Module) else network
+        if isinstance(network, nn.Module):
+            return network.to(device, dtype), dtype
+        return network, torch.float32
     if weights:
         path = hub.find(weights, card.files)
     else:
         told = f"encoder '{card.name}': {_cure(card)}"
         path = hub.fetch(card.hub, card.files, told)
-    return ssl_networks.pooled(card, ssl_networks.load(card, path).to(device))
+    return ssl_networks.pooled(card, ssl_networks.load(card, path).to(device, dtype)), dtype

@@ -1,0 +1,49 @@
+"""Vectors and patches to and from other tools; published data sets into tables.
+
+python jobs/exchange.py export=trident|clam data=DIR out=DIR [cells=kept]
+python jobs/exchange.py export=features data=DIR table=features-... out=DIR [scale=1]
+python jobs/exchange.py import=trident|clam data=DIR source=DIR encoder=uni [fill=true]
+python jobs/exchange.py import=tissue source=DIR/patches out=MASKS
+python jobs/exchange.py import=brca|naip|brca-demo|naip-demo source=DIR out=DIR bundle=DIR
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raylarge import report
+from raylarge.config import parse
+from raylarge.data.exchange import h5, h5_embed, h5_features, published
+from raylarge.data.exchange.layouts import LAYOUTS
+from raylarge.errors import UserError
+
+
+def main(arguments: list[str]) -> None:
+    """Export or import, as the first of the words says, and print what came of it."""
+    words = dict(word.split("=", 1) for word in arguments if "=" in word)
+    way = "import" if "import" in words else "export"
+    name = words.get(way, "")
+    rest = [word for word in arguments if not word.startswith(f"{way}=")]
+    for what, facts in _made(way, name, rest).items():
+        told = [[key, value] for key, value in facts.items() if not isinstance(value, dict)]
+        report.say(report.table([what, ""], told))
+
+
+def _made(way: str, name: str, rest: list[str]) -> dict[str, dict[str, Any]]:
+    chosen = [f"format={name}", *rest]
+    if way == "export" and name == "features":
+        return {name: h5_features.run(parse(h5_features.Features, rest, {}))}
+    if way == "export":
+        return {name: h5.run(parse(h5.Export, chosen, {}))}
+    if name == "tissue":
+        return {name: h5.outlines(parse(h5.Outlines, rest, {}))}
+    if name in h5.FORMATS:
+        return {"embed": h5_embed.run(parse(h5_embed.Import, chosen, {}))}
+    if name in LAYOUTS:
+        return published.run(parse(published.Published, chosen, {}))
+    known = ", ".join([*h5.FORMATS, "tissue", *LAYOUTS])
+    raise UserError(f"import={name}: choose one of {known}.")
+
+
+if __name__ == "__main__":
+    report.entry(main)

@@ -1,0 +1,122 @@
+"""Blocks of slides, mixed into hash buckets: the files of EXAMPLES, made for shuffled reading.
+
+A block goes to the bucket that a hash of its name says, so a bucket holds blocks of many slides
+and no slide's neighbours stay together. Inside, rows lie by scale and split and then by key, which
+is a hash too, and in small row groups that never mix scales or splits. Rows of blocks that did
+not change are taken over from the bucket that stands, so slides may be added at little cost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raylarge import schema, storage
+from raylarge.data import parts
+from raylarge.data.parts import Built, Maker
+from raylarge.data.pipeline import Crew, Facts, Unit
+
+_ORDER = [(name, "ascending") for name in ("scale", "split", "key")]
+
+
+class Plan:
+    """Which block belongs to which bucket, and which of both are to be made."""
+
+    def __init__(self, root: str, blocks: Sequence[Unit], buckets: int) -> None:
+        """Assign the blocks; nothing is read but the footers of buckets that stand."""
+        self._root, self._blocks, self._buckets = root, list(blocks), buckets
+        sorted_in: dict[int, list[Unit]] = defaultdict(list)
+        for block in blocks:
+            sorted_in[_bucket(block["part"], buckets)].append(block)
+        self._units = [self._unit(number, sorted_in[number]) for number in sorted(sorted_in)]
+
+    def _unit(self, number: int, blocks: Sequence[Unit]) -> Unit:
+        known = ("part", "stamp", "slide_id", "rows")
+        return {
+            "part": f"examples/{number:05d}-of-{self._buckets:05d}.parquet",
+            "stamp": parts.stamp([block["stamp"] for block in blocks]),
+            "blocks": [{key: block[key] for key in known} for block in blocks],
+        }
+
+    def missing_blocks(self) -> list[Unit]:
+        """The blocks that no bucket holds as they should be."""
+        held: dict[str, str] = {}
+        for unit in self._units:
+            held.update(parts.standing(self._root, unit["part"]).get("blocks", {}))
+        return [block for block in self._blocks if held.get(block["part"]) != block["stamp"]]
+
+    def without(self, slides: Iterable[str]) -> Plan:
+        """The plan that leaves some slides out."""
+        lost = set(slides)
+        if not lost:
+            return self
+        rest = [block for block in self._blocks if block["slide_id"] not in lost]
+        return Plan(self._root, rest, self._buckets)
+
+    def build(self, group_rows: int, crew: Crew) -> Built:
+        """Make the buckets that are missing."""
+        maker = partial(Bucketing, self._root, group_rows)
+        return parts.build(self._root, self._units, maker, crew, "shard")
+
+    def sweep(self) -> None:
+        """Remove the blocks: their rows are in the buckets."""
+        for path in storage.children(storage.join(self._root, "blocks"), "*.parquet"):
+            storage.remove(path)
+
+
+class Bucketing(Maker):
+    """Makes one bucket of EXAMPLES."""
+
+    kind = schema.EXAMPLES
+
+    def __init__(self, root: str, group_rows: int) -> None:
+        """Hold where the data lies."""
+        self._root, self._group_rows = root, group_rows
+
+    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+        """The rows of the bucket's blocks, in their order."""
+        standing = parts.standing(self._root, unit["part"]).get("blocks", {})
+        old = None
+        if any(standing.get(block["part"]) == block["stamp"] for block in unit["blocks"]):
+            old = storage.read_table(storage.join(self._root, unit["part"]))
+        found = []
+        for block in unit["blocks"]:
+            path = storage.join(self._root, block["part"])
+            if old is not None and standing.get(block["part"]) == block["stamp"]:
+                found.append(schema.check(_of_block(old, block), self.kind))
+            else:
+                found.append(schema.check(storage.read_table(path), self.kind))
+        table = pa.concat_tables(found).sort_by(_ORDER).combine_chunks()
+        stamps = {block["part"]: block["stamp"] for block in unit["blocks"]}
+        return table, {"blocks": stamps, "groups": groups(table, self._group_rows)}
+
+
+def groups(table: pa.Table, most: int) -> list[list[Any]]:
+    """[scale, split, rows] of the row groups of a table sorted by scale and split."""
+    counted = table.group_by(["scale", "split"]).aggregate([([], "count_all")])
+    runs = counted.sort_by([("scale", "ascending"), ("split", "ascending")]).to_pylist()
+    found: list[list[Any]] = []
+    for run in runs:
+        left = run["count_all"]
+        while left:
+            found.append([run["scale"], run["split"], min(most, left)])
+            left -= min(most, left)
+    return found
+
+
+def _bucket(name: str, buckets: int) -> int:
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % buckets
+
+
+def _of_block(table: pa.Table, block: dict[str, Any]) -> pa.Table:
+    top, bottom = block["rows"]
+    row = table["row"]
+    inside = pc.and_(pc.greater_equal(row, top), pc.less(row, bottom))
+    return table.filter(pc.and_(inside, pc.equal(table["slide_id"], block["slide_id"])))

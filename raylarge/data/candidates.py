@@ -1,0 +1,166 @@
+"""Which regions of a slide may become examples: coordinates and shares, no pixels.
+
+A candidate at scale k covers 2^k x 2^k base tiles. Candidates lie on the regular grid of their
+scale; at coarse scales random tile-aligned crops join them. What is random about a slide is a
+function of (seed, slide_id, scale).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from raylarge.diffusion.noise import generator
+from raylarge.errors import UserError
+from raylarge.geometry import spans
+from raylarge.slides.reader import BASE_MPP
+
+Grid = Float[np.ndarray, "grid_rows grid_columns"]
+Cells = Int[np.ndarray, "n 2"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What counts as an example, and who may train on it."""
+
+    patch_px: int = 256
+    scales: list[int] = field(default_factory=lambda: list(range(8)))
+    tissue: list[float] = field(default_factory=lambda: [0.5, 0.4, 0.3, 0.2, 0.1])
+    """Least share of tissue per scale; coarser scales than listed take the last."""
+    mask: str = ""
+    """Where tissue is: "" by colour; `all`; or a pattern such as `masks/{name}.geojson` (.png)."""
+    border: str = "drop"
+    """Regions over the right and lower edge: `drop`, or `pad` them with white."""
+    crops: int = 0
+    """Random tile-aligned candidates per slide and coarse scale, beside the regular grid."""
+    split: str = "patient"
+    """`patient`: whole patients are held out; `band`: the lowest rows of each slide; or a file."""
+    val_fraction: float = 0.1
+    test_fraction: float = 0.0
+    patient: str = ""
+    """Regular expression on the file name whose first group is the patient; empty: the slide."""
+    table: str = ""
+    """A CSV or parquet of the slides: `slide`, and patient, split, mpp, labels (`roster.py`)."""
+    mpp: float | None = None
+    base_mpp: float = BASE_MPP
+    icc: bool = True
+    """Convert pixels to sRGB where the file has a colour profile."""
+    block_tiles: int = 1024
+    """Base tiles (about) per part of the later tables."""
+    salt: str = "raylarge"
+    """Of the pseudonyms. It is written nowhere: give your own, and keep it."""
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            UserError: naming the key, its value and what it may be.
+        """
+        held_out = self.val_fraction + self.test_fraction
+        for key, fine, wish in (
+            ("patch_px", self.patch_px >= 8, "8 or more"),
+            ("scales", bool(self.scales) and min(self.scales) >= 0, "a list of 0 and above"),
+            ("tissue", bool(self.tissue), "a list with a share per scale"),
+            ("border", self.border in ("drop", "pad"), "drop or pad"),
+            ("mask", self.mask in ("", "all") or "{name}" in self.mask, "all, or hold {name}"),
+            ("val_fraction", 0 <= self.val_fraction < 1, "0 or more and below 1"),
+            (
+                "test_fraction",
+                self.test_fraction >= 0 and held_out < 1,
+                "with val_fraction below 1",
+            ),
+            ("block_tiles", self.block_tiles >= 1, "1 or more"),
+            ("crops", self.crops >= 0, "0 or more"),
+        ):
+            if not fine:
+                raise UserError(f"tile.{key}={getattr(self, key)}: it must be {wish}.")
+
+
+def base_grid(size_px: tuple[int, int], config: Tile) -> tuple[int, int]:
+    """(rows, columns) of base tiles: whole ones; padded, up to a multiple of the coarsest scale."""
+    if config.border == "drop":
+        return (size_px[0] // config.patch_px, size_px[1] // config.patch_px)
+    unit = 1 << max(config.scales)
+    rows, columns = (-(-side // (config.patch_px * unit)) * unit for side in size_px)
+    return (rows, columns)
+
+
+def blocks(grid: Sequence[int], config: Tile) -> list[tuple[int, int]]:
+    """The rows [start, stop) of the base grid that each block of a slide's parts covers."""
+    return spans(grid[0], max(1, config.block_tiles // max(1, grid[1]))) if all(grid) else []
+
+
+def candidates(size_px: tuple[int, int], k: int, config: Tile, slide_id: str) -> Cells:
+    """(row, column) of all candidates at a scale: the regular grid, then random crops, sorted."""
+    factor = 1 << k
+    counts = [-(-side // (config.patch_px * factor)) for side in size_px]
+    regular = {(r * factor, c * factor) for r in range(counts[0]) for c in range(counts[1])}
+    free = [side // config.patch_px - factor + 1 for side in size_px]
+    if k and config.crops and min(free) > 0:
+        address = (int(slide_id[:8], 16), int(slide_id[8:], 16), k)
+        order = generator(config.seed, "tile crops", *address).permutation(free[0] * free[1])
+        drawn = (divmod(int(index), free[1]) for index in order)
+        fresh = [cell for cell in drawn if cell not in regular]
+        regular.update(fresh[: config.crops])
+    return np.array(sorted(regular), dtype=np.int64).reshape(-1, 2)
+
+
+def box_means(tissue: Grid, cells: Cells, factor: int) -> Float[np.ndarray, "n"]:
+    """Mean tissue of the tiles under each candidate; there is none beyond the grid."""
+    sums = np.zeros((tissue.shape[0] + factor + 1, tissue.shape[1] + factor + 1))
+    padded = np.pad(tissue.astype(np.float64), ((0, factor), (0, factor)))
+    sums[1:, 1:] = padded.cumsum(axis=0).cumsum(axis=1)
+    top, left = cells[:, 0], cells[:, 1]
+    bottom, right = top + factor, left + factor
+    total = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+    return (total / factor**2).astype(np.float32)
+
+
+def splits(cells: Cells, k: int, rows: int, split: str, val_fraction: float) -> list[str]:
+    """Each candidate's split; empty where it straddles the edge of the held-out band."""
+    if split != "band":
+        return [split] * len(cells)
+    held_out = max(1, round(val_fraction * rows)) if val_fraction else 0
+    edge = rows - held_out
+    above, below = cells[:, 0] + (1 << k) <= edge, cells[:, 0] >= edge
+    return [str(name) for name in np.select([above, below], ["train", "val"], "")]
+
+
+def reason(
+    cell: Int[np.ndarray, "2"],
+    factor: int,
+    grid: tuple[int, int],
+    split: str,
+    share: np.float32,
+    least: float,
+) -> str:
+    """Why a candidate is rejected; empty where it is kept."""
+    if cell[0] + factor > grid[0] or cell[1] + factor > grid[1]:
+        return "outside"
+    if not split:
+        return "crosses the split"
+    return f"tissue {share:.3g} < {least:g}" if share < np.float32(least) else ""
+
+
+def covered(
+    scale: Int[np.ndarray, "n"], cells: Cells, rows: tuple[int, int], columns: int
+) -> Bool[np.ndarray, "rows columns"]:
+    """Which base tiles of the rows [top, bottom) some example covers."""
+    top, bottom = rows
+    marks = np.zeros((bottom - top + 1, columns + 1), np.int32)
+    factor = 1 << scale.astype(np.int64)
+    first = np.clip(cells[:, 0] - top, 0, bottom - top)
+    last = np.clip(cells[:, 0] + factor - top, 0, bottom - top)
+    for r, c, sign in (
+        (first, cells[:, 1], 1),
+        (last, cells[:, 1], -1),
+        (first, cells[:, 1] + factor, -1),
+        (last, cells[:, 1] + factor, 1),
+    ):
+        np.add.at(marks, (r, c), sign)
+    found: np.ndarray = marks.cumsum(axis=0).cumsum(axis=1)[:-1, :-1] > 0
+    return found

@@ -1,0 +1,114 @@
+"""caption: EXAMPLES in, CAPTIONS out: a sentence about each example's image.
+
+The folder's name carries the digest of the captioner and its weights; another captioner means
+other CAPTIONS beside these. Batches have one fixed size inside a part, so who captions a part
+does not change a word. Scales that are not wanted are left out. Graikos et al. (supplement)
+train text-to-large-image models on captions that a captioner gave.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raylarge import images, schema, storage
+from raylarge.config import plain
+from raylarge.data import derive, parts, picked
+from raylarge.data.parts import Maker
+from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.errors import UserError
+from raylarge.geometry import batches
+from raylarge.models import hub, text
+
+_SMALL_FILES = (".json", ".txt")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Who describes the images, and which of them."""
+
+    model: str = "blip"
+    weights: str = ""  # a folder in the layout of transformers, on every node
+    batch: int = 8
+    scales: list[int] | None = None
+    """Which scales are described; absent: all."""
+    actors: int | None = None
+    """Ray actors; absent: `workers`."""
+    gpus: float = 0.0
+    """Of each actor; a part of one lets several share it."""
+
+
+def run(root: str, config: Caption, crew: Crew) -> Facts:
+    """Describe the examples, and write `caption-<digest>.json`.
+
+    Returns:
+        What a report wants, and `table`: the folder of the CAPTIONS.
+
+    Raises:
+        UserError: `shard` has not run, no such captioner, scales that have no examples, or
+            weights that are missing or another model's.
+    """
+    made = parts.manifest(root, "shard", "caption")
+    picked.require(made, config.scales, "caption.scales")
+    if config.batch < 1:
+        raise UserError(f"caption.batch={config.batch}: it must be 1 or more.")
+    config = replace(config, weights=config.weights and storage.absolute(config.weights))
+    used = _section(config)
+    table = f"captions-{parts.stamp(used['model'], used['weights'])}"
+    crew = picked.crew_of(crew, config.actors, config.gpus)
+    return derive.run(root, table, partial(Captioning, root, config), crew, {"caption": used})
+
+
+def _section(config: Caption) -> dict[str, Any]:
+    """What of the config the captions depend on."""
+    known = plain(config)
+    for name in ("actors", "gpus"):
+        known.pop(name)
+    return {**known, "weights": folder_digest(config.weights)}
+
+
+def folder_digest(folder: str) -> str:
+    """A short name for the weights, words and sizes in a folder in the layout of transformers.
+
+    Empty where no folder is given: then they come with the package or the hub that a card names.
+
+    Raises:
+        UserError: there are no weights.
+    """
+    if not folder:
+        return ""
+    found = hub.find(folder)
+    names = {name for name in storage.sizes(str(found.parent)) if name.endswith(_SMALL_FILES)}
+    files = [found, *(Path(found.parent, name) for name in sorted(names))]
+    return storage.digest(*(storage.digest_file(file).encode() for file in files))
+
+
+class Captioning(Maker):
+    """Makes the CAPTIONS of one part of the examples."""
+
+    kind = schema.CAPTIONS
+
+    def __init__(self, root: str, config: Caption) -> None:
+        """Load the captioner."""
+        self._root, self._config = root, config
+        device = "cuda" if config.gpus else "cpu"
+        self._captioner = text.load_captioner(config.model, config.weights, device)
+
+    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+        """A sentence for every example of the wanted scales, in the part's order."""
+        columns = [*derive.WHERE, "image"]
+        table, groups = picked.read(self._root, unit, columns, self._config.scales)
+        texts = pa.array(self._texts(table["image"]), pa.string())
+        return pa.table({**derive.where(table), "text": texts}), {"groups": groups}
+
+    def _texts(self, files: pa.ChunkedArray) -> list[str]:
+        found: list[str] = []
+        for batch in batches(len(files), self._config.batch) if len(files) else []:
+            pixels = np.stack([images.from_bytes(files[i].as_py()) for i in batch])
+            found += self._captioner.caption(pixels)
+        return found[: len(files)]

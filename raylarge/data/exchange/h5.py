@@ -1,0 +1,340 @@
+"""h5: EMBEDDINGS out as CLAM and TRIDENT lay them out; their files in, as `h5_embed.py` reads them.
+
+    clam       FOLDER/patches/<slide>.h5, h5_files/<slide>.h5, pt_files/<slide>.pt
+    trident    FOLDER/20x_256px_0px_overlap/patches/<slide>_patches.h5
+                                            features_<encoder>/<slide>.h5
+
+`coords` are (x, y) of upper left corners in level-0 pixels, whatever the scale of the patches, and
+their attributes tell how wide a patch is. Slides bear their pseudonyms. Source: save_h5 and
+coords_to_h5 of github.com/mahmoodlab/TRIDENT, extract_features_fp.py of mahmoodlab/CLAM.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float16, Int64
+from omegaconf import MISSING
+
+from raylarge import config as configs
+from raylarge import storage, tables
+from raylarge.data import parts, pipeline
+from raylarge.data.candidates import Tile
+from raylarge.data.grid import TileGrid, about
+from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.tile import kept, scale_and_cells, slides_of
+from raylarge.errors import UserError
+
+FORMATS = ("clam", "trident")
+_INSET = 1 / 32
+"""Of a patch: a mask's polygons own the pixels that their edges touch (`slides/masks.py`)."""
+Cells = Int64[np.ndarray, "n 2"]
+Vectors = Float16[np.ndarray, "n width"]
+
+
+class Patches(NamedTuple):
+    """What a file of coords says, in level-0 pixels."""
+
+    xy: Cells
+    """Of the upper left corners: (x, y), not (row, column)."""
+    side_l0: float
+    features: tuple[int, ...]
+    """Shape of the vectors beside them; () where there are none."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What goes out, and where to."""
+
+    data: str = MISSING
+    out: str = MISSING
+    format: str = "trident"
+    cells: str = "valid"
+    """`valid`: every tile with an embedding; `kept`: those that are examples of scale 0."""
+    workers: int | None = None
+
+    def check(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            UserError: naming the key, its value and what it may be.
+        """
+        if self.format not in FORMATS:
+            raise UserError(f"export={self.format}: it must be one of {', '.join(FORMATS)}.")
+        if self.cells not in ("valid", "kept"):
+            raise UserError(f"cells={self.cells}: it must be valid or kept.")
+
+
+def run(config: Export) -> Facts:
+    """Write one set of files per slide; those that stand as they should are left alone.
+
+    Returns:
+        `slides`, `cells`, `made` (slides written just now) and `output`.
+
+    Raises:
+        UserError: `embed` has not run, a slide that cannot be opened, or h5py is not installed.
+    """
+    config.check()
+    library()
+    root, out = storage.absolute(config.data), storage.absolute(config.out)
+    tiles, embedded = (parts.manifest(root, verb, "export") for verb in ("tile", "embed"))
+    tile = tile_of(tiles)
+    named = [one["part"] for one in embedded["parts"]]
+    units = [
+        {
+            **{key: slide[key] for key in ("slide_id", "path", "mpp_override")},
+            "part": f"h5 of {slide['slide_id']}",
+            "parts": [part for part in named if f"/{slide['slide_id']}-" in part],
+            "stamp": parts.stamp(config.format, config.cells, slide["stamp"], embedded["digest"]),
+        }
+        for slide in slides_of(root)
+        if slide["slide_id"] not in embedded["lost"]
+    ]
+    work = partial(Exporting, (root, out), config, tile, embedded["encoder"])
+    found = pipeline.run(units, work, Crew(workers=config.workers), "export")
+    totals = {key: sum(one[key] for one in found) for key in ("cells", "made")}
+    return {"slides": len(found), **totals, "output": out}
+
+
+def tile_of(manifest: Mapping[str, Any]) -> Tile:
+    """The config that made TILES, as far as their place and size go (its salt is a digest)."""
+    return configs.build(Tile, manifest["config"]["tile"])
+
+
+class Exporting:
+    """Writes the files of one slide; the one with the features last, with a stamp in it."""
+
+    def __init__(
+        self, folders: tuple[str, str], config: Export, tile: Tile, encoder: Mapping[str, Any]
+    ) -> None:
+        """Hold where the data lies, where the files go, and what tiles and vectors are."""
+        self._root, self._out = folders
+        self._config, self._tile, self._encoder = config, tile, encoder
+        self._grid = TileGrid(tile)
+
+    def __call__(self, unit: Unit) -> Facts:
+        """How many `cells` the slide has, and whether its files were `made` just now."""
+        name = unit["slide_id"]
+        of_coords, of_features = self._paths(name)
+        standing = _standing(storage.join(self._out, of_features), unit["stamp"])
+        if standing is not None:
+            return {"cells": standing, "made": 0}
+        cells, vectors = self._content(unit)
+        with about(unit):
+            slide = self._grid.open(unit)
+        xy = np.rint(cells[:, ::-1] * (self._tile.patch_px * slide.zoom)).astype(np.int64)
+        features, stamp = vectors.astype(np.float32), {"raylarge": unit["stamp"]}
+        told = {"coords": self._told(name, slide.zoom, slide.size_l0)}
+        self._write(of_coords, {"coords": xy}, told)
+        if self._config.format == "clam":
+            sink = io.BytesIO()
+            torch.save(torch.from_numpy(features), sink)
+            storage.write_bytes(storage.join(self._out, "pt_files", f"{name}.pt"), sink.getvalue())
+            told, xy = {}, xy.astype(np.int32)
+        else:
+            told["features"] = {"name": name, "savetodir": of_features.rsplit("/", 1)[0]}
+        self._write(of_features, {"features": features, "coords": xy}, told, stamp)
+        return {"cells": len(cells), "made": 1}
+
+    def _paths(self, name: str) -> tuple[str, str]:
+        """The files of coords and of features, below the folder."""
+        if self._config.format == "clam":
+            return f"patches/{name}.h5", f"h5_files/{name}.h5"
+        folder = f"{self._magnification:g}x_{self._tile.patch_px}px_0px_overlap"
+        encoder = str(self._encoder["name"]).replace(":", "_")
+        return f"{folder}/patches/{name}_patches.h5", f"{folder}/features_{encoder}/{name}.h5"
+
+    @property
+    def _magnification(self) -> int | float:
+        """20 at 0.5 um/px: both tools count in objectives."""
+        return _whole(10 / self._tile.base_mpp)
+
+    def _told(self, name: str, zoom: float, size_l0: tuple[int, int]) -> dict[str, Any]:
+        """The attributes of coords by the names that each tool reads."""
+        side, side_l0 = self._tile.patch_px, round(self._tile.patch_px * zoom)
+        if self._config.format == "clam":
+            size = np.array(size_l0[::-1])
+            level = {"patch_level": 0, "downsample": np.array([1.0, 1.0]), "level_dim": size}
+            more = {"downsampled_level_dim": size, "name": name, "save_path": "patches"}
+            return {"patch_size": side_l0, **level, **more}
+        return {
+            "patch_size": side,
+            "patch_size_level0": side_l0,
+            "level0_magnification": _whole(self._magnification * zoom),
+            "target_magnification": self._magnification,
+            "overlap": 0,
+            "name": name,
+            "savetodir": self._paths(name)[0].split("/", 1)[0],
+            "level0_width": size_l0[1],
+            "level0_height": size_l0[0],
+        }
+
+    def _content(self, unit: Unit) -> tuple[Cells, Vectors]:
+        """(row, column) of the slide's cells, and their vectors, row by row."""
+        wanted = None
+        if self._config.cells == "kept":
+            scale, cells = scale_and_cells(kept(self._root, unit["slide_id"]))
+            wanted = cells[scale == 0]
+        found = [_of_block(storage.join(self._root, part), wanted) for part in unit["parts"]]
+        if not found:
+            width = self._encoder["width"]
+            return np.empty((0, 2), np.int64), np.empty((0, width), np.float16)
+        return np.concatenate([c for c, _ in found]), np.concatenate([v for _, v in found])
+
+    def _write(
+        self,
+        path: str,
+        content: Mapping[str, np.ndarray],
+        attributes: Mapping[str, Mapping[str, Any]],
+        stamp: Mapping[str, str] | None = None,
+    ) -> None:
+        sink = io.BytesIO()
+        with library().File(sink, "w") as file:
+            file.attrs.update(stamp or {})
+            for name, values in content.items():
+                file.create_dataset(name, data=values).attrs.update(attributes.get(name, {}))
+        storage.write_bytes(storage.join(self._out, path), sink.getvalue())
+
+
+def _whole(value: float) -> int | float:
+    """A magnification as the tools write it: whole where it is."""
+    near = round(value)
+    return near if near and abs(value / near - 1) < 1e-6 else value
+
+
+def _of_block(path: str, wanted: Int64[np.ndarray, "wanted 2"] | None) -> tuple[Cells, Vectors]:
+    """(row, column) and vectors of the valid cells of one part, of the wanted ones if given."""
+    table = storage.read_table(path)
+    rows, columns = table["row"].to_numpy(), table["columns"][0].as_py()
+    chosen: Bool[np.ndarray, "rows columns"] = tables.lists(table["valid"])[0].reshape(-1, columns)
+    if wanted is not None:
+        inside = wanted[np.isin(wanted[:, 0], rows)]
+        marks = np.zeros(chosen.shape, bool)
+        marks[inside[:, 0] - int(rows[0]), inside[:, 1]] = True
+        chosen = chosen & marks
+    vectors = tables.lists(table["embedding"])[0].reshape(*chosen.shape, -1)[chosen]
+    return np.argwhere(chosen).astype(np.int64) + np.array([int(rows[0]), 0]), vectors
+
+
+def _standing(path: str, stamp: str) -> int | None:
+    """How many rows the features at a path have; None where it is not this stamp's."""
+    if not storage.exists(path):
+        return None
+    with opened(path) as file:
+        return len(file["coords"]) if file.attrs.get("raylarge") == stamp else None
+
+
+def library() -> Any:
+    """h5py, which only these formats need.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module("h5py")
+    except ImportError as error:
+        raise UserError("HDF5 files need the package h5py: pip install 'raylarge[h5]'.") from error
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Any]:
+    """An HDF5 file for reading; one of a store is fetched whole.
+
+    Raises:
+        UserError: it is none. The file is not named, since a patient may be in its name.
+    """
+    source = path.removeprefix("file://")
+    content = source if storage.is_local(path) else io.BytesIO(storage.read_bytes(path))
+    try:
+        file = library().File(content, "r")
+    except OSError as error:
+        raise UserError("its h5 is missing, damaged or no HDF5 file") from error
+    with file:
+        yield file
+
+
+def patches(paths: Sequence[str]) -> Patches:
+    """Coords and features of the first file, and how wide a patch is by the first that tells.
+
+    Raises:
+        UserError: no coords, or nobody tells.
+    """
+    with opened(paths[0]) as file:
+        if "coords" not in file or file["coords"].shape[1:] != (2,):
+            raise UserError("its h5 holds no coords [N, 2]")
+        xy = np.asarray(file["coords"][:]).astype(np.int64)
+        shape = tuple(file["features"].shape) if "features" in file else ()
+        side_l0 = _side_l0(file["coords"].attrs)
+    for path in () if side_l0 else paths[1:]:
+        with opened(path) as file:
+            side_l0 = side_l0 or _side_l0(file["coords"].attrs if "coords" in file else {})
+    if not side_l0:
+        raise UserError(
+            "its coords do not tell patch_size; give patches=, a folder of files that do"
+        )
+    return Patches(xy, side_l0, shape)
+
+
+def _side_l0(told: Mapping[str, Any]) -> float:
+    """The side of a patch in level-0 pixels by TRIDENT's attributes, or else CLAM's; 0: unknown."""
+    if "patch_size_level0" in told:
+        return float(told["patch_size_level0"])
+    if "patch_size" not in told or ("downsample" not in told and told.get("patch_level", 1)):
+        return 0.0
+    factor = float(np.ravel(told.get("downsample", 1.0))[0])
+    return float(told["patch_size"]) * factor * float(told.get("custom_downsample", 1))
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """Whose patches become tissue masks."""
+
+    source: str = MISSING
+    """A folder of h5 files with coords, such as TRIDENT's `patches`."""
+    out: str = MISSING
+
+
+def outlines(config: Outlines) -> Facts:
+    """Write the area of each file's patches as GeoJSON that `tile.mask='OUT/{name}.geojson'` reads.
+
+    Returns:
+        `slides`, `patches` and `output`.
+
+    Raises:
+        UserError: no file there, or one without coords.
+    """
+    found = storage.children(storage.absolute(config.source), "*.h5")
+    if not found:
+        raise UserError(f"source={config.source}: there is no .h5 file in it.")
+    count = 0
+    for path in found:
+        name = path.rsplit("/", 1)[-1].removesuffix(".h5").removesuffix("_patches")
+        try:
+            told = patches([path])
+        except UserError as error:
+            raise UserError(f"{path}: {error}.") from error
+        shape = {"type": "MultiPolygon", "coordinates": [[ring] for ring in _rings(told)]}
+        feature = {"type": "Feature", "properties": {}, "geometry": shape}
+        document = {"type": "FeatureCollection", "features": [feature]}
+        storage.write_json(storage.join(config.out, f"{name}.geojson"), document)
+        count += len(told.xy)
+    return {"slides": len(found), "patches": count, "output": config.out}
+
+
+def _rings(told: Patches) -> Iterator[list[list[float]]]:
+    """A rectangle around each run of patches side by side, a little smaller than they are."""
+    inset, side = told.side_l0 * _INSET, told.side_l0
+    xy = told.xy[np.lexsort((told.xy[:, 0], told.xy[:, 1]))]
+    gaps = (np.diff(xy[:, 1]) != 0) | (np.diff(xy[:, 0]) > side + 1)
+    for run in np.split(xy, np.flatnonzero(gaps) + 1) if len(xy) else []:
+        left, top = (run[0] + inset).tolist()
+        right, bottom = (run[-1] + side - inset).tolist()
+        yield [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]

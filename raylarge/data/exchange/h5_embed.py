@@ -1,0 +1,284 @@
+"""h5_embed: vectors that CLAM or TRIDENT made of the user's slides in, EMBEDDINGS out.
+
+    TILES + FOLDER/<slide>.h5 ─▶ EMBEDDINGS and embed.json, so that `shard` can go on
+
+A patch must lie on our grid of base tiles, so the tools must have cut the slide from its corner,
+without overlap, into patches as wide as our tiles: TRIDENT does. They leave glass out, though,
+which coarse examples do cover: such tiles are embedded here (`fill=true`), or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from omegaconf import MISSING
+
+from raylarge import storage
+from raylarge.data import embed, parts, pipeline, roster
+from raylarge.data.candidates import Tile, covered
+from raylarge.data.embed import Embed, Embedding
+from raylarge.data.exchange import h5
+from raylarge.data.exchange.h5 import Cells, Patches, Vectors
+from raylarge.data.grid import TileGrid, about
+from raylarge.data.parts import Built
+from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.tile import kept, scale_and_cells, slides_of
+from raylarge.errors import UserError
+from raylarge.models import ssl
+from raylarge.models.ssl_cards import Card
+
+Index = dict[tuple[int, int], int]
+_SLAB = 8192  # vectors that are read together
+_OFF_PX = 1.0  # level-0 pixels by which both sides may have rounded differently
+
+
+@dataclass(frozen=True)
+class Import:
+    """Whose vectors come in."""
+
+    data: str = MISSING
+    """The data folder, where `tile` has run."""
+    source: str = MISSING
+    """The folder of the h5 files with features, or of CLAM's `h5_files`. They are named like the
+    slides' files, or by pseudonym."""
+    encoder: str = MISSING
+    """That made them."""
+    format: str = "trident"
+    patches: str = ""
+    """The folder of the h5 files that tell patch_size, where those with features do not."""
+    fill: bool = False
+    """Embed the tiles that the files lack here; it takes the encoder's weights."""
+    embed: Embed = field(default_factory=Embed)
+    """By what means; its `encoder` is the one above."""
+    workers: int | None = None
+    on_error: str = "stop"
+    """At a slide whose file does not fit: `stop`, or `skip` it and say so in failed.parquet."""
+
+
+def run(config: Import) -> Facts:
+    """Put the vectors of all slides into EMBEDDINGS, and write `embed.json`.
+
+    Returns:
+        What `parts.finish` says, and `imported`, `embedded`: tiles by where their vectors are from.
+
+    Raises:
+        UserError: `tile` has not run, the folder holds embeddings of its own, a slide's file is
+            missing or does not fit, or h5py is not installed.
+    """
+    _check(config)
+    root = storage.absolute(config.data)
+    tiles = parts.manifest(root, "tile", "import")
+    _refuse_own(root)
+    card, tile = ssl.card(config.encoder), h5.tile_of(tiles)
+    crew = Crew(workers=config.workers, skip=config.on_error == "skip")
+    slides = _with_files(slides_of(root), config)
+    looked = pipeline.run(slides, partial(Looking, root, tile, config), crew, "look")
+    told = [[slide["slide_id"], one] for slide, one in zip(slides, looked, strict=True)]
+    failed = [_failed(name, one["failed"]) for name, one in told if "failed" in one]
+    digests = [[name, one["digest"]] for name, one in told if "failed" not in one]
+    sections = {"tile": tiles["config"]["tile"], "embed": _section(config, digests)}
+    files = {slide["slide_id"]: slide["files"] for slide in slides}
+    whole = {name for name, _ in digests}
+    units = [
+        {**unit, "files": files[unit["slide_id"]]}
+        for unit in embed.units_of(root, tile, sections)
+        if unit["slide_id"] in whole
+    ]
+    maker = partial(Importing, root, tile, config)
+    crew = replace(crew, gpus=config.embed.gpus if config.fill else 0.0)
+    built = parts.build(root, units, maker, crew, "embed")
+    together = Built(built.facts, failed + built.failed)
+    totals = {
+        key: sum(one[key] for one in built.facts) for key in ("imported", "embedded", "blank")
+    }
+    encoder = {**card.as_json(), "weights": sections["embed"].get("weights", "")}
+    more = {"input": tiles["digest"], "encoder": encoder, **totals}
+    return {**parts.finish(root, "embed", together, sections, **more), **totals}
+
+
+def _check(config: Import) -> None:
+    h5.library()
+    if config.format not in h5.FORMATS:
+        raise UserError(f"import={config.format}: it must be one of {', '.join(h5.FORMATS)}.")
+    if config.on_error not in ("stop", "skip"):
+        raise UserError(f"on_error={config.on_error}: it must be stop or skip.")
+
+
+def _refuse_own(root: str) -> None:
+    """Imported vectors replace imported ones; those that `embed` made are left alone."""
+    path = storage.join(root, "embed.json")
+    if storage.exists(path) and "imported" not in storage.read_json(path)["config"]["embed"]:
+        raise UserError(
+            f"{root} holds embeddings that verbs=embed made; choose another data=, or delete "
+            f"{path} and what shard made."
+        )
+
+
+def _section(config: Import, digests: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Where the vectors are from: the encoder, the files' content, and what filled the gaps."""
+    means = embed.section(_means(config)) if config.fill else {"encoder": config.encoder}
+    return {**means, "imported": f"{config.format} {parts.stamp(digests)}"}
+
+
+def _means(config: Import) -> Embed:
+    weights = config.embed.weights and storage.absolute(config.embed.weights)
+    return replace(config.embed, encoder=config.encoder, weights=weights)
+
+
+def _failed(slide_id: str, reason: str) -> dict[str, str]:
+    return {"slide_id": slide_id, "part": f"embeddings/{slide_id}", "reason": reason}
+
+
+def _with_files(slides: Sequence[dict[str, Any]], config: Import) -> list[dict[str, Any]]:
+    """Slides as units, each with its `files`: that of the features, then that of the coords."""
+    source = storage.absolute(config.source)
+    features = {**_named(source), **_named(storage.join(source, "h5_files"))}
+    if not features:
+        raise UserError(f"source={config.source}: there is no .h5 file in it, nor in h5_files.")
+    folders = [storage.absolute(config.patches)] if config.patches else []
+    folders += [storage.join(source, "patches"), storage.join(source.rsplit("/", 1)[0], "patches")]
+    coords = {name: path for folder in reversed(folders) for name, path in _named(folder).items()}
+    units = []
+    for slide in slides:
+        names = [slide["slide_id"], *roster.stems(slide["path"])]
+        files = [next((of[name] for name in names if name in of), "") for of in (features, coords)]
+        known = {key: slide[key] for key in ("slide_id", "path", "mpp_override", "grid")}
+        units.append({**known, "part": f"embeddings/{slide['slide_id']}", "files": files})
+    return units
+
+
+def _named(folder: str) -> dict[str, str]:
+    """The h5 files of a folder by the slide that they are named for."""
+    found = storage.children(folder, "*.h5")
+    stems = (path.rsplit("/", 1)[-1].removesuffix(".h5") for path in found)
+    return {stem.removesuffix("_patches"): path for stem, path in zip(stems, found, strict=True)}
+
+
+class Looking:
+    """Looks at one slide's file before anything is written."""
+
+    def __init__(self, root: str, tile: Tile, config: Import) -> None:
+        """Hold what the file is to fit."""
+        self._root, self._tile, self._fill = root, tile, config.fill
+        self._card, self._grid = ssl.card(config.encoder), TileGrid(tile)
+
+    def __call__(self, unit: Unit) -> Facts:
+        """The `digest` of the file, and how many tiles it is `missing`.
+
+        Raises:
+            SlideError: no file, another encoder's width, another grid, or tiles that are missing.
+        """
+        with about(unit):
+            told, index = _source(unit, self._grid.open(unit).zoom, self._tile)
+            _check_width(told, self._card)
+            scale, cells = scale_and_cells(kept(self._root, unit["slide_id"]))
+            rows, columns = unit["grid"]
+            needed = np.argwhere(covered(scale, cells, (0, rows), columns)).tolist()
+            missing = [cell for cell in needed if tuple(cell) not in index]
+            if missing and not self._fill:
+                raise UserError(
+                    f"its h5 lacks {len(missing)} of the {len(needed)} tiles that kept examples "
+                    f"cover, the first at row {missing[0][0]}, column {missing[0][1]}; set "
+                    "fill=true to embed those here, or tile with its own patches as the mask "
+                    "(import=tissue) and fewer scales"
+                )
+        return {"digest": storage.digest_file(unit["files"][0]), "missing": len(missing)}
+
+
+class Importing(Embedding):
+    """Makes the EMBEDDINGS of one block out of a file's vectors."""
+
+    def __init__(self, root: str, tile: Tile, config: Import) -> None:
+        """Load the encoder, where gaps are to be filled."""
+        self._tile = tile
+        self._read = lru_cache(1)(self._read_anew)
+        if config.fill:
+            super().__init__(root, tile, _means(config))
+        else:
+            self._root, self._grid = root, TileGrid(tile)
+            self._encoder: Any = _Unloaded(ssl.card(config.encoder))
+
+    def make(self, unit: Unit) -> tuple[Any, Facts]:
+        """The block's rows of the base grid, as `embed` makes them."""
+        self._unit = unit
+        table, facts = super().make(unit)
+        return table, {"imported": 0, **facts}
+
+    def _embed(self, cells: Sequence[tuple[int, int]], facts: Facts) -> Vectors:
+        """A vector per cell: the file's, or of our own making where it has none."""
+        index, vectors = self._read(self._unit["slide_id"])
+        found = np.empty((len(cells), self._encoder.card.width), np.float16)
+        gaps = [i for i, cell in enumerate(cells) if cell not in index]
+        known = [i for i, cell in enumerate(cells) if cell in index]
+        found[known] = vectors[[index[cells[i]] for i in known]]
+        if gaps:
+            found[gaps] = super()._embed([cells[i] for i in gaps], facts)
+        facts["imported"] = len(known)
+        return found
+
+    def _read_anew(self, slide_id: str) -> tuple[Index, Vectors]:
+        """All vectors of a slide; its blocks come one after the other."""
+        told, index = _source(self._unit, self._grid.open(self._unit).zoom, self._tile)
+        vectors = np.empty(told.features, np.float16)
+        with h5.opened(self._unit["files"][0]) as file, np.errstate(over="ignore"):
+            for start in range(0, len(vectors), _SLAB):
+                vectors[start : start + _SLAB] = file["features"][start : start + _SLAB]
+        if not np.isfinite(vectors).all():
+            raise UserError("its h5 holds features that are no finite half-precision numbers")
+        return index, vectors
+
+
+class _Unloaded(NamedTuple):
+    """Stands where an encoder would, if there is nothing to embed."""
+
+    card: Card
+
+
+def _source(unit: Unit, zoom: float, tile: Tile) -> tuple[Patches, Index]:
+    """What a slide's files say, and which of their vectors is a cell's.
+
+    Raises:
+        UserError: no file, or patches of another size or place than our tiles.
+    """
+    features, coords = unit["files"]
+    if not features:
+        raise UserError("there is no h5 file of its name in source=")
+    told = h5.patches([features, coords] if coords else [features])
+    cells = on_grid(told, tile.patch_px * zoom, tile)
+    return told, {(row, column): i for i, (row, column) in enumerate(cells.tolist())}
+
+
+def on_grid(told: Patches, side_l0: float, tile: Tile) -> Cells:
+    """(row, column) of each patch on the grid of base tiles, `side_l0` level-0 pixels wide each.
+
+    Raises:
+        UserError: naming the first patch that does not lie on it.
+    """
+    if abs(told.side_l0 - side_l0) > _OFF_PX:
+        mpp = tile.base_mpp * tile.patch_px / told.side_l0
+        raise UserError(
+            f"its patches are {told.side_l0:g} level-0 pixels wide and our tiles {side_l0:g}; cut "
+            f"it anew, or tile with tile.mpp={mpp:.6g} if that is its resolution"
+        )
+    cells = np.rint(told.xy / side_l0)
+    off = np.abs(told.xy - cells * side_l0).max(axis=1, initial=0) > _OFF_PX
+    if off.any():
+        x, y = told.xy[off][0].tolist()
+        raise UserError(
+            f"its patch at x={x}, y={y} does not lie on the grid of {side_l0:g} level-0 pixels "
+            f"({int(off.sum())} of {len(off)} do not); cut the slide from its corner, without "
+            "overlap (CLAM begins at each contour's own corner, TRIDENT at the slide's)"
+        )
+    return cells[:, ::-1].astype(np.int64)
+
+
+def _check_width(told: Patches, card: Card) -> None:
+    if told.features != (len(told.xy), card.width):
+        raise UserError(
+            f"its h5 has features of shape {told.features} for {len(told.xy)} patches, but "
+            f"encoder={card.name} makes {card.width} channels; name the encoder that made them"
+        )

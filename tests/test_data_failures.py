@@ -1,0 +1,170 @@
+"""Slides that cannot be read, in a run over many; and what nobody outside may learn."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raylarge import pyramid, storage, tables
+from raylarge.data.prepare import prepare
+from raylarge.errors import UserError
+from raylarge.report import Report
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return lambda config: prepare(config, Report(str(tmp_path / "report.json")))
+
+
+def failed(root):
+    return storage.read_table(f"{root}/failed.parquet").to_pylist()
+
+
+def cut(source, target, keep):
+    content = Path(source).read_bytes()
+    Path(target).write_bytes(content[: int(len(content) * keep)])
+
+
+def late(path):
+    """A slide whose overview is whole and whose finest level is damaged somewhere."""
+    import tifffile
+
+    noise = np.random.default_rng(0).integers(0, 255, (2048, 2048, 3), np.uint8)
+    pyramid.write_image(str(path), noise, 0.5)
+    with tifffile.TiffFile(path) as file:
+        page = file.pages.first
+        at, size = page.dataoffsets[29], page.databytecounts[29]
+    content = bytearray(path.read_bytes())
+    content[at : at + size] = b"\xff" * size
+    path.write_bytes(bytes(content))
+
+
+@pytest.fixture
+def bad_slides(tmp_path, shared_data):
+    """Slides nobody can use, by why not."""
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "empty.svs").write_bytes(b"")
+    (folder / "text.svs").write_text("a list of patients")
+    cut(shared_data / "wsi/CMU-1-Small-Region.svs", folder / "half.svs", 0.5)
+    (folder / "silent.svs").symlink_to(shared_data / "wsi/TCGA-CR-7395.svs")
+    late(folder / "late.tif")
+    return folder
+
+
+REASONS = {
+    "empty.svs": "is empty",
+    "text.svs": "is neither a slide that OpenSlide knows",
+    "half.svs": "damaged",
+    "silent.svs": "does not say its resolution|dpi|um/px",
+    "late.tif": "damaged",
+}
+
+
+def test_bad_slides_are_rows_and_the_good_ones_go_on(tiny_prepare, run, tiny_slide, bad_slides):
+    slides = ",".join([tiny_slide, *(str(bad_slides / name) for name in REASONS)])
+    config = tiny_prepare(slides=slides, on_error="skip")
+    done = run(config)
+    names = {
+        key: Path(path).name for key, path in storage.read_json(f"{config.out}/names.json").items()
+    }
+    rows = failed(config.out)
+    told = {names[row["slide_id"]]: row for row in rows}
+    assert set(told) == set(REASONS)
+    for name, row in told.items():
+        assert row["verb"] == ("embed" if name == "late.tif" else "tile")
+        assert re.search(REASONS[name], row["reason"]), row
+        assert name not in row["reason"]
+        assert str(bad_slides) not in row["reason"]
+    assert done["tile"]["failed"] == 4
+    alone = tiny_prepare(out=config.out + "-alone")
+    run(alone)
+    found, expected = (tables.rows(root, "examples") for root in (config.out, alone.out))
+    assert found.equals(expected)  # nothing of the slide that failed half way
+    again = run(config)
+    assert [facts["made"] for facts in again.values()] == [0, 0, 0]
+    assert failed(config.out) == rows
+
+
+def test_a_mended_slide_joins_at_the_next_run(tiny_prepare, run, tiny_slide, tmp_path):
+    other = tmp_path / "other.tif"
+    other.write_bytes(b"")
+    config = tiny_prepare(slides=f"{tiny_slide},{other}", on_error="skip")
+    before = run(config)["shard"]["rows"]
+    other.write_bytes(Path(tiny_slide).read_bytes())
+    done = run(config)
+    assert done["shard"]["rows"] == 2 * before or done["shard"]["rows"] > before
+    assert failed(config.out) == []
+
+
+def test_a_bad_slide_stops_the_run_where_that_is_wanted(tiny_prepare, run, tiny_slide, tmp_path):
+    (tmp_path / "secret.svs").write_bytes(b"")
+    slides = f"{tiny_slide},{tmp_path}/secret.svs"
+    with pytest.raises(UserError, match=r"^slide [0-9a-f]{16} is empty;.*names\.json"):
+        run(tiny_prepare(slides=slides))
+    with pytest.raises(UserError, match="on_error=maybe: it must be stop or skip"):
+        run(tiny_prepare(slides=slides, on_error="maybe"))
+
+
+def test_only_bad_slides_are_an_error_in_any_case(tiny_prepare, run, tmp_path):
+    (tmp_path / "a.svs").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no tile of 1 slides is kept \(1 of them could not"):
+        run(tiny_prepare(slides=f"{tmp_path}/a.svs", on_error="skip"))
+
+
+def test_small_slides_and_slides_without_tissue_give_reasons_not_rows(
+    tiny_prepare, run, tiny_slide, tmp_path
+):
+    for name, size, value in (("dot.png", 40, 120), ("glass.tif", 300, 243)):
+        image = np.full((size, size, 3), value, np.uint8)
+        if name.endswith("png"):
+            from PIL import Image
+
+            Image.fromarray(image).save(tmp_path / name)
+        else:
+            pyramid.write_image(str(tmp_path / name), image, 0.5)
+    slides = f"{tiny_slide},{tmp_path}/dot.png,{tmp_path}/glass.tif"
+    config = tiny_prepare(slides=slides, tile={"mpp": 0.5})
+    run(config)
+    names = storage.read_json(f"{config.out}/names.json")
+    for slide_id, path in names.items():
+        table = storage.read_table(f"{config.out}/tiles/{slide_id}.parquet")
+        reasons = set(table["reason"].to_pylist())
+        if path.endswith("dot.png"):
+            assert reasons == {"outside"}
+        elif path.endswith("glass.tif"):
+            assert "" not in reasons
+            assert any(reason.startswith("tissue 0 <") for reason in reasons)
+    kept = set(tables.rows(config.out, "examples")["slide_id"].to_pylist())
+    assert [Path(names[one]).name for one in kept] == ["tiny.tif"]
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_no_name_is_in_any_output_but_the_private_one(tiny_slide, tmp_path, bad):
+    folder, out = tmp_path / "slides", tmp_path / "data"
+    folder.mkdir()
+    secret = folder / "SMITH-JOHN-1952.tif"
+    secret.write_bytes(Path(tiny_slide).read_bytes())
+    if bad:
+        (folder / "SMITH-JANE-1954.tif").write_bytes(b"II*\0")
+    job = ["jobs/prepare.py", f"slides={folder}/*.tif", f"out={out}", "preset=tiny"]
+    job += ["embed.encoder=toy", "tile.salt=mine", "on_error=skip"]
+    done = subprocess.run(
+        [sys.executable, *job],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"SMITH" not in done.stdout + done.stderr
+    told = [p for p in out.rglob("*") if p.is_file() and b"SMITH" in p.read_bytes()]
+    assert [p.name for p in told] == ["names.json"]
+    assert not [p for p in out.rglob("*") if p.is_file() and b'"mine"' in p.read_bytes()]
+    assert len(list((out / "qc").glob("*.png"))) == 1
