@@ -28,7 +28,7 @@ def test_pixels_are_those_of_openslide(shared_data, name):
                 found, expected = (one.read_level(level, *box) for one in (ours, theirs))
                 assert (found == expected).all()
                 spread.append(found.std())
-    assert np.mean(np.array(spread) > 15) > 0.3  # not all of it is glass
+    assert max(spread) > 40  # not all of it is glass
     ours.close()
     theirs.close()
 
