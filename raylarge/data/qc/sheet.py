@@ -111,7 +111,7 @@ class _Sheet:
             f"{rows:,} x {columns:,} px (rows x columns)",
             f"{length(rows * mpp)} x {length(columns * mpp)}",
             f"{length(mpp)}/px" + (slide.zoom != 1) * f" (of the file: {length(slide.mpp)}/px)",
-            f"tissue {tissue:.0%}",
+            f"tissue {min(tissue, 1.0):.0%}",
             f"patch {patch_px} px",
             f"{kept:,} of {sum(len(layer.kept) for layer in self._layers):,} candidates kept",
         ]
