@@ -9,4 +9,8 @@ class UserError(Exception):
 
 
 class SlideError(UserError):
-    """Something wrong with one slide: a run over many may go on without it."""
+    """Something wrong with one slide's own files: a run over many may go on without it.
+
+    What the machine lacks (a package, room, a store that answers) is none: it would take every
+    slide of the run for a bad one.
+    """

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from raylarge.errors import UserError
+from raylarge.errors import SlideError
 from raylarge.slides.aperio_reader import AperioPyramid
 from raylarge.slides.openslide_reader import OpenSlidePyramid
 from raylarge.slides.reader import open_slide
@@ -72,5 +72,5 @@ def test_a_damaged_tile_is_refused(shared_data, tmp_path):
         stream.write(b"\xff" * size)
     with open_slide(str(path)) as slide:
         slide.read(0, 0, 240, 240)
-        with pytest.raises(UserError, match=r"slide .*bad\.svs is damaged or incomplete"):
+        with pytest.raises(SlideError, match=r"slide .*bad\.svs is damaged or incomplete"):
             slide.read(240, 2 * 240, 240, 240)

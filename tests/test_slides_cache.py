@@ -2,13 +2,15 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from raylarge.slides import cache
-from raylarge.slides.protocol import Refusal
+from raylarge.slides.protocol import Lack
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +62,13 @@ def test_the_least_recently_used_entry_goes_first(root):
     assert sum(path.stat().st_size for path in root.glob("*.lock")) <= 1000
 
 
-def test_an_entry_in_use_is_never_evicted(root):
+def test_an_entry_in_use_is_never_evicted(root, monkeypatch):
+    monkeypatch.setattr(cache, "WAIT_S", 0.01)
+    monkeypatch.setattr(cache, "PATIENCE_S", 0.1)
     held = [hold(name) for name in "abc"]
     with pytest.raises(
-        Refusal,
-        match=r"needs up to 300 bytes .* may hold 1,000 and has 900 in use; "
+        Lack,
+        match=r"needs up to 300 bytes .* may hold 1,000 and had 900 in use for 0\.1 s; "
         "set RAYLARGE_CACHE_BYTES= higher",
     ):
         hold("d")
@@ -72,7 +76,34 @@ def test_an_entry_in_use_is_never_evicted(root):
     held.pop(0).close()
     hold("d").close()
     assert all(os.path.exists(one.path) for one in held)
-    with pytest.raises(Refusal, match="needs up to 1,001 bytes"):
+
+
+def test_who_needs_room_waits_until_another_lets_go(root, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "WAIT_S", 0.01)
+    held = [hold(name) for name in "abc"]
+    letting_go = threading.Timer(0.4, held[1].close)
+    letting_go.start()
+    late = hold("d")
+    assert letting_go.finished.is_set()
+    assert [os.path.exists(one.path) for one in (*held, late)] == [True, False, True, True]
+    assert len([one for one in caplog.records if "waiting for room" in one.message]) == 1
+
+
+def test_others_go_on_while_one_waits_for_room(root, monkeypatch):
+    monkeypatch.setattr(cache, "WAIT_S", 0.01)
+    held = [hold("a", 600), hold("b", 200)]
+    waiting = threading.Thread(target=lambda: held.append(hold("c", 500)))
+    waiting.start()
+    time.sleep(0.1)
+    hold("d", 100).close()
+    assert waiting.is_alive()
+    held[0].close()
+    waiting.join(10)
+    assert [os.path.getsize(one.path) for one in held[1:]] == [200, 500]
+
+
+def test_what_never_fits_is_refused_at_once(root):
+    with pytest.raises(Lack, match=r"needs up to 1,001 bytes .* may hold 1,000; set RAYLARGE_CAC"):
         hold("e", 1001)
 
 
@@ -104,6 +135,15 @@ cache.hold("a", 900, make, "slide")
     assert not any(name.endswith(".part") for name in names(root))
 
 
+def test_what_somebody_tidied_away_is_made_again(root):
+    held = hold("a")
+    held.close()
+    os.unlink(held.path)
+    made = []
+    hold("a", made=made).close()
+    assert (made, os.path.getsize(held.path)) == ([300], 300)
+
+
 def test_a_full_disk_is_one_sentence(root):
     code = """
 import resource
@@ -123,12 +163,40 @@ except Exception as error: print(type(error).__name__, error)
 
 def test_settings_that_make_no_sense_are_refused(root, monkeypatch):
     monkeypatch.setenv("RAYLARGE_CACHE_BYTES", "64GB")
-    with pytest.raises(Refusal, match="RAYLARGE_CACHE_BYTES=64GB is no number of bytes"):
+    with pytest.raises(Lack, match="RAYLARGE_CACHE_BYTES=64GB is no number of bytes"):
         hold("a")
     (root / "file").write_bytes(b"")
     monkeypatch.setenv("RAYLARGE_CACHE", str(root / "file" / "below"))
-    with pytest.raises(Refusal, match=r"file/below cannot be made .* set RAYLARGE_CACHE="):
+    with pytest.raises(Lack, match=r"file/below cannot be made .* set RAYLARGE_CACHE="):
         hold("a")
+
+
+def test_the_default_folder_is_closed_to_others(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAYLARGE_CACHE")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    root = cache.folder()
+    assert (root.parent, root.stat().st_mode & 0o777) == (tmp_path, 0o700)
+    assert cache.folder() == root
+    for mode in (0o755, 0o701, 0o770):
+        root.chmod(mode)
+        with pytest.raises(Lack, match=rf"no folder of yours .* mode {mode:o}\); remove it, or"):
+            cache.folder()
+    root.chmod(0o700)
+    root.rename(tmp_path / "elsewhere")
+    root.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Lack, match="no folder of yours that is closed to others"):
+        cache.folder()
+    monkeypatch.setenv("RAYLARGE_CACHE", str(root))
+    assert cache.folder() == root  # who names it answers for it
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_default_folder_of_another_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAYLARGE_CACHE")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    os.chown(cache.folder(), 65534, 65534)
+    with pytest.raises(Lack, match=r"owner 65534, mode 700\); .* set RAYLARGE_CACHE="):
+        cache.folder()
 
 
 def busy(number):

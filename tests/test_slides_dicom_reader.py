@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from raylarge.errors import UserError
+from raylarge.errors import SlideError, UserError
 from raylarge.slides.dicom_reader import DicomPyramid
 from raylarge.slides.openslide_reader import OpenSlidePyramid
 from raylarge.slides.reader import open_slide
@@ -181,7 +181,7 @@ def test_several_slides_in_a_folder_are_refused(tmp_path, image):
     for name in "ab":
         series = uid.generate_uid()[:50]
         write_instance(tmp_path / f"{name}.dcm", image, "VOLUME", 0.5, series)
-    with pytest.raises(UserError, match=r"is a folder that holds 2 DICOM slides; name a slide's"):
+    with pytest.raises(SlideError, match=r"is a folder that holds 2 DICOM slides; name a slide's"):
         open_slide(str(tmp_path))
 
 
@@ -191,7 +191,7 @@ def test_a_truncated_slide_is_one_sentence(tmp_path, image, syntax):
     content = (tmp_path / "a.dcm").read_bytes()
     (tmp_path / "a.dcm").write_bytes(content[: len(content) // 2])
     with (
-        pytest.raises(UserError, match=r"^slide \S+a\.dcm is damaged or incomplete [^\n]+\.$"),
+        pytest.raises(SlideError, match=r"^slide \S+a\.dcm is damaged or incomplete [^\n]+\.$"),
         open_slide(str(tmp_path / "a.dcm")) as slide,
     ):
         slide.read(0, 0, 200, 260)
@@ -201,10 +201,13 @@ def test_without_wsidicom_the_cure_is_named(slides, monkeypatch):
     monkeypatch.setitem(sys.modules, "wsidicom", None)
     with open_slide(str(slides / "plain/b.dcm")) as slide:
         assert slide.size_px == (100, 130)
-    with pytest.raises(UserError, match=r"Unsupported transfer syntax .*'raylarge\[dicom\]'"):
+    cure = r".*'raylarge\[dicom\]'"
+    with pytest.raises(UserError, match=r"Unsupported transfer syntax " + cure) as told:
         open_slide(str(slides / "jpeg-ls/b.dcm"))
-    with pytest.raises(UserError, match=r"is a folder, and may be DICOM; .*'raylarge\[dicom\]'"):
+    assert told.type is UserError  # no fault of the slide
+    with pytest.raises(UserError, match=r"is a folder, and may be DICOM; " + cure) as told:
         open_slide(str(slides / "plain"))
+    assert told.type is UserError
 
 
 @pytest.mark.s3

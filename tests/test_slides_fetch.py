@@ -7,9 +7,11 @@ import fsspec.implementations.http
 import numpy as np
 import pytest
 
-from raylarge import pyramid
-from raylarge.errors import UserError
-from raylarge.slides.fetch import fetched, local_copy
+from raylarge import pyramid, storage
+from raylarge.errors import SlideError, UserError
+from raylarge.slides import cache as slide_cache
+from raylarge.slides import fetch
+from raylarge.slides.fetch import companions, fetched
 from raylarge.slides.protocol import Refusal
 from raylarge.slides.reader import open_slide
 
@@ -29,6 +31,12 @@ def image():
 def put(url, content):
     with fsspec.open(url, "wb") as stream:
         stream.write(content)
+
+
+def local_copy(url):
+    held = fetched(url)
+    held.close()
+    return held.path
 
 
 def files(cache):
@@ -55,7 +63,7 @@ def test_an_object_is_fetched_once_per_version(s3_bucket, image, cache):
 @pytest.mark.s3
 def test_a_missing_object_is_one_sentence(s3_bucket):
     url = f"{s3_bucket}/slides/other.tif"
-    with pytest.raises(UserError, match=rf"^slide {url} does not exist; check the path\.$"):
+    with pytest.raises(SlideError, match=rf"^slide {url} does not exist; check the path\.$"):
         open_slide(url)
 
 
@@ -66,11 +74,16 @@ def test_a_slide_in_use_stays_in_the_cache(s3_bucket, image, monkeypatch):
     first = f"{s3_bucket}/full/a.tif"
     size = os.path.getsize(local_copy(first))
     monkeypatch.setenv("RAYLARGE_CACHE_BYTES", str(size * 3 // 2))
+    monkeypatch.setattr(slide_cache, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(slide_cache, "WAIT_S", 0.01)
     with (
         open_slide(first) as slide,
-        pytest.raises(UserError, match=rf"full/b\.tif needs up to {size:,} bytes .* in use; set"),
+        pytest.raises(
+            UserError, match=rf"full/b\.tif needs up to {size:,} bytes .* in use"
+        ) as told,
     ):
         open_slide(f"{s3_bucket}/full/b.tif")
+    assert told.type is UserError
     assert (slide.path, slide.size_px) == (first, (100, 130))
     with open_slide(f"{s3_bucket}/full/b.tif") as slide:
         assert (slide.read(0, 0, 100, 130) == image).all()
@@ -100,10 +113,10 @@ def test_a_mirax_slide_brings_its_folder(s3_bucket):
 @pytest.mark.s3
 def test_folders_and_indices_are_refused(s3_bucket):
     put(f"{s3_bucket}/many/a.svs", b"a")
-    with pytest.raises(UserError, match=r"many is a folder without DICOM instances"):
+    with pytest.raises(SlideError, match=r"many is a folder without DICOM instances"):
         open_slide(f"{s3_bucket}/many")
     put(f"{s3_bucket}/many/b.vms", b"a")
-    with pytest.raises(UserError, match=r"b\.vms is an index of several files; copy all of them"):
+    with pytest.raises(SlideError, match=r"b\.vms is an index of several files; copy all of them"):
         open_slide(f"{s3_bucket}/many/b.vms")
 
 
@@ -127,7 +140,7 @@ def test_a_web_address_is_fetched_too(web, tmp_path, image, cache):
     for url in (f"{web}/made.tif", f"{web}/made.tif?token=1"):
         with open_slide(url) as slide:
             assert (slide.read(0, 0, *slide.size_px) == image).all()
-    with pytest.raises(UserError, match=r"nowhere\.tif does not exist; check the path"):
+    with pytest.raises(SlideError, match=r"nowhere\.tif does not exist; check the path"):
         open_slide(f"{web}/nowhere.tif")
     (tmp_path / "web/case.mrxs").write_bytes(b"index")
     with pytest.raises(UserError, match="MIRAX index, and nothing is found in the folder"):
@@ -145,12 +158,120 @@ def test_a_full_disk_while_fetching_is_one_sentence(web, tmp_path, monkeypatch, 
     fsspec.implementations.http.HTTPFileSystem.clear_instance_cache()
     with pytest.raises(
         UserError, match=r"made\.tif does not fit on the disk of the cache .*larger"
-    ):
+    ) as told:
         open_slide(f"{web}/made.tif")
+    assert told.type is UserError
     assert list(cache.rglob("made.tif")) == []
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/a.svs", "http://127.0.0.1:9/a.svs"])
 def test_what_cannot_be_reached_is_one_sentence(url):
-    with pytest.raises(UserError, match=r"^[^\n]*a\.svs[^\n]*\.$"):
+    with pytest.raises(UserError, match=r"^[^\n]*a\.svs[^\n]*\.$") as told:
         open_slide(url)
+    assert told.type is UserError
+
+
+@pytest.fixture
+def memory():
+    """A folder of a store that is neither S3 nor the web."""
+    fs = fsspec.filesystem("memory")
+    yield "memory://slides"
+    fs.rm("/slides", recursive=True)
+
+
+@pytest.fixture
+def lanes(monkeypatch):
+    """Pieces of 1000 bytes; which of them were asked for."""
+    asked = []
+    read = storage.read_range
+
+    def spied(url, start, stop, etag=None):
+        asked.append((start, stop))
+        return read(url, start, stop, etag)
+
+    monkeypatch.setattr(fetch, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(storage, "read_range", spied)
+    return asked
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 1001, 12_345])
+def test_a_large_object_comes_in_ranges(memory, lanes, size):
+    content = np.random.default_rng(0).bytes(size)
+    put(f"{memory}/large.tif", content)
+    with open(local_copy(f"{memory}/large.tif"), "rb") as stream:
+        assert stream.read() == content
+    assert sorted(lanes) == [(at, min(at + 1000, size)) for at in range(0, size, 1000)]
+
+
+@pytest.mark.s3
+def test_ranges_of_s3_are_of_one_version(s3_bucket, lanes, monkeypatch):
+    url, read = f"{s3_bucket}/slides/large.bin", storage.read_range
+    contents = [np.random.default_rng(seed).bytes(5500) for seed in range(2)]
+    put(url, contents[0])
+
+    def overtaken(url, start, stop, etag=None):
+        if len(lanes) == 3:
+            put(url, contents[1])
+        return read(url, start, stop, etag)
+
+    monkeypatch.setattr(storage, "read_range", overtaken)
+    with open(local_copy(url), "rb") as stream:
+        assert stream.read() == contents[1]
+
+
+def test_a_slide_that_never_stops_changing_is_refused(memory, lanes, monkeypatch, cache):
+    read = storage.read_range
+
+    def overtaken(url, start, stop, etag=None):
+        put(url, b"x" * (2501 + len(lanes)))
+        return read(url, start, stop, etag)
+
+    put(f"{memory}/live.tif", b"x" * 2500)
+    monkeypatch.setattr(storage, "read_range", overtaken)
+    monkeypatch.setattr(fetch, "LANES", 1)
+    with pytest.raises(SlideError, match=r"live\.tif changes while it is fetched"):
+        open_slide(f"{memory}/live.tif")
+    assert list(cache.rglob("live.tif")) == []
+
+
+def test_a_range_that_fails_for_good_leaves_nothing(memory, lanes, monkeypatch, cache):
+    read = storage.read_range
+
+    def failing(url, start, stop, etag=None):
+        if start == 3000:
+            raise UserError(f"{url}: the store is away.")
+        return read(url, start, stop, etag)
+
+    put(f"{memory}/large.tif", b"x" * 9000)
+    monkeypatch.setattr(storage, "read_range", failing)
+    with pytest.raises(UserError, match="the store is away") as told:
+        open_slide(f"{memory}/large.tif")
+    assert told.type is UserError
+    assert list(cache.rglob("large.tif")) == []
+
+
+def test_a_stream_that_is_cut_short_is_no_fault_of_the_slide(web, tmp_path, monkeypatch, cache):
+    async def short(self, source, target, **_):
+        with open(target, "wb") as stream:
+            stream.write(b"half")
+
+    (tmp_path / "web/made.tif").write_bytes(b"x" * 100)
+    monkeypatch.setattr(fsspec.implementations.http.HTTPFileSystem, "_get_file", short)
+    fsspec.implementations.http.HTTPFileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match="4 of 100 bytes came") as told:
+        open_slide(f"{web}/made.tif")
+    assert told.type is UserError
+    assert list(cache.rglob("made.tif")) == []
+
+
+def test_companions_are_the_other_files_of_a_slide(memory, tmp_path):
+    for root in (memory, str(tmp_path / "slides")):
+        for name in ("case.mrxs", "case/Slidedat.ini", "case/Data0000.dat", "case.svs", "case2/x"):
+            if root != memory:
+                (tmp_path / "slides" / name).parent.mkdir(parents=True, exist_ok=True)
+            put(f"{root}/{name}", b"x")
+        beside = [f"{root}/case/{name}" for name in ("Data0000.dat", "Slidedat.ini")]
+        assert companions(f"{root}/case.mrxs") == beside
+        assert companions(f"{root}/case.svs") == []
+        assert companions(f"{root}/case") == companions(f"{root}/case/") == beside  # as of DICOM
+        assert companions(f"{root}/nowhere.mrxs") == []

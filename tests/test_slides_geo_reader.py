@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raylarge.errors import UserError
+from raylarge.errors import SlideError, UserError
 from raylarge.slides.geo_reader import GeoPyramid
 from raylarge.slides.reader import open_slide
 
@@ -53,7 +53,7 @@ def test_every_real_aerial_image_opens(shared_data):
             assert slide.georeference["crs"].startswith("EPSG:")
             assert 9e4 < slide.mpp < 7e7
             assert slide.thumbnail(1).std() > 1
-        with pytest.raises(UserError, match=r"shows the ground at .* set tile\.base_mpp=\S*e\d "):
+        with pytest.raises(SlideError, match=r"shows the ground at .* set tile\.base_mpp=\S*e\d "):
             open_slide(str(path))
 
 
@@ -146,7 +146,7 @@ def test_pixels_that_are_no_squares_are_made_square(tmp_path, image):
 def test_what_is_not_8_bit_rgb_is_refused(tmp_path, image):
     path = write(tmp_path / "deep.tif", image.astype(np.uint16))
     with pytest.raises(
-        UserError, match=r"deep\.tif holds uint16 pixels, not 8-bit .*gdal_translate"
+        SlideError, match=r"deep\.tif holds uint16 pixels, not 8-bit .*gdal_translate"
     ):
         open_slide(path, base_mpp=1e6)
     with rasterio.open(
@@ -162,13 +162,15 @@ def test_what_is_not_8_bit_rgb_is_refused(tmp_path, image):
     ) as file:
         file.write(image[..., :1].T.swapaxes(1, 2))
         file.write_colormap(1, {0: (1, 2, 3, 255)})
-    with pytest.raises(UserError, match=r"classes\.tif holds a palette"):
+    with pytest.raises(SlideError, match=r"classes\.tif holds a palette"):
         open_slide(str(tmp_path / "classes.tif"), base_mpp=1e6)
 
 
 def test_an_image_below_one_base_pixel_is_refused(tmp_path, image):
     path = write(tmp_path / "small.tif", image[:50])
-    with pytest.raises(UserError, match=r"less than one pixel of the base scale .*tile\.base_mpp="):
+    with pytest.raises(
+        SlideError, match=r"less than one pixel of the base scale .*tile\.base_mpp="
+    ):
         open_slide(path, base_mpp=1e8)
 
 
@@ -183,7 +185,7 @@ def test_a_truncated_file_is_one_sentence(tmp_path, image):
     content = (tmp_path / "whole.tif").read_bytes()
     (tmp_path / "cut.tif").write_bytes(content[: len(content) // 2])
     with (
-        pytest.raises(UserError, match=r"^slide \S+cut\.tif is damaged or incomplete [^\n]+\.$"),
+        pytest.raises(SlideError, match=r"^slide \S+cut\.tif is damaged or incomplete [^\n]+\.$"),
         open_slide(path.replace("whole", "cut"), base_mpp=1e6) as slide,
     ):
         slide.read(0, 0, 300, 400)
@@ -193,5 +195,14 @@ def test_without_rasterio_the_cure_is_named(tmp_path, image, monkeypatch):
     path = write(tmp_path / "map.tif", image)
     for name in [name for name in sys.modules if name.partition(".")[0] == "rasterio"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r"needs rasterio; .* pip install 'raylarge\[geo\]'"):
+    with pytest.raises(UserError, match=r"needs rasterio; .* install 'raylarge\[geo\]'") as told:
+        open_slide(path, base_mpp=1e6)
+    assert told.type is UserError  # no fault of the slide
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32617", "EPSG:4326"])
+@pytest.mark.parametrize("place", [(0, 0, 5e5, 0, -1, 4e6), (1e9, 0, 1e30, 0, -1e9, 1e30)])
+def test_a_place_that_is_none_is_refused(tmp_path, image, crs, place):
+    path = write(tmp_path / "nowhere.tif", image, transform=rasterio.Affine(*place), crs=crs)
+    with pytest.raises(SlideError, match=r"^slide \S+nowhere\.tif [^\n]+\.$"):
         open_slide(path, base_mpp=1e6)

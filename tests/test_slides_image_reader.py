@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raylarge.errors import UserError
+from raylarge.errors import SlideError
 from raylarge.slides import image_reader, tiff_reader
 from raylarge.slides.reader import open_slide
 
@@ -64,7 +64,7 @@ def test_the_resolution_of_an_image_file_counts_where_plausible(tmp_path, smooth
     with open_slide(str(tmp_path / "fine.png")) as slide:
         assert slide.mpp == pytest.approx(0.25, rel=1e-3)
     Image.fromarray(smooth).save(tmp_path / "screen.png", dpi=(72, 72))
-    with pytest.raises(UserError, match=r"image resolution 352\.7 um/px, which no slide has"):
+    with pytest.raises(SlideError, match=r"image resolution 352\.7 um/px, which no slide has"):
         open_slide(str(tmp_path / "screen.png"))
 
 
@@ -99,7 +99,7 @@ def test_a_truncated_large_image_leaves_nothing_behind(tmp_path, smooth, monkeyp
     Image.fromarray(smooth).save(tmp_path / "whole.png")
     content = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"cut\.png is damaged or incomplete"):
+    with pytest.raises(SlideError, match=r"cut\.png is damaged or incomplete"):
         open_slide(str(tmp_path / "cut.png"), 0.5)
     assert [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size] == []
 
@@ -107,7 +107,7 @@ def test_a_truncated_large_image_leaves_nothing_behind(tmp_path, smooth, monkeyp
 def test_the_limit_against_bombs_is_named(tmp_path, smooth, monkeypatch):
     monkeypatch.setattr(image_reader, "DECODE_PX", 1000)
     Image.fromarray(smooth).save(tmp_path / "huge.png")
-    with pytest.raises(UserError, match=r"huge\.png claims 400 x 520 pixels, and more than 1,000"):
+    with pytest.raises(SlideError, match=r"huge\.png claims 400 x 520 pixels, and more than 1,000"):
         open_slide(str(tmp_path / "huge.png"), 0.5)
 
 

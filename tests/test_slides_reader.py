@@ -9,7 +9,7 @@ import tifffile
 from PIL import Image
 
 from raylarge import pyramid
-from raylarge.errors import UserError
+from raylarge.errors import SlideError
 from raylarge.slides import reader
 from raylarge.slides.reader import Slide, open_slide
 
@@ -88,13 +88,27 @@ def test_the_nearest_finer_level_is_read(smooth):
 
 
 def test_a_thumbnail_is_read_in_strips(smooth, monkeypatch):
-    monkeypatch.setattr(reader, "_STRIP_PX", 64)
+    monkeypatch.setattr(reader, "_STRIP_BYTES", 64 * 520 * 3)  # 64 of the file's rows
     levels = Levels(smooth)
     thumbnail = Slide("s", levels, 0.5, 0.5).thumbnail(8)
     assert thumbnail.shape == (50, 65, 3)
     assert len(levels.read) == 7
     means = smooth.reshape(50, 8, 65, 8, 3).mean(axis=(1, 3))
     assert np.abs(thumbnail - means).mean() < 1.5
+
+
+def test_a_level_that_ends_before_the_last_pixel_of_a_thumbnail(smooth):
+    small = np.asarray(Image.fromarray(smooth[:392, :512]).reduce(8))  # 397 rows // 8
+    slide = Slide("s", Levels(smooth[:397, :512], small), 0.5, 0.5)
+    assert (slide.thumbnail(8) == np.concatenate([small, small[-1:]])).all()
+
+
+def test_levels_that_do_not_show_one_image_are_refused(smooth):
+    sentence = r"^slide s is damaged: its levels have sizes .*leave it out\.$"
+    for odd, downscale in ((smooth[:100, :260], 4), (smooth[:100, :260], 3)):
+        slide = Slide("s", Levels(smooth, odd), 0.5, 0.5)
+        with pytest.raises(SlideError, match=sentence):
+            slide.read(372, 0, 24, 24, downscale)
 
 
 def test_a_40x_file_gives_the_tiles_of_the_20x_file(tmp_path, smooth):
@@ -114,7 +128,7 @@ def test_a_40x_file_gives_the_tiles_of_the_20x_file(tmp_path, smooth):
 
 
 def files_that_are_not_right(folder, smooth, slides):
-    """Broken and odd files; each must be one sentence of a UserError."""
+    """Broken and odd files; each must be one sentence of a SlideError."""
     pyramid.write_image(str(folder / "whole.tif"), smooth, 0.5)
     tifffile.imwrite(folder / "strips.tif", smooth, rowsperstrip=16, compression="zlib")
     Image.fromarray(smooth).save(folder / "whole.jpg")
@@ -173,7 +187,7 @@ def not_right(tmp_path_factory, smooth, shared_data):
 def test_a_file_that_is_not_right_is_one_sentence_with_the_cure(not_right, name):
     path = str(not_right / name)
     sentence = rf"^slide \S*{name} {NOT_RIGHT[name]}[^\n]*\.$"
-    with pytest.raises(UserError, match=sentence), open_slide(path, 0.5) as slide:
+    with pytest.raises(SlideError, match=sentence), open_slide(path, 0.5) as slide:
         slide.read(0, 0, *slide.size_px)
 
 
@@ -190,7 +204,7 @@ def test_garbled_bytes_never_leak_a_parsers_exception(not_right, tmp_path, name)
         try:
             with open_slide(str(tmp_path / name), 0.5) as slide:
                 slide.read(0, 0, min(400, slide.size_px[0]), min(520, slide.size_px[1]))
-        except UserError:
+        except SlideError:
             seen += 1
     assert seen > 5
 
@@ -203,10 +217,10 @@ def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path, smooth):
     code = f"""
 import os
 from raylarge.slides.reader import open_slide
-from raylarge.errors import UserError
+from raylarge.errors import SlideError
 os.seteuid(65534)
 try: open_slide({str(path)!r})
-except UserError as error: print(error)
+except SlideError as error: print(error)
 """
     for folder in (tmp_path, *list(tmp_path.parents)[:-2]):
         folder.chmod(folder.stat().st_mode | 0o011)
@@ -226,13 +240,13 @@ def test_a_slide_smaller_than_a_tile_is_white_around(tmp_path, smooth):
 
 def test_a_slide_without_any_mpp_and_a_coarse_one_are_refused(tmp_path, smooth, shared_data):
     odd = str(shared_data / "wsi/TCGA-CR-7395.svs")
-    with pytest.raises(UserError, match=r"TCGA-CR-7395.*does not say its resolution.*tile\.mpp="):
+    with pytest.raises(SlideError, match=r"TCGA-CR-7395.*does not say its resolution.*tile\.mpp="):
         open_slide(odd)
     with open_slide(odd, mpp_override=0.25) as slide:
         assert slide.size_px == (1783, 2221)
         assert slide.read(800, 1000, 64, 64).std() > 10
     pyramid.write_image(str(tmp_path / "coarse.tif"), smooth, 0.7)
-    with pytest.raises(UserError, match=r"has 0\.7 um/px, coarser .*tile\.base_mpp=0\.7"):
+    with pytest.raises(SlideError, match=r"has 0\.7 um/px, coarser .*tile\.base_mpp=0\.7"):
         open_slide(str(tmp_path / "coarse.tif"))
 
 
@@ -241,6 +255,6 @@ def test_a_slide_lets_go_of_everything_at_the_end(tmp_path, smooth):
     before = os.listdir("/proc/self/fd")
     with open_slide(str(tmp_path / "made.tif")) as slide:
         slide.read(0, 0, 8, 8)
-    with pytest.raises(UserError):
+    with pytest.raises(SlideError):
         open_slide(str(tmp_path / "made.tif"), base_mpp=0.1)
     assert os.listdir("/proc/self/fd") == before

@@ -3,7 +3,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from raylarge.errors import UserError
+from raylarge.errors import SlideError
 from raylarge.slides import openslide_reader, tiff_reader
 from raylarge.slides.reader import open_slide
 from raylarge.slides.tiff_reader import TiffPyramid
@@ -99,6 +99,12 @@ def test_grey_palette_bits_and_alpha_become_rgb(tmp_path, image):
     assert (whole(tmp_path / "negative.tif") == 255 - grey[..., None]).all()
     tifffile.imwrite(tmp_path / "bits.tif", grey > 127, photometric="minisblack")
     assert (whole(tmp_path / "bits.tif") == 255 * (grey > 127)[..., None]).all()
+    two = np.array([[0, 9], [0, 200], [0, 77]], np.uint16) * 257
+    colours = [(320, "H", 6, two.ravel().tolist(), True)]
+    tifffile.imwrite(tmp_path / "two.tif", grey > 127, photometric=0, extratags=colours)
+    with tifffile.TiffFile(tmp_path / "two.tif", mode="r+b") as file:
+        file.pages[0].tags["PhotometricInterpretation"].overwrite(3)  # which tifffile cannot write
+    assert (whole(tmp_path / "two.tif") == (two // 257).T[(grey > 127).astype(int)]).all()
     table = np.random.default_rng(1).integers(0, 256, (3, 256)).astype(np.uint16) * 257
     tifffile.imwrite(tmp_path / "palette.tif", grey, photometric="palette", colormap=table, **tiles)
     assert (whole(tmp_path / "palette.tif") == (table // 257).T[grey]).all()
@@ -138,7 +144,7 @@ def test_the_unit_of_imagej_counts(tmp_path, image):
 def test_one_huge_tile_is_refused(tmp_path, image, monkeypatch):
     tifffile.imwrite(tmp_path / "tile.tif", image, tile=(512, 528), photometric="rgb")
     monkeypatch.setattr(tiff_reader, "DECODE_PX", 100_000)
-    with pytest.raises(UserError, match=r"claims 512 x 528 pixels, and more than 100,000 are not"):
+    with pytest.raises(SlideError, match=r"claims 512 x 528 pixels, and more than 100,000 are not"):
         open_slide(str(tmp_path / "tile.tif"), 0.5)
 
 

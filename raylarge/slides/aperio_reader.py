@@ -27,14 +27,15 @@ class AperioPyramid(OpenSlidePyramid):
             Refusal: OpenSlide cannot open the file.
         """
         super().__init__(path)
-        with ExitStack() as opened, parsed():
+        with ExitStack() as opened:
             opened.callback(super().close)
-            self._file = opened.enter_context(tifffile.TiffFile(path))
-            stored = {
-                (page.imagelength, page.imagewidth): page
-                for page in map(self._file.pages.get, range(len(self._file.pages)))
-                if isinstance(page, tifffile.TiffPage) and _plain(page)
-            }
+            with parsed():
+                self._file = opened.enter_context(tifffile.TiffFile(path))
+                stored = {
+                    (page.imagelength, page.imagewidth): page
+                    for page in map(self._file.pages.get, range(len(self._file.pages)))
+                    if isinstance(page, tifffile.TiffPage) and _plain(page)
+                }
             self._tiled = {
                 level: Level(self._file.filehandle, stored[size])
                 for level, size in enumerate(self.sizes)

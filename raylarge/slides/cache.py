@@ -1,30 +1,42 @@
 """The node's cache of slides: objects fetched from stores, images converted into tiles.
 
-    RAYLARGE_CACHE        its folder; by default raylarge-slides-UID in the temporary folder
+    RAYLARGE_CACHE        its folder; by default raylarge-slides-UID in the temporary folder, which
+                          nobody else may read or write
     RAYLARGE_CACHE_BYTES  its cap; by default 64 GiB, or half of the disk where that is less
 
 An entry is a folder NAME, made beside its place and renamed. NAME.lock is an empty sparse file
 as long as the entry's share of the cap, touched at each use. Who reads an entry holds a shared
-lock, who makes or evicts it an exclusive one; the least recently used go first.
+lock, who makes or evicts it an exclusive one; the least recently used go first. Where all are
+in use, who needs room waits for it. What goes wrong is a `Lack`: no slide's fault.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
+import random
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raylarge import storage
-from raylarge.slides.protocol import Refusal
+from raylarge.slides.protocol import Lack
 
 _DEFAULT_BYTES = 64 << 30
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a full disk says."""
+PATIENCE_S = 1800.0
+"""For how long others are waited for to let go of their slides."""
+WAIT_S = 1.0
+"""Between two looks, on average."""
+
+logger = logging.getLogger(__name__)
 
 
 class Held:
@@ -52,36 +64,68 @@ def hold(identity: str, need_bytes: int, make: Callable[[Path], None], name: str
         name: what the caller wants in that folder.
 
     Raises:
-        Refusal: there is no room for it.
+        Lack: there is no room for it, now or ever, or the cache's disk fails.
     """
     root = folder()
     entry = root / storage.digest(identity.encode())
-    while True:
-        lock = _locked(_lock_of(entry), fcntl.LOCK_SH)
-        if entry.is_dir():
-            os.utime(lock)
-            return Held(str(entry / name), lock)
-        os.close(lock)
-        lock = _locked(_lock_of(entry), fcntl.LOCK_EX)
-        try:
-            if not entry.is_dir():
-                _make(entry, lock, need_bytes, make)
-        finally:
+    wanted = entry / name  # looked for itself: who tidies temporary files leaves folders behind
+    with _on_disk(root, need_bytes):
+        while True:
+            lock = _locked(_lock_of(entry), fcntl.LOCK_SH)
+            if wanted.exists():
+                os.utime(lock)
+                return Held(str(wanted), lock)
             os.close(lock)
+            lock = _locked(_lock_of(entry), fcntl.LOCK_EX)
+            try:
+                if not wanted.exists():
+                    _make(entry, lock, need_bytes, make)
+            finally:
+                os.close(lock)
 
 
 def folder() -> Path:
-    """The cache's folder, made where it is not there yet."""
-    default = Path(tempfile.gettempdir()) / f"raylarge-slides-{os.getuid()}"
-    root = Path(os.environ.get("RAYLARGE_CACHE") or default)
+    """The cache's folder, made where it is not there yet.
+
+    Raises:
+        Lack: it cannot be made, or the default one is not ours alone.
+    """
+    given = os.environ.get("RAYLARGE_CACHE")
+    root = Path(given or Path(tempfile.gettempdir()) / f"raylarge-slides-{os.getuid()}")
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = root.lstat()
     except OSError as error:
-        raise Refusal(
+        raise Lack(
             f"needs a cache, and {root} cannot be made ({error.strerror}); set RAYLARGE_CACHE= "
             "to a folder that can be written."
         ) from error
+    # Anybody may make a folder of this name where all keep their temporary files.
+    ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
+    if not given and (not ours or facts.st_mode & 0o077):
+        raise Lack(
+            f"needs a cache, and {root} is no folder of yours that is closed to others (owner "
+            f"{facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):o}); remove it, or set "
+            "RAYLARGE_CACHE= to a folder of your own."
+        )
     return root
+
+
+@contextmanager
+def _on_disk(root: Path, need_bytes: int) -> Iterator[None]:
+    """Failures of the cache's disk as ends of sentences."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise Lack(
+                f"does not fit on the disk of the cache {root} ({need_bytes:,} bytes at most); "
+                "free space there, or set RAYLARGE_CACHE= to a folder on a larger disk."
+            ) from error
+        raise Lack(
+            f"cannot be kept in the cache {root} ({error}); set RAYLARGE_CACHE= to a folder that "
+            "can be written."
+        ) from error
 
 
 def _cap_bytes(root: Path) -> int:
@@ -89,7 +133,7 @@ def _cap_bytes(root: Path) -> int:
     if not wish:
         return min(_DEFAULT_BYTES, shutil.disk_usage(root).total // 2)
     if not wish.isdigit():
-        raise Refusal(
+        raise Lack(
             f"needs the cache, and RAYLARGE_CACHE_BYTES={wish} is no number of bytes; set it to "
             "one such as 64000000000."
         )
@@ -122,43 +166,63 @@ def _locked(path: Path, kind: int) -> int:
 def _make(entry: Path, lock: int, need_bytes: int, make: Callable[[Path], None]) -> None:
     part = _part_of(entry)
     os.truncate(lock, 0)  # what a killed process reserved
-    shutil.rmtree(part, ignore_errors=True)
+    for left in (part, entry):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         _reserve(entry.parent, lock, need_bytes)
         part.mkdir()
         make(part)
         os.truncate(lock, _synced_bytes(part))
         os.replace(part, entry)
-    except BaseException as error:
+    except BaseException:
         os.truncate(lock, 0)
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise Refusal(
-                f"does not fit on the disk of the cache {entry.parent} ({need_bytes:,} bytes at "
-                "most); free space there, or set RAYLARGE_CACHE= to a folder on a larger disk."
-            ) from error
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def _reserve(root: Path, lock: int, need_bytes: int) -> None:
-    """Take a share of the cap; one process of the node at a time."""
+    """Take a share of the cap, as soon as others leave room for it."""
+    cap, until = _cap_bytes(root), time.monotonic() + PATIENCE_S
+    if need_bytes > cap:
+        raise Lack(
+            f"needs up to {need_bytes:,} bytes of the cache {root}, which may hold {cap:,}; set "
+            "RAYLARGE_CACHE_BYTES= higher."
+        )
+    waits = False
+    while (used := _taken(root, lock, need_bytes, cap)) is not None:
+        if time.monotonic() > until:
+            raise Lack(
+                f"needs up to {need_bytes:,} bytes of the cache {root}, which may hold {cap:,} and "
+                f"had {used:,} in use for {PATIENCE_S:g} s; set RAYLARGE_CACHE_BYTES= higher, or "
+                "work on fewer slides at once."
+            )
+        if not waits:
+            logger.warning(
+                "the slides in use fill the cache %s (%s of %s bytes); waiting for room "
+                "(RAYLARGE_CACHE_BYTES= sets its size)",
+                root,
+                f"{used:,}",
+                f"{cap:,}",
+            )
+        waits = True
+        time.sleep(WAIT_S * random.SystemRandom().uniform(0.5, 1.5))  # nobody's seed is touched
+
+
+def _taken(root: Path, lock: int, need_bytes: int, cap: int) -> int | None:
+    """None where the share could be taken, else what is in use; one process at a time looks."""
     room = _locked(root / ".room", fcntl.LOCK_EX)
     try:
         shares = {path: path.stat() for path in root.glob("*.lock")}
         used = sum(share.st_size for share in shares.values())
-        cap = _cap_bytes(root)
         for path, share in sorted(shares.items(), key=lambda item: item[1].st_mtime_ns):
             if used + need_bytes <= cap:
                 break
             used -= share.st_size if _evicted(path) else 0
         if used + need_bytes > cap:
-            raise Refusal(
-                f"needs up to {need_bytes:,} bytes of the cache {root}, which may hold {cap:,} "
-                f"and has {used:,} in use; set RAYLARGE_CACHE_BYTES= higher, or work on fewer "
-                "slides at once."
-            )
+            return used
         os.truncate(lock, need_bytes)
+        return None
     finally:
         os.close(room)
 

@@ -34,7 +34,8 @@ def tiled(path: str, size: tuple[int, int], strip: Callable[[int, int], Pixels])
         strip: its rows [top, bottom), asked for from top to bottom.
 
     Raises:
-        Refusal: the cache has no room for it.
+        Refusal: the image is damaged.
+        Lack: the cache has no room for it.
     """
     return cache.hold(
         f"{version_of(path)} {_FORMAT}",
@@ -90,7 +91,8 @@ def _tiles(
             pixels = strip(top, min(top + TILE_PX, rows))
             even = pixels[: len(pixels) // 2 * 2, : columns // 2 * 2]
             if even.size:
-                np.asarray(Image.fromarray(even).reduce(2)).tofile(sink)
+                # Not tofile(), whose error on a full disk does not say so.
+                sink.write(np.ascontiguousarray(Image.fromarray(even).reduce(2)).data)
             for left in range(0, columns, TILE_PX):
                 tile = pixels[:, left : left + TILE_PX]
                 short = [(0, TILE_PX - side) for side in tile.shape[:2]]

@@ -8,15 +8,14 @@ read, and of the tags only pixel spacing and colour profile are looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raylarge.slides.openslide_reader import OpenSlidePyramid
-from raylarge.slides.protocol import Hint, Pixels, Pyramid, Refusal
+from raylarge.slides.protocol import Hint, Lack, Pixels, Pyramid, Refusal, damage
 
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 """The class of VL Whole Slide Microscopy Image Storage."""
@@ -28,12 +27,13 @@ def open_folder(path: str) -> Pyramid:
 
     Raises:
         Refusal: the folder holds no slide, or several.
+        Lack: wsidicom is missing.
     """
+    _wsidicom("is a folder, and may be DICOM")
     series = {}
-    with _wsidicom("is a folder, and may be DICOM"):
-        for file in sorted(Path(path).iterdir(), reverse=True):
-            if (uid := _volume_series(file)) is not None:
-                series[uid] = str(file)
+    for file in reversed(_inside(Path(path))):
+        if (uid := _volume_series(file)) is not None:
+            series[uid] = str(file)
     if len(series) != 1:
         raise Refusal(
             f"is a folder that holds {len(series)} DICOM slides; name a slide's file, or a folder "
@@ -47,12 +47,13 @@ def open_instance(path: str) -> Pyramid:
 
     Raises:
         Refusal: neither OpenSlide nor wsidicom can open it.
+        Lack: OpenSlide cannot, and wsidicom is missing.
     """
     try:
         return OpenSlidePyramid(path)
     except Refusal as refusal:
-        with _wsidicom(str(refusal)):
-            return DicomPyramid(path)
+        _wsidicom(str(refusal))
+        return DicomPyramid(path)
 
 
 class DicomPyramid:
@@ -62,22 +63,23 @@ class DicomPyramid:
 
     def __init__(self, path: str) -> None:
         """Open the series of an instance."""
-        with _wsidicom() as wsidicom:
-            series = _volume_series(Path(path))
-            beside = sorted(Path(path).parent.iterdir())
-            self._slide = wsidicom.WsiDicom.open(
-                [file for file in beside if series and _volume_series(file) == series]
-            )
-            pyramid = self._slide.pyramid
-            self._levels = [level.level for level in pyramid]
-            self.sizes = [(level.size.height, level.size.width) for level in pyramid]
-            self.mpp_hints = [Hint("pixel spacing", pyramid.mpp.height, pyramid.mpp.width)]
-            paths = pyramid.metadata.optical_paths
-            self.icc_profile: bytes | None = paths[0].icc_profile if paths else None
+        wsidicom, series = _wsidicom("is DICOM"), _volume_series(Path(path))
+        beside = _inside(Path(path).parent)
+        files = [file for file in beside if series and _volume_series(file) == series]
+        with ExitStack() as opened:
+            with damage(Exception):  # a garbled tag brings out anything in wsidicom and pydicom
+                self._slide = opened.enter_context(wsidicom.WsiDicom.open(files))
+                pyramid = self._slide.pyramid
+                self._levels = [level.level for level in pyramid]
+                self.sizes = [(level.size.height, level.size.width) for level in pyramid]
+                self.mpp_hints = [Hint("pixel spacing", pyramid.mpp.height, pyramid.mpp.width)]
+                paths = pyramid.metadata.optical_paths
+                self.icc_profile: bytes | None = paths[0].icc_profile if paths else None
+            opened.pop_all()
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
         """A region inside a level, in that level's pixels."""
-        with _wsidicom():
+        with damage(Exception):
             region = self._slide.read_region((left, top), self._levels[level], (columns, rows))
             return np.asarray(region.convert("RGB"))
 
@@ -86,19 +88,18 @@ class DicomPyramid:
         self._slide.close()
 
 
-@contextmanager
-def _wsidicom(because: str = "is DICOM") -> Iterator[Any]:
-    """The wsidicom package; what it stumbles over in a file becomes an OSError."""
+def _wsidicom(because: str) -> Any:
+    """The wsidicom package."""
     try:
         import wsidicom
     except ImportError as error:
-        raise Refusal(f"{because.rstrip('.')}; {_EXTRA}") from error
-    try:
-        yield wsidicom
-    except (Refusal, OSError):
-        raise
-    except Exception as error:  # pydicom's and wsidicom's own, and what a garbled tag brings
-        raise OSError(f"wsidicom: {error}") from error
+        raise Lack(f"{because.rstrip('.')}; {_EXTRA}") from error
+    return wsidicom
+
+
+def _inside(folder: Path) -> list[Path]:
+    with damage():
+        return sorted(folder.iterdir())
 
 
 def _volume_series(file: Path) -> str | None:
@@ -108,10 +109,11 @@ def _volume_series(file: Path) -> str | None:
     if not file.is_file():
         return None
     tags = ["SOPClassUID", "ImageType", "SeriesInstanceUID"]
-    try:
-        facts = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
-    except pydicom.errors.InvalidDicomError:
-        return None
-    flavours = facts.get("ImageType") or []
-    is_volume = "VOLUME" in flavours and facts.get("SOPClassUID") == _WHOLE_SLIDE
-    return str(facts.get("SeriesInstanceUID")) if is_volume else None
+    with damage(Exception):
+        try:
+            facts = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
+        except pydicom.errors.InvalidDicomError:
+            return None
+        flavours = facts.get("ImageType") or []
+        is_volume = "VOLUME" in flavours and facts.get("SOPClassUID") == _WHOLE_SLIDE
+        return str(facts.get("SeriesInstanceUID")) if is_volume else None

@@ -1,74 +1,115 @@
 """Slides that stand at a URL, fetched to the node's disk once per version.
 
 What changes when an object is written again (size, ETag, date) is its version. A MIRAX slide
-brings the folder beside it, a URL that is a folder its DICOM instances. Local paths are read
-where they are.
+brings the folder beside it, a URL that is a folder its DICOM instances. Ranges of objects come
+in several lanes, each with its own patience; web addresses, whose servers may know no ranges,
+in one stream. Local paths are read where they are.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from raylarge import storage
+from raylarge.errors import UserError
 from raylarge.slides import cache
 from raylarge.slides.cache import Held
-from raylarge.slides.protocol import Refusal, speaking_of
+from raylarge.slides.protocol import Refusal
+from raylarge.storage.patience import Unmet
 
-_VERSION = ("size", "ETag", "LastModified", "Last-Modified", "VersionId", "generation", "mtime")
+PIECE_BYTES = 16 << 20
+LANES = 4
+"""Pieces of one slide under way at a time: 64 MiB of memory."""
+_TRIES = 3  # of a slide that others write meanwhile
+_VERSION = (
+    *("size", "ETag", "LastModified", "Last-Modified", "VersionId", "mtime"),
+    *("generation", "updated", "etag", "last_modified", "created"),  # Google's, Azure's, others'
+)
 _INDEX_OF_FILES = (".vms", ".vmu")
+_MIRAX = ".mrxs"
+_WEB = ("http://", "https://")
+_S3 = ("s3://", "s3a://")
+
+
+class _Object(NamedTuple):
+    """One of the files of a slide."""
+
+    url: str
+    size: int | None
+    etag: str | None
+    version: tuple[str, ...]
+
+
+class _Piece(NamedTuple):
+    """Bytes [start, stop) of an object, and the file in which they belong there."""
+
+    source: _Object
+    target: Path
+    start: int
+    stop: int
 
 
 def fetched(path: str) -> Held:
     """The local file (or folder) of a slide, held until it is closed.
 
     Raises:
-        FileNotFoundError: nothing stands at the URL.
-        Refusal: it is a part of a slide, or the cache has no room for it.
+        Refusal: nothing stands at the URL, it is a part of a slide, or it does not stop changing.
+        Lack: the cache has no room for it.
         UserError: its store cannot be reached, or does not let us in.
     """
     if storage.is_local(path):
         return Held(path.removeprefix("file://"))
-    wanted, objects = storage.patiently(path, _objects)
-    version = {name: [str(info.get(key)) for key in _VERSION] for name, info in objects.items()}
-    return cache.hold(
-        f"{path} {version}",
-        sum(info.get("size") or 0 for info in objects.values()),
-        lambda folder: _fetch(path, objects, folder),
-        wanted,
-    )
+    for _ in range(_TRIES):
+        try:
+            wanted, objects = storage.patiently(path, lambda fs, root: _objects(path, fs, root))
+            version = {name: one.version for name, one in objects.items()}
+            size = sum(one.size or 0 for one in objects.values())
+            return cache.hold(f"{path} {version}", size, partial(_fetch, path, objects), wanted)
+        except FileNotFoundError as error:
+            raise Refusal("does not exist; check the path.") from error
+        except Unmet:
+            continue
+    raise Refusal("changes while it is fetched; run again when nobody writes it.")
 
 
-def local_copy(path: str) -> str:
-    """The local path of a slide; an object of a store is fetched once per node and version.
+def companions(path: str) -> list[str]:
+    """Sorted paths of the other files of a slide: a MIRAX slide's folder, a folder's instances.
 
-    Nobody holds the copy: it may leave the cache when others need room.
-
-    Raises:
-        UserError: nothing stands at the URL, or it cannot be fetched.
+    What lies beside one DICOM instance is not listed: only its content tells what belongs to it.
     """
-    with speaking_of(path):
-        held = fetched(path)
-    held.close()
-    return held.path
+    mirax = path.lower().endswith(_MIRAX)
+    return sorted(_files(path.rpartition(".")[0] if mirax else path.rstrip("/")))
 
 
-def _objects(fs: Any, root: str) -> tuple[str, dict[str, Any]]:
-    """What of the fetched files is opened, and every file to fetch: its name and facts."""
-    info = fs.info(root)
+def _files(folder: str) -> Iterator[str]:
+    for entry in storage.entries(folder):
+        inside = storage.join(folder, entry.name)
+        if entry.is_folder:
+            yield from _files(inside)
+        else:
+            yield inside
+
+
+def _objects(path: str, fs: Any, root: str) -> tuple[str, dict[str, _Object]]:
+    """What of the fetched files is opened, and every file to fetch, by its name there."""
+    info = _info(fs, root)
     name = root.rstrip("/").rsplit("/", 1)[-1]
     if info["type"] == "directory":
         found = fs.find(root, detail=True)
-        instances = {path: one for path, one in found.items() if path.lower().endswith(".dcm")}
+        instances = {one: facts for one, facts in found.items() if one.lower().endswith(".dcm")}
         if not instances:
             raise Refusal("is a folder without DICOM instances (*.dcm); name a file in it.")
-        return "", {path.rsplit("/", 1)[-1]: one for path, one in instances.items()}
-    objects = {name.partition("?")[0]: info}  # what follows is a web address's query
+        return "", {one.rsplit("/", 1)[-1]: _object(fs, instances[one]) for one in instances}
+    name = name.partition("?")[0]  # what follows is a web address's query
+    objects = {name: _object(fs, info)._replace(url=path)}
     if name.lower().endswith(_INDEX_OF_FILES):
         raise Refusal("is an index of several files; copy all of them to a disk and name it there.")
-    if name.lower().endswith(".mrxs"):
+    if name.lower().endswith(_MIRAX):
         folder = root.rpartition(".")[0]
         beside = fs.find(folder, detail=True)
         if not beside:
@@ -77,30 +118,77 @@ def _objects(fs: Any, root: str) -> tuple[str, dict[str, Any]]:
                 "it (web addresses cannot list one); copy both to a store or a disk."
             )
         above = folder.rpartition("/")[0]
-        objects |= {path.removeprefix(above).lstrip("/"): one for path, one in beside.items()}
-    return name.partition("?")[0], objects
+        objects |= {one.removeprefix(above).lstrip("/"): _object(fs, beside[one]) for one in beside}
+    return name, objects
 
 
-def _fetch(path: str, objects: dict[str, Any], folder: Path) -> None:
-    for name, info in objects.items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        full = storage.patiently(path, partial(_get, source=info["name"], target=str(target)))
-        if full is not None:
-            raise full
-        size = os.path.getsize(target)
-        if info.get("size") not in (None, size):
-            raise Refusal(
-                f"was cut short on its way ({size:,} of {info['size']:,} bytes came); try again."
-            )
+def _info(fs: Any, root: str) -> dict[str, Any]:
+    """What stands at a URL; fsspec takes a web server that is away for one without the file."""
+    try:
+        info: dict[str, Any] = fs.info(root)
+    except FileNotFoundError as error:
+        cause, status = error.__cause__, getattr(error.__cause__, "status", 0)
+        if cause is None or isinstance(cause, FileNotFoundError) or status in (404, 410):
+            raise
+        if 400 <= status < 500:
+            raise UserError(
+                f"{root}: the server answers {status}; check the address, and that it lets you in."
+            ) from error
+        raise cause from error
+    return info
 
 
-def _get(fs: Any, _: str, source: str, target: str) -> OSError | None:
+def _object(fs: Any, info: dict[str, Any]) -> _Object:
+    version = tuple(str(info.get(key)) for key in _VERSION)
+    return _Object(fs.unstrip_protocol(info["name"]), info.get("size"), info.get("ETag"), version)
+
+
+def _fetch(path: str, objects: dict[str, _Object], folder: Path) -> None:
+    """Fill a folder of the cache, which is put in place when all of it is there."""
+    pieces = [piece for name, one in objects.items() for piece in _pieces(one, folder / name)]
+    with ThreadPoolExecutor(LANES) as lanes:  # leaving it waits for pieces under way
+        for _ in lanes.map(_move, pieces):
+            pass
+    if path.startswith((*_WEB, *_S3)):  # one stream, or ranges of one ETag: of one version
+        return
+    if storage.patiently(path, lambda fs, root: _objects(path, fs, root))[1] != objects:
+        raise Unmet(path)
+
+
+def _pieces(source: _Object, target: Path) -> list[_Piece]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.touch()
+    if source.url.startswith(_WEB) or source.size is None:
+        return [_Piece(source, target, 0, -1)]
+    starts = range(0, source.size, PIECE_BYTES)
+    return [_Piece(source, target, at, min(at + PIECE_BYTES, source.size)) for at in starts]
+
+
+def _move(piece: _Piece) -> None:
+    source, target = piece.source, piece.target
+    try:
+        if piece.stop < 0:
+            full = storage.patiently(source.url, lambda fs, root: _stream(fs, root, source, target))
+            if full is not None:
+                raise full
+            return
+        content = storage.read_range(source.url, piece.start, piece.stop, source.etag)
+    except FileNotFoundError as error:  # it was there a moment ago
+        raise Unmet(source.url) from error
+    with target.open("r+b") as stream:
+        stream.seek(piece.start)
+        stream.write(content)
+
+
+def _stream(fs: Any, root: str, source: _Object, target: Path) -> OSError | None:
     """Fetch one object; a full disk is returned, since trying again does not mend it."""
     try:
-        fs.get_file(source, target)
+        fs.get_file(root, str(target))
     except OSError as error:
         if error.errno in cache.FULL:
             return error
         raise
+    came = os.path.getsize(target)
+    if source.size not in (None, came):
+        raise ConnectionError(f"{came:,} of {source.size:,} bytes came")
     return None

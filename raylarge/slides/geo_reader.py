@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raylarge.slides.protocol import Georeference, Hint, Pixels, Refusal
+from raylarge.slides.protocol import Georeference, Hint, Lack, Pixels, Refusal, damage
 
 if TYPE_CHECKING:
     from affine import Affine
@@ -43,7 +43,8 @@ class GeoPyramid:
         """Open a GeoTIFF.
 
         Raises:
-            Refusal: rasterio is missing, or the bands are no 8-bit grey or RGB.
+            Refusal: the bands are no 8-bit grey or RGB, or the place is none.
+            Lack: rasterio is missing.
         """
         self.georeference: Georeference | None = None
         self.mpp_hints: list[Hint] = []
@@ -96,20 +97,18 @@ class GeoPyramid:
 
 @contextmanager
 def _gdal() -> Iterator[Any]:
-    """The rasterio package; what GDAL finds wrong with a file becomes an OSError."""
+    """The rasterio package; what GDAL finds wrong inside, and nothing else, is damage."""
     try:
         import rasterio.warp
         import rasterio.windows
     except ImportError as error:
-        raise Refusal(
+        raise Lack(
             "is georeferenced, which needs rasterio; install it with pip install 'raylarge[geo]'."
         ) from error
     from rasterio._err import CPLE_BaseError
 
-    try:
+    with damage(rasterio.errors.RasterioError, rasterio.errors.CRSError, CPLE_BaseError):
         yield rasterio
-    except (rasterio.errors.RasterioError, CPLE_BaseError) as error:
-        raise OSError(str(error)) from error
 
 
 def _overview(path: str, number: int) -> Any:
@@ -162,13 +161,24 @@ def _pixel_m(crs: Any, affine: Affine, place_px: tuple[float, float]) -> tuple[f
     row, column = place_px
     x, y = _on_map(affine, (column, column, column + _STEP_PX), (row, row + _STEP_PX, row))
     longitude, latitude = _degrees(crs, x, y)
+    if not np.isfinite([longitude, latitude]).all():
+        raise _nowhere()
     phi, e2 = math.radians(latitude[0]), _FLATTENING * (2 - _FLATTENING)
     bend = 1 - e2 * math.sin(phi) ** 2
     north_m = np.radians(latitude[1:] - latitude[0]) * _EQUATOR_M * (1 - e2) / bend**1.5
     turned = (longitude[1:] - longitude[0] + 180) % 360 - 180
     east_m = np.radians(turned) * _EQUATOR_M / math.sqrt(bend) * math.cos(phi)
     down, across = np.hypot(north_m, east_m) / _STEP_PX
+    if not (0 < down < math.inf and 0 < across < math.inf):
+        raise _nowhere()
     return float(down), float(across)
+
+
+def _nowhere() -> Refusal:
+    return Refusal(
+        "has a georeference that leads to no place on the ground; mend it (`gdal_edit.py`) or "
+        "leave it out."
+    )
 
 
 def _warped(levels: list[Any], side_m: float) -> list[Any]:
@@ -188,6 +198,8 @@ def _warped(levels: list[Any], side_m: float) -> list[Any]:
     )
     border = _on_map(base.transform, u * base.width, v * base.height)
     x, y = np.array(transform(base.crs, target, *border))
+    if not np.isfinite([x, y]).all() or np.ptp(x) <= 0 or np.ptp(y) <= 0:
+        raise _nowhere()
     unit_m = _pixel_m(target, Affine(1, 0, x.mean(), 0, -1, y.mean()), (0.0, 0.0))
     side = side_m / unit_m[0]
     rows, columns = (math.ceil((one.max() - one.min()) / side) for one in (y, x))

@@ -92,7 +92,7 @@ def _transform(profile: bytes) -> ImageCms.ImageCmsTransform:
             "RGB",
             renderingIntent=ImageCms.Intent(ImageCms.getDefaultIntent(source)),
         )
-    except (OSError, ValueError, ImageCms.PyCMSError) as error:
+    except (OSError, TypeError, ValueError, ImageCms.PyCMSError) as error:
         raise broken(error) from error
 
 

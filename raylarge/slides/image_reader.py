@@ -16,6 +16,7 @@ from raylarge.slides.protocol import (
     Hint,
     Pixels,
     Refusal,
+    damage,
     refuse_size,
 )
 from raylarge.slides.tiff_reader import ConvertedPyramid
@@ -36,22 +37,24 @@ class ImagePyramid:
             Refusal: neither PNG nor JPEG, colours that are not 8-bit RGB or grey, or more
                 pixels than may be decoded.
         """
-        with _opened(path) as picture:
+        with damage():
+            opened = _opened(path)
+        with opened as picture:
             size = (picture.height, picture.width)
             refuse_size(size, DECODE_PX)
             if picture.mode not in _MODES:
                 raise Refusal(f"holds {picture.mode} pixels; convert it to 8-bit RGB.")
             self.icc_profile: bytes | None = picture.info.get("icc_profile") or None
-            self.mpp_hints = _mpp_hints(picture)
+            with damage():
+                self.mpp_hints = _mpp_hints(picture)
             self._image: Pixels | None = None
             self._tiles: ConvertedPyramid | None = None
             if size[0] * size[1] <= WHOLE_PX:
-                self._image = _rgb(picture)
+                with damage():
+                    self._image = _rgb(picture)
                 self.sizes = [size]
             else:
-                self._tiles = ConvertedPyramid(
-                    path, size, lambda top, bottom: _rgb(picture.crop((0, top, size[1], bottom)))
-                )
+                self._tiles = ConvertedPyramid(path, size, lambda *rows: _strip(picture, *rows))
                 self.sizes = self._tiles.sizes
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
@@ -88,6 +91,11 @@ def _mpp_hints(picture: Image.Image) -> list[Hint]:
     if across <= 0 or down <= 0:
         return []
     return [Hint("image resolution", _UM_PER_INCH / down, _UM_PER_INCH / across)]
+
+
+def _strip(picture: Image.Image, top: int, bottom: int) -> Pixels:
+    with damage():
+        return _rgb(picture.crop((0, top, picture.width, bottom)))
 
 
 def _rgb(picture: Image.Image) -> Pixels:

@@ -15,10 +15,11 @@ from jaxtyping import UInt8
 from PIL import ImageCms
 
 from raylarge.slides import icc
-from raylarge.slides.protocol import Hint, Pixels, Refusal
+from raylarge.slides.protocol import DAMAGE, Hint, Pixels, damage
 
 _UM_PER_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0}
 _OPAQUE = 0xFF000000
+_BROKEN = (*DAMAGE, openslide.OpenSlideError)
 
 
 class OpenSlidePyramid:
@@ -32,12 +33,11 @@ class OpenSlidePyramid:
         Raises:
             Refusal: OpenSlide recognises the format but cannot open the file.
         """
-        try:
+        with damage(*_BROKEN):
             self._slide = openslide.OpenSlide(path)
-        except openslide.OpenSlideError as error:
-            raise _broken(error) from error
-        self.sizes = [(rows, columns) for columns, rows in self._slide.level_dimensions]
-        self.mpp_hints = mpp_hints(self._slide.properties)
+            self.sizes = [(rows, columns) for columns, rows in self._slide.level_dimensions]
+            properties = dict(self._slide.properties)
+        self.mpp_hints = mpp_hints(properties)
 
     @property
     def icc_profile(self) -> bytes | None:
@@ -60,10 +60,8 @@ class OpenSlidePyramid:
         """
         factor = self._slide.level_downsamples[level]
         corner = (round(left * factor), round(top * factor))
-        try:
+        with damage(*_BROKEN):
             region = np.asarray(self._slide.read_region(corner, level, (columns, rows)))
-        except openslide.OpenSlideError as error:
-            raise _broken(error) from error
         # Alpha is the highest byte of a little-endian word: one pass tells whether all is opaque.
         if region.view("<u4").min(initial=_OPAQUE) == _OPAQUE:
             return _rgb(region)
@@ -117,9 +115,3 @@ def _number(properties: Mapping[str, str], name: str) -> float:
 
 def _inverse(numerator: float, value: float) -> float:
     return numerator / value if value > 0 else 0.0
-
-
-def _broken(error: Exception) -> Refusal:
-    return Refusal(
-        f"is damaged or incomplete (OpenSlide: {error}); fetch it again or leave it out."
-    )

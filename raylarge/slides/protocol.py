@@ -1,13 +1,15 @@
 """What the reader of one slide format gives, and how it refuses.
 
 A reader knows levels of 8-bit RGB and what the file says about itself; of scales, caches and
-users it knows nothing. It raises `Refusal` with the end of a sentence, or lets its parser's
-own exceptions pass: `speaking_of` makes either a sentence about the slide. Only the specimen
-is ever a level: labels and macro images are not read, and no tag of a patient is kept.
+users it knows nothing. It raises the end of a sentence, which `speaking_of` completes:
+`Refusal` for what is wrong with the file, `Lack` for what is missing here. Calls of a parser
+or decoder stand in `damage()`, alone: whatever else goes wrong is a bug of ours, and shows.
+Only the specimen is ever a level: labels and macro images are not read, no patient's tag kept.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
@@ -18,7 +20,7 @@ from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from raylarge.errors import UserError
+from raylarge.errors import SlideError, UserError
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 
@@ -29,12 +31,10 @@ DECODE_PX = 1 << 29
 SLIDE_PX = 1 << 38
 """275 Gpx, six times the largest scans: what a header may claim at all."""
 
-_DAMAGE = (
+DAMAGE: tuple[type[Exception], ...] = (
     ArithmeticError,
     EOFError,
     LookupError,
-    MemoryError,
-    OSError,
     RuntimeError,
     SyntaxError,
     ValueError,
@@ -42,10 +42,17 @@ _DAMAGE = (
     zlib.error,
 )
 """What Pillow, tifffile and imagecodecs raise on files that are cut short or garbled."""
+_OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_OF_THE_CONTENT = (None, errno.EINVAL, errno.EOVERFLOW)
+"""An OSError of a parser itself has no number; these come of offsets that make no sense."""
 
 
 class Refusal(Exception):
-    """Why a file's pixels cannot be had: the end of a sentence that begins `slide PATH`."""
+    """What is wrong with a file: the end of a sentence that begins `slide PATH`."""
+
+
+class Lack(Exception):
+    """What a file needs and this machine has not: the end of such a sentence too."""
 
 
 class Hint(NamedTuple):
@@ -99,25 +106,58 @@ class Pyramid(Protocol):
 
 
 @contextmanager
-def speaking_of(path: str) -> Iterator[None]:
-    """Turn what readers raise into one sentence about the slide.
+def speaking_of(path: str, what: str = "slide") -> Iterator[None]:
+    """Turn what readers raise into one sentence about a file.
 
     Raises:
-        UserError: in the place of a refusal, or of a parser's exception about damaged bytes.
+        SlideError: in the place of a `Refusal`.
+        UserError: in the place of a `Lack`.
     """
     try:
         yield
     except Refusal as refusal:
-        raise UserError(f"slide {path} {refusal}") from refusal
-    except FileNotFoundError as error:
-        raise UserError(f"slide {path} does not exist; check the path.") from error
-    except PermissionError as error:
-        raise UserError(f"slide {path} may not be read; check its permissions.") from error
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise UserError(
-            f"slide {path} is damaged or incomplete ({reason}); fetch it again or leave it out."
-        ) from error
+        raise SlideError(f"{what} {path} {refusal}") from refusal
+    except Lack as lack:
+        raise UserError(f"{what} {path} {lack}") from lack
+
+
+@contextmanager
+def damage(*kinds: type[Exception]) -> Iterator[None]:
+    """Take what a parser or decoder raises as the file's fault; stands around such calls alone.
+
+    Args:
+        kinds: what it raises on damaged bytes, besides OSError; by default `DAMAGE`.
+
+    Raises:
+        Refusal: the file is missing, may not be read, or its bytes are not right.
+        Lack: its disk fails, or a package is missing.
+    """
+    kinds = kinds or DAMAGE
+    try:
+        yield
+    except (Refusal, Lack, UserError, MemoryError):
+        raise
+    except ImportError as error:
+        raise Lack(f"needs a package that is missing here ({error}); install it.") from error
+    except OSError as error:
+        raise _of_disk(error) from error
+    except kinds as error:
+        raise _damaged(error) from error
+
+
+def _of_disk(error: OSError) -> Refusal | Lack:
+    if error.errno in _OF_THE_PATH:
+        return Refusal("does not exist; check the path.")
+    if isinstance(error, PermissionError):
+        return Refusal("may not be read; check its permissions.")
+    if error.errno in _OF_THE_CONTENT:
+        return _damaged(error)
+    return Lack(f"cannot be read now ({error.strerror}); check the disk or share that holds it.")
+
+
+def _damaged(error: Exception) -> Refusal:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return Refusal(f"is damaged or incomplete ({reason}); fetch it again or leave it out.")
 
 
 def refuse_size(size: tuple[int, int], limit_px: int) -> None:

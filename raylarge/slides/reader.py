@@ -9,6 +9,7 @@ rest Pillow.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from raylarge.slides import icc as colours
 from raylarge.slides import mpp as scales
 from raylarge.slides import openslide_reader, tiff_reader
 from raylarge.slides.aperio_reader import AperioPyramid
-from raylarge.slides.fetch import fetched, local_copy
+from raylarge.slides.fetch import fetched
 from raylarge.slides.image_reader import ImagePyramid
 from raylarge.slides.mpp import BASE_MPP
 from raylarge.slides.openslide_reader import OpenSlidePyramid
@@ -32,14 +33,16 @@ from raylarge.slides.protocol import (
     Pixels,
     Pyramid,
     Refusal,
+    damage,
     refuse_size,
     speaking_of,
 )
 from raylarge.slides.tiff_reader import TiffPyramid
 
-__all__ = ["BASE_MPP", "Pixels", "Pyramid", "Slide", "local_copy", "open_slide"]
+__all__ = ["BASE_MPP", "Pixels", "Pyramid", "Slide", "open_slide"]
 
-_STRIP_PX = 256
+_STRIP_BYTES = 32 << 20
+_TALKATIVE = ("tifffile", "rasterio", "pydicom", "wsidicom", "PIL")
 
 
 class Slide:
@@ -93,7 +96,8 @@ class Slide:
         finer level.
 
         Raises:
-            UserError: the file is damaged there.
+            SlideError: the file is damaged there.
+            UserError: its disk or store fails.
         """
         rows, columns = rows_px // downscale, columns_px // downscale
         top, bottom = _inside(top_px, rows, downscale, self.size_px[0])
@@ -116,17 +120,40 @@ class Slide:
         level, step = self._level(downscale)
         starts = [origin * step / downscale for origin in origin_px]
         if step == 1.0:
-            return self._pyramid.read_level(level, int(starts[0]), int(starts[1]), *shape)
+            return self._stored(level, int(starts[0]), int(starts[1]), shape)
         margin = math.ceil(2 * step) + 1
         box = []
         for start, count, size in zip(starts, shape, self._pyramid.sizes[level], strict=True):
             low = max(0, math.floor(start) - margin)
             high = min(size, math.ceil(start + count * step) + margin)
+            if start >= size:
+                raise self._misfit()
             box.append((low, high - low, start - low, min(start - low + count * step, high - low)))
         (top, rows, y0, y1), (left, columns, x0, x1) = box
         source = Image.fromarray(self._pyramid.read_level(level, top, left, rows, columns))
         resized = source.resize(shape[::-1], Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
         return np.asarray(resized)
+
+    def _stored(self, level: int, top: int, left: int, shape: tuple[int, int]) -> Pixels:
+        """A region in a level's own pixels, of which the level may lack the very last ones.
+
+        A level ends at the last whole pixel, a thumbnail at the last one half of which is there.
+        """
+        size = self._pyramid.sizes[level]
+        inside = (min(shape[0], size[0] - top), min(shape[1], size[1] - left))
+        lacks = (shape[0] - inside[0], shape[1] - inside[1])
+        if max(lacks) > 1 or min(inside) < 1:
+            raise self._misfit()
+        region = self._pyramid.read_level(level, top, left, *inside)
+        if not any(lacks):
+            return region
+        return np.pad(region, [(0, lacks[0]), (0, lacks[1]), (0, 0)], mode="edge")
+
+    def _misfit(self) -> Refusal:
+        return Refusal(
+            f"is damaged: its levels have sizes {list(self._pyramid.sizes)}, which do not show "
+            "one image; fetch it again or leave it out."
+        )
 
     def _level(self, downscale: int) -> tuple[int, float]:
         """The coarsest level that is not coarser than asked, and its pixels per output pixel."""
@@ -139,7 +166,8 @@ class Slide:
     def thumbnail(self, downscale: int) -> Pixels:
         """The whole slide, one pixel per downscale x downscale base pixels, read in strips."""
         rows, columns = (-(-side // downscale) for side in self.size_px)
-        per_strip = max(1, _STRIP_PX // downscale)
+        step = self._level(downscale)[1]
+        per_strip = max(1, int(_STRIP_BYTES / (3 * columns * step**2)))
         return np.concatenate(
             [
                 self.read(
@@ -163,9 +191,13 @@ def open_slide(
         icc: whether pixels are converted to sRGB by the colour profile in the file.
 
     Raises:
-        UserError: no such file, a broken one, one that cannot be right, no mpp to be found, or
-            one coarser than the base.
+        SlideError: no such file, one that may not be read, a broken one, one that cannot be
+            right, no mpp to be found, or one coarser than the base.
+        UserError: no fault of the slide: its store or disk fails, a package is missing, or the
+            cache has no room for it.
     """
+    for library in _TALKATIVE:  # their lines tell the names of files
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     with speaking_of(path), ExitStack() as opened:
         held = fetched(path)
         opened.callback(held.close)
@@ -184,7 +216,7 @@ def _pyramid(local: str) -> Pyramid:
         from raylarge.slides.dicom_reader import open_folder
 
         return open_folder(local)
-    with open(local, "rb") as stream:
+    with damage(), open(local, "rb") as stream:
         head = stream.read(4)
     if not head:
         raise Refusal("is empty; fetch it again or leave it out.")
@@ -216,6 +248,6 @@ def _inside(start_px: int, count: int, downscale: int, size_px: int) -> tuple[in
 def _factor(finest: tuple[int, int], size: tuple[int, int]) -> float:
     """How many times coarser a level is; whole where cut-off borders explain the difference."""
     ratio = (finest[0] / size[0] + finest[1] / size[1]) / 2
-    whole = round(ratio)
+    whole = max(1, round(ratio))
     fits = all(abs(a / whole - b) < 1 for a, b in zip(finest, size, strict=True))
     return float(whole) if fits else ratio

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,17 @@ from jaxtyping import UInt8
 from tifffile import EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG
 
 from raylarge.slides import convert
-from raylarge.slides.protocol import DECODE_PX, WHOLE_PX, Hint, Pixels, Refusal, refuse_size
+from raylarge.slides.protocol import (
+    DAMAGE,
+    DECODE_PX,
+    SLIDE_PX,
+    WHOLE_PX,
+    Hint,
+    Pixels,
+    Refusal,
+    damage,
+    refuse_size,
+)
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _GEO_KEYS, _ICC_PROFILE = 34735, 34675
@@ -46,18 +56,17 @@ class TiffPyramid:
                 pixels in one piece than may be decoded.
         """
         self._tiles: ConvertedPyramid | None = None
-        with ExitStack() as opened, parsed():
-            self._file = opened.enter_context(tifffile.TiffFile(path))
-            found = self._file.series
-            areas = [one.keyframe.imagelength * one.keyframe.imagewidth for one in found]
-            index = areas.index(max(areas))
-            page = found[index].keyframe
-            self.icc_profile: bytes | None = page.tags.valueof(_ICC_PROFILE)
-            self.mpp_hints = _mpp_hints(self._file, index, page)
-            self._levels = [
-                Level(self._file.filehandle, one.keyframe, one.pages[0], one.axes)
-                for one in found[index].levels
-            ]
+        with ExitStack() as opened:
+            with parsed():
+                self._file = opened.enter_context(tifffile.TiffFile(path))
+                found = self._file.series
+                areas = [one.keyframe.imagelength * one.keyframe.imagewidth for one in found]
+                index = areas.index(max(areas))
+                page = found[index].keyframe
+                self.icc_profile: bytes | None = page.tags.valueof(_ICC_PROFILE)
+                self.mpp_hints = _mpp_hints(self._file, index, page)
+                stored = [(one.keyframe, one.pages[0], one.axes) for one in found[index].levels]
+            self._levels = [Level(self._file.filehandle, *one) for one in stored]
             self.sizes = [level.size for level in self._levels]
             if not page.is_tiled and self.sizes[0][0] * self.sizes[0][1] > WHOLE_PX:
                 self._tiles = ConvertedPyramid(path, self.sizes[0], self._strip)
@@ -100,13 +109,9 @@ class ConvertedPyramid(TiffPyramid):
         self._held.close()
 
 
-@contextmanager
-def parsed() -> Iterator[None]:
-    """What tifffile raises where a garbled tag has a type that it does not expect is damage."""
-    try:
-        yield
-    except (AttributeError, TypeError) as error:
-        raise ValueError(str(error)) from error
+def parsed() -> AbstractContextManager[None]:
+    """Damage, also where a garbled tag has a type that tifffile does not expect."""
+    return damage(*DAMAGE, AttributeError, TypeError)
 
 
 def is_georeferenced(path: str) -> bool:
@@ -138,15 +143,19 @@ class Level:
         """
         self._file = file
         self._page, self._kind = page or kind, kind
-        _refuse_kind(kind, axes)
-        self.size = (kind.imagelength, kind.imagewidth)
-        strip = (min(kind.rowsperstrip, self.size[0]), self.size[1])
-        self._piece = (kind.tilelength, kind.tilewidth) if kind.is_tiled else strip
+        with parsed():
+            _refuse_kind(kind, axes)
+            self._palette = _palette(kind) if kind.photometric == PHOTOMETRIC.PALETTE else None
+            self.size = (int(kind.imagelength), int(kind.imagewidth))
+            strip = (min(int(kind.rowsperstrip), self.size[0]), self.size[1])
+            tile = (int(kind.tilelength), int(kind.tilewidth))
+            self._piece = tile if kind.is_tiled else strip
+            separate = kind.planarconfig == PLANARCONFIG.SEPARATE
+            self._planes = min(int(kind.samplesperpixel), 4) if separate else 1
+        refuse_size(self.size, SLIDE_PX)
         refuse_size(self._piece, DECODE_PX)
         self._across = -(-self.size[1] // self._piece[1])
         self._count = self._across * -(-self.size[0] // self._piece[0])
-        separate = kind.planarconfig == PLANARCONFIG.SEPARATE
-        self._planes = min(kind.samplesperpixel, 4) if separate else 1
         in_cache = _CACHE_BYTES // (3 * self._piece[0] * self._piece[1])
         self._pixels = lru_cache(max(1, in_cache))(self._decoded)
 
@@ -166,23 +175,33 @@ class Level:
             if samples is None:
                 return np.full((*self._piece, 3), 255, np.uint8)
             planes.append(samples)
-        return _rgb(np.concatenate(planes, axis=-1) if len(planes) > 1 else planes[0], self._kind)
+        samples = np.concatenate(planes, axis=-1) if len(planes) > 1 else planes[0]
+        if self._palette is not None:
+            return self._palette[samples[..., 0]]
+        if self._kind.bitspersample == 1:
+            samples = samples * np.uint8(255)
+        return _rgb(samples, self._kind)
 
     def _samples(self, number: int) -> UInt8[np.ndarray, "_ _ s"] | None:
-        """One stored piece; bits come as 0 and 255."""
-        count = self._page.databytecounts[number]
-        if count == 0:
-            return None
-        self._file.seek(self._page.dataoffsets[number])
-        content = self._file.read(count)
-        if len(content) < count:
-            raise EOFError(f"piece {number} ends after {len(content)} of {count} bytes")
-        decoded: Any = self._kind.decode(
-            content, number, jpegtables=self._page.jpegtables, jpegheader=self._page.jpegheader
-        )
-        samples = decoded[0][0]
-        bits: np.ndarray = samples * np.uint8(255) if self._kind.bitspersample == 1 else samples
-        return bits.astype(np.uint8, copy=False)
+        """One stored piece, as far as it lies inside the level."""
+        row, column = divmod(number % self._count, self._across)
+        rows = min(self._piece[0], self.size[0] - row * self._piece[0])
+        columns = min(self._piece[1], self.size[1] - column * self._piece[1])
+        with parsed():
+            at, count = self._page.dataoffsets[number], self._page.databytecounts[number]
+            if count == 0:
+                return None
+            if at + count > self._file.size:  # before memory is taken for it
+                raise EOFError(f"piece {number} ends at byte {at + count} of {self._file.size}")
+            self._file.seek(at)
+            content = self._file.read(count)
+            decoded: Any = self._kind.decode(
+                content, number, jpegtables=self._page.jpegtables, jpegheader=self._page.jpegheader
+            )
+            samples = decoded[0][0][:rows, :columns].astype(np.uint8, copy=False)
+            if samples.shape[:2] != (rows, columns) or samples.shape[2] < 1:
+                raise ValueError(f"piece {number} holds {samples.shape} samples")
+        return samples
 
 
 def _overlaps(start: int, count: int, piece: int) -> Iterator[tuple[int, slice, slice]]:
@@ -206,11 +225,15 @@ def _refuse_kind(kind: tifffile.TiffPage, axes: str) -> None:
         raise Refusal(f"holds {name} colours; convert it to 8-bit RGB.")
 
 
+def _palette(kind: tifffile.TiffPage) -> UInt8[np.ndarray, "_ 3"]:
+    table = np.asarray(kind.colormap).T
+    if table.shape != (1 << kind.bitspersample, 3):
+        raise ValueError(f"a palette of {table.shape} numbers")
+    return (table >> 8 if table.max() > 255 else table).astype(np.uint8)
+
+
 def _rgb(samples: UInt8[np.ndarray, "_ _ s"], kind: tifffile.TiffPage) -> Pixels:
     """Samples of a piece as RGB, over white where they are transparent."""
-    if kind.photometric == PHOTOMETRIC.PALETTE:
-        table = np.asarray(kind.colormap).T
-        return (table >> 8 if table.max() > 255 else table).astype(np.uint8)[samples[..., 0]]
     colours = 3 if samples.shape[-1] >= 3 else 1
     pixels = samples[..., :colours]
     if kind.photometric == PHOTOMETRIC.MINISWHITE:

@@ -1,0 +1,208 @@
+import io
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from raylarge.errors import SlideError
+from raylarge.slides import masks
+
+SIZE = (800, 1000)
+
+
+def square(left, top, side):
+    """A closed ring in level-0 pixels; its edges lie inside cells of 10 pixels."""
+    low, high = (left + 1, top + 1), (left + side - 1, top + side - 1)
+    return [list(low), [high[0], low[1]], list(high), [low[0], high[1]], list(low)]
+
+
+def polygon(*rings):
+    return {"type": "Polygon", "coordinates": list(rings)}
+
+
+def features(*geometries):
+    return {
+        "type": "FeatureCollection",
+        "features": [{"type": "Feature", "geometry": one} for one in geometries],
+    }
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Reads contours as a mask of 80 x 100 cells."""
+
+    def read(node, shape=(80, 100)):
+        (tmp_path / "a.geojson").write_text(json.dumps(node))
+        return masks.read(str(tmp_path / "a.geojson"), SIZE, shape)
+
+    return read
+
+
+@pytest.fixture
+def shown(tmp_path):
+    """Reads an image as a mask."""
+
+    def read(picture, shape, name="mask.png"):
+        picture.save(tmp_path / name)
+        return masks.read(str(tmp_path / name), SIZE, shape)
+
+    return read
+
+
+def cells(*boxes):
+    """Cells of [top, bottom) x [left, right), the later ones off where they say so."""
+    page = np.zeros((80, 100), bool)
+    for top, bottom, left, right, ink in boxes:
+        page[top:bottom, left:right] = ink
+    return page
+
+
+def test_polygons_are_in_level_0_pixels_x_first(drawn):
+    mask = drawn(features(polygon(square(100, 200, 300))))
+    assert (mask == cells((20, 50, 10, 40, True))).all()
+    assert drawn({"type": "FeatureCollection", "features": []}).sum() == 0
+
+
+def test_they_are_scaled_to_what_is_wanted(drawn):
+    coarse, fine = (drawn(polygon(square(100, 200, 300)), s) for s in ((40, 50), (800, 1000)))
+    assert coarse[10:25, 5:20].all()
+    assert coarse.sum() == 15 * 15
+    assert abs(fine.sum() - 298 * 298) < 3 * 298
+
+
+def test_a_hole_is_no_tissue_and_what_lies_in_it_is(drawn):
+    ring = polygon(square(100, 100, 600), square(200, 200, 400))
+    island = polygon(square(300, 300, 100))
+    expected = drawn(features(ring)) | drawn(features(island))
+    assert expected[10:70, 10:70].mean() < 1
+    assert not expected[21:29, 21:29].any()
+    for order in ([ring, island], [island, ring]):
+        mask = drawn(features(*order))
+        assert mask[30:40, 30:40].all()
+        assert (mask == expected).all()
+
+
+def test_every_kind_of_areas_is_read(drawn):
+    a, b = square(100, 100, 200), square(500, 400, 200)
+    expected = cells((10, 30, 10, 30, True), (40, 60, 50, 70, True))
+    several = {"type": "MultiPolygon", "coordinates": [[a], [b]]}
+    mixed = {"type": "GeometryCollection", "geometries": [polygon(a), polygon(b)]}
+    feature = {"type": "Feature", "geometry": several}
+    with_none = features(several, None)  # a feature without a place
+    for node in (several, mixed, feature, [polygon(a), polygon(b)], with_none):
+        assert (drawn(node) == expected).all()
+
+
+def test_heights_count_for_nothing(drawn):
+    flat = square(100, 100, 200)
+    assert (drawn(polygon([[*one, 7.5] for one in flat])) == drawn(polygon(flat))).all()
+
+
+def test_what_lies_over_the_edge_is_cut_off(drawn):
+    assert (drawn(polygon(square(-100, 700, 300))) == cells((70, 80, 0, 20, True))).all()
+    assert not drawn(polygon(square(5000, 100, 300))).any()
+
+
+def test_polygons_alone_are_drawn_as_on_the_whole_page(drawn):
+    rng = np.random.default_rng(0)
+    corners = [rng.uniform(-100, 1100, (5, 2)) for _ in range(40)]
+    page = Image.new("1", (100, 80))
+    for ring in corners:
+        ImageDraw.Draw(page).polygon((ring / 10).ravel().tolist(), fill=1)
+    assert (drawn(features(*(polygon(ring.tolist()) for ring in corners))) == page).all()
+
+
+def test_thousands_of_polygons_take_no_time(drawn):
+    nuclei = [polygon(square(x, y, 12)) for x in range(0, 1000, 10) for y in range(0, 800, 10)]
+    started = time.monotonic()
+    assert drawn(features(*nuclei), (800, 1000)).mean() > 0.9
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[1, 2]",
+        "7",
+        "\xff",
+        '{"type": "Polygon"}',
+        '{"type": "Point", "coordinates": [1, 2]}',
+        '{"type": "Polygon", "coordinates": [[[1, 2], [3, 4]]]}',
+        '{"type": "Polygon", "coordinates": [[["a", 2], [3, 4], [5, 6]]]}',
+        '{"type": "Polygon", "coordinates": [[[NaN, 2], [3, 4], [5, 6]]]}',
+        '{"type": "Polygon", "coordinates": [[1, 2, 3]]}',
+    ],
+)
+def test_another_json_is_one_sentence(tmp_path, text):
+    (tmp_path / "a.geojson").write_text(text, encoding="latin-1")
+    with pytest.raises(SlideError, match=r"^mask \S+a\.geojson is no GeoJSON of polygons [^\n]+$"):
+        masks.read(str(tmp_path / "a.geojson"), SIZE, (8, 10))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "bmp"])
+def test_every_pixel_that_is_not_black_is_tissue(shown, ending):
+    labels = np.zeros((80, 100), np.uint8)
+    labels[10:20, 30:50], labels[40:60, 30:50] = 1, 255
+    mask = shown(Image.fromarray(labels), (80, 100), f"mask.{ending}")
+    assert (mask == (labels > 0)).all()
+
+
+def test_labels_count_before_the_mask_is_shrunk(shown):
+    labels = np.zeros((80, 100), np.uint8)
+    labels[10:20, 30:50], labels[40:60, 30:50] = 1, 255
+    assert (shown(Image.fromarray(labels), (8, 10)) == (labels > 0)[::10, ::10]).all()
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_a_cell_is_tissue_where_half_of_it_is(shown, value):
+    page = np.zeros((28, 40), np.uint8)
+    flat = page.reshape(4, 7, 4, 10).swapaxes(1, 2)  # 4 x 4 cells of 7 x 10 pixels
+    rng = np.random.default_rng(0)
+    expected = np.zeros((4, 4), bool)
+    for number, cell in enumerate(np.ndindex(4, 4)):
+        count = (34, 35, 36, 0)[number % 4]
+        expected[cell] = count >= 35
+        inside = np.zeros(70, np.uint8)
+        inside[rng.permutation(70)[:count]] = value
+        flat[cell] = inside.reshape(7, 10)
+    assert (shown(Image.fromarray(page), (4, 4)) == expected).all()
+
+
+def test_a_coarser_mask_is_enlarged(shown):
+    small = np.random.default_rng(0).random((8, 10)) > 0.5
+    mask = shown(Image.fromarray(small), (80, 100))
+    assert (mask == small.repeat(10, 0).repeat(10, 1)).all()
+
+
+def test_faint_colours_large_labels_and_palettes_are_not_black(shown):
+    lit = np.random.default_rng(0).random((8, 10)) > 0.5
+    blue = np.zeros((8, 10, 3), np.uint8)
+    blue[..., 2] = lit
+    deep = Image.fromarray(lit.astype(np.uint16))
+    palette = Image.fromarray(lit.astype(np.uint8))
+    palette.putpalette([0, 0, 0, 9, 0, 0])
+    clear = Image.fromarray(np.dstack([blue * 0 + 255, 255 * lit]).astype(np.uint8))
+    for picture in (Image.fromarray(blue), deep, palette, clear):
+        assert (shown(picture, (8, 10)) == lit).all()
+
+
+def test_what_is_no_image_is_one_sentence(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 9, (99, 99), np.uint8)).save(buffer, "png")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:800])
+    reasons = {"text": "is no image", "empty": "is no image", "cut": "is damaged or incomplete"}
+    for name, reason in reasons.items():
+        with pytest.raises(SlideError, match=rf"^mask \S+{name}\.png {reason}[^\n]+\.$"):
+            masks.read(str(tmp_path / f"{name}.png"), SIZE, (8, 10))
+
+
+@pytest.mark.parametrize("name", ["nowhere.png", "nowhere.geojson"])
+def test_a_missing_mask_is_its_slides_fault(tmp_path, name):
+    with pytest.raises(SlideError, match=rf"^mask \S+{name} does not exist; check the path\.$"):
+        masks.read(os.path.join(tmp_path, name), SIZE, (8, 10))
