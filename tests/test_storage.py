@@ -1,6 +1,5 @@
 """Files and objects: whole or absent, named and digested wherever they lie."""
 
-import errno
 import hashlib
 import json
 import os
@@ -8,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -126,24 +124,13 @@ def test_files_that_come_and_go_do_not_disturb_a_listing(tmp_path):
     assert all(one["stays"] == 1 for one in seen)
 
 
-def test_of_many_one_writes_a_new_file(tmp_path):
-    path = f"{tmp_path}/deep/state.json"
-    with ThreadPoolExecutor(8) as workers:
-        wrote = list(workers.map(lambda n: storage.write_new(path, b"%d" % n), range(32)))
-    assert sum(wrote) == 1
-    assert storage.read_bytes(path) == b"%d" % wrote.index(True)
-    assert [one.name for one in storage.entries(f"{tmp_path}/deep")] == ["state.json"]
-
-
-def test_a_disk_without_links_has_one_writer_too(tmp_path, monkeypatch):
-    def link(*_):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", link)
-    path = f"{tmp_path}/state.json"
-    assert [storage.write_new(path, content) for content in (b"1", b"2")] == [True, False]
-    assert storage.read_bytes(path) == b"1"
-    assert len(storage.entries(str(tmp_path))) == 1
+def test_files_are_removed_as_far_as_they_are_there(tmp_path):
+    folder_of(tmp_path / "b [1]", {"one": b"1", "two": b"2", "three": b"3"})
+    root = f"{tmp_path}/b [1]"
+    storage.remove_all(f"{root}/{name}" for name in ("one", "three", "four"))
+    storage.remove(f"{root}/none/five")
+    storage.remove_all([])
+    assert storage.sizes(root) == {"two": 1}
 
 
 @pytest.fixture
@@ -161,13 +148,12 @@ def small_disk(tmp_path):
 def test_a_full_disk(small_disk):
     path = f"{small_disk}/part.parquet"
     storage.write_bytes(path, b"old")
-    for write in (storage.write_bytes, storage.write_new):
-        with pytest.raises(UserError, match=rf"{path}.*: the disk is full; free some space"):
-            write(path if write is storage.write_bytes else f"{path}.new", bytes(2 << 20))
-        assert storage.sizes(str(small_disk)) == {"part.parquet": 3}
+    with pytest.raises(UserError, match=rf"{path}: No space left on device; make room"):
+        storage.write_bytes(path, bytes(2 << 20))
+    assert storage.sizes(str(small_disk)) == {"part.parquet": 3}
     assert storage.read_bytes(path) == b"old"
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(UserError, match="the disk is read-only; choose another folder"):
+    with pytest.raises(UserError, match=r"Read-only file system; .*choose another path"):
         storage.write_bytes(path, b"new")
 
 
@@ -186,7 +172,7 @@ print(os.listdir(f"{root}/open"))
 if os.getuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 told(lambda: storage.write_bytes(f"{root}/closed/one", b"1"))
-told(lambda: storage.write_new(f"{root}/closed/one", b"1"))
+told(lambda: storage.remove(f"{root}/closed/secret"))
 told(lambda: storage.write_bytes(f"{root}/closed/new/one", b"1"))
 told(lambda: storage.read_bytes(f"{root}/closed/secret"))
 told(lambda: storage.listing(f"{root}/hidden/*"))
@@ -206,22 +192,22 @@ def test_what_a_disk_refuses(tmp_path):
     command = [sys.executable, "-c", REFUSED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=os.getcwd())
     large, left, *denied = done.stdout.splitlines()
-    assert large.startswith(f"{tmp_path}/open/large: the file is larger than this disk or")
+    assert large.startswith(f"{tmp_path}/open/large: File too large; ")
     assert left == "[]"
     assert len(denied) == 5, done.stderr
-    assert all(": permission denied; change the rights" in line for line in denied)
+    assert all(": Permission denied; make room, change the rights" in line for line in denied)
 
 
 def test_a_file_in_the_way_of_a_folder(tmp_path):
     storage.write_bytes(f"{tmp_path}/file", b"1")
     for path in (f"{tmp_path}/file/one", f"{tmp_path}/file/deep/one"):
-        with pytest.raises(UserError, match="a file stands where a folder is needed; move it"):
+        with pytest.raises(UserError, match=rf"{path}: (Not a directory|File exists); "):
             storage.write_bytes(path, b"1")
         assert not storage.exists(path)
     for act in (storage.read_bytes, lambda path: storage.write_bytes(path, b"")):
-        with pytest.raises(UserError, match="this is a folder; check the path"):
+        with pytest.raises(UserError, match=rf"{tmp_path}: Is a directory; .*choose another path"):
             act(str(tmp_path))
-    with pytest.raises(UserError, match="the name is too long"):
+    with pytest.raises(UserError, match="File name too long"):
         storage.write_bytes(f"{tmp_path}/{'x' * 250}", b"")
     with pytest.raises(UserError, match="cannot be opened"):
         storage.read_bytes("nowhere://a/b")
@@ -270,6 +256,30 @@ def test_the_same_table_makes_the_same_bytes(tmp_path, groups):
     for name, one in zip(names, (table, cut, again), strict=True):
         storage.write_table(name, one, groups)
     assert len({storage.read_bytes(name) for name in names}) == 1
+
+
+def test_images_stay_as_they_are_and_dictionaries_hold_words_alone(tmp_path):
+    path, labels = f"{tmp_path}/part.parquet", pa.map_(pa.string(), pa.string())
+    table = table_of(9).append_column("site", [["a"] * 9])
+    table = table.append_column("labels", pa.array([[("grade", "1")]] * 9, labels))
+    storage.write_table(path, table.append_column("grid", [[[0.5, 0.5]] * 9]))
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    plain = [one.path_in_schema for one in columns if one.compression == "UNCOMPRESSED"]
+    assert plain == ["image"]
+    words = [one.path_in_schema for one in columns if one.has_dictionary_page]
+    assert words == ["site", "labels.key_value.key", "labels.key_value.value"]
+
+
+def test_metadata_of_any_size(tmp_path):
+    path, large = f"{tmp_path}/part.parquet", {"facts": "x" * 100_000}
+    storage.write_table(path, table_of(9).replace_schema_metadata(large))
+    assert storage.read_metadata(path) == {b"facts": b"x" * 100_000}
+    whole = storage.read_bytes(path)
+    for content in (b"", b"PAR1", whole[:-1], whole[-90_000:]):
+        storage.write_bytes(path, content)
+        with pytest.raises(UserError, match=r"part\.parquet is no parquet file that can be read"):
+            storage.read_metadata(path)
 
 
 def test_no_damage_to_a_table_is_taken_for_a_value(tmp_path):

@@ -1,15 +1,17 @@
 """Storage when servers stop, lines break and stores are busy: all over real HTTP."""
 
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
 import pytest
 import servers
+from s3fs import S3FileSystem
 from servers import content_of, keys
 
 from raylarge import storage
 from raylarge.errors import UserError
+from raylarge.storage import objects, patience
 
 machine, store = servers.machine, servers.store  # fixtures
 pytestmark = pytest.mark.s3
@@ -48,15 +50,15 @@ def test_a_busy_store_is_asked_again(store, status, code):
         (lambda: storage.children(store.root, "ob*"), [path]),
         (lambda: storage.read_range(path, 1, 2), b"2"),
         (lambda: b"".join(storage.pieces(path)), b"12"),
-        (lambda: storage.write_new(path, b"3"), False),
-        (lambda: storage.write_new(f"{store.root}/new", b"3"), True),
-        (lambda: storage.remove(path), None),
+        (lambda: storage.write_bytes(f"{store.root}/new", b"3"), None),
+        (lambda: storage.remove(f"{store.root}/new"), None),
+        (lambda: storage.remove_all([path, f"{store.root}/none"]), None),
     ]:
         busy()
         assert act() == wanted
         assert not store.line.faults
     assert store.line.met == 22
-    assert keys(store) == {"first": 18, "new": 1}
+    assert keys(store) == {"first": 18}
 
 
 def test_a_folder_is_never_empty_because_the_store_is_busy(store, monkeypatch):
@@ -64,7 +66,7 @@ def test_a_folder_is_never_empty_because_the_store_is_busy(store, monkeypatch):
     store.line.fail("answer", times=-1)
     for act in (storage.exists, storage.sizes, storage.children, storage.listing):
         with pytest.raises(
-            UserError, match=r"answers (SlowDown|503), for 0\.5 s; see that the server"
+            UserError, match=r"answers (SlowDown|503) .*, for 0\.5 s; see that the server"
         ):
             act(f"{store.root}/first/*" if act is storage.listing else store.root)
 
@@ -135,17 +137,53 @@ def test_many_workers_and_a_bad_line(store):
     assert keys(store) == {"first": 18} | {f"{number:03d}": 100_000 for number in range(32)}
 
 
-def test_of_many_one_writes_a_new_object(store):
-    gate = threading.Barrier(8)
+def test_many_objects_are_removed_by_few_requests(store, monkeypatch):
+    paths = [f"{store.root}/b [1]/{number:02d} ü" for number in range(7)]
+    for path in paths[:-1]:
+        storage.write_bytes(path, b"1")
+    monkeypatch.setattr(objects, "MOST_REMOVED", 3)
+    store.line.clear()
+    store.line.fail("cut", upwards=False)  # it is done, and the answer lost
+    storage.remove_all(paths)
+    assert store.line.met == 1
+    assert len(store.line.requests) == 4
+    assert keys(store) == {"first": 18}
 
-    def write(number):
-        gate.wait()
-        return storage.write_new(f"{store.root}/state", b"%d" % number)
 
-    with ThreadPoolExecutor(8) as workers:
-        wrote = list(workers.map(write, range(8)))
-    assert sum(wrote) == 1
-    assert storage.read_bytes(f"{store.root}/state") == b"%d" % wrote.index(True)
+@pytest.mark.parametrize(("code", "passes"), [("InternalError", True), ("AccessDenied", False)])
+def test_an_object_that_is_not_removed_is_told(store, monkeypatch, code, passes):
+    paths = [f"{store.root}/{number}" for number in range(2)]
+    for path in paths:
+        storage.write_bytes(path, b"1")
+    call, asked = S3FileSystem.call_s3, []
+
+    def refuse(fs, method, **more):
+        asked.append(method)
+        if method == "delete_objects" and len(asked) == 1:
+            return {"Errors": [{"Key": "1", "Code": code, "Message": "so"}]}  # of moto, none
+        return call(fs, method, **more)
+
+    monkeypatch.setattr(S3FileSystem, "call_s3", refuse)
+    if passes:
+        storage.remove_all(paths)
+        assert keys(store) == {"first": 18}
+    else:
+        quick(lambda: storage.remove_all(paths), r"answers AccessDenied \(so\); check the path")
+
+
+def test_many_threads_begin_with_one_session(store, monkeypatch):
+    made = patience._opened
+    opened = []
+    monkeypatch.setattr(patience, "_opened", lambda: opened.append(made()) or opened[-1])
+    storage.write_table(f"{store.root}/part", pa.table({"row": [1]}, metadata={"facts": "{}"}))
+    patience._session.clear()
+    store.line.clear()
+    opened.clear()
+    with ThreadPoolExecutor(16) as workers:
+        found = list(workers.map(storage.read_metadata, [f"{store.root}/part"] * 64))
+    assert found == [{b"facts": b"{}"}] * 64
+    assert len(opened) == 1
+    assert len(store.line.requests) == 64
 
 
 def quick(act, match):
@@ -161,22 +199,17 @@ def test_what_waiting_does_not_cure_is_told_at_once(store, monkeypatch):
     path = f"{store.root}/object"
     quick(lambda: storage.read_bytes(path), "object does not exist; check")
     quick(lambda: storage.read_rows(path, [0]), "object does not exist; check")
-    quick(lambda: storage.read_bytes("s3://no-such-one/a"), "the bucket does not exist; create")
-    quick(lambda: storage.write_bytes("s3://no-such-one/a", b""), "the bucket does not exist")
-    quick(lambda: storage.write_bytes("s3://A b/a", b""), "no path in an object store")
-    for code, match in [
-        ("AccessDenied", "access denied; check the credentials"),
-        ("InvalidAccessKeyId", "does not know these credentials; set AWS_ACCESS_KEY_ID"),
-        ("SignatureDoesNotMatch", "does not accept the secret key"),
-        ("ExpiredToken", "have expired"),
-        ("SomethingElse", r"refuses \(SomethingElse: so\); check"),
-    ]:
+    quick(lambda: storage.read_bytes("s3://no-such-one/a"), "NoSuchBucket .*; check the path")
+    quick(lambda: storage.write_bytes("s3://no-such-one/a", b""), "NoSuchBucket .*; check the path")
+    quick(lambda: storage.write_bytes("s3://A b/a", b""), "bucket name.*; check the path")
+    for code in ("AccessDenied", "InvalidAccessKeyId", "ExpiredToken", "SomethingElse"):
         store.line.fail("answer", status=403, code=code)
-        quick(lambda: storage.write_bytes(path, b"1"), rf"{path}: .*{match}")
+        told = rf"{path}: the store answers {code} \(so\); check the path, the credentials"
+        quick(lambda: storage.write_bytes(path, b"1"), told)
         store.line.fail("answer", status=403, code=code)
-        quick(lambda: storage.exists(path), "access denied")  # HEAD has no body with a code
+        quick(lambda: storage.exists(path), r"answers 403 \(Forbidden\)")  # HEAD has no body
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:1")
-    quick(lambda: storage.exists(path), "Invalid endpoint: 127.0.0.1:1; check AWS_ENDPOINT_URL")
+    quick(lambda: storage.exists(path), "Invalid endpoint: 127.0.0.1:1; check .*AWS_ENDPOINT_URL")
     monkeypatch.setenv("RAYLARGE_STORAGE_PATIENCE_S", "soon")
     quick(lambda: storage.exists(path), "PATIENCE_S=soon: give seconds")
 
@@ -187,5 +220,5 @@ def test_without_credentials(store, monkeypatch):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     quick(
-        lambda: storage.read_bytes(f"{store.root}/first"), "no credentials; set AWS_ACCESS_KEY_ID"
+        lambda: storage.read_bytes(f"{store.root}/first"), "locate credentials; .*AWS_ACCESS_KEY_ID"
     )

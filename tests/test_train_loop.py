@@ -11,6 +11,7 @@ import toy
 
 from raylarge import storage
 from raylarge.errors import UserError
+from raylarge.storage import files
 from raylarge.train import launch
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.launch import Train, run_folder, train
@@ -133,7 +134,7 @@ def test_a_kill_while_saving_leaves_the_old_or_the_new_whole(kind, tmp_path, mon
     for fatal in itertools.count():
         calls = itertools.count()
         with monkeypatch.context() as patch:
-            for place, name in ((storage, "write_bytes"), (Checkpoints, "_place")):
+            for place, name in ((files, "write_bytes"), (Checkpoints, "_place")):
                 patch.setattr(place, name, dies_at(fatal, calls, getattr(place, name)))
             try:
                 save(checkpoints, fatal + 2)

@@ -9,8 +9,6 @@ may pass is tried again for a while (`patience.PATIENCE_S`); other failures of d
 are a UserError with the path and the cure, in all of these, and docstrings do not repeat it.
 """
 
-from pathlib import Path
-
 from raylarge.storage.files import (
     digest,
     digest_file,
@@ -20,18 +18,16 @@ from raylarge.storage.files import (
     read_bytes,
     read_json,
     remove,
-    replace_folder,
+    remove_all,
     write_bytes,
     write_json,
-    write_new,
 )
 from raylarge.storage.folders import absolute, children, entries, exists, join, listing, sizes
 from raylarge.storage.objects import read_range
 from raylarge.storage.parquet import read_metadata, read_rows, read_table, write_table
-from raylarge.storage.patience import filesystem, is_local, patiently
+from raylarge.storage.patience import is_local, patiently
 
 __all__ = [
-    "Path",
     "absolute",
     "children",
     "digest",
@@ -39,7 +35,6 @@ __all__ = [
     "digest_pieces",
     "entries",
     "exists",
-    "filesystem",
     "is_local",
     "join",
     "listing",
@@ -53,10 +48,9 @@ __all__ = [
     "read_rows",
     "read_table",
     "remove",
-    "replace_folder",
+    "remove_all",
     "sizes",
     "write_bytes",
     "write_json",
-    "write_new",
     "write_table",
 ]

@@ -6,30 +6,42 @@ for objects over HTTP.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from raylarge.errors import UserError
 from raylarge.storage import objects
 from raylarge.storage.folders import absolute, join, sizes
-from raylarge.storage.patience import Unmet, is_local, on_disk, patiently
+from raylarge.storage.patience import Unmet, is_local, on_disk
 
 PIECE_BYTES = 4 << 20
 
 
 def remove(path: str) -> None:
     """Remove a file, if it is there."""
-    with suppress(FileNotFoundError):
-        patiently(path, lambda fs, root: fs.rm_file(root))
+    remove_all([path])
+
+
+def remove_all(paths: Iterable[str]) -> None:
+    """Remove files, as far as they are there; of a bucket, 1,000 by one request."""
+    of_bucket = defaultdict(list)
+    for path in paths:
+        if is_local(path):
+            with on_disk(path):
+                Path(absolute(path)).unlink(missing_ok=True)
+        else:
+            of_bucket[path.split("/")[2]].append(path)
+    for found in of_bucket.values():
+        for start in range(0, len(found), objects.MOST_REMOVED):
+            objects.remove(found[start : start + objects.MOST_REMOVED])
 
 
 def read_bytes(path: str) -> bytes:
@@ -39,38 +51,31 @@ def read_bytes(path: str) -> bytes:
         UserError: nothing stands at the path.
     """
     try:
-        if is_local(path):
-            return patiently(path, lambda fs, root: bytes(fs.cat_file(root)))
-        return objects.get(path)
+        if not is_local(path):
+            return objects.get(path)
+        with on_disk(path):
+            return Path(absolute(path)).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; check the path.") from error
 
 
-def write_bytes(path: str, content: bytes) -> None:
+def write_bytes(path: str, content: bytes | memoryview) -> None:
     """Write a file atomically: a reader sees the old content or the new, never a part."""
     if not is_local(path):
         objects.put(path, content)
         return
-    with _beside(path, content) as (beside, target):
-        os.replace(beside, target)
-
-
-def write_new(path: str, content: bytes) -> bool:
-    """Write a file unless one stands there. Whether this call did: of many at once, one does."""
-    if not is_local(path):
-        return objects.put_new(path, content)
-    if os.path.lexists(path.removeprefix("file://")):
-        return False
-    with _beside(path, content) as (beside, target):
+    target = Path(absolute(path))
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    with on_disk(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(beside, target)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            return _claimed(beside, target)  # exFAT and many a FUSE: a disk without hard links
-    return True
+            with beside.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def read_json(path: str) -> Any:
@@ -93,11 +98,24 @@ def write_json(path: str, document: Any) -> None:
     write_bytes(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
 
 
-def replace_folder(made: Path, target: Path) -> None:
-    """Put a finished local folder in the place of another; readers never see half of one.
+def put_folder(made: Path, target: str) -> None:
+    """Move a finished local folder of plain files to a path or URL, in the place of another.
 
-    What a killed call left beside it (`.NAME.` and eight digits) goes too.
+    On a disk (the same one) readers never see half of it. An object store loses the files that
+    the new folder does not have and gets the others one by one: its reader needs an index,
+    which does not list the folder meanwhile, to tell.
     """
+    if is_local(target):
+        _replace(made, Path(absolute(target)))
+        return
+    paths = sorted(made.iterdir())
+    remove_all(join(target, name) for name in sizes(target).keys() - {one.name for one in paths})
+    for path in paths:
+        objects.put(join(target, path.name), path)
+
+
+def _replace(made: Path, target: Path) -> None:
+    """Put a folder in the place of another; what a killed call left goes too."""
     with on_disk(str(target)):
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.iterdir():
@@ -108,23 +126,6 @@ def replace_folder(made: Path, target: Path) -> None:
             os.replace(target, old)
         os.replace(made, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def put_folder(made: Path, target: str) -> None:
-    """Move a finished local folder of plain files to a path or URL, in the place of another.
-
-    On a disk (the same one) readers never see half of it. An object store loses the files that
-    the new folder does not have and gets the others one by one: its reader needs an index,
-    which does not list the folder meanwhile, to tell.
-    """
-    if is_local(target):
-        replace_folder(made, Path(absolute(target)))
-        return
-    paths = sorted(made.iterdir())
-    for name in sizes(target).keys() - {path.name for path in paths}:
-        remove(join(target, name))
-    for path in paths:
-        objects.put(join(target, path.name), path)
 
 
 def digest(*contents: bytes) -> str:
@@ -153,7 +154,7 @@ def pieces(path: str) -> Iterator[bytes]:
         UserError: an object was written anew meanwhile.
     """
     if is_local(path):
-        with on_disk(path), Path(path.removeprefix("file://")).open("rb") as stream:
+        with on_disk(path), Path(absolute(path)).open("rb") as stream:
             while piece := stream.read(PIECE_BYTES):
                 yield piece
         return
@@ -163,30 +164,3 @@ def pieces(path: str) -> Iterator[bytes]:
             yield from (part[at : at + PIECE_BYTES] for at in range(0, len(part), PIECE_BYTES))
     except Unmet as error:
         raise objects.changing(path) from error
-
-
-@contextmanager
-def _beside(path: str, content: bytes) -> Iterator[tuple[Path, Path]]:
-    """A file with some content beside the place where it shall be, and that place."""
-    target = Path(path.removeprefix("file://"))
-    with on_disk(path):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with beside.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            yield beside, target
-        finally:
-            beside.unlink(missing_ok=True)
-
-
-def _claimed(beside: Path, target: Path) -> bool:
-    """Whether nobody made a file before; it is empty for a moment."""
-    try:
-        target.open("xb").close()
-    except FileExistsError:
-        return False
-    os.replace(beside, target)
-    return True

@@ -35,7 +35,7 @@ def absolute(path: str) -> str:
 def exists(path: str) -> bool:
     """Whether a file, an object or a folder stands at a path (never from a stale listing)."""
     if is_local(path):
-        return patiently(path, lambda fs, root: bool(fs.exists(root)))
+        return os.path.exists(absolute(path))
     try:
         patiently(path, lambda fs, root: fs.info(root))  # exists() of some stores hides failures
     except FileNotFoundError:

@@ -1,9 +1,11 @@
-"""Whole objects of a store over HTTP: got, put, put if new, and read in ranges.
+"""Whole objects of a store over HTTP: got, put, removed, and read in ranges.
 
 Every request has its own patience (`storage.patience`), so a large object survives a server
 that restarts while it is read or sent. Large ones are sent in parts that become an object all
-at once, or are taken back. A mark in an object's metadata tells whose a write was whose
-answer was lost.
+at once, or are taken back. Whoever lost an answer asks again: the same name gets the same bytes.
+
+In all of these: FileNotFoundError, there is no object; Unmet, it is not the one of the ETag given
+(somebody wrote another one meanwhile); UserError, the store fails for good.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ from __future__ import annotations
 import io
 import math
 import mimetypes
-import uuid
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,22 +22,18 @@ from typing import Any
 import fsspec
 
 from raylarge.errors import UserError
-from raylarge.storage.patience import Unmet, filesystem, patiently, sending_s
+from raylarge.storage.patience import Unmet, filesystem, patience_s, patiently
 
 PART_BYTES = 16 << 20
 LANES = 4  # parts of one object under way at a time
 MOST_PARTS = 10_000  # S3 takes no more
-MARK = "raylarge-writer"
+MOST_REMOVED = 1000  # by one request; S3 takes no more
+SLOWEST = 128 << 10  # bytes per second; whoever sends slower is taken for stuck
 TRIES = 3  # of something that another one changed or took away meanwhile
 
 
 def get(path: str) -> bytes:
-    """An object's bytes, all of one version.
-
-    Raises:
-        FileNotFoundError: there is none.
-        UserError: the store fails for good, or the object does not stop changing.
-    """
+    """An object's bytes, all of one version."""
     for _ in range(TRIES):
         found = patiently(path, _get)
         if isinstance(found, bytes):
@@ -46,14 +43,13 @@ def get(path: str) -> bytes:
     raise changing(path)
 
 
-def read_range(path: str, start: int, stop: int, etag: str | None = None) -> bytes:
-    """The bytes [start, stop) of an object, all of them.
+def tail(path: str, size: int) -> bytes:
+    """The last bytes of a file or an object, so many or all that it has, by one request."""
+    return patiently(path, lambda fs, root: bytes(fs.cat_file(root, start=-size)))
 
-    Raises:
-        FileNotFoundError: there is no object.
-        Unmet: it is not the one of this ETag.
-        UserError: the store fails for good.
-    """
+
+def read_range(path: str, start: int, stop: int, etag: str | None = None) -> bytes:
+    """The bytes [start, stop) of a file or an object, all of them."""
     same = {"IfMatch": etag} if etag else {}
 
     def read(fs: Any, root: str) -> bytes:
@@ -66,13 +62,7 @@ def read_range(path: str, start: int, stop: int, etag: str | None = None) -> byt
 
 
 class Ranges(io.RawIOBase):
-    """An object as a file that is read in ranges, all of one version.
-
-    Raises:
-        FileNotFoundError: there is no object.
-        Unmet: somebody wrote another one meanwhile (from reads).
-        UserError: the store fails for good.
-    """
+    """An object as a file that is read in ranges, all of one version."""
 
     def __init__(self, path: str) -> None:
         """One request, for size and version."""
@@ -83,19 +73,15 @@ class Ranges(io.RawIOBase):
         self._at = 0
 
     def readable(self) -> bool:
-        """It is."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
         return True
 
     def tell(self) -> int:
-        """Where the next read begins."""
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Set where the next read begins."""
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         return self._at
 
@@ -108,41 +94,44 @@ class Ranges(io.RawIOBase):
         return len(content)
 
 
-def put(path: str, source: bytes | Path) -> None:
-    """Write an object from bytes or a local file; it is whole or absent at any time.
-
-    Raises:
-        UserError: the store fails for good; parts that were sent are taken back, if it lets us.
-    """
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+def put(path: str, source: bytes | memoryview | Path) -> None:
+    """Write an object from bytes or a local file; it is whole or absent at any time."""
+    size = source.stat().st_size if isinstance(source, Path) else len(source)
     if size > 2 * PART_BYTES and _is_s3(filesystem(path)[0]):
-        _put_parts(path, size, _reader(source))
-        return
-    content = source if isinstance(source, bytes) else source.read_bytes()
-    patiently(path, lambda fs, root: _put(fs, root, content))
-
-
-def put_new(path: str, content: bytes) -> bool:
-    """Write an object unless one stands there; whether this call did.
-
-    Raises:
-        UserError: the store fails for good, or knows no such condition.
-    """
-    mark = uuid.uuid4().hex
+        for _ in range(TRIES):
+            with suppress(FileNotFoundError):  # the store forgot the upload, or lost its answer
+                _put_parts(path, size, source)
+                return
+        raise UserError(f"{path}: the store loses parts of an upload; see to it and run again.")
+    content = _piece(source, 0, size)
 
     def write(fs: Any, root: str) -> None:
         if _is_s3(fs):
-            _call(fs, root, "put_object", Body=content, IfNoneMatch="*", Metadata={MARK: mark})
+            _call(fs, root, "put_object", Body=content, ContentType=_kind(path))
         else:
-            fs.pipe_file(root, content, mode="create")
+            fs.pipe_file(root, content)
 
-    if _stands(path):  # a store that does not know the condition must not lose what it has
-        return False
-    try:
-        patiently(path, write)
-    except Unmet:  # by another one, or by us when the answer was lost
-        return _is_marked(path, mark)
-    return not _is_s3(filesystem(path)[0]) or _is_marked(path, mark)
+    patiently(path, write)
+
+
+def remove(paths: Sequence[str]) -> None:
+    """Remove at most MOST_REMOVED objects of one bucket, as far as they are there."""
+
+    def act(fs: Any, _: str) -> None:
+        if len(paths) > 1 and _is_s3(fs):
+            names = [fs.split_path(path)[:2] for path in paths]
+            listed = {"Objects": [{"Key": key} for _, key in names], "Quiet": True}
+            answer = fs.call_s3("delete_objects", Bucket=names[0][0], Delete=listed)
+            for told in answer.get("Errors", []):  # the request itself succeeds
+                from botocore.exceptions import ClientError  # who is here has it
+
+                raise ClientError({"Error": told}, "DeleteObjects")
+            return
+        for path in paths:
+            with suppress(FileNotFoundError):
+                fs.rm_file(fs._strip_protocol(path))
+
+    patiently(paths[0], act)
 
 
 def changing(path: str) -> UserError:
@@ -157,7 +146,9 @@ def _is_s3(fs: Any) -> bool:
 def _call(fs: Any, root: str, method: str, **more: Any) -> Any:
     bucket, key, _ = fs.split_path(root)
     if "Body" in more:
-        more["timeout"] = sending_s(len(more["Body"]))
+        # The client's own timeouts only watch answers: a server that takes no bytes would be
+        # waited for without end, as would one that does not say `100 Continue`.
+        more["timeout"] = patience_s() / 2 + len(more["Body"]) / SLOWEST
     return fs.call_s3(method, Bucket=bucket, Key=key, **more)
 
 
@@ -194,53 +185,30 @@ def _in_lanes(path: str, size: int, etag: str) -> bytes:
         return b"".join(lanes.map(read, range(0, size, PART_BYTES)))
 
 
-def _put(fs: Any, root: str, content: bytes) -> None:
-    if _is_s3(fs):
-        _call(fs, root, "put_object", Body=content, **_kind(root))
-    else:
-        fs.pipe_file(root, content)
+def _kind(path: str) -> str:
+    return mimetypes.guess_type(path)[0] or "application/octet-stream"
 
 
-def _kind(root: str) -> dict[str, str]:
-    kind = mimetypes.guess_type(root)[0]
-    return {"ContentType": kind} if kind else {}
+def _piece(source: bytes | memoryview | Path, start: int, stop: int) -> bytes:
+    if not isinstance(source, Path):
+        return bytes(source[start:stop])
+    with source.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(stop - start)
 
 
-def _reader(source: bytes | Path) -> Callable[[int, int], bytes]:
-    def read(start: int, stop: int) -> bytes:
-        if isinstance(source, bytes):
-            return source[start:stop]
-        with source.open("rb") as stream:
-            stream.seek(start)
-            return stream.read(stop - start)
-
-    return read
-
-
-def _put_parts(path: str, size: int, read: Callable[[int, int], bytes]) -> None:
-    """Send an object in parts; anew where the store forgot those that it had."""
-    for _ in range(TRIES):
-        mark = uuid.uuid4().hex
-        with suppress(FileNotFoundError):
-            _upload(path, size, read, mark)
-            return
-        if _stands(path) and _is_marked(path, mark):  # made, but the answer was lost
-            return
-    raise UserError(f"{path}: the store loses parts of an upload; see to the server, run again.")
-
-
-def _upload(path: str, size: int, read: Callable[[int, int], bytes], mark: str) -> None:
+def _put_parts(path: str, size: int, source: bytes | memoryview | Path) -> None:
     step = max(PART_BYTES, math.ceil(size / MOST_PARTS))
 
     def ask(method: str, **more: Any) -> Any:
         return patiently(path, lambda fs, root: _call(fs, root, method, **more))
 
     def send(number: int) -> dict[str, Any]:
-        content = read((number - 1) * step, min(size, number * step))
+        content = _piece(source, (number - 1) * step, min(size, number * step))
         answer = ask("upload_part", UploadId=upload, PartNumber=number, Body=content)
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
-    upload = ask("create_multipart_upload", Metadata={MARK: mark}, **_kind(path))["UploadId"]
+    upload = ask("create_multipart_upload", ContentType=_kind(path))["UploadId"]
     try:
         # Leaving the block waits for parts under way: none comes in after the abort.
         with ThreadPoolExecutor(LANES) as lanes:
@@ -250,26 +218,3 @@ def _upload(path: str, size: int, read: Callable[[int, int], bytes], mark: str) 
         with suppress(Exception):  # once: who is gone was waited for already
             _call(*filesystem(path), "abort_multipart_upload", UploadId=upload)
         raise
-
-
-def _stands(path: str) -> bool:
-    try:
-        patiently(path, lambda fs, root: fs.info(root))
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _is_marked(path: str, mark: str) -> bool:
-    """Whether the object that stands is the one that was written with a mark."""
-
-    def read(fs: Any, root: str) -> bool:
-        if not _is_s3(fs):
-            return False
-        found: dict[str, str] = _call(fs, root, "head_object").get("Metadata", {})
-        return found.get(MARK) == mark
-
-    try:
-        return patiently(path, read)
-    except FileNotFoundError:
-        return False

@@ -1,11 +1,12 @@
 """Parquet files: written whole and the same each time, read whole or by row groups.
 
-Pages carry checksums, so a flipped bit is an error and no embedding.
+Pages carry checksums, so a flipped bit is an error and no embedding. Readers raise a UserError
+where nothing stands at the path, or it is damaged, or lacks a group or a column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,38 +17,45 @@ import pyarrow.parquet as pq
 from raylarge.errors import UserError
 from raylarge.storage import objects
 from raylarge.storage.files import read_bytes, write_bytes
+from raylarge.storage.folders import absolute
 from raylarge.storage.patience import Unmet, is_local, on_disk
 
+FOOTER_BYTES = 64 << 10  # what is fetched at first; a footer that is larger costs one request more
+COMPRESSED = "image"  # a column of files (PNG, JPEG) that no codec makes smaller
 T = TypeVar("T")
 
 
-def read_table(path: str, columns: Iterable[str] | None = None) -> pa.Table:
-    """One parquet file.
-
-    Raises:
-        UserError: nothing stands at the path, it is damaged, or it lacks a column.
-    """
+def read_table(path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One parquet file."""
     content = pa.BufferReader(read_bytes(path))
     return _read(path, content, lambda file: _rows(path, file, None, columns))
 
 
-def read_rows(path: str, groups: Sequence[int], columns: Iterable[str] | None = None) -> pa.Table:
-    """Some row groups of a parquet file, in the order given; nothing else of it is fetched.
+def read_rows(path: str, groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
+    """Some row groups of a parquet file, in the order given; nothing else of it is fetched."""
 
-    Raises:
-        UserError: nothing stands at the path, it is damaged, or it lacks a group or a column.
-    """
-    wanted = None if columns is None else list(columns)
-    return _open(path, lambda file: _rows(path, file, list(groups), wanted))
+    def read(source: Any) -> pa.Table:
+        return _read(path, source, lambda file: _rows(path, file, groups, columns))
+
+    try:
+        if is_local(path):
+            with on_disk(path), Path(absolute(path)).open("rb") as source:
+                return read(source)
+        for _ in range(objects.TRIES):
+            with suppress(Unmet):
+                return read(objects.Ranges(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path.") from error
+    raise objects.changing(path)
 
 
 def read_metadata(path: str) -> dict[bytes, bytes]:
-    """The metadata of a parquet file's schema; only its footer is fetched.
-
-    Raises:
-        UserError: nothing stands at the path, or it is damaged.
-    """
-    return _open(path, lambda file: dict(file.schema_arrow.metadata or {}))
+    """The metadata of a parquet file's schema; one or two requests fetch its footer alone."""
+    try:
+        footer = pa.BufferReader(_footer(path, FOOTER_BYTES))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path.") from error
+    return _read(path, footer, lambda file: dict(file.schema_arrow.metadata or {}))
 
 
 def write_table(path: str, table: pa.Table, row_groups: Sequence[int] | None = None) -> None:
@@ -68,29 +76,38 @@ def write_table(path: str, table: pa.Table, row_groups: Sequence[int] | None = N
     ):
         raise ValueError(f"row groups {list(row_groups)} do not make up {table.num_rows} rows")
     sink = pa.BufferOutputStream()
-    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
-    with pq.ParquetWriter(sink, table.schema, **options) as writer:
+    with pq.ParquetWriter(sink, table.schema, write_page_checksum=True, **_coding(table)) as writer:
         if row_groups is None:
             writer.write_table(table)
         start = 0
         for rows in row_groups or ():
             writer.write_table(table.slice(start, rows), rows)
             start += rows
-    write_bytes(path, sink.getvalue().to_pybytes())
+    write_bytes(path, memoryview(sink.getvalue()))
 
 
-def _open(path: str, action: Callable[[pq.ParquetFile], T]) -> T:
-    """What an action finds in a file that is read in ranges, all of one version."""
-    try:
-        if is_local(path):
-            with on_disk(path), Path(path.removeprefix("file://")).open("rb") as source:
-                return _read(path, source, action)
-        for _ in range(objects.TRIES):
-            with suppress(Unmet):
-                return _read(path, objects.Ranges(path), action)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; check the path.") from error
-    raise objects.changing(path)
+def _coding(table: pa.Table) -> dict[str, Any]:
+    """Per column: zstd but for COMPRESSED, dictionaries for words alone.
+
+    Of other values few repeat, and a writer that looks for it takes three times as long.
+    """
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.schema.empty_table(), sink)  # only parquet knows its columns' paths
+    found = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    columns = [found.column(number) for number in range(len(found))]
+    return {
+        "compression": {c.path: "none" if c.path == COMPRESSED else "zstd" for c in columns},
+        "use_dictionary": [c.path for c in columns if c.logical_type.type == "STRING"],
+    }
+
+
+def _footer(path: str, size: int) -> bytes:
+    """The end of a parquet file with its whole footer, if so many bytes or one more look do."""
+    content = objects.tail(path, size)
+    needed = int.from_bytes(content[-8:-4], "little") + 8
+    if content[-4:] == b"PAR1" and needed > len(content) == size:
+        return _footer(path, needed)
+    return content
 
 
 def _read(path: str, source: Any, action: Callable[[pq.ParquetFile], T]) -> T:
@@ -107,20 +124,18 @@ def _read(path: str, source: Any, action: Callable[[pq.ParquetFile], T]) -> T:
 
 
 def _rows(
-    path: str, file: pq.ParquetFile, groups: list[int] | None, columns: Iterable[str] | None
+    path: str, file: pq.ParquetFile, groups: Sequence[int] | None, columns: Sequence[str] | None
 ) -> pa.Table:
     names = None if columns is None else list(columns)
     for name in names or ():
         if name not in file.schema_arrow.names:
             raise UserError(f"{path} has no column {name}; run what wrote it again.")
-    for group in groups or ():
+    groups = list(range(file.num_row_groups) if groups is None else groups)
+    for group in groups:
         if not 0 <= group < file.num_row_groups:
             raise UserError(
                 f"{path} has {file.num_row_groups} row groups and no number {group}; run what "
                 f"wrote it again."
             )
-    if groups is None:
-        table = file.read(columns=names)
-    else:
-        table = file.read_row_groups(groups, columns=names)
+    table = file.read_row_groups(groups, columns=names)
     return table if names is None else table.select(names)
