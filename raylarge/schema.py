@@ -29,7 +29,7 @@ _WHERE = (
     ("column", pa.int32()),
 )
 _KEY = ("key", pa.uint64())
-"""Names a row of EXAMPLES and what is derived from it: `raylarge.data.shard.keys`."""
+"""Names a row of EXAMPLES and what is derived from it: `raylarge.data.shard.key`."""
 _LABELS = ("labels", pa.map_(pa.string(), pa.string()))
 _GRID = (("grid", pa.list_(pa.float16())), ("grid_rows", pa.int32()), ("grid_columns", pa.int32()))
 

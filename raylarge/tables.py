@@ -6,6 +6,7 @@ taken out are not seen. Rows come in one canonical order, however the parts were
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,7 +66,7 @@ def rows(
     """
     made = manifest(root, name)
     parts = [
-        storage.join(root, part["part"])
+        part
         for part in made["parts"]
         if split is None or any(by.get(split) for by in part["counts"].values())
     ]
@@ -74,7 +75,10 @@ def rows(
             f"none of the {made['rows']} rows that {made['verb']} made in {root} is of the "
             f"split '{split}'; prepare more slides, or hold out fewer."
         )
-    table = pa.concat_tables([_checked(path, name) for path in parts])
+    kind = getattr(schema, name.split("-", 1)[0].upper())
+    wanted = set(kind.names if columns is None else columns) | {"split", *KEYS}
+    some = [column for column in kind.names if column in wanted]
+    table = pa.concat_tables([_checked(root, part, kind, some) for part in parts])
     if split is not None:
         table = table.filter(pc.equal(table["split"], split))
     keys = [(key, "ascending") for key in KEYS if key in table.column_names]
@@ -89,15 +93,20 @@ def lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
 
 
-def _checked(path: str, name: str) -> pa.Table:
-    kind = getattr(schema, name.split("-", 1)[0].upper())
-    table = storage.read_table(path)
-    found = (table.schema.metadata or {}).get(b"version", b"?").decode()
+def _checked(root: str, part: dict[str, Any], kind: pa.Schema, columns: list[str]) -> pa.Table:
+    """Some columns of a part, if it is the one that the manifest lists."""
+    path = storage.join(root, part["part"])
+    table = storage.read_table(path, columns)
+    told = table.schema.metadata or {}
+    found = told.get(b"version", b"?").decode()
     if found != schema.VERSION:
         raise UserError(
             f"{path} is of version {found}, not {schema.VERSION}; prepare the data again."
         )
+    if json.loads(told.get(b"facts", b"{}")).get("stamp") != part.get("stamp"):
+        raise UserError(f"{path} was made anew since its table was whole; prepare it again.")
+    fields = pa.schema([kind.field(name) for name in columns], metadata=kind.metadata)
     try:
-        return schema.check(table, kind)
+        return schema.check(table, fields)
     except (KeyError, pa.ArrowInvalid) as error:
         raise UserError(f"{path} does not fit: {error}; prepare the data again.") from error

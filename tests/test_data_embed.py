@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -163,7 +165,7 @@ def test_a_rerun_makes_nothing_and_a_lost_part_comes_back(tiny_prepare, run, mon
     assert [facts["made"] for facts in run(config).values()] == [0, 0]
     monkeypatch.undo()
     fs_path = storage.listing(f"{config.out}/embeddings/*.parquet")[1]
-    storage.Path(fs_path).unlink()
+    Path(fs_path).unlink()
     assert [facts["made"] for facts in run(config).values()] == [0, 1]
     assert {path: storage.read_bytes(path) for path in paths} == before
 
@@ -193,7 +195,7 @@ def test_parts_of_an_unfinished_run_with_another_config_are_made_anew(tiny_prepa
     run(config)
     mine = storage.listing(f"{config.out}/embeddings/*.parquet")
     before = [storage.read_bytes(path) for path in mine]
-    storage.Path(f"{config.out}/embed.json").unlink()  # as if killed before the end
+    Path(f"{config.out}/embed.json").unlink()  # as if killed before the end
     assert run(tiny_prepare(verbs="embed", embed={"batch": 16}))["embed"]["made"] == 4
     assert [storage.read_bytes(path) for path in mine] != before  # the stamp differs
 

@@ -27,6 +27,10 @@ class Doubling:
     digest = "feedfacefeedface"
     sizes: list = []  # noqa: RUF012
 
+    def to(self, device):
+        assert device == "cpu"
+        return self
+
     def encode(self, x):
         self.sizes.append(len(x))
         return 2 * x[:, :, ::4, ::4]

@@ -26,7 +26,8 @@ def test_a_table_gives_labels_mpp_and_patients_by_any_form_of_the_name(tmp_path)
         "TCGA-AA-2.0F3A,P1,,2,\n"
         'TCGA-BB-1,,0.5,"1, or 2",right\n',
     )
-    found = known(table=table, mpp=0.4)
+    found = known(table=table, mpp=0.4, labels=["grade", "site"])
+    assert {e.slide_id: e.labels for e in known(table=table).values() if e.labels} == {}
     first, second, third, fourth = (found[path] for path in SLIDES[:4])
     assert (first.mpp, second.mpp, third.mpp, fourth.mpp) == (0.25, 0.4, 0.5, 0.4)
     assert first.labels == {"grade": "3", "site": "left"}  # text, as it stands there
@@ -78,6 +79,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
         known(split="half")
     with pytest.raises(UserError, match=r"has no column 'slide', but name"):
         known(table=write(tmp_path / "n.csv", "name\nx\n"))
+    with pytest.raises(
+        UserError, match=r"tile\.labels: .* has no column 'stage', but slide, grade"
+    ):
+        known(table=write(tmp_path / "l.csv", "slide,grade\nx,1\n"), labels=["stage"])
     with pytest.raises(UserError, match=r"two rows for slide 'TCGA-AA-1'"):
         known(table=write(tmp_path / "d.csv", "slide,g\nTCGA-AA-1,1\nTCGA-AA-1,2\n"))
     with pytest.raises(UserError, match=r"says mpp=fine of 'TCGA-AA-1"):

@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_refused(data, tmp_path):
     with pytest.raises(UserError, match="version 0"):
         Ingest(str(tmp_path), "latents-0", RECIPE)
     storage.write_table(part, table.drop_columns(["grid"]))
-    with pytest.raises(UserError, match="prepare the data again"):
+    with pytest.raises(UserError, match="has no column grid"):
         Ingest(str(tmp_path), "latents-0", RECIPE)
     odd = table.set_column(
         table.column_names.index("latent"),

@@ -1,9 +1,9 @@
 """Blocks of slides, mixed into hash buckets: the files of EXAMPLES, made for shuffled reading.
 
-A block goes to the bucket that a hash of its name says, so a bucket holds blocks of many slides
-and no slide's neighbours stay together. Inside, rows lie by scale and split and then by key, which
-is a hash too, and in small row groups that never mix scales or splits. Rows of blocks that did
-not change are taken over from the bucket that stands, so slides may be added at little cost.
+A block goes to the bucket that a hash of its name says, so a bucket holds blocks of many slides.
+Inside, rows lie by scale and split and then by key, which is a hash too, in small row groups that
+never mix scales or splits. Rows of blocks that did not change are taken over from the bucket that
+stands, so slides may be added at little cost.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -47,8 +49,11 @@ class Plan:
     def missing_blocks(self) -> list[Unit]:
         """The blocks that no bucket holds as they should be."""
         held: dict[str, str] = {}
-        for unit in self._units:
-            held.update(parts.standing(self._root, unit["part"]).get("blocks", {}))
+        with ThreadPoolExecutor(16) as pool:
+            for facts in pool.map(
+                lambda unit: parts.standing(self._root, unit["part"]), self._units
+            ):
+                held.update(facts.get("blocks", {}))
         return [block for block in self._blocks if held.get(block["part"]) != block["stamp"]]
 
     def without(self, slides: Iterable[str]) -> Plan:
@@ -65,9 +70,11 @@ class Plan:
         return parts.build(self._root, self._units, maker, crew, "shard")
 
     def sweep(self) -> None:
-        """Remove the blocks: their rows are in the buckets."""
-        for path in storage.children(storage.join(self._root, "blocks"), "*.parquet"):
-            storage.remove(path)
+        """Remove the blocks, whose rows are in the buckets, and buckets without blocks."""
+        here = {storage.join(self._root, unit["part"]) for unit in self._units}
+        there = storage.children(storage.join(self._root, "examples"), "*.parquet")
+        storage.remove_all([path for path in there if path not in here])
+        storage.remove_all(storage.children(storage.join(self._root, "blocks"), "*.parquet"))
 
 
 class Bucketing(Maker):
@@ -92,13 +99,35 @@ class Bucketing(Maker):
                 found.append(schema.check(_of_block(old, block), self.kind))
             else:
                 found.append(schema.check(storage.read_table(path), self.kind))
-        table = pa.concat_tables(found).sort_by(_ORDER).combine_chunks()
+        counted = groups(pa.concat_tables(found), self._group_rows)
         stamps = {block["part"]: block["stamp"] for block in unit["blocks"]}
-        return table, {"blocks": stamps, "groups": groups(table, self._group_rows)}
+        table = mixed(found, [rows for _, _, rows in counted])
+        return table, {"blocks": stamps, "groups": counted}
+
+
+def mixed(tables: Sequence[pa.Table], sizes: Sequence[int]) -> pa.Table:
+    """The rows of several tables by scale, split and key, gathered row group by row group.
+
+    A column of a bucket may hold more than the 2 GiB that Arrow sorts or gathers in one piece.
+    """
+    where = [
+        table.select([name for name, _ in _ORDER]).append_column(
+            "at", pa.array([[i, row] for row in range(len(table))], pa.list_(pa.int64(), 2))
+        )
+        for i, table in enumerate(tables)
+    ]
+    ordered = pa.concat_tables(where).sort_by(_ORDER)["at"].combine_chunks()
+    at = np.array(ordered.to_pylist(), np.int64).reshape(-1, 2)
+    found = [tables[0].slice(0, 0)]
+    for rows in np.split(at, np.cumsum(sizes)[:-1].astype(int)) if len(at) else []:
+        taken = [tables[i].take(pa.array(rows[rows[:, 0] == i, 1])) for i in np.unique(rows[:, 0])]
+        came = np.concatenate([np.flatnonzero(rows[:, 0] == i) for i in np.unique(rows[:, 0])])
+        found.append(pa.concat_tables(taken).combine_chunks().take(pa.array(np.argsort(came))))
+    return pa.concat_tables(found)
 
 
 def groups(table: pa.Table, most: int) -> list[list[Any]]:
-    """[scale, split, rows] of the row groups of a table sorted by scale and split."""
+    """[scale, split, rows] of the row groups of a table's rows by scale and split."""
     counted = table.group_by(["scale", "split"]).aggregate([([], "count_all")])
     runs = counted.sort_by([("scale", "ascending"), ("split", "ascending")]).to_pylist()
     found: list[list[Any]] = []

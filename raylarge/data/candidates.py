@@ -1,4 +1,4 @@
-"""Which regions of a slide may become examples: coordinates and shares, no pixels.
+"""What `tile` is told, and which regions of a slide may become examples: no pixels.
 
 A candidate at scale k covers 2^k x 2^k base tiles. Candidates lie on the regular grid of their
 scale; at coarse scales random tile-aligned crops join them. What is random about a slide is a
@@ -20,6 +20,7 @@ from raylarge.slides.reader import BASE_MPP
 
 Grid = Float[np.ndarray, "grid_rows grid_columns"]
 Cells = Int[np.ndarray, "n 2"]
+_COARSEST = 12
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Tile:
     patient: str = ""
     """Regular expression on the file name whose first group is the patient; empty: the slide."""
     table: str = ""
-    """A CSV or parquet of the slides: `slide`, and patient, split, mpp, labels (`roster.py`)."""
+    """A CSV or parquet of the slides: `slide`, and patient, split, mpp (`roster.py`)."""
+    labels: list[str] = field(default_factory=list)
+    """Columns of the table that go into the examples; mind what they tell of a patient."""
     mpp: float | None = None
     base_mpp: float = BASE_MPP
     icc: bool = True
@@ -51,7 +54,8 @@ class Tile:
     block_tiles: int = 1024
     """Base tiles (about) per part of the later tables."""
     salt: str = "raylarge"
-    """Of the pseudonyms. It is written nowhere: give your own, and keep it."""
+    """Of the pseudonyms. It is written nowhere: give your own, and keep it. Everybody knows this
+    one, and finds a slide's name by trying names."""
     seed: int = 0
 
     def check(self) -> None:
@@ -63,8 +67,8 @@ class Tile:
         held_out = self.val_fraction + self.test_fraction
         for key, fine, wish in (
             ("patch_px", self.patch_px >= 8, "8 or more"),
-            ("scales", bool(self.scales) and min(self.scales) >= 0, "a list of 0 and above"),
-            ("tissue", bool(self.tissue), "a list with a share per scale"),
+            ("scales", _ascending(self.scales), f"an ascending list of 0 to {_COARSEST}"),
+            ("tissue", _shares(self.tissue), "a list with a share, 0 to 1, per scale"),
             ("border", self.border in ("drop", "pad"), "drop or pad"),
             ("mask", self.mask in ("", "all") or "{name}" in self.mask, "all, or hold {name}"),
             ("val_fraction", 0 <= self.val_fraction < 1, "0 or more and below 1"),
@@ -73,11 +77,23 @@ class Tile:
                 self.test_fraction >= 0 and held_out < 1,
                 "with val_fraction below 1",
             ),
+            ("test_fraction", self.split != "band" or not self.test_fraction, "0 with split=band"),
+            ("split", bool(self.split), "patient, band, or a file with the splits"),
+            ("seed", 0 <= self.seed < 1 << 64, "0 or more"),
             ("block_tiles", self.block_tiles >= 1, "1 or more"),
             ("crops", self.crops >= 0, "0 or more"),
+            ("labels", not self.labels or bool(self.table), "empty without tile.table"),
         ):
             if not fine:
                 raise UserError(f"tile.{key}={getattr(self, key)}: it must be {wish}.")
+
+
+def _ascending(scales: Sequence[int]) -> bool:
+    return bool(scales) and list(scales) == sorted(set(scales) & set(range(_COARSEST + 1)))
+
+
+def _shares(tissue: Sequence[float]) -> bool:
+    return bool(tissue) and all(0 <= share <= 1 for share in tissue)
 
 
 def base_grid(size_px: tuple[int, int], config: Tile) -> tuple[int, int]:

@@ -30,8 +30,7 @@ def run(
     """Derive a table from EXAMPLES (or from another table made like this) and write `<verb>.json`.
 
     Args:
-        root: the data folder.
-        table: its folder, `<name>-<digest of what makes it>`.
+        root, table: the data folder, and the table's, `<name>-<digest of what makes it>`.
         maker: makes the maker; `unit["source"]` is the part that it reads.
         crew: see `pipeline.run`.
         config: sections of the verb, for its manifest and its stamps.
@@ -45,6 +44,7 @@ def run(
     """
     verb = tables.verb(table)
     made = parts.manifest(root, source, verb.split("-")[0])
+    parts.refuse_mixing(root, config, [verb])
     units = [
         {
             "part": f"{table}/{one['part'].rsplit('/', 1)[-1]}",

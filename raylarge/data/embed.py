@@ -18,12 +18,11 @@ import torch
 from jaxtyping import Float16
 
 from raylarge import schema, storage
-from raylarge.config import plain
 from raylarge.data import parts
 from raylarge.data.candidates import Tile, blocks, covered
 from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.pipeline import Crew, Facts, Means, Unit, without_means
 from raylarge.data.tile import kept, scale_and_cells, slides_of
 from raylarge.data.tile import section as tile_section
 from raylarge.errors import UserError
@@ -36,7 +35,7 @@ Vectors = Float16[np.ndarray, "n width"]
 
 
 @dataclass(frozen=True)
-class Embed:
+class Embed(Means):
     """Which encoder looks at the base tiles, and by what means."""
 
     encoder: str = "efficientnet_lite0"
@@ -44,10 +43,6 @@ class Embed:
     batch: int = 32
     dtype: str = "float32"
     """The network's precision: float32, bfloat16 or float16."""
-    actors: int | None = None
-    """Ray actors; absent: `workers`."""
-    gpus: float = 0.0
-    """Of each actor; a part of one lets several share it."""
 
 
 def run(root: str, tile: Tile, config: Embed, crew: Crew) -> Facts:
@@ -62,10 +57,8 @@ def run(root: str, tile: Tile, config: Embed, crew: Crew) -> Facts:
     parts.refuse_mixing(root, sections)
     units = units_of(root, tile, sections)
     config = replace(config, weights=config.weights and storage.absolute(config.weights))
-    if config.actors is not None:
-        crew = replace(crew, workers=config.actors)
-    crew = replace(crew, gpus=config.gpus)
-    built = parts.build(root, units, partial(Embedding, root, tile, config), crew, "embed")
+    maker = partial(Embedding, root, tile, config)
+    built = parts.build(root, units, maker, config.of(crew), "embed")
     encoder = {**ssl.card(config.encoder).as_json(), "weights": used.get("weights", "")}
     totals = {key: sum(one[key] for one in built.facts) for key in ("embedded", "blank")}
     more = {"input": tiles["digest"], "encoder": encoder, **totals}
@@ -77,7 +70,7 @@ def units_of(root: str, tile: Tile, sections: dict[str, Any]) -> list[Unit]:
     return [
         {
             "part": f"embeddings/{slide['slide_id']}-{number:04d}.parquet",
-            "stamp": parts.stamp(sections, slide["cells"], rows),
+            "stamp": parts.stamp(sections, slide["cells"], slide["covers"], rows),
             **{key: slide[key] for key in ("slide_id", "path", "mpp_override")},
             "tiles": sum(slide["covered"][rows[0] : rows[1]]),
             "columns": slide["grid"][1],
@@ -96,9 +89,7 @@ def section(config: Embed) -> dict[str, Any]:
     """
     if config.dtype not in DTYPES:
         raise UserError(f"embed.dtype={config.dtype}: choose one of {', '.join(DTYPES)}.")
-    known = plain(config)
-    for name in ("actors", "gpus"):
-        known.pop(name)
+    known = without_means(config)
     digest = ssl.weights_digest(ssl.card(config.encoder), known.pop("weights"))
     return {**known, "weights": digest} if digest else known
 
@@ -123,8 +114,8 @@ class Embedding(Maker):
         """Load the encoder."""
         self._root = root
         self._batch = config.batch
-        device = "cuda" if config.gpus else "cpu"
-        self._encoder = ssl.load(config.encoder, config.weights, device, DTYPES[config.dtype])
+        dtype = DTYPES[config.dtype]
+        self._encoder = ssl.load(config.encoder, config.weights, config.device, dtype)
         self._grid = TileGrid(tile)
         self._blank: dict[bytes, Vector] = {}
 
@@ -171,14 +162,23 @@ class Embedding(Maker):
     def _batch_into(self, vectors: Vectors, waiting: list[tuple[int, np.ndarray]]) -> None:
         """Embed what waits, as one batch of the full size: its last tile is repeated."""
         order = batches(len(waiting), self._batch)[0]
-        found = self._encoder(np.stack([waiting[i][1] for i in order]))
+        found = self._encoded(np.stack([waiting[i][1] for i in order]))
         vectors[[index for index, _ in waiting]] = found[: len(waiting)]
         waiting.clear()
 
     def _of_colour(self, colour: bytes, pixels: np.ndarray) -> Vector:
         if colour not in self._blank:
-            self._blank[colour] = self._encoder(np.stack([pixels] * self._batch))[0]
+            self._blank[colour] = self._encoded(np.stack([pixels] * self._batch))[0]
         return self._blank[colour]
+
+    def _encoded(self, tiles: np.ndarray) -> Vectors:
+        vectors = self._encoder(tiles)
+        if not np.isfinite(vectors).all():
+            raise UserError(
+                f"embed.encoder={self._encoder.card.name} gives values beyond float16; take "
+                "another embed.dtype=, or another encoder."
+            )
+        return vectors
 
 
 def blank(pixels: np.ndarray) -> bytes | None:

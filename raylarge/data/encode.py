@@ -16,17 +16,16 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float16
 
-from raylarge import images, schema, storage
-from raylarge.config import plain
+from raylarge import images, schema, storage, tables
 from raylarge.data import derive, parts
 from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.pipeline import Crew, Facts, Means, Unit, without_means
 from raylarge.errors import UserError
 from raylarge.geometry import batches
 
 
 @dataclass(frozen=True)
-class Encode:
+class Encode(Means):
     """How the autoencoder is fed."""
 
     batch: int = 32
@@ -49,7 +48,8 @@ def run(root: str, bundle: str, config: Encode, crew: Crew) -> Facts:
     parts.manifest(root, "shard", "encode")
     digest = load_autoencoder(bundle).digest
     maker = partial(Encoding, root, bundle, digest, config)
-    return derive.run(root, f"latents-{digest}", maker, crew, {"encode": plain(config)})
+    sections = {"encode": without_means(config)}
+    return derive.run(root, f"latents-{digest}", maker, config.of(crew), sections)
 
 
 class Encoding(Maker):
@@ -66,7 +66,7 @@ class Encoding(Maker):
         from raylarge.models.bundle import load_autoencoder
 
         self._root, self._config = root, config
-        self._autoencoder = load_autoencoder(bundle)
+        self._autoencoder = load_autoencoder(bundle).to(config.device)
         if self._autoencoder.digest != digest:
             raise UserError(
                 f"the autoencoder of {bundle} changed while its latents were made; "
@@ -76,32 +76,27 @@ class Encoding(Maker):
     def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
         """A latent for every example of the part, in its order; flips follow their example."""
         table = storage.read_table(storage.join(self._root, unit["source"]))
-        flips = range(4 if self._config.flips else 1)
+        flips = 4 if self._config.flips else 1
         latents = self._encode(table["image"].to_pylist(), flips)
-        lengths = np.arange(len(latents) + 1, dtype=np.int32) * int(np.prod(latents.shape[1:]))
-        rows = np.repeat(np.arange(table.num_rows), len(flips))
-        table = table.drop_columns(["image"]).take(pa.array(rows))
-        flip = np.tile(np.arange(len(flips), dtype=np.int8), len(rows) // len(flips))
+        table = table.drop_columns(["image"]).take(np.repeat(np.arange(table.num_rows), flips))
+        flip = np.tile(np.arange(flips, dtype=np.int8), table.num_rows // flips)
         table = table.append_column("flip", pa.array(flip))
-        table = table.append_column(
-            "latent", pa.ListArray.from_arrays(lengths, pa.array(latents.ravel()))
-        )
-        if len(flips) > 1:
-            grids = pa.array([_flipped(row) for row in table.to_pylist()], pa.list_(pa.float16()))
-            table = table.set_column(table.column_names.index("grid"), "grid", grids)
-        groups = [[scale, split, rows * len(flips)] for scale, split, rows in unit["groups"]]
+        table = table.append_column("latent", _lists(latents.reshape(len(latents), -1)))
+        if flips > 1:
+            where = table.column_names.index("grid")
+            table = table.set_column(where, "grid", _flipped(table))
+        groups = [[scale, split, rows * flips] for scale, split, rows in unit["groups"]]
         return table, {"shape": list(latents.shape[1:]), "groups": groups}
 
-    def _encode(self, files: list[bytes], flips: range) -> Float16[np.ndarray, "n c h w"]:
+    def _encode(self, files: list[bytes], flips: int) -> Float16[np.ndarray, "n c h w"]:
         found: list[np.ndarray] = []
-        count = len(files) * len(flips)
+        count = len(files) * flips
         for batch in batches(count, self._config.batch) if count else []:
-            pixels = [
-                mirrored(images.from_bytes(files[i // len(flips)]), i % len(flips)) for i in batch
-            ]
+            pixels = [mirrored(images.from_bytes(files[i // flips]), i % flips) for i in batch]
+            x = images.to_float(np.stack(pixels)).to(self._config.device)
             with torch.inference_mode():
-                latents = self._autoencoder.encode(images.to_float(np.stack(pixels)))
-            found.append(latents.numpy().astype(np.float16))
+                latents = self._autoencoder.encode(x)
+            found.append(latents.cpu().numpy().astype(np.float16))
         if not found:
             return np.empty((0, 0, 0, 0), np.float16)
         return np.concatenate(found)[:count]
@@ -112,10 +107,23 @@ def mirrored(image: np.ndarray, flip: int) -> np.ndarray:
     return image[:: -1 if flip & 2 else 1, :: -1 if flip & 1 else 1]
 
 
-def _flipped(row: dict[str, object]) -> np.ndarray:
-    """A row's grid, turned as its flip says."""
-    grid = np.array(row["grid"], np.float16)
-    return mirrored(
-        grid.reshape(int(str(row["grid_rows"])), int(str(row["grid_columns"])), -1),
-        int(str(row["flip"])),
-    ).ravel()
+def _lists(values: Float16[np.ndarray, "n m"]) -> pa.ListArray:
+    if values.size >= 1 << 31:
+        raise UserError(
+            f"a part of {len(values)} latents is more than a parquet list holds; prepare with "
+            "more shard.buckets=."
+        )
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * np.int32(values.shape[-1])
+    return pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
+
+
+def _flipped(table: pa.Table) -> pa.ListArray:
+    """The grids of rows, each turned as its flip says."""
+    values, starts = tables.lists(table["grid"])
+    turned = values.copy()
+    shapes = zip(table["grid_rows"].to_pylist(), table["grid_columns"].to_pylist(), strict=True)
+    for i, (shape, flip) in enumerate(zip(shapes, table["flip"].to_pylist(), strict=True)):
+        if shape != (1, 1) and flip:
+            grid = values[starts[i] : starts[i + 1]].reshape(*shape, -1)
+            turned[starts[i] : starts[i + 1]] = mirrored(grid, flip).ravel()
+    return pa.ListArray.from_arrays(pa.array(starts), pa.array(turned))

@@ -8,6 +8,7 @@ tile decodes those under a border again and again.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,12 +18,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from raylarge.data import roster
 from raylarge.data.candidates import Tile
 from raylarge.errors import SlideError, UserError
 from raylarge.slides.reader import Slide, open_slide
 
 _CACHE_BYTES = 256 << 20
-_STRIP_BYTES = 16 << 20
+_STRIP_BYTES = 3 << 20
 Pixels = UInt8[np.ndarray, "P P 3"]
 
 
@@ -32,6 +34,7 @@ class TileGrid:
     def __init__(self, config: Tile) -> None:
         """See `raylarge.data.tile.Tile` for the fields that matter here."""
         self._config = config
+        self.patch_px = config.patch_px
         self._path: str | None = None
         self._slide: Slide | None = None
         self._tiles: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
@@ -92,7 +95,7 @@ class TileGrid:
     def read(self, row: int, column: int, count: int) -> list[Pixels]:
         """`count` neighbouring tiles, straight from the slide."""
         assert self._slide is not None, "open() comes first"
-        side = self._config.patch_px
+        side = self.patch_px
         strip = self._slide.read(row * side, column * side, side, count * side)
         return [np.ascontiguousarray(strip[:, i * side : (i + 1) * side]) for i in range(count)]
 
@@ -131,11 +134,19 @@ def runs(columns: Sequence[int], most: int) -> list[tuple[int, int]]:
 
 @contextmanager
 def about(unit: Mapping[str, Any]) -> Iterator[None]:
-    """Whatever goes wrong with a unit's slide inside becomes a `SlideError` by its pseudonym."""
+    """What goes wrong with a unit's slide, told by its pseudonym.
+
+    Raises:
+        SlideError: it is the slide's fault.
+        UserError: it is not; names of files are left out all the same.
+    """
     try:
         yield
-    except (UserError, OSError) as error:
-        text, slide_id, path = str(error), unit["slide_id"], unit["path"]
-        for name in (path, path.rsplit("/", 1)[-1]):
-            text = text.replace(name, slide_id)
-        raise SlideError(f"{text} (names.json says which file {slide_id} is)") from error
+    except UserError as error:
+        text, slide_id = str(error), unit["slide_id"]
+        for path in filter(None, (unit["path"], unit.get("mask"))):
+            text = text.replace(path, slide_id)
+            for name in roster.stems(path):  # as names of files: a stem may be a word, too
+                text = re.sub(rf"(?<=/){re.escape(name)}|{re.escape(name)}(?=\.\w)", slide_id, text)
+        kind = SlideError if isinstance(error, SlideError) else UserError
+        raise kind(f"{text} (names.json says which file {slide_id} is)") from error

@@ -95,8 +95,11 @@ def build(
         crew: who makes them.
         verb: whose manifest, where it exists, tells without a look which parts are done.
     """
-    done = _listed(root, verb, units)
+    before = _manifest(root, verb)
+    done = _listed(root, before, units)
     rest = [unit for unit in units if unit["part"] not in done]
+    if {unit["part"] for unit in rest} & {one["part"] for one in before.get("parts", [])}:
+        storage.remove(storage.join(root, f"{verb}.json"))  # the table is not whole from now on
     made = pipeline.run(rest, partial(PartWork, root, maker), crew, verb.split("-")[0])
     failed = []
     for unit, facts in zip(rest, made, strict=True):
@@ -122,22 +125,26 @@ def stamp(*inputs: Any) -> str:
     return storage.digest(json.dumps([schema.VERSION, *inputs], sort_keys=True).encode())
 
 
-def refuse_mixing(root: str, sections: Mapping[str, Mapping[str, Any]]) -> None:
+def refuse_mixing(
+    root: str,
+    sections: Mapping[str, Mapping[str, Any]],
+    verbs: Sequence[str] = ("tile", "embed", "shard"),
+) -> None:
     """Refuse a folder whose finished verbs were made with another config.
 
     Raises:
         UserError: naming the first key that differs, and the cure.
     """
-    for verb in ("tile", "embed", "shard"):
-        path = storage.join(root, f"{verb}.json")
-        begun = storage.read_json(path)["config"] if storage.exists(path) else {}
+    for verb in verbs:
+        begun = _manifest(root, verb).get("config", {})
         for section in sections.keys() & begun.keys():
             old, new = begun[section], json.loads(json.dumps(sections[section]))
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) != new.get(key):
+                    what = root if verb in ("tile", "embed") else f"{root}/{verb}.json"
                     raise UserError(
                         f"{root} was made with {section}.{key}={old.get(key)}, not {new.get(key)}; "
-                        f"choose another out= or delete {root}."
+                        f"choose another out= or delete {what}."
                     )
 
 
@@ -148,6 +155,8 @@ def finish(
     facts = built.facts
     passing = ("made", "again")
     parts = [{key: value for key, value in one.items() if key not in passing} for one in facts]
+    sizes = _sizes(root, parts)
+    parts = [{**one, "bytes": sizes.get(one["part"], 0)} for one in parts]
     counts = _sum([one["counts"] for one in facts])
     document = {
         "verb": verb,
@@ -195,20 +204,33 @@ def manifest(root: str, verb: str, wanted_by: str) -> dict[str, Any]:
     return found
 
 
-def _listed(root: str, verb: str, units: Sequence[Unit]) -> dict[str, Facts]:
-    """Facts of the parts that the manifest lists, as far as they stand."""
+def _manifest(root: str, verb: str) -> Facts:
+    """What a verb wrote when it had finished; nothing where it has not."""
     path = storage.join(root, f"{verb}.json")
-    if not units or not storage.exists(path):
+    found: Facts = storage.read_json(path) if storage.exists(path) else {}
+    return found
+
+
+def _listed(root: str, before: Facts, units: Sequence[Unit]) -> dict[str, Facts]:
+    """Facts of the parts that a manifest lists, as far as they stand."""
+    if not units or not before:
         return {}
-    folder = units[0]["part"].rsplit("/", 1)[0]
-    found = storage.children(storage.join(root, folder), "*.parquet")
-    stand = {f"{folder}/{name.rsplit('/', 1)[-1]}" for name in found}
+    sizes = _sizes(root, units)
     stamps = {unit["part"]: unit["stamp"] for unit in units}
     return {
         one["part"]: {**one, "made": False}
-        for one in storage.read_json(path)["parts"]
-        if one["part"] in stand and one["stamp"] == stamps.get(one["part"])
+        for one in before["parts"]
+        if sizes.get(one["part"]) == one["bytes"] and one["stamp"] == stamps.get(one["part"])
     }
+
+
+def _sizes(root: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The sizes in bytes of all parts that stand beside some parts of a verb."""
+    if not parts:
+        return {}
+    folder = parts[0]["part"].rsplit("/", 1)[0]
+    found = storage.sizes(storage.join(root, folder))
+    return {f"{folder}/{name}": size for name, size in found.items()}
 
 
 def _sum(counts: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:

@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from raylarge import report
+from raylarge.config import plain
 from raylarge.errors import SlideError, UserError
 from raylarge.fleet.session import session
 
 Unit = Mapping[str, Any]
 Facts = dict[str, Any]
 Work = Callable[[Unit], Facts]
+_RUN = 8
+"""Blocks of one slide that go to a worker together, at most."""
 _ATTEMPTS = 5
 """Workers may die and are replaced; a unit that killed so many must not kill for ever."""
 
@@ -54,6 +58,45 @@ class Crew:
             )
 
 
+@dataclass(frozen=True)
+class Means:
+    """What a verb with a network adds to its crew; the bytes do not depend on it."""
+
+    actors: int | None = None
+    """Ray actors; absent: `workers`."""
+    gpus: float = 0.0
+    """Of each actor; a part of one lets several share it."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            UserError: naming the key and its value.
+        """
+        if self.actors is not None and self.actors < 1:
+            raise UserError(f"actors={self.actors}: give 1 or more, or leave it out.")
+        if not 0 <= self.gpus < math.inf:
+            raise UserError(f"gpus={self.gpus}: it must be 0 or more.")
+        if getattr(self, "batch", 1) < 1:
+            raise UserError(f"batch={getattr(self, 'batch', 1)}: it must be 1 or more.")
+
+    @property
+    def device(self) -> str:
+        """Where an actor's network runs."""
+        return "cuda" if self.gpus else "cpu"
+
+    def of(self, crew: Crew) -> Crew:
+        """The crew, with these means."""
+        workers = crew.workers if self.actors is None else self.actors
+        return replace(crew, workers=workers, gpus=self.gpus)
+
+
+def without_means(config: Means) -> dict[str, Any]:
+    """A config as plain values, without what the bytes do not depend on."""
+    means = {field.name for field in fields(Means)}
+    return {key: value for key, value in plain(config).items() if key not in means}
+
+
 def run(units: Sequence[Unit], work: Callable[[], Work], crew: Crew, title: str) -> list[Facts]:
     """The facts of all units, in the order of the units; of a skipped one `{"failed": why}`.
 
@@ -75,11 +118,12 @@ def run(units: Sequence[Unit], work: Callable[[], Work], crew: Crew, title: str)
     found: dict[int, Facts] = {}
     with closing(answers), _Progress(units, title) as progress:
         for answer in answers:
-            if "error" in answer or ("failed" in answer and not crew.skip):
+            index, again = answer["index"], answer.get("again", 0)
+            skipped = crew.skip and units[index].get("slide_id")
+            if "error" in answer or ("failed" in answer and not skipped):
                 raise UserError(answer.get("error") or answer["failed"])
             if "failure" in answer:
                 raise RuntimeError(f"{title} failed at {answer['failure']}")
-            index, again = answer["index"], answer.get("again", 0)
             facts = {"failed": answer["failed"]} if "failed" in answer else answer["facts"]
             found[index] = {**facts, "again": again} if again else facts
             progress.advance(index)
@@ -132,7 +176,7 @@ def _on_ray(
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        rows = [{"index": i, "unit": json.dumps(unit)} for i, unit in enumerate(units)]
+        rows = [{"runs": json.dumps(one)} for one in _runs(units, workers)]
         answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Runner,
             fn_constructor_args=[work, _attempts()],
@@ -146,6 +190,20 @@ def _on_ray(
                 yield json.loads(row["answer"])
         except ray.exceptions.RayError as error:
             raise RuntimeError(f"a worker of {title} failed: {_cause(error)}") from error
+
+
+def _runs(units: Sequence[Unit], workers: int) -> list[list[tuple[int, Unit]]]:
+    """Units with their numbers, some neighbours of one slide together, and enough runs for all."""
+    most = max(1, min(_RUN, len(units) // (8 * workers)))
+    found: list[list[tuple[int, Unit]]] = []
+    for index, unit in enumerate(units):
+        last = found[-1] if found else []
+        same = last and unit.get("slide_id") == last[-1][1].get("slide_id", index)
+        if same and len(last) < most:
+            last.append((index, unit))
+        else:
+            found.append([(index, unit)])
+    return found
 
 
 def _pool(size: int) -> Any:
@@ -189,16 +247,22 @@ class _Runner:
             return {"index": index, "failure": f"{named}\n{traceback.format_exc()}"}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        """One row of `index` and `unit` (JSON) to one row of `answer` (JSON)."""
+        """One row of a run of units (JSON) to a row of `answer` (JSON) for each."""
+        torch.set_num_threads(1)
+        units = json.loads(str(batch["runs"][0]))
+        return {"answer": [json.dumps(self._attempted(index, unit)) for index, unit in units]}
+
+    def _attempted(self, index: int, unit: Unit) -> Facts:
+        """The answer to a unit, unless it has killed too many workers."""
         import ray
 
-        torch.set_num_threads(1)
-        index, unit = int(batch["index"][0]), json.loads(str(batch["unit"][0]))
         again = ray.get(self._attempts.begin.remote(index)) - 1
         if again >= _ATTEMPTS:
             why = f"{_name(unit)}: its worker process died {_ATTEMPTS} times (out of memory?)"
-            return {"answer": [json.dumps({"index": index, "failed": why})]}
-        return {"answer": [json.dumps({**self.answer(index, unit), "again": again})]}
+            return {"index": index, "failed": why}
+        answer = self.answer(index, unit)
+        self._attempts.end.remote(index)
+        return {**answer, "again": again}
 
 
 class _Attempts:
@@ -211,6 +275,10 @@ class _Attempts:
         """The number of this attempt at a unit, from 1."""
         self._begun[index] += 1
         return self._begun[index]
+
+    def end(self, index: int) -> None:
+        """The unit has been answered: if its run is begun again, that is not its fault."""
+        self._begun[index] -= 1
 
 
 @contextmanager

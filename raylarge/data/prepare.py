@@ -61,6 +61,8 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
     """
     if config.on_error not in ("stop", "skip"):
         raise UserError(f"on_error={config.on_error}: it must be stop or skip.")
+    if not config.out:
+        raise UserError("out= is empty; name the folder or the s3:// URL of the data.")
     root = storage.absolute(config.out)
     crew = Crew(workers=config.workers, skip=config.on_error == "skip")
     done: dict[str, dict[str, Any]] = {}
@@ -116,7 +118,9 @@ def find_slides(slides: str) -> list[str]:
             raise UserError(f"no slide fits {word}; check the path (a pattern needs quotes).")
         folders = [path for path in paths if storage.is_local(word) and os.path.isdir(path)]
         if any(not storage.children(folder, "*.dcm") for folder in folders):
-            raise UserError(f"{word} is a folder; name the slides in it: slides='{word}/*.svs'.")
+            raise UserError(
+                f"{folders[0]} is a folder; name the slides in it: slides='{folders[0]}/*.svs'."
+            )
         found.update(paths)
     if not found:
         raise UserError("which slides? Give slides='a.svs,folder/*.tif'.")

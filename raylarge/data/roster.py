@@ -1,14 +1,16 @@
 """Who is who among the slides: pseudonyms, patients, splits, labels, fingerprints.
 
 A user's table (CSV or parquet) may say more of a slide: `slide` is its file name, with or without
-what follows the first dot or the last; `patient`, `split` and `mpp` are known, every other column
-is a label. A split file lists slides or patients, in the form of HIPT's and CLAM's folds (columns
-train, val, test) or in columns `slide` or `patient` and `split`. A patient never crosses splits.
+what follows the first dot or the last; `patient`, `split` and `mpp` are known, and `tile.labels`
+names the columns that go into the examples. A split file lists slides or patients: in the form of
+HIPT's and CLAM's folds (columns train, val, test), or in columns `slide` (or `patient`) and
+`split`. A patient never crosses splits.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +23,11 @@ import pyarrow.parquet
 from raylarge import storage
 from raylarge.data.candidates import Tile
 from raylarge.errors import UserError
+from raylarge.slides.fetch import companions
 
 _PEEK_BYTES = 1 << 20
 _T = TypeVar("_T")
 _SPLITS = ("train", "val", "test")
-_KNOWN = ("slide", "patient", "split", "mpp")
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ def entries(paths: Sequence[str], config: Tile) -> list[Entry]:
         UserError: two slides of one file name, a table or split file that does not fit, a patient
             in two splits.
     """
-    table = _by_slide(config.table) if config.table else {}
+    table = _by_slide(config.table, config.labels) if config.table else {}
     listed = _split_file(config.split) if is_file(config.split) else {}
+    if config.table and not any(_match(path, table) for path in paths):
+        raise UserError(f"tile.table={config.table} names none of the slides.")
     found: dict[str, Entry] = {}
     for path in paths:
         entry = _entry(path, config, _match(path, table) or {}, listed)
@@ -63,6 +67,8 @@ def entries(paths: Sequence[str], config: Tile) -> list[Entry]:
                 "pseudonym; rename one of them."
             )
         found[entry.slide_id] = entry
+    if listed and all(entry.split == "unlisted" for entry in found.values()):
+        raise UserError(f"tile.split={config.split} names none of the slides and patients.")
     _one_split_per_patient(found.values())
     return [found[slide_id] for slide_id in sorted(found)]
 
@@ -76,13 +82,15 @@ def _entry(path: str, config: Tile, row: Mapping[str, str], listed: Mapping[str,
         split = _match(path, listed) or listed.get(patient) or "unlisted"
     elif split == "patient":
         split = by_hash(patient_id, config.val_fraction, config.test_fraction)
+    if split not in (*_SPLITS, "band", "unlisted"):
+        raise UserError(f"'{split}' of slide {name} is no split; choose among train, val and test.")
     return Entry(
         path=path,
         slide_id=pseudonym(config.salt, name),
         patient_id=patient_id,
         split=split,
         mpp=_mpp(row.get("mpp", ""), name) or config.mpp,
-        labels={key: value for key, value in row.items() if key not in _KNOWN},
+        labels={key: row[key] for key in config.labels if key in row},
     )
 
 
@@ -99,25 +107,33 @@ def stems(path: str) -> tuple[str, str, str]:
 
 def pseudonym(salt: str, name: str) -> str:
     """A salted name: the same for the same file name, and no way back without the salt."""
-    return hashlib.blake2b(name.encode(), key=salt.encode()[:64], digest_size=8).hexdigest()
+    return hashlib.blake2b(os.fsencode(name), key=salt.encode()[:64], digest_size=8).hexdigest()
+
+
+def trace(salt: str) -> str:
+    """What may be told of a salt: enough to notice another one, too slow to guess by."""
+    return hashlib.scrypt(salt.encode(), salt=b"raylarge", n=1 << 14, r=8, p=1, dklen=8).hex()
 
 
 def fingerprint(path: str) -> str:
-    """A short name for a slide's bytes: its size, first and last MiB; of a folder, of its files.
+    """A short name for a slide's bytes: sizes, first and last MiB of its files.
 
     Raises:
-        UserError: nothing stands at the path.
+        UserError: nothing stands at the path, or it cannot be read.
     """
+    beside = companions(path)
+    own = [path] if not beside or path.endswith(".mrxs") else []
+    return storage.digest(*(_ends(one) for one in [*own, *beside]))
+
+
+def _ends(path: str) -> bytes:
     try:
-        size = storage.patiently(path, lambda fs, root: None if fs.isdir(root) else fs.size(root))
-        if size is None:
-            inside = storage.children(path)
-            return storage.digest(*(fingerprint(one).encode() for one in inside))
+        size = storage.patiently(path, lambda fs, root: int(fs.size(root)))
         ends = [(0, min(size, _PEEK_BYTES)), (max(0, size - _PEEK_BYTES), size)]
         content = [storage.read_range(path, *end) if size else b"" for end in ends]
     except FileNotFoundError as error:
         raise UserError(f"slide {path} does not exist; check the path.") from error
-    return storage.digest(f"{size} ".encode() + b"".join(content))
+    return f"{size} ".encode() + b"".join(content)
 
 
 def by_hash(patient_id: str, val: float, test: float) -> str:
@@ -129,28 +145,38 @@ def by_hash(patient_id: str, val: float, test: float) -> str:
 def _patient(name: str, pattern: str) -> str:
     if not pattern:
         return name
-    found = re.search(pattern, name)
-    if found is None or not found.groups():
+    try:
+        found = re.search(pattern, name)
+    except re.error as error:
+        raise UserError(f"tile.patient={pattern} is no regular expression: {error}.") from error
+    if found is None or not any(found.groups()):
         raise UserError(
             f"tile.patient={pattern} finds no patient in '{name}'; give a regular expression "
             "with one group, such as '^(TCGA-..-....)'."
         )
-    return found.group(1)
+    return str(next(group for group in found.groups() if group))
 
 
 def _mpp(text: str, name: str) -> float | None:
     try:
-        return float(text) if text else None
-    except ValueError as error:
-        raise UserError(f"tile.table says mpp={text} of '{name}'; it must be a number.") from error
+        mpp = float(text) if text else None
+    except ValueError:
+        mpp = 0.0
+    if mpp is not None and not mpp > 0:
+        raise UserError(f"tile.table says mpp={text} of '{name}'; it must be a number above 0.")
+    return mpp
 
 
 def _match(path: str, table: Mapping[str, _T]) -> _T | None:
     return next((table[name] for name in stems(path) if name in table), None)
 
 
-def _by_slide(path: str) -> dict[str, dict[str, str]]:
+def _by_slide(path: str, labels: Sequence[str]) -> dict[str, dict[str, str]]:
     rows = read_rows(path)
+    for name in labels:
+        if rows and name not in rows[0]:
+            there = ", ".join(rows[0])
+            raise UserError(f"tile.labels: {path} has no column '{name}', but {there}.")
     if rows and "slide" not in rows[0]:
         raise UserError(f"tile.table={path} has no column 'slide', but {', '.join(rows[0])}.")
     found: dict[str, dict[str, str]] = {}
@@ -194,14 +220,13 @@ def read_rows(path: str) -> list[dict[str, str]]:
         if path.endswith(".parquet"):
             table = pa.parquet.read_table(pa.BufferReader(content))
         else:
-            names = content.split(b"\n", 1)[0].decode().strip().lstrip("\ufeff").split(",")
-            text = {name.strip('"'): pa.string() for name in names}
-            options = pyarrow.csv.ConvertOptions(column_types=text)
-            table = pyarrow.csv.read_csv(pa.BufferReader(content), convert_options=options)
+            names = pyarrow.csv.read_csv(pa.BufferReader(content)).column_names
+            text = pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in names})
+            table = pyarrow.csv.read_csv(pa.BufferReader(content), convert_options=text)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no CSV or parquet table: {error}") from error
     return [
-        {key: "" if value is None else str(value).strip() for key, value in row.items()}
+        {key.strip(): "" if value is None else str(value).strip() for key, value in row.items()}
         for row in table.to_pylist()
     ]
 

@@ -10,6 +10,7 @@ Blocks of slides are made first; `bucket.py` then mixes them for shuffled readin
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from jaxtyping import Float16, UInt8
 from torch import nn
 
-from raylarge import images, schema, storage
+from raylarge import images, schema, storage, tables
 from raylarge.config import plain
 from raylarge.data import bucket, parts
 from raylarge.data.candidates import Tile, blocks
@@ -35,6 +36,7 @@ from raylarge.resample import bicubic_matrix
 
 GRID_SIDE = 8
 _CACHED_PARTS = 64
+_BUCKET_BYTES, _FEWEST_BUCKETS = 256 << 20, 16
 _OUTPUTS = 32  # rows of A taken together: its band is narrow, so most of it is zero
 Vectors = Float16[np.ndarray, "rows columns width"]
 
@@ -45,8 +47,9 @@ class Shard:
 
     quality: int = 0
     """0 keeps every pixel (PNG); 1 to 100 is the quality of a JPEG, some six times smaller."""
-    buckets: int = 16
-    """Files of EXAMPLES; a worker holds one of them in memory."""
+    buckets: int = 0
+    """Files of EXAMPLES, of which a worker holds one in memory three times over; 0: about 256 MB
+    each. A folder keeps the number that it began with."""
     group_rows: int = 64
     """Rows that are read together."""
 
@@ -58,7 +61,7 @@ class Shard:
         """
         for key, fine, wish in (
             ("quality", 0 <= self.quality <= 100, "0 (lossless) to 100"),
-            ("buckets", self.buckets >= 1, "1 or more"),
+            ("buckets", self.buckets >= 0, "1 or more, or 0"),
             ("group_rows", self.group_rows >= 1, "1 or more"),
         ):
             if not fine:
@@ -75,24 +78,38 @@ def run(root: str, tile: Tile, embed: Embed, config: Shard, crew: Crew) -> Facts
     """
     config.check()
     tiles, embedded = (parts.manifest(root, verb, "shard") for verb in ("tile", "embed"))
-    mine = {"embed": section_in(root, embed), "shard": plain(config)}
+    number = config.buckets or _buckets(root, tiles, config)
+    stored = {**plain(config), "buckets": number}
+    mine = {"embed": section_in(root, embed), "shard": stored}
     sections = {"tile": tile_section(tile), **mine}
     parts.refuse_mixing(root, sections)
     if embedded["input"] != tiles["digest"]:
         raise UserError(f"{root} was tiled anew since embed ran; run verbs=embed,shard.")
     slides = [one for one in slides_of(root) if one["slide_id"] not in embedded["lost"]]
     units = [unit for slide in slides for unit in _units(slide, tile, sections)]
-    plan = bucket.Plan(root, units, config.buckets)
+    plan = bucket.Plan(root, units, number)
     blocks_made = parts.build(
         root, plan.missing_blocks(), partial(Sharding, root, tile, config), crew, "blocks"
     )
     plan = plan.without(blocks_made.lost)
     built = plan.build(config.group_rows, crew)
     more = {"input": embedded["digest"], "encoder": embedded["encoder"], "patch_px": tile.patch_px}
-    together = parts.Built(built.facts, blocks_made.failed + built.failed)
+    if not any(one["rows"] for one in built.facts):
+        raise UserError(f"{root} has no example: no slide is whole; see {root}/failed.parquet.")
+    together = parts.Built(built.facts, blocks_made.failed)
     done = parts.finish(root, "shard", together, sections, **more)
     plan.sweep()
     return {**done, "blocks_made": sum(one["made"] for one in blocks_made.facts)}
+
+
+def _buckets(root: str, tiles: Facts, config: Shard) -> int:
+    """How many buckets a folder has, or else as many as its examples will fill."""
+    path = storage.join(root, "shard.json")
+    if storage.exists(path):
+        return int(storage.read_json(path)["config"]["shard"]["buckets"])
+    rows = sum(count for by in tiles["counts"].values() for count in by.values())
+    each = tiles["patch_px"] ** 2 * (0.5 if config.quality else 2.0)  # bytes of a full image
+    return max(_FEWEST_BUCKETS, math.ceil(rows * each / _BUCKET_BYTES))
 
 
 def _units(slide: dict[str, Any], tile: Tile, sections: dict[str, Any]) -> list[Unit]:
@@ -131,10 +148,10 @@ class Sharding(Maker):
         table = table.filter(pa.array((row >= top) & (row < bottom)))
         found = []
         if table.num_rows:
+            vectors = self._vectors(unit, table)
             with about(unit):
                 self._grid.open(unit)
                 self._load(table)
-                vectors = self._vectors(unit, table)
                 found = [self._example(cell, unit, vectors) for cell in table.to_pylist()]
         return pa.Table.from_pylist(found, schema=pa.schema(list(schema.EXAMPLES))), {}
 
@@ -149,6 +166,8 @@ class Sharding(Maker):
         factor, top = 1 << cell["scale"], unit["rows"][0]
         row, column = cell["row"], cell["column"]
         raw = vectors[row - top : row - top + factor, column : column + factor]
+        if not np.isfinite(raw).all():
+            raise RuntimeError(f"embed left out tiles under {cell}")
         grid = pooled(raw)
         image = example_image(self._grid, row, column, factor)
         return {
@@ -174,11 +193,13 @@ class Sharding(Maker):
         return np.concatenate(found)
 
     def _read_embeddings(self, name: str) -> tuple[int, Vectors]:
-        """The first row of one part, and its vectors."""
-        table = storage.read_table(storage.join(self._root, "embeddings", name))
+        """The first row of one part, and its vectors; NaN where there are none."""
+        path = storage.join(self._root, "embeddings", name)
+        table = storage.read_table(path)
         columns = table["columns"][0].as_py()
-        values = table["embedding"].combine_chunks().values.to_numpy(zero_copy_only=False)
-        return table["row"][0].as_py(), values.reshape(table.num_rows, columns, -1)
+        values = tables.lists(table["embedding"])[0].reshape(table.num_rows, columns, -1)
+        valid = tables.lists(table["valid"])[0].reshape(table.num_rows, columns)
+        return table["row"][0].as_py(), np.where(valid[..., None], values, np.float16(np.nan))
 
 
 def key(slide_id: str, scale: int, row: int, column: int) -> int:
@@ -194,23 +215,27 @@ def example_image(grid: TileGrid, row: int, column: int, factor: int) -> UInt8[n
     """
     if factor == 1:
         return grid.tile(row, column)
-    side = grid.tile(row, column).shape[0]
-    matrix = torch.from_numpy(bicubic_matrix(side * factor, factor)).float()
+    bands = _bands(grid.patch_px, factor)
     strips = (grid.strip(row + i, column, factor) for i in range(factor))
-    narrow = [_shrunk(images.to_float(strip), matrix) for strip in strips]
-    tall = torch.cat(narrow, dim=1)
-    return images.to_uint8(_shrunk(tall.mT, matrix).mT)
+    narrow = [_shrunk(images.to_float(strip), bands) for strip in strips]
+    return images.to_uint8(_shrunk(torch.cat(narrow, dim=1).mT, bands).mT)
 
 
-def _shrunk(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """X Dᵀ for a banded D: a few outputs at a time see only the inputs that they weigh."""
+@lru_cache(16)
+def _bands(side: int, factor: int) -> list[tuple[int, int, torch.Tensor]]:
+    """D in pieces of a few outputs: the first and last input that they weigh, and the weights."""
+    matrix = torch.from_numpy(bicubic_matrix(side * factor, factor)).float()
     found = []
-    for start in range(0, len(matrix), _OUTPUTS):
-        rows = matrix[start : start + _OUTPUTS]
+    for rows in matrix.split(_OUTPUTS):
         seen = rows.abs().amax(dim=0).nonzero()
         low, high = int(seen[0]), int(seen[-1]) + 1
-        found.append(x[..., low:high] @ rows[:, low:high].T)
-    return torch.cat(found, dim=-1)
+        found.append((low, high, rows[:, low:high].T.contiguous()))
+    return found
+
+
+def _shrunk(x: torch.Tensor, bands: list[tuple[int, int, torch.Tensor]]) -> torch.Tensor:
+    """The product x Dᵀ with a banded D."""
+    return torch.cat([x[..., low:high] @ weights for low, high, weights in bands], dim=-1)
 
 
 def pooled(raw: Vectors) -> Float16[np.ndarray, "pooled_rows pooled_columns width"]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raylarge import images, schema, storage
+from raylarge import images, report, schema, storage
 from raylarge.config import plain
 from raylarge.data import parts, roster
 from raylarge.data.candidates import (
@@ -44,9 +44,9 @@ _MASK_CELLS = 8
 def section(config: Tile) -> dict[str, Any]:
     """What of the config all slides depend on: no salt, and no file that may grow."""
     known = plain(config)
-    for name in ("table", "mpp"):
+    for name in ("table", "labels", "mpp"):
         known.pop(name)
-    known["salt"] = storage.digest(known["salt"].encode())
+    known["salt"] = roster.trace(config.salt)
     known["split"] = "file" if roster.is_file(config.split) else config.split
     known["mask"] = "file" if "{name}" in config.mask else config.mask
     return known
@@ -62,10 +62,10 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew) -> Facts:
     sections = {"tile": section(config)}
     parts.refuse_mixing(root, sections)
     known = roster.entries(slides, config)
-    names = {entry.slide_id: entry.path for entry in known}
-    storage.write_json(storage.join(root, "names.json"), names)
+    _remember(root, known)
     units = _units(known, sections, config)
     built = parts.build(root, units, partial(Tiling, root, config), crew, "tile")
+    _tell_of_others(root, {unit["slide_id"] for unit in units})
     write_page(root, built.facts, built.failed)
     if not any(one["counts"] for one in built.facts):
         best = max((one["most_tissue"] for one in built.facts), default=0.0)
@@ -81,18 +81,47 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew) -> Facts:
 
 def slides_of(root: str) -> list[dict[str, Any]]:
     """The slides of a data folder as `Tiling` describes them, and the `path` of each."""
-    names = storage.read_json(storage.join(root, "names.json"))
+    names = _names(root)
     slides: list[dict[str, Any]] = storage.read_json(storage.join(root, "slides.json"))["slides"]
+    unknown = {slide["slide_id"] for slide in slides} - names.keys()
+    if unknown:
+        raise UserError(
+            f"{root}/names.json does not say which files {len(unknown)} of {len(slides)} slides "
+            "are; run verbs=tile with slides= and the same tile.salt= again."
+        )
     return [{**slide, "path": names[slide["slide_id"]]} for slide in slides]
 
 
+def _tell_of_others(root: str, slides: set[str]) -> None:
+    """Say what lies here of slides that are not among the given ones."""
+    parts = storage.sizes(storage.join(root, "tiles"))
+    others = {name.removesuffix(".parquet") for name in parts} - slides
+    if others:
+        report.say(
+            f"{len(others)} slides of earlier runs are left out; what was made of them stays in "
+            f"{root}/tiles, embeddings and qc until you remove it"
+        )
+
+
+def _names(root: str) -> dict[str, str]:
+    """Which file each slide is; nothing where nobody has said."""
+    path = storage.join(root, "names.json")
+    names: dict[str, str] = storage.read_json(path) if storage.exists(path) else {}
+    return names
+
+
+def _remember(root: str, known: Sequence[roster.Entry]) -> None:
+    """Add to what is known of the files: a slide that is left out may come back."""
+    names = {**_names(root), **{entry.slide_id: entry.path for entry in known}}
+    storage.write_json(storage.join(root, "names.json"), names)
+
+
 def _units(known: Sequence[roster.Entry], sections: dict[str, Any], config: Tile) -> list[Unit]:
-    mask_paths = [
-        config.mask.format(name=entry.stem) if "{name}" in config.mask else "" for entry in known
-    ]
+    pattern = storage.absolute(config.mask) if "{name}" in config.mask else ""
+    mask_paths = [pattern.replace("{name}", entry.stem) for entry in known]
     with ThreadPoolExecutor(16) as pool:
         prints = list(pool.map(_fingerprint, [entry.path for entry in known]))
-        drawn = list(pool.map(lambda path: roster.fingerprint(path) if path else "", mask_paths))
+        drawn = list(pool.map(lambda path: path and _fingerprint(path), mask_paths))
     units: list[Unit] = []
     for entry, mark, mask, mask_mark in zip(known, prints, mask_paths, drawn, strict=True):
         cells = parts.stamp(sections, mark, mask_mark, entry.mpp)
@@ -142,7 +171,8 @@ class Tiling(Maker):
                 **{key: unit[key] for key in ("fingerprint", "cells", "stamp")},
                 "size_px": list(slide.size_px),
                 "grid": list(base_grid(slide.size_px, config)),
-                "covered": self._covered(table, base_grid(slide.size_px, config)),
+                **_covered(table, base_grid(slide.size_px, config)),
+                "size_l0": list(slide.size_l0),
                 "mpp": slide.mpp,
                 "georeference": slide.georeference,
                 "mpp_override": unit["mpp"],
@@ -152,21 +182,13 @@ class Tiling(Maker):
         images.write_png(path, sheet, synthetic=False)
         return table, {"slide": facts, "most_tissue": float(tissue.max(initial=0.0))}
 
-    @staticmethod
-    def _covered(table: pa.Table, grid: tuple[int, int]) -> list[int]:
-        """How many tiles of each row of the base grid some kept example covers."""
-        if not all(grid):
-            return []
-        where = scale_and_cells(table.filter(table["kept"]))
-        counts: list[int] = covered(*where, (0, grid[0]), grid[1]).sum(axis=1).tolist()
-        return counts
-
     def _scale(self, unit: Unit, k: int, slide: Slide, tissue: Grid) -> pa.Table:
         config = self._config
         cells = candidates(slide.size_px, k, config, unit["slide_id"])
         shares = box_means(tissue, cells, 1 << k)
         grid = base_grid(slide.size_px, config)
-        named = splits(cells, k, grid[0], unit["split"], config.val_fraction)
+        rows = -(-slide.size_px[0] // config.patch_px) if config.border == "pad" else grid[0]
+        named = splits(cells, k, rows, unit["split"], config.val_fraction)
         least = config.tissue[min(k, len(config.tissue) - 1)]
         reasons = [
             reason(cell, 1 << k, grid, name, share, least)
@@ -187,6 +209,13 @@ class Tiling(Maker):
             },
             schema=pa.schema(list(schema.TILES)),
         )
+
+
+def _covered(table: pa.Table, grid: tuple[int, int]) -> Facts:
+    """How many tiles of each row of the base grid some kept example covers, and which, digested."""
+    where = scale_and_cells(table.filter(table["kept"]))
+    cells = covered(*where, (0, grid[0]), grid[1])
+    return {"covered": cells.sum(axis=1).tolist(), "covers": storage.digest(cells.tobytes())}
 
 
 def kept(root: str, slide_id: str) -> pa.Table:
