@@ -77,8 +77,11 @@ def test_scales_that_are_not_wanted_have_no_captions(data, monkeypatch):
     whole = caption.run(data, Caption(), Crew())
     every = tables.rows(data, whole["table"].rsplit("/", 1)[1])
     some = caption.run(data, Caption(scales=[0, 2]), Crew())
-    assert some["table"] == whole["table"]
+    assert some["table"] != whole["table"]
     assert some["made"] == some["parts"]
+    assert tables.rows(data, whole["table"].rsplit("/", 1)[1]) == every
+    assert caption.run(data, Caption(), Crew())["made"] == 0
+    assert caption.run(data, Caption(scales=[2, 0, 2]), Crew())["table"] == some["table"]
     found = tables.rows(data, some["table"].rsplit("/", 1)[1])
     assert set(found["scale"].to_pylist()) == {0, 2}
     wanted = [row for row in every.to_pylist() if row["scale"] != 1]
@@ -136,7 +139,7 @@ def test_what_caption_refuses(data, blip_folder, tmp_path):
         caption.run(data, Caption(scales=[1, 5]), Crew())
     with pytest.raises(UserError, match=r"caption\.scales=\[\]"):
         caption.run(data, Caption(scales=[]), Crew())
-    with pytest.raises(UserError, match=r"caption\.batch=0: it must be 1 or more"):
+    with pytest.raises(UserError, match=r"batch=0: it must be 1 or more"):
         caption.run(data, Caption(batch=0), Crew())
     with pytest.raises(UserError, match=r"no captioner 'minilm'; choose one of: blip"):
         caption.run(data, Caption(model="minilm"), Crew())

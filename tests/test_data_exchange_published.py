@@ -309,3 +309,10 @@ def test_two_workers_make_the_same_bytes(run, tmp_path, ray_session):
         for found in [sorted((tmp_path / name).rglob("*"))]
     )
     assert one == two
+
+
+def test_latents_are_not_overwritten_by_another_setting(run, tmp_path):
+    write_brca(tmp_path / "set", {"20x": range(3)})
+    run("brca", tables="latents", autoencoder="a")
+    with pytest.raises(UserError, match=r"made with published\.group_rows=64, not 8"):
+        run("brca", tables="latents", autoencoder="a", group_rows=8)

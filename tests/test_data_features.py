@@ -8,7 +8,7 @@ import torch
 from bundles import written
 
 from raylarge import config, schema, storage, tables
-from raylarge.data import features
+from raylarge.data import features, picked
 from raylarge.data.exchange import h5_features
 from raylarge.data.features import Features
 from raylarge.data.pipeline import Crew
@@ -124,8 +124,9 @@ def test_blocks_scales_time_and_condition_are_the_users_choice(data, bundle, loa
         names.add(features.run(data, bundle, Features(**other), Crew())["table"])
     assert len(names) == 5
     some = features.run(data, bundle, Features(scales=[2]), Crew())
-    assert some["table"] in names
+    assert some["table"] not in names
     assert some["rows"] == len(upright(data, [2]))
+    assert features.run(data, bundle, Features(), Crew())["made"] == 0
 
 
 def test_the_condition_and_the_noise_are_each_examples_own(data, bundle):
@@ -219,7 +220,7 @@ def test_what_features_refuses(data, bundle, tmp_path):
         ({"condition": "text"}, r"features\.condition=text: it must be own or null"),
         ({"dtype": "int8"}, r"features\.dtype=int8: it must be one of float32"),
         ({"scales": [3]}, r"features\.scales=\[3\]: choose among .*\[0, 1, 2\]"),
-        ({"batch": 0}, r"features\.batch=0"),
+        ({"batch": 0}, r"batch=0: it must be 1 or more"),
     ):
         with pytest.raises(UserError, match=told):
             features.run(data, bundle, Features(**wish), Crew())
@@ -282,6 +283,24 @@ def test_h5_coordinates_are_the_files_own_pixels(data, bundle, tiny_slide, tmp_p
     with h5py.File(path) as file:
         assert file["coords"][0].tolist() == [128 * first["column"], 128 * first["row"]]
         assert file["coords"].attrs["patch_size_level0"] == 128
+
+
+def test_parts_are_read_one_by_one_and_one_scale_of_them(data, bundle, monkeypatch, tmp_path):
+    pytest.importorskip("h5py")
+    name = features.run(data, bundle, Features(), Crew())["table"].rsplit("/", 1)[1]
+    made, read, seen = tables.manifest(data, name), picked.read, []
+
+    def one(root, unit, columns, scales):
+        table, groups = read(root, unit, columns, scales)
+        seen.append((unit["source"], {scale for scale, _, _ in groups}))
+        return table, groups
+
+    monkeypatch.setattr(h5_features.picked, "read", one)
+    monkeypatch.setattr(tables, "rows", None)
+    exported(data, name, str(tmp_path / "h5"), scale=1)
+    mine = [part["part"] for part in made["parts"] if "1" in part["counts"]]
+    assert seen == [(part, {1}) for part in mine]
+    assert len(mine) > 1
 
 
 def test_without_h5py_the_cure_is_named(data, bundle, monkeypatch, tmp_path):

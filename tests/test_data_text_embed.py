@@ -164,9 +164,15 @@ def test_examples_without_a_text_are_counted_and_refused_or_left_out(data, tmp_p
     )
     with pytest.raises(UserError, match=told):
         text_embed.run(data, TextEmbed(texts=path), Crew())
+    assert not storage.children(data, "*vectors*")
+    assert not storage.children(data, "text_embed*")
     done = text_embed.run(data, TextEmbed(texts=path, missing="drop"), Crew())
     found, made = vectors_of(data, done)
     assert done["missing"] == len(lost)
+    with pytest.raises(UserError, match=told):
+        text_embed.run(data, TextEmbed(texts=path), Crew())
+    assert text_embed.run(data, TextEmbed(texts=path, missing="drop"), Crew())["made"] == 0
+    assert vectors_of(data, done)[0] == found
     kept = [i for i in range(len(texts)) if i not in lost]
     assert found["key"].to_pylist() == examples["key"].take(kept).to_pylist()
     assert "1" not in made["counts"]
@@ -236,7 +242,7 @@ def test_tables_that_do_not_fit_are_refused(data, tmp_path):
         (storage.write_table if name.endswith(".parquet") else csv)(path, pa.table(columns))
         wish = {"texts": path} if column == "text" else {"vectors": f"{path}:{column}"}
         with pytest.raises(UserError, match=told):
-            text_embed.run(data, TextEmbed(**wish), Crew())
+            text_embed.run(data, TextEmbed(**wish, missing="drop"), Crew())
 
     refused({"key": key, "w": [[1.0]] * 2}, r"no column 'v', but key, w\.")
     refused({"slide_id": ["a"], "v": [[1.0]]}, r"give it a column key, or columns slide_id, scale")
@@ -258,7 +264,7 @@ def test_what_text_embed_refuses(data, tmp_path):
         ({"texts": "a.csv", "image": True}, "takes one of texts and image"),
         ({"captions": "a", "vectors": "b.parquet:c"}, "takes one of captions and vectors"),
         ({"missing": "ignore"}, r"text_embed\.missing=ignore: it must be refuse or drop"),
-        ({"batch": 0}, r"text_embed\.batch=0"),
+        ({"batch": 0}, r"batch=0: it must be 1 or more"),
         ({"vectors": "a.parquet"}, r"names no column; give vectors=table\.parquet:column"),
         ({"vectors": "s3://b/a.parquet"}, r"names no column"),
         ({"texts": str(tmp_path / "no.csv")}, r"no\.csv does not exist; check the path"),

@@ -91,11 +91,11 @@ def test_a_run_is_not_mixed_with_other_data(config, tmp_path):
 
 
 def test_time_ends_a_run(config):
-    facts = train(replace(config, steps=10**9, minutes=0.5 / 60), toy.Toy())
-    assert 0.5 <= facts["seconds"] < 5
+    facts = train(replace(config, steps=10**9, minutes=2 / 60), toy.Toy())
+    assert 2 <= facts["seconds"] < 20
     with open(facts["loss_csv"]) as file:
         rates = [float(row["lr"]) for row in csv.DictReader(file)]
-    assert max(rates) > 0.9e-2
+    assert max(rates) > 0.6e-2
     assert rates[-1] < 0.1e-2  # the cosine ends with the time
     more = train(replace(config, steps=10**9, minutes=1 / 60), toy.Toy())
     assert more["resumed_from"] == facts["step"]

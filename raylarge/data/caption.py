@@ -1,8 +1,8 @@
 """caption: EXAMPLES in, CAPTIONS out: a sentence about each example's image.
 
-The folder's name carries the digest of the captioner and its weights; another captioner means
-other CAPTIONS beside these. Batches have one fixed size inside a part, so who captions a part
-does not change a word. Scales that are not wanted are left out. Graikos et al. (supplement)
+The folder's name carries the digest of the captioner, its weights and the scales; another wish
+means other CAPTIONS beside these. Batches have one fixed size inside a part, so who captions a
+part does not change a word. Scales that are not wanted are left out. Graikos et al. (supplement)
 train text-to-large-image models on captions that a captioner gave.
 """
 
@@ -17,11 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from raylarge import images, schema, storage
-from raylarge.config import plain
 from raylarge.data import derive, parts, picked
 from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Unit
-from raylarge.errors import UserError
+from raylarge.data.pipeline import Crew, Facts, Means, Unit, without_means
 from raylarge.geometry import batches
 from raylarge.models import hub, text
 
@@ -29,7 +27,7 @@ _SMALL_FILES = (".json", ".txt")
 
 
 @dataclass(frozen=True)
-class Caption:
+class Caption(Means):
     """Who describes the images, and which of them."""
 
     model: str = "blip"
@@ -37,10 +35,6 @@ class Caption:
     batch: int = 8
     scales: list[int] | None = None
     """Which scales are described; absent: all."""
-    actors: int | None = None
-    """Ray actors; absent: `workers`."""
-    gpus: float = 0.0
-    """Of each actor; a part of one lets several share it."""
 
 
 def run(root: str, config: Caption, crew: Crew) -> Facts:
@@ -55,21 +49,19 @@ def run(root: str, config: Caption, crew: Crew) -> Facts:
     """
     made = parts.manifest(root, "shard", "caption")
     picked.require(made, config.scales, "caption.scales")
-    if config.batch < 1:
-        raise UserError(f"caption.batch={config.batch}: it must be 1 or more.")
     config = replace(config, weights=config.weights and storage.absolute(config.weights))
     used = _section(config)
-    table = f"captions-{parts.stamp(used['model'], used['weights'])}"
-    crew = picked.crew_of(crew, config.actors, config.gpus)
-    return derive.run(root, table, partial(Captioning, root, config), crew, {"caption": used})
+    what = {key: value for key, value in used.items() if key != "batch"}
+    maker = partial(Captioning, root, config)
+    table = f"captions-{parts.stamp(what)}"
+    return derive.run(root, table, maker, config.of(crew), {"caption": used})
 
 
 def _section(config: Caption) -> dict[str, Any]:
     """What of the config the captions depend on."""
-    known = plain(config)
-    for name in ("actors", "gpus"):
-        known.pop(name)
-    return {**known, "weights": folder_digest(config.weights)}
+    scales = None if config.scales is None else sorted(set(config.scales))
+    weights = folder_digest(config.weights)
+    return {**without_means(config), "scales": scales, "weights": weights}
 
 
 def folder_digest(folder: str) -> str:
@@ -96,8 +88,7 @@ class Captioning(Maker):
     def __init__(self, root: str, config: Caption) -> None:
         """Load the captioner."""
         self._root, self._config = root, config
-        device = "cuda" if config.gpus else "cpu"
-        self._captioner = text.load_captioner(config.model, config.weights, device)
+        self._captioner = text.load_captioner(config.model, config.weights, config.device)
 
     def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
         """A sentence for every example of the wanted scales, in the part's order."""

@@ -21,11 +21,10 @@ import torch
 from jaxtyping import Float, Float16, Int, UInt64
 
 from raylarge import schema, tables
-from raylarge.config import plain
 from raylarge.data import derive, parts, picked
 from raylarge.data.embed import DTYPES
 from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.pipeline import Crew, Facts, Means, Unit, without_means
 from raylarge.diffusion import noise
 from raylarge.errors import UserError
 from raylarge.geometry import batches
@@ -39,7 +38,7 @@ _PARTS = ("vae", "unet", "summarizer", "scheduler")
 
 
 @dataclass(frozen=True)
-class Features:
+class Features(Means):
     """Which features are taken, and by what means."""
 
     blocks: list[int] = field(default_factory=lambda: [3])
@@ -53,10 +52,6 @@ class Features:
     batch: int = 32
     dtype: str = "float32"
     """The networks' precision: float32, bfloat16 or float16."""
-    actors: int | None = None
-    """Ray actors; absent: `workers`."""
-    gpus: float = 0.0
-    """Of each actor; a part of one lets several share it."""
 
     def check(self) -> None:
         """Refuse values that make no sense with any bundle.
@@ -69,7 +64,6 @@ class Features:
             ("t", self.t >= 0, "0 or more"),
             ("condition", self.condition in ("own", "null"), "own or null"),
             ("seed", 0 <= self.seed < 1 << 64, "0 or more"),
-            ("batch", self.batch >= 1, "1 or more"),
             ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         ):
             if not fine:
@@ -93,14 +87,13 @@ def run(root: str, bundle: str, config: Features, crew: Crew) -> Facts:
     made = tables.manifest(root, latents)
     picked.require(made, config.scales, "features.scales")
     digest = bundles.digest(bundle, _PARTS)
-    used = plain(config)
-    for name in ("actors", "gpus"):
-        used.pop(name)
-    what = {key: value for key, value in used.items() if key not in ("batch", "scales")}
+    scales = None if config.scales is None else sorted(set(config.scales))
+    used = {**without_means(config), "scales": scales}
+    what = {key: value for key, value in used.items() if key != "batch"}
     table = f"features-{parts.stamp(digest, what)}"
-    crew = picked.crew_of(crew, config.actors, config.gpus)
     maker = partial(Featuring, root, bundle, digest, config)
-    return derive.run(root, table, maker, crew, {"features": used}, tables.verb(latents))
+    sections = {"features": used}
+    return derive.run(root, table, maker, config.of(crew), sections, tables.verb(latents))
 
 
 class Featuring(Maker):
@@ -122,8 +115,7 @@ class Featuring(Maker):
                 f"the bundle {bundle} changed while features were taken; run the same command "
                 "again."
             )
-        device = "cuda" if config.gpus else "cpu"
-        self._bundle = bundles.load(bundle, device, DTYPES[config.dtype])
+        self._bundle = bundles.load(bundle, config.device, DTYPES[config.dtype])
         length, count = self._bundle.schedule.length, _blocks(self._bundle.unet)
         if config.t >= length:
             raise UserError(f"features.t={config.t}: {bundle} has timesteps 0 to {length - 1}.")

@@ -3,36 +3,39 @@
     key, text | vector        or        slide_id, scale, row, column, text | vector
 
 CSV or parquet. `key` is that of EXAMPLES; without it, it is computed of where an example lies.
-A cell that is empty says nothing of its example.
+A cell that is empty says nothing of its example. An index of the keys is held, and the row groups
+that were asked for last: a parquet table may be larger than the memory if its rows lie about as
+those of EXAMPLES do, part by part, in row groups of some thousand rows.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-from jaxtyping import Float32, Int
+from jaxtyping import Float32, Int64, UInt64
 
 from raylarge import storage
+from raylarge.data import given_rows
+from raylarge.data.given_rows import PLACE
 from raylarge.data.shard import key
 from raylarge.errors import UserError
 
-_PLACE = {
-    "slide_id": pa.string(),
-    "scale": pa.int64(),
-    "row": pa.int64(),
-    "column": pa.int64(),
-}
+_READ_TWICE = 50
+"""How often a table that does not fit may be read, before its order counts as wrong."""
+Rows = Int64[np.ndarray, "n"]
 
 
 class Given:
     """What a user's table says of examples."""
 
     def __init__(self, path: str, column: str, vectors: bool) -> None:
-        """Read a table.
+        """Read which examples a table is about.
 
         Args:
             path: of a .csv or .parquet; a path or a URL.
@@ -40,29 +43,130 @@ class Given:
             vectors: whether that column holds vectors (lists of numbers) or texts.
 
         Raises:
-            UserError: no such table or column, values that do not fit, or an example twice.
+            UserError: no such table or column, keys that do not fit, an example twice, or more to
+                be read at a time than a worker holds.
         """
         self.path, self.what = path, "vector" if vectors else "text"
-        keys, values = _columns(path, column, vectors)
-        self._order = np.argsort(keys, kind="stable")
-        self._keys = keys[self._order]
+        self._column, self._vectors = column, vectors
+        self._source = given_rows.opened(path, column, vectors)
+        self._place = _place(path, column, self._source.names)
+        self._starts: Rows = np.cumsum([0, *self._source.counts]).astype(np.int64)
+        self._held: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        keys, rows = self._index()
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._rows = keys[order], rows[order]
         twice = np.flatnonzero(self._keys[1:] == self._keys[:-1])
         if len(twice):
             raise UserError(
                 f"{path} has {len(twice) + 1} rows or more for the example of key "
                 f"{self._keys[twice[0]]}; keep one."
             )
-        self.values = values
-        self.vectors = _matrix(path, column, values) if vectors else np.zeros((0, 0), np.float32)
 
-    def find(self, keys: pa.ChunkedArray) -> Int[np.ndarray, "n"]:
+    def find(self, keys: pa.ChunkedArray) -> Rows:
         """For each example's key its row here, or -1."""
         wanted = keys.to_numpy()
         if not len(self._keys):
             return np.full(len(wanted), -1)
         at = np.searchsorted(self._keys, wanted).clip(max=len(self._keys) - 1)
-        found: np.ndarray = np.where(self._keys[at] == wanted, self._order[at], -1)
+        found: Rows = np.where(self._keys[at] == wanted, self._rows[at], -1)
         return found
+
+    def texts(self, rows: Rows) -> list[str]:
+        """What rows say."""
+        found: list[str] = self._taken(rows).to_pylist() if len(rows) else []
+        return found
+
+    def vectors(self, rows: Rows) -> Float32[np.ndarray, "n width"]:
+        """What rows say.
+
+        Raises:
+            UserError: no lists of numbers, several lengths, or numbers that are not finite.
+        """
+        if not len(rows):
+            return np.zeros((0, self._width), np.float32)
+        return _matrix(self.path, self._column, self._taken(rows), self._width)
+
+    def bytes_of(self, rows: Rows) -> int:
+        """What is to be read for rows, none of which is at hand."""
+        return sum(self._source.sizes[group] for group in np.unique(self._groups(rows)).tolist())
+
+    def refuse_order(self, bytes_read: int) -> None:
+        """Refuse a table that does not fit and is read again and again.
+
+        Args:
+            bytes_read: for all parts of EXAMPLES, each for itself.
+
+        Raises:
+            UserError: with the cure.
+        """
+        size = sum(self._source.sizes)
+        if size > given_rows.HELD_BYTES and bytes_read > _READ_TWICE * size:
+            raise UserError(
+                f"{self.path} would be read {bytes_read // size} times, for its rows lie in another"
+                " order than the examples; write them part by part as examples/*.parquet has them,"
+                " with row_group_size=4096."
+            )
+
+    @cached_property
+    def _width(self) -> int:
+        """Of all vectors: that of one of them, the same one for every worker."""
+        one = self._rows[:1]
+        return _matrix(self.path, self._column, self._taken(one), None).shape[1] if len(one) else 0
+
+    def _index(self) -> tuple[UInt64[np.ndarray, "n"], Rows]:
+        """Keys of the rows that say something, and where those rows are."""
+        keys, rows = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+        for group, start in enumerate(self._starts[:-1].tolist()):
+            whole = self._vectors and self._source.whole(group)
+            names = self._place if whole else [*self._place, self._column]
+            table = self._source.read(group, names)
+            at = np.arange(table.num_rows)
+            if not whole:
+                says = pc.invert(_says_nothing(self._as_wanted(table[self._column])))
+                table, at = table.filter(says), at[says.to_numpy()]
+            keys.append(_keys(self.path, table.select(self._place)))
+            rows.append(start + at)
+        return np.concatenate(keys), np.concatenate(rows)
+
+    def _groups(self, rows: Rows) -> Rows:
+        found: Rows = np.searchsorted(self._starts, rows, side="right") - 1
+        return found
+
+    def _taken(self, rows: Rows) -> pa.Array:
+        """The cells of rows, each row group read once."""
+        groups, pieces, came = self._groups(rows), [], []
+        for group in np.unique(groups).tolist():
+            at = np.flatnonzero(groups == group)
+            taken = self._values(group).take(pa.array(rows[at] - self._starts[group]))
+            pieces += taken.chunks
+            came.append(at)
+        back = np.argsort(np.concatenate(came))
+        return pa.concat_arrays(pieces).take(pa.array(back))
+
+    def _values(self, group: int) -> pa.ChunkedArray:
+        """The column's cells of a row group; those that were asked for last stay at hand."""
+        if group not in self._held:
+            cells = self._source.read(group, [self._column])[self._column]
+            self._held[group] = self._as_wanted(cells)
+        self._held.move_to_end(group)
+        while (
+            len(self._held) > 1
+            and sum(o.nbytes for o in self._held.values()) > given_rows.HELD_BYTES
+        ):
+            self._held.popitem(last=False)
+        return self._held[group]
+
+    def _held_bytes(self) -> int:
+        return sum(cells.nbytes for cells in self._held.values())
+
+    def _as_wanted(self, cells: pa.ChunkedArray) -> pa.ChunkedArray:
+        if self._vectors:
+            return cells
+        try:
+            return cells.cast(pa.string())
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            whose = f"{self.path}: column '{self._column}'"
+            raise UserError(f"{whose} holds no texts: {error}.") from error
 
 
 def split_column(words: str) -> tuple[str, str]:
@@ -91,59 +195,35 @@ def source_of(path: str) -> str:
         raise UserError(f"{path} does not exist; check the path.") from error
 
 
-def _columns(path: str, column: str, vectors: bool) -> tuple[np.ndarray, pa.Array]:
-    """Keys and values of the rows that say something."""
-    table = _read(path, column, vectors)
-    if column not in table.column_names:
-        raise UserError(f"{path} has no column '{column}', but {_names(table)}.")
-    place = ["key"] if "key" in table.column_names else list(_PLACE)
-    if not set(place) <= set(table.column_names):
+def _place(path: str, column: str, names: Sequence[str]) -> list[str]:
+    """The columns that say which example a row is about."""
+    there = ", ".join(names)
+    if column not in names:
+        raise UserError(f"{path} has no column '{column}', but {there}.")
+    place = ["key"] if "key" in names else list(PLACE)
+    if not set(place) <= set(names):
         raise UserError(
             f"{path} does not say which example a row is about: give it a column key, or columns "
-            f"{', '.join(_PLACE)}; it has {_names(table)}."
+            f"{', '.join(PLACE)}; it has {there}."
         )
-    table = table.select([*place, column])
-    table = table.filter(pc.invert(_says_nothing(table[column])))
-    types: dict[str, pa.DataType] = {"key": pa.uint64(), **_PLACE}
+    return place
+
+
+def _keys(path: str, table: pa.Table) -> UInt64[np.ndarray, "n"]:
+    """The keys of the examples that rows are about."""
+    place = table.column_names
+    types: dict[str, pa.DataType] = {"key": pa.uint64(), **PLACE}
     try:
         cells = [table[name].cast(types[name]) for name in place]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"{path}: {', '.join(place)} do not fit: {error}.") from error
     if any(cell.null_count for cell in cells):
         raise UserError(f"{path} has empty cells among {', '.join(place)}; fill them.")
-    values = table[column].combine_chunks()
-    values = pa.concat_arrays(values.chunks) if isinstance(values, pa.ChunkedArray) else values
     if place == ["key"]:
-        return cells[0].to_numpy(), values
+        found: UInt64[np.ndarray, "n"] = cells[0].to_numpy()
+        return found
     rows = zip(*(cell.to_pylist() for cell in cells), strict=True)
-    return np.array([key(*row) for row in rows], np.uint64), values
-
-
-def _read(path: str, column: str, vectors: bool) -> pa.Table:
-    if path.endswith(".parquet"):
-        table = storage.read_table(path)
-    elif vectors:
-        raise UserError(f"{path}: vectors come from a .parquet table.")
-    else:
-        # Without types the reader takes keys above 2**63 for floats, and loses their last digits.
-        types = {"key": pa.uint64(), **_PLACE, column: pa.string()}
-        options = pyarrow.csv.ConvertOptions(column_types=types)
-        parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
-        try:
-            table = pyarrow.csv.read_csv(
-                pa.BufferReader(storage.read_bytes(path)),
-                parse_options=parsing,
-                convert_options=options,
-            )
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path} is no CSV table that fits: {error}.") from error
-    if vectors or column not in table.column_names:
-        return table
-    try:
-        words = table[column].cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"{path}: column '{column}' holds no texts: {error}.") from error
-    return table.set_column(table.column_names.index(column), column, words)
+    return np.array([key(*row) for row in rows], np.uint64)
 
 
 def _says_nothing(column: pa.ChunkedArray) -> Any:
@@ -157,28 +237,23 @@ def _says_nothing(column: pa.ChunkedArray) -> Any:
     return pc.fill_null(pc.equal(length, 0), True)
 
 
-def _matrix(path: str, column: str, values: pa.Array) -> Float32[np.ndarray, "n width"]:
-    """Lists of numbers of one length as one array.
-
-    Raises:
-        UserError: no lists of numbers, several lengths, or numbers that are not finite.
-    """
+def _matrix(
+    path: str, column: str, values: pa.Array, width: int | None
+) -> Float32[np.ndarray, "n width"]:
+    """Lists of numbers as one array; of one length, the given one if any."""
     whose = f"{path}: column '{column}'"
     if not hasattr(values.type, "value_type"):
         raise UserError(f"{whose} holds {values.type}, no vectors; give lists of numbers.")
-    lengths = pc.unique(pc.list_value_length(values)).to_pylist()
+    lengths = {*pc.unique(pc.list_value_length(values)).to_pylist()}
+    lengths |= set() if width is None else {width}
     if len(lengths) > 1:
         raise UserError(f"{whose} holds vectors of lengths {sorted(lengths)[:5]}; give one length.")
     try:
         flat = pc.list_flatten(values).cast(pa.float32(), safe=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"{whose} holds no numbers: {error}.") from error
-    found = flat.to_numpy(zero_copy_only=False).reshape(len(values), lengths[0] if lengths else 0)
+    found = flat.to_numpy(zero_copy_only=False).reshape(len(values), *lengths)
     broken = int((~np.isfinite(found)).any(axis=1).sum())
     if broken:
         raise UserError(f"{whose}: {broken} vectors have values that are not finite; mend them.")
     return found
-
-
-def _names(table: pa.Table) -> str:
-    return ", ".join(table.column_names)

@@ -7,7 +7,6 @@ are not even fetched. Groups are [scale, split, rows], in the order of the file 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,7 +15,7 @@ import pyarrow as pa
 from jaxtyping import Bool
 
 from raylarge import storage
-from raylarge.data.pipeline import Crew, Unit
+from raylarge.data.pipeline import Unit
 from raylarge.errors import UserError
 
 Groups = list[list[Any]]
@@ -63,8 +62,3 @@ def require(made: Mapping[str, Any], scales: Sequence[int] | None, key: str) -> 
             f"{key}={list(scales)}: choose among the scales that have rows, {there}, or leave it "
             "out for all of them."
         )
-
-
-def crew_of(crew: Crew, actors: int | None, gpus: float) -> Crew:
-    """A crew with the actors and GPUs that a verb asks for itself."""
-    return replace(crew, workers=crew.workers if actors is None else actors, gpus=gpus)

@@ -5,11 +5,14 @@
     vectors=TABLE.parquet:COLUMN                -> vector     the user's own, as they are
 
 A user's table is a CSV or parquet with `key` (that of EXAMPLES), or with slide_id, scale, row and
-column. Rows keep the order of EXAMPLES; an example without a vector has no row. Vectors are raw.
+column (`given.py`). Rows keep the order of EXAMPLES; an example without a vector has no row.
+Vectors are raw.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,21 +21,22 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32
 
-from raylarge import images, schema, storage, tables
+from raylarge import images, report, schema, storage, tables
 from raylarge.data import derive, parts, picked
 from raylarge.data.caption import folder_digest
 from raylarge.data.given import Given, source_of, split_column
 from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.pipeline import Crew, Facts, Means, Unit
 from raylarge.errors import UserError
 from raylarge.geometry import batches
 from raylarge.models import ssl, text
 
 Vectors = Float32[np.ndarray, "n width"]
+_READERS = 32  # threads: keys lie in many small pieces, and waiting for them takes the time
 
 
 @dataclass(frozen=True)
-class TextEmbed:
+class TextEmbed(Means):
     """Where an example's vector comes from. At most one of texts, image and vectors is set."""
 
     model: str = "minilm"
@@ -49,10 +53,6 @@ class TextEmbed:
     """A table of vectors and its column: `vectors.parquet:embedding`."""
     missing: str = "refuse"
     """Examples of which the user's table says nothing: `refuse` them, or `drop` their rows."""
-    actors: int | None = None
-    """Ray actors; absent: `workers`."""
-    gpus: float = 0.0
-    """Of each actor; a part of one lets several share it."""
 
     @property
     def kind(self) -> str:
@@ -70,8 +70,6 @@ class TextEmbed:
             raise UserError(f"text_embed takes one of {' and '.join(told)}; leave the others out.")
         if self.missing not in ("refuse", "drop"):
             raise UserError(f"text_embed.missing={self.missing}: it must be refuse or drop.")
-        if self.batch < 1:
-            raise UserError(f"text_embed.batch={self.batch}: it must be 1 or more.")
 
 
 _GIVEN = ("texts", "image", "vectors")
@@ -100,23 +98,22 @@ def run(root: str, config: TextEmbed, crew: Crew) -> Facts:
         config = replace(config, captions=_captions(root, config.captions))
         made = tables.manifest(root, config.captions)
     used = _section(config)
-    missing = _missing(root, made, config) if config.kind in ("texts", "vectors") else 0
+    table = f"vectors-{parts.stamp({k: v for k, v in used.items() if k != 'batch'})}"
+    if config.kind in ("texts", "vectors"):
+        _refuse(root, made, config, table)
     makers: dict[str, Any] = {"image": OfImages, "vectors": OfTable}
     maker = partial(makers.get(config.kind, OfTexts), root, config)
-    table = f"vectors-{parts.stamp({k: v for k, v in used.items() if k not in _ROWS})}"
-    crew = picked.crew_of(crew, config.actors, config.gpus)
-    done = derive.run(root, table, maker, crew, {"text_embed": used}, made["verb"])
+    done = derive.run(root, table, maker, config.of(crew), {"text_embed": used}, made["verb"])
     widths = {one["width"] for one in storage.read_json(done["output"])["parts"] if one["rows"]}
-    return {**done, "missing": missing, "width": max(widths, default=0)}
-
-
-_ROWS = ("batch", "missing")
-"""What of the config changes which rows there are, or their last bits, but not what they mean."""
+    return {**done, "missing": made["rows"] - done["rows"], "width": max(widths, default=0)}
 
 
 def _section(config: TextEmbed) -> dict[str, Any]:
-    """What of the config the vectors depend on: files count by their content, not their path."""
-    used: dict[str, Any] = {"from": config.kind, "batch": config.batch, "missing": config.missing}
+    """What of the config the vectors depend on: files count by their content, not their path.
+
+    `missing` only decides whether there is a table, not what is in it.
+    """
+    used: dict[str, Any] = {"from": config.kind, "batch": config.batch}
     if config.kind == "vectors":
         path, column = split_column(config.vectors)
         return {**used, "vectors": source_of(path), "column": column}
@@ -153,28 +150,47 @@ def _captions(root: str, name: str) -> str:
     return names[0]
 
 
-def _missing(root: str, made: dict[str, Any], config: TextEmbed) -> int:
-    """How many examples the user's table says nothing of.
+def _refuse(root: str, made: Mapping[str, Any], config: TextEmbed, table: str) -> None:
+    """Refuse a user's table that lacks examples, before anything is made of it.
 
     Raises:
-        UserError: there are some and they are to be refused, or there are no others.
+        UserError: it lacks some and they are to be refused, or all of them; or it lies in such an
+            order that it would be read again and again.
     """
+    path = storage.join(root, f"{tables.verb(table)}.json")
+    before = storage.read_json(path) if storage.exists(path) else {}
+    fine = config.missing == "drop" or before.get("rows") == made["rows"]
+    if fine and before.get("input") == made["digest"]:
+        return
     given = _given(config)
-    missing, example = 0, ""
-    for part in made["parts"]:
-        unit = {"source": part["part"], "groups": part["groups"]}
-        table, _ = picked.read(root, unit, ["key", "slide_id", "scale", "row", "column"])
-        lost = table.filter(pa.array(given.find(table["key"]) < 0))
-        if lost.num_rows and not example:
-            example = ", ".join(f"{name} {value}" for name, value in lost.to_pylist()[0].items())
-        missing += lost.num_rows
+
+    def look(part: Mapping[str, Any]) -> tuple[int, int]:
+        found = given.find(picked.read(root, _unit(part), ["key"])[0]["key"])
+        return int((found < 0).sum()), given.bytes_of(found[found >= 0])
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        looking = pool.map(look, made["parts"])
+        looked = list(report.progress(looking, "match", total=len(made["parts"]), unit="part"))
+    missing = sum(lost for lost, _ in looked)
     if missing == made["rows"] or (missing and config.missing == "refuse"):
         cure = "" if missing == made["rows"] else ", or leave them out: text_embed.missing=drop"
+        part = next(one for one, (lost, _) in zip(made["parts"], looked, strict=True) if lost)
         raise UserError(
             f"{given.path} has no {given.what} for {missing} of {made['rows']} examples (such as "
-            f"{example}); add them{cure}."
+            f"{_lost(root, part, given)}); add them{cure}."
         )
-    return missing
+    given.refuse_order(sum(bytes_read for _, bytes_read in looked))
+
+
+def _unit(part: Mapping[str, Any]) -> Unit:
+    return {"source": part["part"], "groups": part["groups"]}
+
+
+def _lost(root: str, part: Mapping[str, Any], given: Given) -> str:
+    """The first example of a part that the user's table lacks, in words."""
+    table, _ = picked.read(root, _unit(part), ["key", "slide_id", "scale", "row", "column"])
+    row = table.filter(pa.array(given.find(table["key"]) < 0)).slice(0, 1).to_pylist()[0]
+    return ", ".join(f"{name} {value}" for name, value in row.items())
 
 
 def _given(config: TextEmbed) -> Given:
@@ -188,11 +204,10 @@ class OfTexts(Maker):
     kind = schema.VECTORS
 
     def __init__(self, root: str, config: TextEmbed) -> None:
-        """Load the text encoder, and the texts."""
+        """Load the text encoder, and find the texts."""
         self._root, self._batch = root, config.batch
         self._given = _given(config) if config.texts else None
-        device = "cuda" if config.gpus else "cpu"
-        self._encoder = text.load(config.model, config.weights, device)
+        self._encoder = text.load(config.model, config.weights, config.device)
 
     def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
         """A vector for every row that has a text, in the part's order."""
@@ -201,7 +216,7 @@ class OfTexts(Maker):
             texts = table["text"].to_pylist()
         else:
             table, groups, found = matched(self._root, unit, self._given)
-            texts = self._given.values.take(pa.array(found)).to_pylist()
+            texts = self._given.texts(found)
         vectors = np.zeros((len(texts), self._encoder.card.width), np.float32)
         for batch in batches(len(texts), self._batch) if texts else []:
             vectors[list(batch)] = self._encoder([texts[i] for i in batch])
@@ -216,8 +231,7 @@ class OfImages(Maker):
     def __init__(self, root: str, config: TextEmbed) -> None:
         """Load the tile encoder."""
         self._root, self._batch = root, config.batch
-        device = "cuda" if config.gpus else "cpu"
-        self._encoder = ssl.load(config.model, config.weights, device)
+        self._encoder = ssl.load(config.model, config.weights, config.device)
 
     def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
         """A vector for every example of the part, in its order."""
@@ -236,14 +250,14 @@ class OfTable(Maker):
     kind = schema.VECTORS
 
     def __init__(self, root: str, config: TextEmbed) -> None:
-        """Read the user's table."""
+        """Find what the user's table is about."""
         self._root = root
         self._given = _given(config)
 
     def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
         """The vector of every example that has one, in the part's order."""
         table, groups, found = matched(self._root, unit, self._given)
-        return _made(table, self._given.vectors[found], groups)
+        return _made(table, self._given.vectors(found), groups)
 
 
 def matched(root: str, unit: Unit, given: Given) -> tuple[pa.Table, picked.Groups, np.ndarray]:

@@ -28,12 +28,15 @@ from raylarge import config as configs
 from raylarge import storage, tables
 from raylarge.data import parts, pipeline
 from raylarge.data.candidates import Tile
-from raylarge.data.grid import TileGrid, about
 from raylarge.data.pipeline import Crew, Facts, Unit
 from raylarge.data.tile import kept, scale_and_cells, slides_of
-from raylarge.errors import UserError
+from raylarge.errors import SlideError, UserError
+from raylarge.slides.mpp import zoom
+from raylarge.storage.objects import Ranges
+from raylarge.storage.patience import Unmet
 
 FORMATS = ("clam", "trident")
+_READ_BYTES = 256 << 10  # of a file of a store at a time; larger data come at one go
 _INSET = 1 / 32
 """Of a patch: a mask's polygons own the pixels that their edges touch (`slides/masks.py`)."""
 Cells = Int64[np.ndarray, "n 2"]
@@ -80,7 +83,7 @@ def run(config: Export) -> Facts:
         `slides`, `cells`, `made` (slides written just now) and `output`.
 
     Raises:
-        UserError: `embed` has not run, a slide that cannot be opened, or h5py is not installed.
+        UserError: `embed` has not run, or h5py is not installed.
     """
     config.check()
     library()
@@ -90,7 +93,7 @@ def run(config: Export) -> Facts:
     named = [one["part"] for one in embedded["parts"]]
     units = [
         {
-            **{key: slide[key] for key in ("slide_id", "path", "mpp_override")},
+            **{key: slide[key] for key in ("slide_id", "mpp", "size_l0")},
             "part": f"h5 of {slide['slide_id']}",
             "parts": [part for part in named if f"/{slide['slide_id']}-" in part],
             "stamp": parts.stamp(config.format, config.cells, slide["stamp"], embedded["digest"]),
@@ -118,7 +121,6 @@ class Exporting:
         """Hold where the data lies, where the files go, and what tiles and vectors are."""
         self._root, self._out = folders
         self._config, self._tile, self._encoder = config, tile, encoder
-        self._grid = TileGrid(tile)
 
     def __call__(self, unit: Unit) -> Facts:
         """How many `cells` the slide has, and whether its files were `made` just now."""
@@ -128,11 +130,10 @@ class Exporting:
         if standing is not None:
             return {"cells": standing, "made": 0}
         cells, vectors = self._content(unit)
-        with about(unit):
-            slide = self._grid.open(unit)
-        xy = np.rint(cells[:, ::-1] * (self._tile.patch_px * slide.zoom)).astype(np.int64)
+        per_px = zoom(unit["mpp"], self._tile.base_mpp)
+        xy = np.rint(cells[:, ::-1] * (self._tile.patch_px * per_px)).astype(np.int64)
         features, stamp = vectors.astype(np.float32), {"raylarge": unit["stamp"]}
-        told = {"coords": self._told(name, slide.zoom, slide.size_l0)}
+        told = {"coords": self._told(name, per_px, unit["size_l0"])}
         self._write(of_coords, {"coords": xy}, told)
         if self._config.format == "clam":
             sink = io.BytesIO()
@@ -157,9 +158,9 @@ class Exporting:
         """20 at 0.5 um/px: both tools count in objectives."""
         return _whole(10 / self._tile.base_mpp)
 
-    def _told(self, name: str, zoom: float, size_l0: tuple[int, int]) -> dict[str, Any]:
+    def _told(self, name: str, per_px: float, size_l0: Sequence[int]) -> dict[str, Any]:
         """The attributes of coords by the names that each tool reads."""
-        side, side_l0 = self._tile.patch_px, round(self._tile.patch_px * zoom)
+        side, side_l0 = self._tile.patch_px, round(self._tile.patch_px * per_px)
         if self._config.format == "clam":
             size = np.array(size_l0[::-1])
             level = {"patch_level": 0, "downsample": np.array([1.0, 1.0]), "level_dim": size}
@@ -168,7 +169,7 @@ class Exporting:
         return {
             "patch_size": side,
             "patch_size_level0": side_l0,
-            "level0_magnification": _whole(self._magnification * zoom),
+            "level0_magnification": _whole(self._magnification * per_px),
             "target_magnification": self._magnification,
             "overlap": 0,
             "name": name,
@@ -246,30 +247,35 @@ def library() -> Any:
 
 @contextmanager
 def opened(path: str) -> Iterator[Any]:
-    """An HDF5 file for reading; one of a store is fetched whole.
+    """An HDF5 file for reading; of one of a store only what is asked for is fetched.
 
     Raises:
-        UserError: it is none. The file is not named, since a patient may be in its name.
+        SlideError: it is none.
+        UserError: the store fails. The file is not named, since a patient may be in its name.
     """
-    source = path.removeprefix("file://")
-    content = source if storage.is_local(path) else io.BytesIO(storage.read_bytes(path))
+    source: Any = path.removeprefix("file://")
     try:
-        file = library().File(content, "r")
+        if not storage.is_local(path):
+            source = io.BufferedReader(Ranges(path), _READ_BYTES)
+        with library().File(source, "r") as file:
+            yield file
     except OSError as error:
-        raise UserError("its h5 is missing, damaged or no HDF5 file") from error
-    with file:
-        yield file
+        raise SlideError("its h5 is missing, damaged or no HDF5 file") from error
+    except UserError as error:
+        raise type(error)(str(error).replace(path, "its h5")) from error
+    except Unmet as error:
+        raise UserError("its h5 changes while it is read; run again when it stands") from error
 
 
 def patches(paths: Sequence[str]) -> Patches:
     """Coords and features of the first file, and how wide a patch is by the first that tells.
 
     Raises:
-        UserError: no coords, or nobody tells.
+        SlideError: no coords, or nobody tells.
     """
     with opened(paths[0]) as file:
         if "coords" not in file or file["coords"].shape[1:] != (2,):
-            raise UserError("its h5 holds no coords [N, 2]")
+            raise SlideError("its h5 holds no coords [N, 2]")
         xy = np.asarray(file["coords"][:]).astype(np.int64)
         shape = tuple(file["features"].shape) if "features" in file else ()
         side_l0 = _side_l0(file["coords"].attrs)
@@ -277,7 +283,7 @@ def patches(paths: Sequence[str]) -> Patches:
         with opened(path) as file:
             side_l0 = side_l0 or _side_l0(file["coords"].attrs if "coords" in file else {})
     if not side_l0:
-        raise UserError(
+        raise SlideError(
             "its coords do not tell patch_size; give patches=, a folder of files that do"
         )
     return Patches(xy, side_l0, shape)

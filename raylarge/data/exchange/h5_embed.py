@@ -9,7 +9,7 @@ which coarse examples do cover: such tiles are embedded here (`fill=true`), or r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -27,9 +27,10 @@ from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import Built
 from raylarge.data.pipeline import Crew, Facts, Unit
 from raylarge.data.tile import kept, scale_and_cells, slides_of
-from raylarge.errors import UserError
+from raylarge.errors import SlideError, UserError
 from raylarge.models import ssl
 from raylarge.models.ssl_cards import Card
+from raylarge.slides.mpp import zoom
 
 Index = dict[tuple[int, int], int]
 _SLAB = 8192  # vectors that are read together
@@ -66,8 +67,8 @@ def run(config: Import) -> Facts:
         What `parts.finish` says, and `imported`, `embedded`: tiles by where their vectors are from.
 
     Raises:
-        UserError: `tile` has not run, the folder holds embeddings of its own, a slide's file is
-            missing or does not fit, or h5py is not installed.
+        UserError: `tile` has not run, the folder holds embeddings of its own or examples of other
+            vectors, a slide's file is missing or does not fit, or h5py is not installed.
     """
     _check(config)
     root = storage.absolute(config.data)
@@ -75,21 +76,19 @@ def run(config: Import) -> Facts:
     _refuse_own(root)
     card, tile = ssl.card(config.encoder), h5.tile_of(tiles)
     crew = Crew(workers=config.workers, skip=config.on_error == "skip")
-    slides = _with_files(slides_of(root), config)
+    slides = _with_files(slides_of(root), config, tile)
     looked = pipeline.run(slides, partial(Looking, root, tile, config), crew, "look")
-    told = [[slide["slide_id"], one] for slide, one in zip(slides, looked, strict=True)]
-    failed = [_failed(name, one["failed"]) for name, one in told if "failed" in one]
-    digests = [[name, one["digest"]] for name, one in told if "failed" not in one]
-    sections = {"tile": tiles["config"]["tile"], "embed": _section(config, digests)}
-    files = {slide["slide_id"]: slide["files"] for slide in slides}
-    whole = {name for name, _ in digests}
+    told = {slide["slide_id"]: {**slide, **one} for slide, one in zip(slides, looked, strict=True)}
+    failed = [_failed(name, one["failed"]) for name, one in told.items() if "failed" in one]
+    sections = {"tile": tiles["config"]["tile"], "embed": _section(config)}
     units = [
-        {**unit, "files": files[unit["slide_id"]]}
+        _unit(unit, told[unit["slide_id"]])
         for unit in embed.units_of(root, tile, sections)
-        if unit["slide_id"] in whole
+        if "failed" not in told[unit["slide_id"]]
     ]
+    _refuse_stale(root, units)
     maker = partial(Importing, root, tile, config)
-    crew = replace(crew, gpus=config.embed.gpus if config.fill else 0.0)
+    crew = config.embed.of(crew) if config.fill else crew
     built = parts.build(root, units, maker, crew, "embed")
     together = Built(built.facts, failed + built.failed)
     totals = {
@@ -118,10 +117,34 @@ def _refuse_own(root: str) -> None:
         )
 
 
-def _section(config: Import, digests: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Where the vectors are from: the encoder, the files' content, and what filled the gaps."""
+def _refuse_stale(root: str, units: Sequence[Unit]) -> None:
+    """Refuse other vectors than the examples were made of: their stamps do not tell vectors."""
+    paths = [storage.join(root, f"{verb}.json") for verb in ("shard", "embed")]
+    if not all(map(storage.exists, paths)):
+        return
+    before = {one["part"]: one["stamp"] for one in storage.read_json(paths[1])["parts"]}
+    other = {
+        unit["slide_id"]
+        for unit in units
+        if before.get(unit["part"], unit["stamp"]) != unit["stamp"]
+    }
+    if other:
+        raise UserError(
+            f"{root} has examples of other vectors of {len(other)} slides; choose another data=, "
+            f"or delete {paths[0]} and {root}/examples."
+        )
+
+
+def _section(config: Import) -> dict[str, Any]:
+    """Where the vectors are from: the encoder, the tool, and what filled the gaps."""
     means = embed.section(_means(config)) if config.fill else {"encoder": config.encoder}
-    return {**means, "imported": f"{config.format} {parts.stamp(digests)}"}
+    return {**means, "imported": config.format}
+
+
+def _unit(unit: Unit, told: Mapping[str, Any]) -> Unit:
+    """A block with its slide's files, whose content is part of its stamp."""
+    stamp = parts.stamp(unit["stamp"], told["digest"])
+    return {**unit, "stamp": stamp, "files": told["files"], "zoom": told["zoom"]}
 
 
 def _means(config: Import) -> Embed:
@@ -133,7 +156,9 @@ def _failed(slide_id: str, reason: str) -> dict[str, str]:
     return {"slide_id": slide_id, "part": f"embeddings/{slide_id}", "reason": reason}
 
 
-def _with_files(slides: Sequence[dict[str, Any]], config: Import) -> list[dict[str, Any]]:
+def _with_files(
+    slides: Sequence[dict[str, Any]], config: Import, tile: Tile
+) -> list[dict[str, Any]]:
     """Slides as units, each with its `files`: that of the features, then that of the coords."""
     source = storage.absolute(config.source)
     features = {**_named(source), **_named(storage.join(source, "h5_files"))}
@@ -146,7 +171,8 @@ def _with_files(slides: Sequence[dict[str, Any]], config: Import) -> list[dict[s
     for slide in slides:
         names = [slide["slide_id"], *roster.stems(slide["path"])]
         files = [next((of[name] for name in names if name in of), "") for of in (features, coords)]
-        known = {key: slide[key] for key in ("slide_id", "path", "mpp_override", "grid")}
+        known = {key: slide[key] for key in ("slide_id", "path", "grid")}
+        known["zoom"] = zoom(slide["mpp"], tile.base_mpp)
         units.append({**known, "part": f"embeddings/{slide['slide_id']}", "files": files})
     return units
 
@@ -164,7 +190,7 @@ class Looking:
     def __init__(self, root: str, tile: Tile, config: Import) -> None:
         """Hold what the file is to fit."""
         self._root, self._tile, self._fill = root, tile, config.fill
-        self._card, self._grid = ssl.card(config.encoder), TileGrid(tile)
+        self._card = ssl.card(config.encoder)
 
     def __call__(self, unit: Unit) -> Facts:
         """The `digest` of the file, and how many tiles it is `missing`.
@@ -173,20 +199,20 @@ class Looking:
             SlideError: no file, another encoder's width, another grid, or tiles that are missing.
         """
         with about(unit):
-            told, index = _source(unit, self._grid.open(unit).zoom, self._tile)
+            told, index = _source(unit, self._tile)
             _check_width(told, self._card)
             scale, cells = scale_and_cells(kept(self._root, unit["slide_id"]))
             rows, columns = unit["grid"]
             needed = np.argwhere(covered(scale, cells, (0, rows), columns)).tolist()
             missing = [cell for cell in needed if tuple(cell) not in index]
             if missing and not self._fill:
-                raise UserError(
+                raise SlideError(
                     f"its h5 lacks {len(missing)} of the {len(needed)} tiles that kept examples "
                     f"cover, the first at row {missing[0][0]}, column {missing[0][1]}; set "
                     "fill=true to embed those here, or tile with its own patches as the mask "
                     "(import=tissue) and fewer scales"
                 )
-        return {"digest": storage.digest_file(unit["files"][0]), "missing": len(missing)}
+            return {"digest": storage.digest_file(unit["files"][0]), "missing": len(missing)}
 
 
 class Importing(Embedding):
@@ -199,8 +225,9 @@ class Importing(Embedding):
         if config.fill:
             super().__init__(root, tile, _means(config))
         else:
-            self._root, self._grid = root, TileGrid(tile)
+            self._root = root
             self._encoder: Any = _Unloaded(ssl.card(config.encoder))
+        self._grid = _AtNeed(tile)
 
     def make(self, unit: Unit) -> tuple[Any, Facts]:
         """The block's rows of the base grid, as `embed` makes them."""
@@ -222,14 +249,27 @@ class Importing(Embedding):
 
     def _read_anew(self, slide_id: str) -> tuple[Index, Vectors]:
         """All vectors of a slide; its blocks come one after the other."""
-        told, index = _source(self._unit, self._grid.open(self._unit).zoom, self._tile)
+        told, index = _source(self._unit, self._tile)
         vectors = np.empty(told.features, np.float16)
         with h5.opened(self._unit["files"][0]) as file, np.errstate(over="ignore"):
             for start in range(0, len(vectors), _SLAB):
                 vectors[start : start + _SLAB] = file["features"][start : start + _SLAB]
         if not np.isfinite(vectors).all():
-            raise UserError("its h5 holds features that are no finite half-precision numbers")
+            raise SlideError("its h5 holds features that are no finite half-precision numbers")
         return index, vectors
+
+
+class _AtNeed(TileGrid):
+    """A slide's grid that opens the slide (a whole download) when a tile is read, if ever."""
+
+    def open(self, unit: Mapping[str, Any]) -> Any:
+        """Remember which slide is meant."""
+        self._meant = unit
+
+    def read(self, row: int, column: int, count: int) -> list[np.ndarray]:
+        """`count` neighbouring tiles, straight from the slide."""
+        super().open(self._meant)
+        return super().read(row, column, count)
 
 
 class _Unloaded(NamedTuple):
@@ -238,17 +278,17 @@ class _Unloaded(NamedTuple):
     card: Card
 
 
-def _source(unit: Unit, zoom: float, tile: Tile) -> tuple[Patches, Index]:
+def _source(unit: Unit, tile: Tile) -> tuple[Patches, Index]:
     """What a slide's files say, and which of their vectors is a cell's.
 
     Raises:
-        UserError: no file, or patches of another size or place than our tiles.
+        SlideError: no file, or patches of another size or place than our tiles.
     """
     features, coords = unit["files"]
     if not features:
-        raise UserError("there is no h5 file of its name in source=")
+        raise SlideError("there is no h5 file of its name in source=")
     told = h5.patches([features, coords] if coords else [features])
-    cells = on_grid(told, tile.patch_px * zoom, tile)
+    cells = on_grid(told, tile.patch_px * unit["zoom"], tile)
     return told, {(row, column): i for i, (row, column) in enumerate(cells.tolist())}
 
 
@@ -256,11 +296,11 @@ def on_grid(told: Patches, side_l0: float, tile: Tile) -> Cells:
     """(row, column) of each patch on the grid of base tiles, `side_l0` level-0 pixels wide each.
 
     Raises:
-        UserError: naming the first patch that does not lie on it.
+        SlideError: naming the first patch that does not lie on it.
     """
     if abs(told.side_l0 - side_l0) > _OFF_PX:
         mpp = tile.base_mpp * tile.patch_px / told.side_l0
-        raise UserError(
+        raise SlideError(
             f"its patches are {told.side_l0:g} level-0 pixels wide and our tiles {side_l0:g}; cut "
             f"it anew, or tile with tile.mpp={mpp:.6g} if that is its resolution"
         )
@@ -268,7 +308,7 @@ def on_grid(told: Patches, side_l0: float, tile: Tile) -> Cells:
     off = np.abs(told.xy - cells * side_l0).max(axis=1, initial=0) > _OFF_PX
     if off.any():
         x, y = told.xy[off][0].tolist()
-        raise UserError(
+        raise SlideError(
             f"its patch at x={x}, y={y} does not lie on the grid of {side_l0:g} level-0 pixels "
             f"({int(off.sum())} of {len(off)} do not); cut the slide from its corner, without "
             "overlap (CLAM begins at each contour's own corner, TRIDENT at the slide's)"
@@ -278,7 +318,7 @@ def on_grid(told: Patches, side_l0: float, tile: Tile) -> Cells:
 
 def _check_width(told: Patches, card: Card) -> None:
     if told.features != (len(told.xy), card.width):
-        raise UserError(
+        raise SlideError(
             f"its h5 has features of shape {told.features} for {len(told.xy)} patches, but "
             f"encoder={card.name} makes {card.width} channels; name the encoder that made them"
         )

@@ -2,6 +2,7 @@
 
     FEATURES of one scale -> FOLDER/<slide_id>.h5:  features float32 [N, D], coords int64 [N, 2]
 
+Parts are read one by one, and their rows put aside on the disk by slide ($TMPDIR).
 `coords` are (x, y) of the upper left corners in level-0 pixels; its attributes bear the names that
 TRIDENT reads. Files are named by pseudonyms: `names.json` of the data folder says whose they are.
 """
@@ -9,15 +10,19 @@ TRIDENT reads. Files are named by pseudonyms: `names.json` of the data folder sa
 from __future__ import annotations
 
 import io
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Float16, Int64
 from omegaconf import MISSING
 
-from raylarge import storage, tables
+from raylarge import report, storage, tables
+from raylarge.data import picked
 from raylarge.data.exchange import h5
 from raylarge.data.pipeline import Facts
 from raylarge.errors import UserError
@@ -58,30 +63,62 @@ def run(config: Features) -> Facts:
     if str(scale) not in made["counts"]:
         there = ", ".join(made["counts"]) or "none"
         raise UserError(f"{table} has no features of scale {scale}; its scales: {there}.")
-    rows = tables.rows(root, table)
-    rows = rows.filter(pc.equal(rows["scale"], scale))
     slides = storage.read_json(storage.join(root, "slides.json"))["slides"]
     known = {slide["slide_id"]: slide for slide in slides}
-    runs = rows["slide_id"].combine_chunks().dictionary_encode()
-    names, counts = runs.dictionary.to_pylist(), np.bincount(runs.indices.to_numpy())
-    start = 0
-    for name, count in zip(names, counts.tolist(), strict=True):  # rows are sorted by slide
-        content = _file(h5py, rows.slice(start, count), known[name], made, scale)
-        storage.write_bytes(storage.join(folder, f"{name}.h5"), content)
-        start += count
-    return {"slides": len(names), "rows": rows.num_rows, "output": folder}
+    with tempfile.TemporaryDirectory() as aside:
+        counts = _put_aside(root, made, scale, aside)
+        for name in report.progress(sorted(counts), "slides", unit="slide"):
+            content = _file(h5py, _Rows.of(aside, name, counts[name]), known[name], made, scale)
+            storage.write_bytes(storage.join(folder, f"{name}.h5"), content)
+    return {"slides": len(counts), "rows": sum(counts.values()), "output": folder}
+
+
+def _put_aside(root: str, made: Mapping[str, Any], scale: int, folder: str) -> dict[str, int]:
+    """Append the rows of a scale to one pair of files per slide; how many each has."""
+    counts: dict[str, int] = {}
+    mine = [part for part in made["parts"] if str(scale) in part["counts"]]
+    for part in report.progress(mine, "parts", unit="part"):
+        unit = {"source": part["part"], "groups": part["groups"]}
+        table, _ = picked.read(root, unit, ["slide_id", "row", "column", "feature"], [scale])
+        for name in table["slide_id"].unique().to_pylist():
+            rows = table.filter(pc.equal(table["slide_id"], name))
+            cells = np.stack([rows["row"].to_numpy(), rows["column"].to_numpy()], axis=1)
+            values, starts = tables.lists(rows["feature"])
+            for kind, array in (
+                ("cells", cells.astype(np.int64)),
+                ("features", values[starts[0] : starts[-1]]),
+            ):
+                with Path(folder, f"{name}.{kind}").open("ab") as sink:
+                    sink.write(array.tobytes())
+            counts[name] = counts.get(name, 0) + len(cells)
+    return counts
+
+
+class _Rows(NamedTuple):
+    """What a slide's file holds, by row and column."""
+
+    cells: Int64[np.ndarray, "n 2"]
+    features: Float16[np.ndarray, "n width"]
+
+    @classmethod
+    def of(cls, folder: str, name: str, count: int) -> _Rows:
+        """The rows that were put aside."""
+        paths = [Path(folder, f"{name}.{kind}") for kind in ("cells", "features")]
+        cells = np.fromfile(paths[0], np.int64).reshape(count, 2)
+        features = np.fromfile(paths[1], np.float16).reshape(count, -1)
+        for path in paths:
+            path.unlink()
+        order = np.lexsort((cells[:, 1], cells[:, 0]))
+        return cls(cells[order], features[order])
 
 
 def _file(
-    h5py: Any, rows: pa.Table, slide: dict[str, Any], made: dict[str, Any], scale: int
+    h5py: Any, rows: _Rows, slide: Mapping[str, Any], made: Mapping[str, Any], scale: int
 ) -> bytes:
     """One slide's file."""
-    values, starts = tables.lists(rows["feature"])
-    features = values[starts[0] : starts[-1]].reshape(rows.num_rows, -1).astype(np.float32)
     base_mpp, side = made["config"]["tile"]["base_mpp"], made["patch_px"]
     per_px = zoom(slide["mpp"], base_mpp)
-    cells = np.stack([rows["column"].to_numpy(), rows["row"].to_numpy()], axis=1)
-    coords = np.rint(cells.astype(np.float64) * (side * per_px)).astype(np.int64)
+    coords = np.rint(rows.cells[:, ::-1] * (side * per_px)).astype(np.int64)
     told = {
         "patch_size": side,
         "patch_size_level0": round(side * Scale(scale).factor * per_px),
@@ -94,7 +131,8 @@ def _file(
     taken = {key: made["config"]["features"][key] for key in ("blocks", "t", "condition", "seed")}
     sink = io.BytesIO()
     with h5py.File(sink, "w") as file:
-        file.create_dataset("features", data=features).attrs.update({**taken, "name": told["name"]})
+        vectors = rows.features.astype(np.float32)
+        file.create_dataset("features", data=vectors).attrs.update({**taken, "name": told["name"]})
         file.create_dataset("coords", data=coords).attrs.update(told)
         file.attrs.update({"patient_id": slide["patient_id"], "table": made["verb"]})
     return sink.getvalue()

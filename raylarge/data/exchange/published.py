@@ -122,6 +122,7 @@ def run(config: Published) -> dict[str, Facts]:
     done = {}
     for table in _tables(config, units[0]):
         verb = tables.verb(table)
+        parts.refuse_mixing(root, sections, [verb])
         mine = [_of_table(unit, table, sections) for unit in units]
         maker = partial(Publishing, config, table.split("-", 1)[0], card.width)
         built = parts.build(root, mine, maker, Crew(workers=config.workers), verb)
