@@ -86,7 +86,8 @@ def run(root: str, tile: Tile, embed: Embed, config: Shard, crew: Crew) -> Facts
     if embedded["input"] != tiles["digest"]:
         raise UserError(f"{root} was tiled anew since embed ran; run verbs=embed,shard.")
     slides = [one for one in slides_of(root) if one["slide_id"] not in embedded["lost"]]
-    units = [unit for slide in slides for unit in _units(slide, tile, sections)]
+    stamps = {one["part"]: one["stamp"] for one in embedded["parts"]}
+    units = [unit for slide in slides for unit in _units(slide, tile, [sections, stamps])]
     plan = bucket.Plan(root, units, number)
     blocks_made = parts.build(
         root, plan.missing_blocks(), partial(Sharding, root, tile, config), crew, "blocks"
@@ -112,13 +113,17 @@ def _buckets(root: str, tiles: Facts, config: Shard) -> int:
     return max(_FEWEST_BUCKETS, math.ceil(rows * each / _BUCKET_BYTES))
 
 
-def _units(slide: dict[str, Any], tile: Tile, sections: dict[str, Any]) -> list[Unit]:
+def _units(slide: dict[str, Any], tile: Tile, inputs: list[dict[str, Any]]) -> list[Unit]:
+    """The blocks of a slide; each depends on all its vectors, which may be another's."""
     edges = blocks(slide["grid"], tile)
+    sections, stamps = inputs
+    names = [f"embeddings/{slide['slide_id']}-{number:04d}.parquet" for number in range(len(edges))]
+    made = parts.stamp(sections, slide["stamp"], [stamps[name] for name in names])
     known = ("slide_id", "path", "mpp_override", "labels")
     return [
         {
             "part": f"blocks/{slide['slide_id']}-{number:04d}.parquet",
-            "stamp": parts.stamp(sections, slide["stamp"], rows),
+            "stamp": parts.stamp(made, rows),
             **{key: slide[key] for key in known},
             "tiles": sum(slide["covered"][rows[0] : rows[1]]),
             "rows": rows,

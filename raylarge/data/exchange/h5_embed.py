@@ -86,7 +86,6 @@ def run(config: Import) -> Facts:
         for unit in embed.units_of(root, tile, sections)
         if "failed" not in told[unit["slide_id"]]
     ]
-    _refuse_stale(root, units)
     maker = partial(Importing, root, tile, config)
     crew = config.embed.of(crew) if config.fill else crew
     built = parts.build(root, units, maker, crew, "embed")
@@ -114,24 +113,6 @@ def _refuse_own(root: str) -> None:
         raise UserError(
             f"{root} holds embeddings that verbs=embed made; choose another data=, or delete "
             f"{path} and what shard made."
-        )
-
-
-def _refuse_stale(root: str, units: Sequence[Unit]) -> None:
-    """Refuse other vectors than the examples were made of: their stamps do not tell vectors."""
-    paths = [storage.join(root, f"{verb}.json") for verb in ("shard", "embed")]
-    if not all(map(storage.exists, paths)):
-        return
-    before = {one["part"]: one["stamp"] for one in storage.read_json(paths[1])["parts"]}
-    other = {
-        unit["slide_id"]
-        for unit in units
-        if before.get(unit["part"], unit["stamp"]) != unit["stamp"]
-    }
-    if other:
-        raise UserError(
-            f"{root} has examples of other vectors of {len(other)} slides; choose another data=, "
-            f"or delete {paths[0]} and {root}/examples."
         )
 
 
