@@ -1,0 +1,212 @@
+"""Our side of the data benchmark: `embed`'s own maker, watched, and everybody who may run it.
+
+    slides -tile (mask=all)-> units of `embed` -> this process | Ray | plain processes -> Timing
+
+A maker may have an encoder that costs nothing (reading alone) or sleeps (scaling on few cores).
+All else is what users run: units, parts, stamps, atomic writes. Ray and plain processes start
+from a fresh process, so that nothing is warm for one and cold for another.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.data_slides import PATCH_PX, Slides
+from raylarge.data import embed, parts, tile
+from raylarge.data.candidates import Tile
+from raylarge.data.embed import Embed, Embedding
+from raylarge.data.parts import Facts, PartWork
+from raylarge.data.pipeline import Crew, Unit
+from raylarge.fleet.session import session
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long some tiles took.
+
+    Attributes:
+        tiles: how many.
+        whole_s: from the call to the answer.
+        first_s: from the call until the first part was begun: processes, imports, weights.
+        steady: tiles per second once every worker has finished a part; of all parts, where
+            nothing came after that.
+        cpu_s: of the processes that did the work, their threads included.
+    """
+
+    tiles: int
+    whole_s: float
+    first_s: float
+    steady: float
+    cpu_s: float
+
+    @property
+    def whole(self) -> float:
+        """Tiles per second, start-up included."""
+        return self.tiles / self.whole_s
+
+    @classmethod
+    def of(cls, facts: Sequence[Facts], began: float, ended: float) -> Timing:
+        """What watched parts say."""
+        tiles, first = sum(one["tiles"] for one in facts), min(one["began"] for one in facts)
+        return cls(
+            tiles,
+            ended - began,
+            first - began,
+            steady(facts) or tiles / (max(one["ended"] for one in facts) - first),
+            sum(one["cpu_s"] for one in facts),
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """Parts to be made; picklable.
+
+    Attributes:
+        root: a data folder where `tile` has run.
+        cost_s: what a tile costs an encoder that sleeps; None: the config's encoder computes.
+        units: of `embed`.
+    """
+
+    root: str
+    tile: Tile
+    embed: Embed
+    cost_s: float | None
+    units: list[Unit]
+
+    @property
+    def maker(self) -> Callable[[], Watched]:
+        """Makes the maker of the parts."""
+        return partial(Watched, self.root, self.tile, self.embed, self.cost_s)
+
+
+class Sleeper:
+    """An encoder that takes its time on no core."""
+
+    card = embed.ssl.card("none")
+
+    def __init__(self, cost_s: float) -> None:
+        self._cost_s = cost_s
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Zeros."""
+        if self._cost_s:
+            time.sleep(self._cost_s * len(images))
+        return np.zeros((len(images), self.card.width), np.float16)
+
+
+class Watched(Embedding):
+    """Makes EMBEDDINGS, and says when, where and with how much of a core."""
+
+    def __init__(self, root: str, tile: Tile, config: Embed, cost_s: float | None) -> None:
+        """See `Job`."""
+        if cost_s is None:
+            super().__init__(root, tile, config)
+        else:
+            super().__init__(root, tile, replace(config, encoder="none"))
+            self._encoder: Any = Sleeper(cost_s)
+
+    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+        """As of `Embedding`."""
+        began, cpu = time.time(), time.process_time()
+        table, facts = super().make(unit)
+        watched = {"began": began, "cpu_s": time.process_time() - cpu, "pid": os.getpid()}
+        return table, {**facts, **watched, "ended": time.time()}
+
+
+def steady(facts: Sequence[Facts]) -> float:
+    """Tiles per second from when every worker has finished a part; 0 where nothing came after.
+
+    A part that was begun before counts with the share of its time that lies after.
+    """
+    by_worker: dict[int, list[Facts]] = defaultdict(list)
+    for one in facts:
+        by_worker[one["pid"]].append(one)
+    start = max(min(one["ended"] for one in own) for own in by_worker.values())
+    stop = max(one["ended"] for one in facts)
+    tiles = sum(
+        one["tiles"] * max(0.0, one["ended"] - max(start, one["began"]))
+        / (one["ended"] - one["began"])
+        for one in facts
+    )  # fmt: skip
+    return float(tiles / (stop - start)) if stop > start else 0.0
+
+
+def tiled(slides: Slides, folder: Path, block_tiles: int) -> tuple[str, Tile]:
+    """A data folder in which all base tiles of the slides are kept."""
+    config = Tile(patch_px=PATCH_PX, scales=[0], mask="all", block_tiles=block_tiles)
+    shutil.rmtree(folder, ignore_errors=True)
+    tile.run(str(folder), slides.paths, config, Crew())
+    return str(folder), config
+
+
+def job(root: str, config: Tile, slides: Slides, means: Embed, cost_s: float | None = None) -> Job:
+    """The parts that hold the rows of the slides that are measured."""
+    sections = {"tile": tile.section(config), "embed": embed.section(means)}
+    units = embed.units_of(root, config, sections)
+    units = [unit for unit in units if unit["rows"][1] <= slides.grid[0]]
+    return Job(root, config, means, cost_s, units)
+
+
+def here(job: Job) -> Timing:
+    """In this process."""
+    return _run(job, Crew())
+
+
+def on_ray(job: Job, workers: int) -> Timing:
+    """By Ray, started for this alone."""
+    return _apart(_on_ray, job, workers)
+
+
+def _on_ray(job: Job, workers: int) -> Timing:
+    began = time.time()
+    with session(workers + 1):
+        started = time.time() - began
+        found = _run(job, Crew(workers=workers))
+    return replace(found, whole_s=time.time() - began, first_s=found.first_s + started)
+
+
+def plain(job: Job, workers: int) -> Timing:
+    """By as many plain processes, each with every workers-th part."""
+    _forget(job)
+    began = time.time()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        shares = [replace(job, units=job.units[i::workers]) for i in range(workers)]
+        facts = [one for share in pool.map(_share, shares) for one in share]
+    return Timing.of(facts, began, time.time())
+
+
+def _share(job: Job) -> list[Facts]:
+    torch.set_num_threads(1)
+    work = PartWork(job.root, job.maker)
+    return [work(unit) for unit in job.units]
+
+
+def _run(job: Job, crew: Crew) -> Timing:
+    _forget(job)
+    began = time.time()
+    built = parts.build(job.root, job.units, job.maker, crew, "embed")
+    return Timing.of(built.facts, began, time.time())
+
+
+def _forget(job: Job) -> None:
+    shutil.rmtree(Path(job.root, "embeddings"), ignore_errors=True)
+
+
+def _apart(call: Callable[..., Timing], *arguments: Any) -> Timing:
+    """Call in a process of its own: Ray leaves threads behind, and others fork here."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(call, *arguments).result()
