@@ -18,8 +18,9 @@ PREPARE: dict[str, dict[str, Any]] = {
         },
         "embed": {"encoder": "efficientnet_lite0"},
     },
-    # ZoomLDM, section 4: TCGA-BRCA, 1,136 slides, about 16.6 million examples at 8 scales. On 8
-    # GPUs the encoder (ViT-L, 61 GFLOP a tile) takes hours, reading on 64 cores about as long.
+    # ZoomLDM, section 4: TCGA-BRCA, 1,136 slides, about 16.6 million examples at 8 scales, for
+    # workers=64 on 8 GPUs: eight readers feed one encoder's card (ViT-L, 123 GFLOP a tile).
+    # What it takes, on paper: benchmarks/results/data_2cores_202611.md.
     "brca": {
         "tile": {
             "patch_px": 256,
@@ -28,8 +29,8 @@ PREPARE: dict[str, dict[str, Any]] = {
             "patient": "^(TCGA-..-....)",
             "val_fraction": 0.02,
         },
-        "embed": {"encoder": "uni", "batch": 64, "dtype": "float16", "gpus": 1.0},
-        "shard": {"buckets": 2048, "quality": 95},
+        "embed": {"encoder": "uni", "batch": 64, "dtype": "float16", "gpus": 0.125},
+        "shard": {"quality": 95},
     },
     # ZoomLDM, section 4: NAIP at 1, 2, 4 and 8 m, the first three of four bands, no tissue.
     "naip": {
@@ -41,26 +42,26 @@ PREPARE: dict[str, dict[str, Any]] = {
             "icc": False,
             "val_fraction": 0.02,
         },
-        "embed": {"encoder": "dinov2_vitl14_reg", "batch": 64, "dtype": "float16", "gpus": 1.0},
-        "shard": {"buckets": 256, "quality": 95},
+        "embed": {"encoder": "dinov2_vitl14_reg", "batch": 64, "dtype": "float16", "gpus": 0.125},
+        "shard": {"quality": 95},
     },
     # Graikos et al., section 4: patches of one scale, each with its own embedding, mirrored.
     "graikos_brca": {
         "tile": {"patch_px": 256, "scales": [0], "patient": "^(TCGA-..-....)"},
-        "embed": {"encoder": "hipt_vit256", "batch": 64, "gpus": 1.0},
-        "shard": {"buckets": 2048, "quality": 95},
+        "embed": {"encoder": "hipt_vit256", "batch": 64, "gpus": 0.125},
+        "shard": {"quality": 95},
         "encode": {"flips": True},
     },
     "graikos_crc": {
         "tile": {"patch_px": 256, "scales": [0]},
-        "embed": {"encoder": "ibot_vitb16", "batch": 64, "gpus": 1.0},
-        "shard": {"buckets": 1024, "quality": 95},
+        "embed": {"encoder": "ibot_vitb16", "batch": 64, "gpus": 0.125},
+        "shard": {"quality": 95},
         "encode": {"flips": True},
     },
     "graikos_naip": {
         "tile": {"patch_px": 256, "scales": [0], "mask": "all", "base_mpp": 1e6, "icc": False},
-        "embed": {"encoder": "vit_b16_imagenet", "batch": 64, "gpus": 1.0},
-        "shard": {"buckets": 128, "quality": 95},
+        "embed": {"encoder": "vit_b16_imagenet", "batch": 64, "gpus": 0.125},
+        "shard": {"quality": 95},
         "encode": {"flips": True},
     },
 }
