@@ -93,6 +93,13 @@ def lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
 
 
+def dense(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of EMBEDDINGS as a grid: which cells are valid [r, c], and vectors [r, c, C]."""
+    columns = table["columns"][0].as_py()
+    valid = lists(table["valid"])[0].reshape(table.num_rows, columns)
+    return valid, lists(table["embedding"])[0].reshape(table.num_rows, columns, -1)
+
+
 def _checked(root: str, part: dict[str, Any], kind: pa.Schema, columns: list[str]) -> pa.Table:
     """Some columns of a part, if it is the one that the manifest lists."""
     path = storage.join(root, part["part"])

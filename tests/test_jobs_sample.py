@@ -38,14 +38,20 @@ def words(tiny_bundle, law_order):
 def prepared(tmp_path_factory):
     """A data folder with the EMBEDDINGS of one slide: each vector tells its row and column."""
     folder, parts = str(tmp_path_factory.mktemp("data")), []
+    columns = max(column for _, column in EMBEDDED) + 1
     for number, rows in enumerate([range(6), range(6, 12)]):
-        cells = sorted(cell for cell in EMBEDDED if cell[0] in rows)
+        vectors = np.zeros((6, columns, 8), np.float16)
+        valid = np.zeros((6, columns), bool)
+        for row, column in (cell for cell in EMBEDDED if cell[0] in rows):
+            vectors[row - rows[0], column] = (row, column, 1, 2, 3, 4, 5, 6)
+            valid[row - rows[0], column] = True
         table = pa.table(
             {
-                "slide_id": ["s-1"] * len(cells),
-                "row": [row for row, _ in cells],
-                "column": [column for _, column in cells],
-                "embedding": [np.array([*cell, 1, 2, 3, 4, 5, 6], np.float16) for cell in cells],
+                "slide_id": ["s-1"] * 6,
+                "row": list(rows),
+                "columns": [columns] * 6,
+                "valid": list(valid),
+                "embedding": list(vectors.reshape(6, -1)),
             }
         )
         parts.append({"part": f"embeddings/s-1-{number:04d}.parquet"})

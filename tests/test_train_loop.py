@@ -97,7 +97,7 @@ def test_time_ends_a_run(config):
         rates = [float(row["lr"]) for row in csv.DictReader(file)]
     assert max(rates) > 0.6e-2
     assert rates[-1] < 0.1e-2  # the cosine ends with the time
-    more = train(replace(config, steps=10**9, minutes=1 / 60), toy.Toy())
+    more = train(replace(config, steps=10**9, minutes=4 / 60), toy.Toy())
     assert more["resumed_from"] == facts["step"]
 
 

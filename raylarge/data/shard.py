@@ -201,9 +201,7 @@ class Sharding(Maker):
         """The first row of one part, and its vectors; NaN where there are none."""
         path = storage.join(self._root, "embeddings", name)
         table = storage.read_table(path)
-        columns = table["columns"][0].as_py()
-        values = tables.lists(table["embedding"])[0].reshape(table.num_rows, columns, -1)
-        valid = tables.lists(table["valid"])[0].reshape(table.num_rows, columns)
+        valid, values = tables.dense(table)
         return table["row"][0].as_py(), np.where(valid[..., None], values, np.float16(np.nan))
 
 

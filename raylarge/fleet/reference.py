@@ -25,14 +25,10 @@ def region(
         UserError: no such data or slide, or a tile that was not embedded.
     """
     folder, slide = _parse(reference)
-    cells, vectors = _read(folder, slide)
-    held = np.zeros(np.maximum(cells.max(axis=0) + 1, shape), bool)
-    held[tuple(cells.T)] = True
-    row, column = _first(held, shape, slide) if at is None else at
-    index = np.full(held.shape, -1)
-    index[tuple(cells.T)] = np.arange(len(cells))
-    cut = index[row : row + shape[0], column : column + shape[1]]
-    if min(row, column) < 0 or cut.shape != shape or (cut < 0).any():
+    valid, vectors = _read(folder, slide)
+    row, column = _first(valid, shape, slide) if at is None else at
+    cut = slice(row, row + shape[0]), slice(column, column + shape[1])
+    if min(row, column) < 0 or valid[cut].shape != shape or not valid[cut].all():
         raise UserError(
             f"slide {slide} has no embeddings for all of the {shape[0]} x {shape[1]} base tiles "
             f"from at={row},{column}; leave out at= for the first place that has them."
@@ -62,24 +58,21 @@ def _slide_of(path: str) -> str:
 
 
 def _read(folder: str, slide: str) -> tuple[np.ndarray, np.ndarray]:
-    """All (row, column) of a slide [n, 2] and their embeddings [n, C]."""
-    paths = [path for path in _parts(folder) if _slide_of(path) == slide]
-    cells, vectors = [], []
-    for path in paths:
-        table = storage.read_table(path, ("row", "column", "embedding"))
-        if len(table):
-            cells.append(np.stack([table["row"].to_numpy(), table["column"].to_numpy()], axis=1))
-            flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            vectors.append(flat.reshape(len(table), -1))
-    if not cells:
+    """The base grid of a slide: which tiles were embedded [r, c], and their vectors [r, c, C]."""
+    tables_of = [storage.read_table(path) for path in _parts(folder) if _slide_of(path) == slide]
+    grids = [tables.dense(table) for table in tables_of if len(table)]
+    if not any(valid.any() for valid, _ in grids):
         raise UserError(f"slide {slide} in {folder} has no embedded tile; choose another slide.")
-    return np.concatenate(cells), np.concatenate(vectors)
+    valid, vectors = (np.concatenate(each) for each in zip(*grids, strict=True))
+    return valid, vectors
 
 
 def _first(
     held: Bool[np.ndarray, "rows columns"], shape: tuple[int, int], slide: str
 ) -> tuple[int, int]:
     """The first place, row by row, where a rectangle is held whole."""
+    fits = all(side <= whole for side, whole in zip(shape, held.shape, strict=True))
+    held = held if fits else np.zeros(shape, bool)
     places = np.lib.stride_tricks.sliding_window_view(held, shape).all(axis=(2, 3))
     if not places.any():
         raise UserError(
