@@ -55,6 +55,8 @@ class AperioPyramid(OpenSlidePyramid):
 
     def close(self) -> None:
         """Let go of the file."""
+        for level in self._tiled.values():
+            level.close()
         self._file.close()
         super().close()
 

@@ -81,6 +81,8 @@ class TiffPyramid:
 
     def close(self) -> None:
         """Let go of the file."""
+        for level in self._levels:
+            level.close()
         if self._tiles is not None:
             self._tiles.close()
         self._file.close()
@@ -158,6 +160,10 @@ class Level:
         self._count = self._across * -(-self.size[0] // self._piece[0])
         in_cache = _CACHE_BYTES // (3 * self._piece[0] * self._piece[1])
         self._pixels = lru_cache(max(1, in_cache))(self._decoded)
+
+    def close(self) -> None:
+        """Forget the tiles, which would else stay until the garbage is collected."""
+        self._pixels.cache_clear()
 
     def read(self, top: int, left: int, rows: int, columns: int) -> Pixels:
         """A region inside the level."""
