@@ -87,6 +87,15 @@ def test_tiles_of_one_colour_are_embedded_once(tiny_prepare, run, tmp_path, monk
     assert (found[0, 3] == white).all()
 
 
+def test_gpus_that_are_not_there_are_missed_in_words(tiny_prepare, run):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=r"gpus=0\.5: this machine has no CUDA device; leave gpus="):
+        run(tiny_prepare(verbs="tile,embed", embed={"gpus": 0.5}))
+    with pytest.raises(UserError, match=r"actors=0: give 1 or more"):
+        tiny_prepare(embed={"actors": 0})
+
+
 def test_a_lower_precision_is_another_table(tiny_prepare, run):
     config = tiny_prepare(verbs="tile,embed", embed={"encoder": "efficientnet_lite0"})
     run(config)

@@ -114,6 +114,11 @@ def run(units: Sequence[Unit], work: Callable[[], Work], crew: Crew, title: str)
     """
     if not units:
         return []
+    if crew.gpus and crew.workers is None and not torch.cuda.is_available():
+        raise UserError(
+            f"gpus={crew.gpus:g}: this machine has no CUDA device; leave gpus= out, or give "
+            "workers= on a cluster that has some."
+        )
     answers = _here(units, work) if crew.workers is None else _on_ray(units, work, crew, title)
     found: dict[int, Facts] = {}
     with closing(answers), _Progress(units, title) as progress:
@@ -176,6 +181,10 @@ def _on_ray(
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
+        if crew.gpus > (have := ray.cluster_resources().get("GPU", 0)):
+            report.say(
+                f"{title} waits: an actor wants {crew.gpus:g} GPUs, the cluster has {have:g}"
+            )
         rows = [{"runs": json.dumps(one)} for one in _runs(units, workers)]
         answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Runner,
