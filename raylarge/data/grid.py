@@ -9,9 +9,9 @@ tile decodes those under a border again and again.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,8 @@ from raylarge.slides.reader import Slide, open_slide
 
 _CACHE_BYTES = 256 << 20
 _STRIP_BYTES = 3 << 20
+_AHEAD = 8
+"""Strips that are read before they are wanted."""
 Pixels = UInt8[np.ndarray, "P P 3"]
 
 
@@ -37,6 +39,7 @@ class TileGrid:
         self.patch_px = config.patch_px
         self._path: str | None = None
         self._slide: Slide | None = None
+        self._reader = ThreadPoolExecutor(1)  # one for all: each thread keeps memory of its own
         self._tiles: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         side_bytes = 3 * config.patch_px**2
         self._most = max(1, _CACHE_BYTES // side_bytes)
@@ -106,14 +109,18 @@ class TileGrid:
             for row in sorted({row for row, _ in cells})
             for first, count in runs([c for r, c in cells if r == row], self._wide)
         ]
-        with ThreadPoolExecutor(1) as pool:
-            waiting: list[Future[list[Pixels]]] = []
+        waiting: deque[Future[list[Pixels]]] = deque()
+        try:
             for strip in wanted:
-                waiting.append(pool.submit(self.read, *strip))
-                if len(waiting) > 2:
-                    yield from waiting.pop(0).result()
-            for one in waiting:
-                yield from one.result()
+                waiting.append(self._reader.submit(self.read, *strip))
+                if len(waiting) > _AHEAD:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for one in waiting:  # what is being read is read to its end before a slide is closed
+                one.cancel()
+            wait(waiting)
 
     def _loaded(self, row: int, column: int, count: int) -> list[Pixels]:
         self.load(row, range(column, column + count))
