@@ -63,15 +63,11 @@ def section(sizes: Sequence[str]) -> Section:
 
 def _growth(size: str, phase: str, ratio: float) -> str:
     """What grows: the band, in the forms in which it is held."""
-    width = int(size.split("x")[-1])
-    band = 3 * 1024 * width >> 20
     return (
         f"Memory: {size} takes {ratio:.2f} times what the first size takes; the aim is "
         f"{GOAL}. The peak is in `{phase}`. It follows the width of the canvas and not the "
-        f"number of windows or requests: a band is four patches high and as wide as the image, "
-        f"{band} MiB in uint8 and {4 * band} MiB in float32. Decoding holds the sum, the quotient "
-        f"and the weights in float32, writing a copy in float32 for the metrics, and the ledger "
-        f"keeps its four last replies open, bands among them ({4 * band} MiB). The plan is small."
+        "number of windows or requests: a band of decoded rows is as wide as the image, and the "
+        "ledger keeps its last two replies open, bands among them. The plan is small."
     )
 
 
