@@ -121,6 +121,22 @@ def tiny_prepare(tiny_slide, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def small_examples(tiny_slide, tmp_path_factory):
+    """A folder with examples of scales 0 to 2, a few buckets of small row groups."""
+    from raylarge import config
+    from raylarge.data.prepare import Prepare, prepare
+    from raylarge.report import Report
+
+    root = str(tmp_path_factory.mktemp("examples") / "data")
+    tile = {"patch_px": 64, "scales": [0, 1, 2], "tissue": [0.3, 0.2], "block_tiles": 30}
+    split = {"split": "band", "val_fraction": 0.35}
+    values = {"slides": tiny_slide, "out": root, "tile": {**tile, **split}}
+    more = {"embed": {"encoder": "toy"}, "shard": {"buckets": 3, "group_rows": 7}}
+    prepare(config.build(Prepare, {**values, **more}), Report(root + "/report.json"))
+    return root
+
+
+@pytest.fixture(scope="session")
 def ray_session():
     """A quiet Ray on this machine, with four logical CPUs."""
     import ray

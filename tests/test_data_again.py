@@ -225,3 +225,24 @@ def test_the_salt_is_told_to_nobody_and_another_is_noticed(tiny_prepare, run):
     assert "mine" not in made
     with pytest.raises(UserError, match=r"tile\.salt="):
         run(tiny_prepare(verbs="tile", tile={"salt": "yours"}))
+
+
+@pytest.mark.s3
+def test_a_store_that_fails_while_slides_are_listed_redoes_nothing(
+    tiny_prepare, run, s3_bucket, tiny_slide, monkeypatch
+):
+    slide = f"{s3_bucket}/again/tiny.tif"
+    storage.write_bytes(slide, Path(tiny_slide).read_bytes())
+    config = tiny_prepare(slides=slide, verbs="tile", on_error="skip")
+    run(config)
+    before = contents(config.out)
+
+    def away(path, *_):
+        raise UserError(f"{path}: the store is away; try again.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read_range", away)
+        with pytest.raises(UserError, match="the store is away"):
+            run(config)
+    assert contents(config.out) == before
+    assert run(config)["tile"]["made"] == 0

@@ -87,9 +87,8 @@ def test_tiles_of_one_colour_are_embedded_once(tiny_prepare, run, tmp_path, monk
     assert (found[0, 3] == white).all()
 
 
-def test_gpus_that_are_not_there_are_missed_in_words(tiny_prepare, run):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+def test_gpus_that_are_not_there_are_missed_in_words(tiny_prepare, run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"gpus=0\.5: this machine has no CUDA device; leave gpus="):
         run(tiny_prepare(verbs="tile,embed", embed={"gpus": 0.5}))
     with pytest.raises(UserError, match=r"actors=0: give 1 or more"):

@@ -5,34 +5,20 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 
-from raylarge import config, images, schema, storage, tables
+from raylarge import images, schema, storage, tables
 from raylarge.data import caption, text_embed
 from raylarge.data.caption import Caption
 from raylarge.data.pipeline import Crew
-from raylarge.data.prepare import Prepare, prepare
 from raylarge.data.text_embed import TextEmbed
 from raylarge.errors import UserError
 from raylarge.models import ssl, text
-from raylarge.report import Report
 
 PLACE = ["slide_id", "scale", "row", "column"]
 
 
-@pytest.fixture(scope="module")
-def made(tiny_slide, tmp_path_factory):
-    """A folder with examples of scales 0 to 2, two buckets of small row groups."""
-    root = str(tmp_path_factory.mktemp("text_embed") / "data")
-    tile = {"patch_px": 64, "scales": [0, 1, 2], "tissue": [0.3, 0.2], "block_tiles": 30}
-    split = {"split": "band", "val_fraction": 0.35}
-    values = {"slides": tiny_slide, "out": root, "tile": {**tile, **split}}
-    more = {"embed": {"encoder": "toy"}, "shard": {"buckets": 3, "group_rows": 7}}
-    prepare(config.build(Prepare, {**values, **more}), Report(root + "/report.json"))
-    return root
-
-
 @pytest.fixture
-def data(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "data").as_posix()
+def data(small_examples, tmp_path):
+    return shutil.copytree(small_examples, tmp_path / "data").as_posix()
 
 
 def examples_of(root):

@@ -43,7 +43,9 @@ def test_they_are_never_asked_for(cmu, monkeypatch):
     monkeypatch.setattr(openslide.lowlevel, "read_associated_image", refuse)
     monkeypatch.setattr(openslide.lowlevel, "get_associated_image_names", refuse)
     with open_slide(cmu) as slide:
-        slide.thumbnail(32)
+        assert slide.thumbnail(32).shape == (93, 70, 3)
+    with openslide.OpenSlide(cmu) as plain, pytest.raises(AssertionError, match="was read"):
+        dict(plain.associated_images)
 
 
 class Transparent:

@@ -110,19 +110,20 @@ def mixed(tables: Sequence[pa.Table], sizes: Sequence[int]) -> pa.Table:
 
     A column of a bucket may hold more than the 2 GiB that Arrow sorts or gathers in one piece.
     """
-    where = [
-        table.select([name for name, _ in _ORDER]).append_column(
-            "at", pa.array([[i, row] for row in range(len(table))], pa.list_(pa.int64(), 2))
-        )
-        for i, table in enumerate(tables)
-    ]
-    ordered = pa.concat_tables(where).sort_by(_ORDER)["at"].combine_chunks()
-    at = np.array(ordered.to_pylist(), np.int64).reshape(-1, 2)
+    keys = pa.concat_tables([table.select([name for name, _ in _ORDER]) for table in tables])
+    order = pc.sort_indices(keys, sort_keys=_ORDER).to_numpy().astype(np.int64)
+    starts = np.cumsum([0, *map(len, tables)])
+    which = np.searchsorted(starts[1:], order, side="right")
     found = [tables[0].slice(0, 0)]
-    for rows in np.split(at, np.cumsum(sizes)[:-1].astype(int)) if len(at) else []:
-        taken = [tables[i].take(pa.array(rows[rows[:, 0] == i, 1])) for i in np.unique(rows[:, 0])]
-        came = np.concatenate([np.flatnonzero(rows[:, 0] == i) for i in np.unique(rows[:, 0])])
-        found.append(pa.concat_tables(taken).combine_chunks().take(pa.array(np.argsort(came))))
+    for group in np.split(np.arange(len(order)), np.cumsum(sizes, dtype=np.int64)[:-1]):
+        taken, came = [], []
+        for i in np.unique(which[group]):
+            mine = np.flatnonzero(which[group] == i)
+            taken.append(tables[i].take(pa.array(order[group][mine] - starts[i])))
+            came.append(mine)
+        if taken:
+            back = pa.array(np.argsort(np.concatenate(came)))
+            found.append(pa.concat_tables(taken).combine_chunks().take(back))
     return pa.concat_tables(found)
 
 

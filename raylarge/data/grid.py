@@ -34,7 +34,7 @@ class TileGrid:
     """Base tiles of the slide that was asked for last; it stays open until another comes."""
 
     def __init__(self, config: Tile) -> None:
-        """See `raylarge.data.tile.Tile` for the fields that matter here."""
+        """See `raylarge.data.candidates.Tile` for the fields that matter here."""
         self._config = config
         self.patch_px = config.patch_px
         self._path: str | None = None

@@ -220,7 +220,7 @@ def _listed(root: str, before: Facts, units: Sequence[Unit]) -> dict[str, Facts]
     return {
         one["part"]: {**one, "made": False}
         for one in before["parts"]
-        if sizes.get(one["part"]) == one["bytes"] and one["stamp"] == stamps.get(one["part"])
+        if sizes.get(one["part"]) == one.get("bytes") and one["stamp"] == stamps.get(one["part"])
     }
 
 

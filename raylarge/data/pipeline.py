@@ -41,13 +41,11 @@ class Crew:
 
     Attributes:
         workers: Ray actors; None: this process.
-        cpus: of each actor.
         gpus: of each actor; a part of one lets several share it.
         skip: go on without a slide that cannot be read.
     """
 
     workers: int | None = None
-    cpus: float = 1.0
     gpus: float = 0.0
     skip: bool = False
 
@@ -191,7 +189,7 @@ def _on_ray(
             fn_constructor_args=[work, _attempts()],
             batch_size=1,
             compute=_pool(workers),
-            num_cpus=crew.cpus,
+            num_cpus=1,
             num_gpus=crew.gpus or None,
         )
         try:

@@ -22,7 +22,7 @@ import pyarrow.parquet
 
 from raylarge import storage
 from raylarge.data.candidates import Tile
-from raylarge.errors import UserError
+from raylarge.errors import SlideError, UserError
 from raylarge.slides.fetch import companions
 
 _PEEK_BYTES = 1 << 20
@@ -119,7 +119,8 @@ def fingerprint(path: str) -> str:
     """A short name for a slide's bytes: sizes, first and last MiB of its files.
 
     Raises:
-        UserError: nothing stands at the path, or it cannot be read.
+        SlideError: nothing stands at the path, or a file on a disk cannot be read.
+        UserError: the store fails.
     """
     beside = companions(path)
     own = [path] if not beside or path.endswith(".mrxs") else []
@@ -132,7 +133,9 @@ def _ends(path: str) -> bytes:
         ends = [(0, min(size, _PEEK_BYTES)), (max(0, size - _PEEK_BYTES), size)]
         content = [storage.read_range(path, *end) if size else b"" for end in ends]
     except FileNotFoundError as error:
-        raise UserError(f"slide {path} does not exist; check the path.") from error
+        raise SlideError(f"slide {path} does not exist; check the path.") from error
+    except UserError as error:
+        raise (SlideError(str(error)) if storage.is_local(path) else error) from error
     return f"{size} ".encode() + b"".join(content)
 
 

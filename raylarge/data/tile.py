@@ -33,7 +33,7 @@ from raylarge.data.parts import Maker
 from raylarge.data.pipeline import Crew, Facts, Unit
 from raylarge.data.qc.sheet import sheet as drawn
 from raylarge.data.qc.sheet import write_page
-from raylarge.errors import UserError
+from raylarge.errors import SlideError, UserError
 from raylarge.slides import masks
 from raylarge.slides.reader import Slide, open_slide
 from raylarge.slides.tissue import tissue_fraction, tissue_mask
@@ -143,7 +143,7 @@ def _fingerprint(path: str) -> str:
     """A slide's fingerprint; none of one that cannot be read, which its own unit will say."""
     try:
         return roster.fingerprint(path)
-    except UserError:
+    except SlideError:
         return ""
 
 

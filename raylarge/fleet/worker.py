@@ -115,12 +115,13 @@ class Worker:
         replies, wanted = list(rest), None
         above = replies.pop(0) if task.guided_by is not None else None
         x_t = replies.pop(0) if task.first else None
-        if task.given and task.order.source.control and above is not None:
-            denoiser: Denoiser = superres.controlled(self.bundle, task, above)
+        given = above if task.given else None
+        if given is not None and task.order.source.control:
+            denoiser: Denoiser = superres.controlled(self.bundle, task, given)
         else:
             denoiser = self._denoiser
-            if task.given and above is not None:
-                wanted = superres.fixed(above, task, self.bundle.patch)
+            if given is not None:
+                wanted = superres.fixed(given, task, self.bundle.patch)
             elif above is not None:
                 wanted = trajectory.below(above, task)
         networks = self._networks(task.order, tokens, denoiser)

@@ -118,6 +118,7 @@ def remove(paths: Sequence[str]) -> None:
     """Remove at most MOST_REMOVED objects of one bucket, as far as they are there."""
 
     def act(fs: Any, _: str) -> None:
+        """One request for all of them where the store knows such a thing."""
         if len(paths) > 1 and _is_s3(fs):
             names = [fs.split_path(path)[:2] for path in paths]
             listed = {"Objects": [{"Key": key} for _, key in names], "Quiet": True}

@@ -92,6 +92,7 @@ class _Sheet:
         self._picture = Image.fromarray(slide.thumbnail(self._downscale))
 
     def draw(self, slide_id: str, patch_px: int) -> Pixels:
+        """The whole sheet."""
         self._header(slide_id, patch_px)
         top = self._overview(96)
         shown = self._layers[:_MOST_LAYERS]
