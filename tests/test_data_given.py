@@ -15,7 +15,7 @@ from raylarge.data.pipeline import Crew
 from raylarge.data.text_embed import TextEmbed
 from raylarge.errors import UserError
 
-made, data = test_data_text_embed.made, test_data_text_embed.data
+data = test_data_text_embed.data
 own_texts = test_data_text_embed.own_texts
 
 
