@@ -44,7 +44,8 @@ from raylarge.sampling import joint
 from raylarge.sampling.plan import run
 from raylarge.serve import app
 from raylarge.slides.procedural import write as write_procedural
-from raylarge.train.launch import Train, table_name, train
+from raylarge.train.ingest import latents_table
+from raylarge.train.launch import Train, train
 
 T = TypeVar("T")
 
@@ -255,8 +256,7 @@ class Thread:
             )
         sheet = images.sheet(rows, list(IMAGES), ["reference", "guide", "image"], 512)
         images.write_png(str(self.out / "images.png"), sheet, {"Title": "guides and large images"})
-        places = {"model": "ldm", "data": self.data, "out": self.bundle}
-        latents = table_name(self._config(Train, places))
+        latents = latents_table(self.data, self.bundle)
         losses = shuffled_loss(bundle, self.data, latents, seed=self.config.seed)
         return {"images": found, "loss": {str(k): dict(v) for k, v in losses.items()}}
 

@@ -1,6 +1,8 @@
-"""Tables in, a part of a bundle out: the autoencoder, the diffusion model, the CDM.
+"""Tables in, a part of a bundle out: the autoencoder, the diffusion model, the CDM and others.
 
 python jobs/train.py model=vae|ldm|cdm data=DIR out=DIR preset=tiny [workers=2] [minutes=2]
+python jobs/train.py model=ldm preset=brca data=DIR out=DIR workers=8 plan=true
+python jobs/train.py model=mil data=DIR out=DIR mil.label=subtype mil.fold=-1
 ray job submit --working-dir . -- python jobs/train.py model=ldm preset=tiny data=... out=...
 
 Run again, the same command goes on from the newest checkpoint.
@@ -8,19 +10,27 @@ Run again, the same command goes on from the newest checkpoint.
 
 from __future__ import annotations
 
-from jobs.presets import TRAIN
+from jobs.presets import overrides
 from raylarge import report
 from raylarge.config import parse
 from raylarge.errors import UserError
-from raylarge.train.launch import TASKS, Train, train
+from raylarge.train.launch import Train, plan, train, train_folds
+from raylarge.train.settings import MODELS
 
 
 def main(arguments: list[str]) -> None:
-    """Train one model, as the words say."""
+    """Train one model, or plan it, as the words say."""
     words = dict(word.split("=", 1) for word in arguments if "=" in word)
-    if words.get("model") not in TASKS:
-        raise UserError(f"say what to train: model= one of {', '.join(TASKS)}.")
-    train(parse(Train, arguments, TRAIN[words["model"]]))
+    model, preset = words.get("model"), words.get("preset")
+    if model not in MODELS:
+        raise UserError(f"say what to train: model= one of {', '.join(MODELS)}.")
+    config = parse(Train, arguments, {preset: overrides(model, preset)} if preset else {})
+    if config.plan:
+        report.say(plan(config))
+    elif model == "mil" and config.mil.fold < 0:
+        train_folds(config)
+    else:
+        train(config)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ taken out are not seen. Rows come in one canonical order, however the parts were
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -100,11 +100,17 @@ def dense(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return valid, lists(table["embedding"])[0].reshape(table.num_rows, columns, -1)
 
 
-def _checked(root: str, part: dict[str, Any], kind: pa.Schema, columns: list[str]) -> pa.Table:
-    """Some columns of a part, if it is the one that the manifest lists."""
-    path = storage.join(root, part["part"])
-    table = storage.read_table(path, columns)
-    told = table.schema.metadata or {}
+def check_part(path: str, told: Mapping[bytes, bytes], part: Mapping[str, Any]) -> None:
+    """Refuse a part that is not the one which the manifest lists.
+
+    Args:
+        path: of the part.
+        told: the metadata of its schema.
+        part: what the manifest says of it.
+
+    Raises:
+        UserError: it is of another version, or was made anew.
+    """
     found = told.get(b"version", b"?").decode()
     if found != schema.VERSION:
         raise UserError(
@@ -112,6 +118,13 @@ def _checked(root: str, part: dict[str, Any], kind: pa.Schema, columns: list[str
         )
     if json.loads(told.get(b"facts", b"{}")).get("stamp") != part.get("stamp"):
         raise UserError(f"{path} was made anew since its table was whole; prepare it again.")
+
+
+def _checked(root: str, part: dict[str, Any], kind: pa.Schema, columns: list[str]) -> pa.Table:
+    """Some columns of a part, if it is the one that the manifest lists."""
+    path = storage.join(root, part["part"])
+    table = storage.read_table(path, columns)
+    check_part(path, table.schema.metadata or {}, part)
     fields = pa.schema([kind.field(name) for name in columns], metadata=kind.metadata)
     try:
         return schema.check(table, fields)

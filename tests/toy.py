@@ -6,7 +6,8 @@ process saw which sample, and can kill that process, once.
 
 import os
 import signal
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from raylarge import images, schema, storage
 from raylarge.diffusion import noise
 
 CHANNELS = 4
+GROUP = 5  # rows of a row group
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,13 @@ class Toy:
     seen: str = ""  # folder: one line per sample and process
     fatal_sample: int = -1  # whose step kills the process that computes it ...
     fatal_once: str = ""  # ... unless this file exists; "raise" instead of a path: always raise
+    fatal: str = "SIGKILL"  # what it is killed with
     poison: tuple[int, ...] = ()  # samples whose loss is NaN
+    loud: tuple[int, ...] = ()  # samples whose loss is a hundred times as large
+    before: dict = field(default_factory=dict)  # sample -> what is called when it comes
+    pictures: bool = False  # draws sheets
+    pause: float = 0.0  # seconds of every pass
+    local: str = ""  # folder for the weights, where the bundle is far
 
     def __call__(self, config, facts):
         return ToyTask(self, facts)
@@ -38,9 +46,16 @@ class ToyTask:
     def __init__(self, toy, facts):
         self.network = ToyNetwork(toy, facts)
         self.averaged = self.network.body
+        self.local, self.pictures = toy.local, toy.pictures
+
+    def draw(self, batch):
+        return batch
+
+    def sheet(self, batch):
+        return np.zeros((4, 4, 3), np.uint8) if self.pictures else None
 
     def finish(self, bundle, averaged, facts, batch):
-        folder = Path(bundle, "toy")
+        folder = Path(self.local or bundle, "toy")
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(
             {"network": self.network.state_dict(), "averaged": averaged, "n": len(batch["sample"])},
@@ -62,24 +77,28 @@ class ToyNetwork(nn.Module):
         x = batch.get("latent", batch.get("image")).flatten(1)
         samples = batch["sample"].tolist()
         self.record(samples)
+        time.sleep(self.toy.pause)
         addresses = [(sample,) for sample in samples]
         eps = noise.normal(x.shape[1:], self.toy.seed, "toy", addresses).to(x.device)
         condition = batch["grid"].mean(dim=1)
         guess = self.body(torch.cat([x + eps, condition], dim=1)) + self.head
         loss = (guess.float() - eps).square().mean(dim=1)
         bad = torch.tensor([sample in self.toy.poison for sample in samples], device=x.device)
-        return torch.where(bad, torch.nan, loss)
+        loud = torch.tensor([sample in self.toy.loud for sample in samples], device=x.device)
+        return torch.where(bad, torch.nan, torch.where(loud, 100 * loss, loss))
 
     def record(self, samples):
         if self.toy.seen:
             with Path(self.toy.seen, f"{os.getpid()}.txt").open("a") as file:
                 file.writelines(f"{sample}\n" for sample in samples)
+        for sample in self.toy.before.keys() & set(samples):
+            self.toy.before[sample]()
         if self.toy.fatal_sample in samples:
             if self.toy.fatal_once == "raise":
                 raise RuntimeError("the toy was told to fail")
             if not Path(self.toy.fatal_once).exists():
                 Path(self.toy.fatal_once).touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), getattr(signal, self.toy.fatal))
 
 
 def write_latents(folder, counts=(24, 12, 6), split="train", name="latents-0", seed=0):
@@ -89,12 +108,33 @@ def write_latents(folder, counts=(24, 12, 6), split="train", name="latents-0", s
     return write(str(folder), name, rows, schema.LATENTS, split)
 
 
-def write_examples(folder, counts=(6, 4), split="train", seed=0):
+def write_flipped(folder):
+    """Eight 8 px images, and latents that tell which of them they are of, under which flip."""
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    examples = [
+        row | {"key": i, "tissue": 1.0, "image": images.png_bytes(pictures[i])}
+        for i, row in enumerate(keys(rng, (8,), "train"))
+    ]
+    write(str(folder), "examples", examples, schema.EXAMPLES, "train")
+    latents = []
+    for row in examples:
+        for flip in range(4):
+            latent = np.repeat(np.array([row["key"], flip, 0], np.float16), 16)
+            latents.append(row | {"flip": flip, "latent": latent})
+    # Parts and row groups are those of the examples, each row four times.
+    mixed = [[row for row in latents if row["key"] % 2 == odd] for odd in (0, 1)]
+    write_parts(str(folder), "latents-0", mixed, schema.LATENTS, "train", 4 * GROUP)
+    return pictures
+
+
+def write_examples(folder, counts=(6, 4), split="train", seed=0, labels=lambda i: []):
     """A table of 8 px images."""
     rng = np.random.default_rng(seed)
     rows = [
         row
         | {
+            "labels": labels(row["row"]),
             "tissue": 1.0,
             "image": images.png_bytes(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)),
         }
@@ -128,19 +168,31 @@ def half(rng, size):
 
 
 def write(root, name, rows, kind, split):
-    """Two parts, and the manifest that names them beside those already there."""
+    """A table in two parts of small row groups."""
+    return write_parts(root, name, (rows[::2], rows[1::2]), kind, split, GROUP)
+
+
+def write_parts(root, name, mixed, kind, split, group):
+    """Parts of small row groups, and the manifest that names them beside those there."""
     path = f"{root}/{'shard' if name == 'examples' else name.replace('latents', 'encode')}.json"
     parts = storage.read_json(path)["parts"] if storage.exists(path) else []
-    for i, some in enumerate((rows[::2], rows[1::2])):
+    for i, some in enumerate(mixed):
         table = pa.table({name: [row[name] for row in some] for name in kind.names}, schema=kind)
         part = f"{name}/{split}-{i}.parquet"
-        storage.write_table(f"{root}/{part}", table)
-        parts.append({"part": part, "counts": {"0": {split: len(some)}}})
+        runs = [(k, sum(row["scale"] == k for row in some)) for k in range(8)]
+        groups = [
+            [k, split, min(group, rows - start)]
+            for k, rows in runs
+            for start in range(0, rows, group)
+        ]
+        storage.write_table(f"{root}/{part}", table, [rows for _, _, rows in groups])
+        told = {"counts": {"0": {split: len(some)}}, "groups": groups, "shape": [3, 4, 4]}
+        parts.append({"part": part, **told})
     manifest = {
         "verb": name,
         "parts": parts,
-        "rows": len(rows),
-        "digest": storage.digest(repr(rows).encode()),
+        "rows": sum(map(len, mixed)),
+        "digest": storage.digest(repr(mixed).encode()),
         "patch_px": 8,
         "encoder": {"name": "toy", "width": CHANNELS},
     }

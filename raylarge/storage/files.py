@@ -98,6 +98,21 @@ def write_json(path: str, document: Any) -> None:
     write_bytes(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
 
 
+def put_file(made: Path, target: str) -> None:
+    """Move a finished local file to a path or URL: whole or absent, never read into memory.
+
+    On a disk it must be the same one; to an object store a large file goes in parts.
+    """
+    if not is_local(target):
+        objects.put(target, made)
+        return
+    with on_disk(target):
+        Path(absolute(target)).parent.mkdir(parents=True, exist_ok=True)
+        with made.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(made, absolute(target))
+
+
 def put_folder(made: Path, target: str) -> None:
     """Move a finished local folder of plain files to a path or URL, in the place of another.
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from raylarge.diffusion.loss import draws, learned_range, per_sample
 from raylarge.models import bundle as bundles
+from raylarge.models.bundle import Bundle
 from raylarge.models.cdm import CDM
+from raylarge.train.ingest import Ingest, latents_table
+from raylarge.train.ldm import condition
 from raylarge.train.task import Batch, Facts
+from raylarge.train.watch.sheets import Painter, cdm_sheet
 
 if TYPE_CHECKING:
     from raylarge.train.launch import Train
@@ -35,41 +40,50 @@ class CdmConfig:
 class _Network(nn.Module):
     """The CDM and its loss per sample; the conditioner is frozen and not part of it."""
 
-    def __init__(self, cdm: CDM, summarizer: Any, seed: int) -> None:
+    def __init__(self, cdm: CDM, summarizer: Any) -> None:
         super().__init__()
-        self.cdm, self.seed = cdm, seed
-        self._frozen = [summarizer.requires_grad_(False)]  # in a list: not a submodule
+        self.cdm = cdm
+        self.frozen = [summarizer.requires_grad_(False)]  # in a list: not a submodule
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """The loss of each sample."""
-        summarizer = self._frozen[0].to(batch["grid"].device)
-        size = torch.stack([batch["grid_rows"], batch["grid_columns"]], dim=1)
+        summarizer = self.frozen[0].to(batch["grid"].device)
         with torch.no_grad():
-            x_0 = summarizer(batch["grid"], batch["scale"], size).mT  # channels first
-        schedule = self.cdm.schedule
-        drawn = draws(batch["sample"], x_0.shape[1:], self.seed, "cdm-train", schedule.length)
-        x_t = schedule.noised(x_0, drawn.eps, drawn.t)
-        output = self.cdm(x_t, drawn.t, batch["scale"])
+            x_0 = condition(summarizer, batch).mT  # channels first
+        eps, t, schedule = batch["eps"], batch["t"], self.cdm.schedule
+        x_t = schedule.noised(x_0, eps, t)
+        output = self.cdm(x_t, t, batch["scale"])
         if not self.cdm.config.learn_sigma:
             return per_sample(output, x_0)
-        return torch.add(*learned_range(output, x_0, x_t, drawn.t, schedule))
+        return torch.add(*learned_range(output, x_0, x_t, t, schedule))
 
 
 class CdmTask:
     """Trains the conditioning diffusion model, for any conditioner (`models/cells.py`)."""
 
-    name = "cdm"
-    table = "latents"
-
-    def __init__(self, config: CdmConfig, summarizer: Any, seed: int) -> None:
+    def __init__(self, config: CdmConfig, bundle: Bundle, seed: int) -> None:
+        summarizer = bundle.summarizer
         cdm = CDM(
             channels=summarizer.config.width,
             tokens=summarizer.null(1).shape[1],  # 65 of a Summarizer, 1 or 2 of a VectorEmbedder
             scales=summarizer.config.scales,
             **vars(config),
         )
-        self.network = _Network(cdm, summarizer, seed)
+        self.network, self.seed, self.bundle = _Network(cdm, summarizer), seed, bundle
         self.averaged = cdm
+
+    def draw(self, batch: Batch) -> Batch:
+        """Timesteps and noise."""
+        config, length = self.network.cdm.config, self.network.cdm.schedule.length
+        shape = (config.channels, config.tokens)
+        return {**batch, **draws(batch["sample"], shape, self.seed, "cdm-train", length)._asdict()}
+
+    def sheet(self, batch: Batch) -> UInt8[np.ndarray, "H W 3"]:
+        """Images of the tokens that are drawn for each scale."""
+        cdm, bundle = self.network.cdm, self.bundle
+        unet = bundle.unet.to(next(cdm.parameters()).device)
+        painter = Painter(unet, bundle.schedule, bundle.vae, bundle.summarizer.null(1))
+        return cdm_sheet(painter, cdm, sorted(set(batch["scale"].tolist())), self.seed)
 
     def finish(
         self,
@@ -84,6 +98,15 @@ class CdmTask:
         bundles.save(bundle, {"cdm": self.network.cdm.cpu()}, {"cdm": facts})
 
 
+def source(config: Train, split: str = "train") -> Ingest:
+    """The grids of the latents that the U-Net learns from, and vectors of their regions."""
+    region = bundles.facts(config.out).get("ldm", {}).get("config", {}).get("ldm", {}).get("region")
+    columns = {latents_table(config.data, config.out): ("grid",)} | (
+        {region: ("vector",)} if region else {}
+    )
+    return Ingest(config.data, columns, config, split)
+
+
 def build(config: Train, facts: Facts) -> CdmTask:
     """The task, its weights drawn from the training's seed.
 
@@ -91,5 +114,4 @@ def build(config: Train, facts: Facts) -> CdmTask:
         UserError: the bundle `out` holds no trained Summarizer yet.
     """
     torch.manual_seed(config.seed)
-    summarizer = bundles.load(config.out).summarizer
-    return CdmTask(config.cdm, summarizer, config.seed)
+    return CdmTask(config.cdm, bundles.load(config.out), config.seed)

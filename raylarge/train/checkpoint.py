@@ -1,140 +1,198 @@
 """Checkpoints on a disk or in S3: whole or absent, the newest valid one found again.
 
-    ROOT/step-00000200/ <files of every rank>  rank-0.json  rank-1.json  checkpoint.json
+    ROOT/step-00000200-<attempt>/ <files of every rank>  rank-0.json  rank-1.json  checkpoint.json
 
-Each rank puts its files under deterministic names, every file written beside and renamed (one
-PUT on an object store). Rank 0 commits: `checkpoint.json`, which lists all files with their
-sizes, comes last. A folder without it, or with a file missing or cut short, does not exist.
+Each rank puts its files under deterministic names, whole or absent each. Rank 0 commits:
+`checkpoint.json`, which lists all files with their sizes, comes last. A folder without it, or
+with a file missing or cut short, does not exist. An attempt is one life of the workers: what a
+worker that was given up still writes falls into its own folder, and `owner.json` says whose
+commits count.
 """
 
 from __future__ import annotations
 
-import os
+import math
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import fsspec
+from typing import Any, NamedTuple
 
 from raylarge import storage
+from raylarge.errors import UserError
 
-COMMIT = "checkpoint.json"
-HISTORY = "loss.csv"  # shown beside the checkpoints, too
+COMMIT, OWNER = "checkpoint.json", "owner.json"
+SHARED_S = 600.0  # how long the files of other ranks may take to show
+LOOK_S = 0.05
+
+
+class Found(NamedTuple):
+    """A whole checkpoint: the name of its folder, and what it was committed with."""
+
+    name: str
+    facts: dict[str, Any]
 
 
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, root: str, keep: int) -> None:
-        """Take a run's folder, which need not exist yet, and how many checkpoints stay."""
-        self.root = root
-        self.keep = keep
+    def __init__(self, root: str, keep: int, attempt: str = "0") -> None:
+        """Take a run's folder, which need not exist yet.
+
+        Args:
+            root: a path or URL.
+            keep: how many of the newest stay, beside the best one.
+            attempt: names this life of the workers.
+        """
+        self.root, self.keep, self.attempt = root, keep, attempt
         self.local = storage.is_local(root)
+
+    def claim(self) -> None:
+        """Have the commits of this attempt count, and those of no other."""
+        storage.write_json(storage.join(self.root, OWNER), {"attempt": self.attempt})
+
+    def check_shared(self) -> None:
+        """Refuse a folder that is another one on every node.
+
+        Raises:
+            UserError: what rank 0 claimed does not show here.
+        """
+        path = storage.join(self.root, OWNER)
+        if not storage.exists(path) or storage.read_json(path)["attempt"] != self.attempt:
+            raise UserError(
+                f"what rank 0 wrote does not show in {self.root} on another node; all workers "
+                f"must share the storage: give out=s3://... or a shared folder."
+            )
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """A local folder to write a rank's files to, on the disk they will stay on."""
         if self.local:
-            Path(self.root).mkdir(parents=True, exist_ok=True)
-        within = self.root if self.local else None
+            Path(storage.absolute(self.root)).mkdir(parents=True, exist_ok=True)
+        within = storage.absolute(self.root) if self.local else None
         with tempfile.TemporaryDirectory(prefix=".beside-", dir=within) as made:
             yield Path(made)
 
     def put(self, step: int, rank: int, made: Path) -> None:
         """Move a rank's files into the step's folder, and list them there."""
         sizes = {}
-        for file in sorted(made.rglob("*")):
-            if file.is_file():
-                name = file.relative_to(made).as_posix()
-                sizes[name] = file.stat().st_size
-                self._place(file, self._path(step, name))
-        storage.write_json(self._path(step, f"rank-{rank}.json"), sizes)
+        for file in sorted(made.iterdir()):
+            sizes[file.name] = file.stat().st_size
+            storage.put_file(file, self._path(self._name(step), file.name))
+        storage.write_json(self._path(self._name(step), f"rank-{rank}.json"), sizes)
 
     def commit(self, step: int, world_size: int, facts: dict[str, Any]) -> None:
-        """Declare a step's folder whole, and remove all but the newest ones.
+        """Declare a step's folder whole, once all ranks' files are there; remove what is old.
 
         Raises:
-            OSError: a rank's files are not to be seen from here.
+            UserError: a rank's files do not show, or another run has taken this one over.
         """
-        files: dict[str, int] = {}
+        name, files = self._name(step), {}
         for rank in range(world_size):
-            listed = self._path(step, f"rank-{rank}.json")
-            if not storage.exists(listed):
-                raise OSError(
-                    f"the files of rank {rank} do not show in {self.root}; all workers must "
-                    f"share the storage: give out=s3://... or a shared folder."
-                )
-            files |= storage.read_json(listed)
-        storage.write_json(self._path(step, COMMIT), {**facts, "step": step, "files": files})
-        if HISTORY in files:
-            history = storage.read_bytes(self._path(step, HISTORY))
-            storage.write_bytes(storage.join(self.root, HISTORY), history)
-        for old in sorted(self._committed())[: -self.keep]:
-            self._remove(old)
+            files |= self._listed(name, rank)
+        owner = storage.read_json(storage.join(self.root, OWNER))["attempt"]
+        if owner != self.attempt:
+            raise UserError(
+                f"another run has taken {self.root} over since this one began; one at a time "
+                f"may train into a bundle: end the other, or give another out=."
+            )
+        told = {**facts, "step": step, "files": files}
+        storage.write_json(self._path(name, COMMIT), told)
+        self._prune()
 
-    def newest(self) -> int | None:
-        """The newest whole checkpoint's step."""
-        newest_first = sorted(self._committed(), reverse=True)
-        return next((step for step in newest_first if self._whole(step)), None)
+    def show(self, name: str, text: str) -> None:
+        """Keep a text beside the checkpoints."""
+        storage.write_bytes(storage.join(self.root, name), text.encode())
 
-    def forget_after(self, step: int) -> None:
-        """Remove what crashed runs left: later steps' folders and files written beside."""
-        for path in storage.listing(storage.join(self.root, "step-*")):
-            if _step(path) > step:
-                self._remove(_step(path))
-        if self.local:
-            for left in Path(self.root).glob(".beside-*"):
+    def withdraw(self, step: int) -> None:
+        """Remove what was put of a step that will not be committed."""
+        self._remove(self._name(step))
+
+    def newest(self) -> Found | None:
+        """The newest whole checkpoint."""
+        return next(iter(self._whole_ones()), None)
+
+    def best(self) -> Found | None:
+        """The whole checkpoint of the lowest `score`, the newer one of two."""
+        return min(self._whole_ones(), key=_score, default=None)
+
+    def named(self, name: str) -> Found:
+        """A whole checkpoint by the name of its folder."""
+        return Found(name, storage.read_json(self._path(name, COMMIT)))
+
+    def clear(self) -> None:
+        """Remove what crashed runs left: folders that are not whole, files written beside."""
+        whole = {found.name for found in self._whole_ones()}
+        for path in storage.children(self.root, "step-*"):
+            if (name := path.rsplit("/", 1)[-1]) not in whole:
+                self._remove(name)
+        if self.local and (root := Path(storage.absolute(self.root))).is_dir():
+            for left in root.glob(".beside-*"):
                 shutil.rmtree(left, ignore_errors=True)
 
     @contextmanager
-    def fetch(self, step: int) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """A whole checkpoint as a local folder, and the facts it was committed with."""
-        facts = storage.read_json(self._path(step, COMMIT))
+    def fetch(self, found: Found) -> Iterator[Path]:
+        """A whole checkpoint as a local folder."""
         if self.local:
-            yield Path(self._path(step)), facts
+            yield Path(storage.absolute(self._path(found.name)))
             return
         with tempfile.TemporaryDirectory() as made:
-            for name in facts["files"]:
-                target = Path(made, name)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                fs, path = fsspec.core.url_to_fs(self._path(step, name))
-                fs.get_file(path, str(target))
-            yield Path(made), facts
+            for name in found.facts["files"]:
+                with Path(made, name).open("wb") as target:
+                    for piece in storage.pieces(self._path(found.name, name)):
+                        target.write(piece)
+            yield Path(made)
 
-    def _path(self, step: int, *names: str) -> str:
-        return storage.join(self.root, f"step-{step:08d}", *names)
+    def _name(self, step: int) -> str:
+        return f"step-{step:08d}-{self.attempt}"
 
-    def _committed(self) -> list[int]:
-        found = storage.listing(storage.join(self.root, "step-*", COMMIT))
-        return [_step(path) for path in found]
+    def _path(self, *names: str) -> str:
+        return storage.join(self.root, *names)
 
-    def _whole(self, step: int) -> bool:
-        fs, folder = fsspec.core.url_to_fs(self._path(step))
-        found = {path: entry["size"] for path, entry in fs.find(folder, detail=True).items()}
-        files = storage.read_json(self._path(step, COMMIT))["files"]
-        return all(found.get(f"{folder}/{name}") == size for name, size in files.items())
+    def _listed(self, name: str, rank: int) -> dict[str, int]:
+        """The files of a rank, when it has put them all."""
+        path, began = self._path(name, f"rank-{rank}.json"), time.monotonic()
+        while not storage.exists(path):
+            if time.monotonic() - began > SHARED_S:
+                raise UserError(
+                    f"the files of rank {rank} do not show in {self.root} for {SHARED_S:g} s; see "
+                    f"that all workers reach it, then run the same again."
+                )
+            time.sleep(LOOK_S)
+        found: dict[str, int] = storage.read_json(path)
+        return found
 
-    def _place(self, file: Path, target: str) -> None:
-        if not self.local:
-            fs, path = fsspec.core.url_to_fs(target)
-            fs.put_file(str(file), path)
-            return
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(file, target)
+    def _whole_ones(self) -> list[Found]:
+        """All whole checkpoints, the newest first."""
+        names = [path.rsplit("/", 1)[-1] for path in storage.children(self.root, "step-*")]
+        found = (self._whole(name) for name in sorted(names, reverse=True))
+        return [one for one in found if one is not None]
 
-    def _remove(self, step: int) -> None:
+    def _whole(self, name: str) -> Found | None:
+        sizes = storage.sizes(self._path(name))
+        if COMMIT not in sizes:
+            return None
+        facts = storage.read_json(self._path(name, COMMIT))
+        fits = all(sizes.get(file) == size for file, size in facts["files"].items())
+        return Found(name, facts) if fits else None
+
+    def _prune(self) -> None:
+        found = self._whole_ones()
+        kept = {one.name for one in found[: self.keep]} | {min(found, key=_score).name}
+        for one in found:
+            if one.name not in kept:
+                self._remove(one.name)
+
+    def _remove(self, name: str) -> None:
         """Withdraw the commit first, so that a half removed folder is never taken for whole."""
-        fs, folder = fsspec.core.url_to_fs(self._path(step))
-        if storage.exists(self._path(step, COMMIT)):
-            fs.rm_file(f"{folder}/{COMMIT}")
-        fs.rm(folder, recursive=True)
+        storage.remove(self._path(name, COMMIT))
+        storage.remove_all(self._path(name, file) for file in storage.sizes(self._path(name)))
+        if self.local:
+            shutil.rmtree(storage.absolute(self._path(name)), ignore_errors=True)
 
 
-def _step(path: str) -> int:
-    """The step in a path below the run's folder."""
-    return int(next(part for part in reversed(path.split("/")) if part.startswith("step-"))[5:])
+def _score(found: Found) -> float:
+    score = found.facts.get("score")
+    return math.inf if score is None else float(score)

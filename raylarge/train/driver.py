@@ -17,7 +17,8 @@ from typing import Any
 from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.fleet.session import session
-from raylarge.train.context import Status, status_path
+from raylarge.train.context import Status
+from raylarge.train.ray_context import status_path
 
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # 2 s by default, waited at every end
@@ -31,8 +32,10 @@ class Crew:
     """The workers of a run."""
 
     workers: int
+    fewest: int  # with which it goes on while others are missing
     gpu: bool | None  # one per worker; None: where the cluster has enough
     max_failures: int
+    resize_s: float  # between two looks for workers that are missing
     root: str  # the run's folder
     logs: str | None
 
@@ -76,15 +79,18 @@ def _trainer(ray: Any, worker: Callable[..., Any], settings: dict[str, bytes], c
     from ray.train.torch import TorchTrainer
 
     resources = ray.cluster_resources()
-    enough = resources.get("GPU", 0) >= crew.workers
+    gpus = resources.get("GPU", 0) >= crew.workers if crew.gpu is None else crew.gpu
+    elastic = crew.fewest < crew.workers
     cpus = min(1.0, max(0.01, resources.get("CPU", 0) / crew.workers))
+    each = {"CPU": 1.0 if elastic else cpus} | ({"GPU": 1.0} if gpus else {})
     return TorchTrainer(
         worker,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
-            num_workers=crew.workers,
-            use_gpu=enough if crew.gpu is None else crew.gpu,
-            resources_per_worker={"CPU": cpus},
+            num_workers=(crew.fewest, crew.workers) if elastic else crew.workers,
+            elastic_resize_monitor_interval_s=crew.resize_s,
+            use_gpu=gpus,
+            resources_per_worker=each,
         ),
         run_config=RunConfig(
             name="ray",

@@ -1,166 +1,67 @@
 """What turns batches into better weights: plain torch (DDP) or DeepSpeed (ZeRO 0-3).
 
-    step(micro-batches, lr) -> mean loss over the global batch; NaN where the step was skipped
+    step(passes, lr, most) -> mean loss over the global batch, and whether the weights moved
 
 Both engines clip the same norm, run the same AdamW and skip a step whose loss or gradient is
-not finite, so one seed gives one curve (law 7). bf16 means autocast: weights, gradients'
-sums and optimiser stay fp32. The moving average follows the published `LitEma`:
-
-    d_n = min(0.9999, (1 + n) / (10 + n)),   avg <- avg + (1 - d_n) (weights - avg)
+not finite or whose loss is above `most`, so one seed gives one curve (law 7). bf16 means
+autocast: weights, sums of gradients and optimiser stay fp32. Only this file knows DeepSpeed.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
+from raylarge.train import optimizer as optimizers
+from raylarge.train.average import Average
 from raylarge.train.context import Context
+from raylarge.train.pieces import Piece, Step, Tally, passes, poisoned, to
+from raylarge.train.state import State, Stored, gathered, put_buffers
 from raylarge.train.task import Batch, Recipe, Task
 
-EMA_DECAY = 0.9999
 REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's own 500 M would reserve 2 GB a worker
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @runtime_checkable
 class Engine(Protocol):
     """One worker's hand on the network. Every rank makes the same calls."""
 
-    def step(self, batches: Sequence[Batch], lr: float) -> float:
-        """One optimiser step over this rank's micro-batches."""
+    def step(self, pieces: Sequence[Piece], lr: float, most: float) -> Step:
+        """One optimiser step over this rank's passes, unless its loss is above `most`."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's share of the state into a local folder."""
+    def losses(self, batch: Batch) -> Tensor:
+        """The losses of held-out samples, on the CPU; no gradient."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Go on from a folder that holds what every rank saved."""
+    def state(self) -> State:
+        """This rank's share of all that training goes on from."""
+        ...
+
+    def load(self, stored: Stored) -> None:
+        """Go on from what all ranks stored, however many they were."""
         ...
 
     def whole(self) -> AbstractContextManager[None]:
         """Within, the network holds whole weights on every rank."""
         ...
 
-    def weights(self) -> dict[str, Tensor]:
-        """The network's whole state dict, on the CPU."""
-        ...
-
     def average(self) -> dict[str, Tensor] | None:
         """The averaged part's whole state dict, on the CPU."""
         ...
 
-
-class Average:
-    """Exponential moving average of a module's parameters, or of this rank's shards of them."""
-
-    def __init__(self, module: nn.Module, shard: Callable[[Tensor], Tensor] = Tensor.detach):
-        """Begin at the module's present weights."""
-        self.module = module
-        self.shard = shard
-        self.count = 0
-        self.shadow = {name: self._now(p).clone() for name, p in module.named_parameters()}
-
-    def update(self) -> None:
-        """Take one step's weights in."""
-        self.count += 1
-        decay = min(EMA_DECAY, (1 + self.count) / (10 + self.count))
-        for name, parameter in self.module.named_parameters():
-            self.shadow[name].lerp_(self._now(parameter), 1 - decay)
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
-        return {"count": self.count, "shadow": self.shadow}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.count = state["count"]
-        for name, value in state["shadow"].items():
-            self.shadow[name].copy_(value)
-
-    def whole(self, join: Callable[[Tensor, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-        """State dict of the module with averaged parameters.
-
-        Args:
-            join: (parameter, this rank's shard of its average) -> the whole average.
-        """
-        state = _on_cpu(self.module)
-        for name, parameter in self.module.named_parameters():
-            value = self.shadow[name]
-            state[name] = (join(parameter, value) if join else value).cpu().clone()
-        return state
-
-    def _now(self, parameter: Tensor) -> Tensor:
-        return self.shard(parameter).float()
-
-
-class TorchEngine:
-    """Plain torch; DistributedDataParallel where there is more than one worker."""
-
-    def __init__(self, task: Task, recipe: Recipe, context: Context) -> None:
-        """Move the task's network to the device and make its optimiser."""
-        self.network, self.recipe, self.context = task.network, recipe, context
-        self.network.to(context.device).train()
-        self.model = _parallel(self.network, context)
-        self.optimizer = _adamw(self.network, recipe)
-        self.ema = Average(task.averaged) if task.averaged is not None else None
-
-    def step(self, batches: Sequence[Batch], lr: float) -> float:
-        """See `Engine`."""
-        total = torch.zeros((), device=self.context.device)
-        for i, batch in enumerate(batches):
-            alone = self.context.world_size == 1 or i == len(batches) - 1
-            with nullcontext() if alone else self.model.no_sync():
-                with self._autocast():
-                    loss = self.model(_to(batch, self.context.device)).float().mean()
-                (_poisoned(loss) / len(batches)).backward()
-            total += loss.detach() / len(batches)
-        applied = _clip(self.network, self.recipe.clip)
-        if applied:
-            _set_lr(self.optimizer, lr)
-            self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return _mean(total, self.context) if applied else float("nan")
-
-    def save(self, folder: Path) -> None:
-        """Rank 0 holds all there is."""
-        if self.context.rank == 0:
-            state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-            state["average"] = self.ema.state() if self.ema is not None else None
-            torch.save(state, folder / "torch.pt")
-
-    def load(self, folder: Path) -> None:
-        """See `Engine`."""
-        state = torch.load(folder / "torch.pt", map_location=self.context.device)
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.restore(state["average"])
-
-    def whole(self) -> AbstractContextManager[None]:
-        """Weights are whole at all times."""
-        return nullcontext()
-
-    def weights(self) -> dict[str, Tensor]:
-        """See `Engine`."""
-        return _on_cpu(self.network)
-
-    def average(self) -> dict[str, Tensor] | None:
-        """See `Engine`."""
-        return self.ema.whole() if self.ema is not None else None
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        enabled = self.recipe.precision == "bf16"
-        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=enabled)
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within, the network computes with averaged weights; not where they are sharded."""
+        ...
 
 
 class DeepSpeedEngine:
@@ -174,43 +75,82 @@ class DeepSpeedEngine:
         self.network.to(context.device).train()
         self.engine, *_ = deepspeed.initialize(
             model=self.network,
-            optimizer=_adamw(self.network, recipe),
+            optimizer=optimizers.make(self.network, recipe, context.device),
             config=deepspeed_config(recipe, context.world_size),
             dist_init_required=False,
         )
-        shard = deepspeed.utils.safe_get_local_fp32_param if self.sharded else Tensor.detach
+        self.fragments = deepspeed.utils
+        shard = self.fragments.safe_get_local_fp32_param if self.sharded else Tensor.detach
         self.ema = Average(task.averaged, shard) if task.averaged is not None else None
+        self.updates = 0
 
-    def step(self, batches: Sequence[Batch], lr: float) -> float:
+    def step(self, pieces: Sequence[Piece], lr: float, most: float) -> Step:
         """See `Engine`."""
-        total = torch.zeros((), device=self.context.device)
-        _set_lr(self.engine.optimizer, lr)
-        for batch in batches:
-            loss = self.engine(_to(batch, self.context.device)).float().mean()
-            self.engine.backward(_poisoned(loss))
-            total += loss.detach() / len(batches)
-            last = self.engine.is_gradient_accumulation_boundary()
-            # Without ZeRO there is no check of the gradient, and clipping is left to us.
-            finite = not (last and self.recipe.zero == 0) or _clip(self.network, self.recipe.clip)
-            if not finite:
-                self.network.zero_grad(set_to_none=True)
+        tally, norm = Tally(self.recipe.batch, most), math.nan
+        optimizers.set_lr(self.engine.optimizer, lr)
+        factor = self.context.world_size * len(pieces) / self.recipe.batch
+        for piece in pieces:
+            last = piece is pieces[-1]
+            losses = self.engine(to(piece.batch, self.context.device, self.recipe))
+            loss = tally.add(losses, piece)
+            if last and not tally.fine(self.context):
+                loss = poisoned(loss)
+            self.engine.backward(loss * factor)  # it takes the mean over workers and passes
+            if last and self.recipe.zero == 0:  # nobody else looks at the gradient
+                norm = optimizers.clip(self.network, self.recipe.clip)
+                if not math.isfinite(norm):
+                    self.network.zero_grad(set_to_none=True)
             self.engine.step()
-        applied = finite and self.engine.was_step_applied()
-        if applied and self.ema is not None:
-            self.ema.update()
-        return _mean(total, self.context) if applied else float("nan")
+        applied = tally.is_fine and self.engine.was_step_applied()
+        if self.recipe.zero:
+            norm = float(self.engine.get_global_grad_norm() or math.nan)
+        elif not math.isfinite(norm):
+            applied = False
+        if applied:
+            self.updates += 1
+            if self.ema is not None:
+                self.ema.update()
+        return tally.step(applied, norm)
 
-    def save(self, folder: Path) -> None:
-        """See `Engine`; DeepSpeed's own layout below `deepspeed/`."""
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
-        if self.ema is not None and (self.sharded or self.context.rank == 0):
-            torch.save(self.ema.state(), folder / self._average_file())
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> Tensor:
+        """See `Engine`."""
+        self.engine.eval()
+        losses: Tensor = self.engine(to(batch, self.context.device, self.recipe))
+        self.engine.train()
+        return losses.float().cpu()
 
-    def load(self, folder: Path) -> None:
-        """See `Engine`; the world size must be the one that saved."""
-        self.engine.load_checkpoint(str(folder), tag="deepspeed")
+    @torch.no_grad()
+    def state(self) -> State:
+        """See `Engine`."""
+        kinds: dict[str, Any] = {"weights": lambda _, p: self._whole(p, None)}
+        if self.updates:
+            kinds |= {kind: lambda _, p, kind=kind: self._whole(p, kind) for kind in MOMENTS}
         if self.ema is not None:
-            self.ema.restore(torch.load(folder / self._average_file(), self.context.device))
+            names = {id(p): name for name, p in self.ema.module.named_parameters()}
+            kinds["average"] = lambda _, p: self._average(p, names.get(id(p)))
+        tensors = gathered(self.network, kinds, self.context.rank, self.context.world_size)
+        return State(tensors, self.updates, self.ema.count if self.ema is not None else 0)
+
+    @torch.no_grad()
+    def load(self, stored: Stored) -> None:
+        """See `Engine`."""
+        self.updates = stored.updates
+        if stored.updates:
+            self._make_moments(stored.updates)
+        names = {id(p): name for name, p in self.network.named_parameters()}
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                self._put(parameter, stored[f"weights/{name}"], None)
+                for kind in MOMENTS if stored.updates else ():
+                    self._put(parameter, stored[f"{kind}/{name}"], kind)
+        put_buffers(self.network, stored)
+        if self.ema is not None:
+            self.ema.count = stored.averaged
+            for name, parameter in self.ema.module.named_parameters():
+                value = stored[f"average/{names[id(parameter)]}"]
+                value = self._shard(parameter, value) if self.sharded else value
+                self.ema.shadow[name].copy_(value)
 
     def whole(self) -> AbstractContextManager[None]:
         """Under ZeRO-3 the shards are gathered for as long as the block lasts."""
@@ -219,39 +159,109 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(self.context.device)
         return deepspeed.zero.GatheredParameters(list(self.network.parameters()))
 
-    def weights(self) -> dict[str, Tensor]:
-        """See `Engine`."""
-        with self.whole():
-            return _on_cpu(self.network)
-
+    @torch.no_grad()
     def average(self) -> dict[str, Tensor] | None:
         """See `Engine`."""
-        if self.ema is None:
+        if self.ema is None or not self.sharded:
+            return self.ema.whole() if self.ema is not None else None
+        with self.whole():
+            state = {k: v.detach().cpu().clone() for k, v in self.ema.module.state_dict().items()}
+        for name, parameter in self.ema.module.named_parameters():
+            state[name] = self._join(parameter, self.ema.shadow[name]).cpu()
+        return state
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """See `Engine`."""
+        return self.ema.in_place() if self.ema is not None else nullcontext()
+
+    def _whole(self, parameter: Tensor, kind: str | None) -> Tensor | None:
+        """A parameter in fp32, or a moment of it, put together from all ranks."""
+        if not parameter.requires_grad:
             return None
-        return self.ema.whole(self._join if self.sharded else None)
+        if self.recipe.zero == 0:
+            held = self.engine.optimizer.state.get(parameter, {})
+            return parameter if kind is None else held.get(kind)
+        if self.sharded:
+            return self._join(parameter, self._local(parameter, kind))
+        if kind is None:
+            return self.fragments.safe_get_full_fp32_param(parameter)
+        return self.fragments.safe_get_full_optimizer_state(parameter, kind)
+
+    def _average(self, parameter: Tensor, name: str | None) -> Tensor | None:
+        if name is None or self.ema is None:
+            return None
+        shadow = self.ema.shadow[name]
+        return self._join(parameter, shadow) if self.sharded else shadow
+
+    def _put(self, parameter: Tensor, value: Tensor, kind: str | None) -> None:
+        """A whole fp32 value into the place that this rank has for it."""
+        value = value.to(parameter.device)
+        if self.sharded:
+            shard = self._shard(parameter, value)
+            self._local(parameter, kind).copy_(shard)
+            if kind is None:
+                parameter.ds_tensor.copy_(shard)  # type: ignore[attr-defined]
+        elif self.recipe.zero == 0:
+            held = parameter if kind is None else self.engine.optimizer.state[parameter][kind]
+            held.copy_(value)
+        elif kind is None:
+            parameter.copy_(value)
+            self.fragments.safe_set_full_fp32_param(parameter, value)
+        else:
+            self.fragments.safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _local(self, parameter: Tensor, kind: str | None) -> Tensor:
+        """This rank's shard in fp32, or of a moment: a view."""
+        optimizer = self.engine.optimizer
+        return optimizer._get_fp32_opt_state_partition(parameter, False, kind)[0]
+
+    def _shard(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """This rank's part of a whole value; the last one's is filled up with zeros."""
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        flat = value.new_zeros(size * self.context.world_size)
+        flat[: value.numel()] = value.flatten()
+        return flat.narrow(0, size * self.context.rank, size)
 
     def _join(self, parameter: Tensor, shard: Tensor) -> Tensor:
-        parts = [torch.empty_like(shard) for _ in range(self.context.world_size)]
-        torch.distributed.all_gather(parts, shard.contiguous())
-        flat = torch.cat([part.flatten() for part in parts])
-        return flat[: parameter.ds_numel].view(parameter.ds_shape)
+        flat = shard.new_empty(shard.numel() * self.context.world_size)
+        torch.distributed.all_gather_into_tensor(flat, shard.detach().contiguous())
+        whole: Tensor = flat[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
+        return whole
 
-    def _average_file(self) -> str:
-        return f"average-{self.context.rank if self.sharded else 0}.pt"
+    def _make_moments(self, updates: int) -> None:
+        """The optimiser's state as it is after some updates, all moments zero."""
+        optimizer = self.engine.optimizer
+        base = getattr(optimizer, "optimizer", optimizer)
+        if self.sharded:
+            held = optimizer.fp32_partitioned_groups_flat
+        else:
+            held = [p for group in base.param_groups for p in group["params"]]
+        for parameter in held:
+            zeros = {kind: torch.zeros_like(parameter) for kind in MOMENTS}
+            base.state[parameter] = {"step": torch.tensor(float(updates)), **zeros}
+        if self.recipe.zero in (1, 2):
+            optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON, derived from our recipe."""
+    """DeepSpeed's JSON, derived from our recipe.
+
+    Shares of workers may differ by a sample, so DeepSpeed counts passes, not samples.
+    """
+    count = passes(recipe.batch, world_size, recipe.micro_batch)
+    offload = {"offload_optimizer": {"device": "cpu"}} if recipe.offload and recipe.zero else {}
     return {
-        "train_batch_size": recipe.batch,
-        "train_micro_batch_size_per_gpu": recipe.batch // (world_size * recipe.accumulation),
-        "gradient_accumulation_steps": recipe.accumulation,
+        "train_batch_size": world_size * count,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": count,
         "gradient_clipping": recipe.clip if recipe.zero else 0.0,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": recipe.zero,
             "reduce_bucket_size": REDUCE_BUCKET,
             "allgather_bucket_size": REDUCE_BUCKET,
+            **offload,
         },
         "torch_autocast": {
             "enabled": recipe.precision == "bf16",
@@ -283,45 +293,3 @@ def _import_deepspeed(device: torch.device) -> Any:
 
         torch.compiler.set_default_backend(backend)
     return deepspeed
-
-
-def _parallel(network: nn.Module, context: Context) -> nn.Module:
-    if context.world_size == 1:
-        return network
-    return nn.parallel.DistributedDataParallel(network)
-
-
-def _adamw(network: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        network.parameters(), recipe.lr, recipe.betas, weight_decay=recipe.weight_decay
-    )
-
-
-def _set_lr(optimizer: Any, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def _poisoned(loss: Tensor) -> Tensor:
-    """The loss, or NaN with NaN gradients where it is not finite: every rank then skips."""
-    return loss if torch.isfinite(loss) else loss * float("nan")
-
-
-def _clip(network: nn.Module, largest: float) -> bool:
-    """Clip the gradient's norm; whether it was finite."""
-    norm = nn.utils.clip_grad_norm_(network.parameters(), largest or float("inf"))
-    return bool(torch.isfinite(norm))
-
-
-def _mean(value: Tensor, context: Context) -> float:
-    if context.world_size > 1:
-        torch.distributed.all_reduce(value)
-    return float(value) / context.world_size
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
-def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}

@@ -1,161 +1,252 @@
-"""From a table on disk or in S3 to batches: which sample is which row is a pure function.
+"""From tables on a disk or in S3 to batches, by row groups: never a whole table in memory.
 
-    sample (global index) -> scale by weight -> row, uniform within the scale
+    sample -`sequence`-> row group, row      manifests -> which row groups there are
+    row group -> arrays, read ahead by threads, kept while its super-block is in use
 
-drawn at the address (seed, sample). Step s holds the samples s*B .. s*B + B - 1, split into
-equal slices by rank, so the world size only divides the work. The table's manifest says
-which parts belong to it. Rows are held in memory, in an order that does not depend on how
-the parts were cut.
+The first table leads: its rows are the samples. The others hold the same rows in the same
+parts and row groups (`data/derive.py`); LATENTS may repeat each for its flips. What a batch
+holds does not depend on who asks: the world size only divides the work.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
-from jaxtyping import UInt8
+from torch import Tensor
 
-from raylarge import images, tables
-from raylarge.diffusion import noise
+from raylarge import images, storage
 from raylarge.errors import UserError
+from raylarge.models import bundle as bundles
+from raylarge.models.cells import SLOTS
+from raylarge.train.rows import Group, RowGroup, Table, manifest_groups, mirrored
+from raylarge.train.sequence import Block, Place, Sequencer
 from raylarge.train.task import Batch, Facts, Recipe
 
-GRID_CELLS = 64  # an embedding grid is stored pooled to 8 x 8 where larger
-LATENT_CHANNELS = 3
-CACHE_BYTES = 1 << 30  # of decoded images
+CACHE_BYTES = 1 << 30  # of row groups that no super-block needs at present
+READERS = 4  # threads
+
+
+class Label(NamedTuple):
+    """A label of slides, and its values in the order of their indices."""
+
+    name: str
+    classes: tuple[str, ...]
+
+    def of(self, group: Group, row: int) -> int:
+        """Which of its values a row has.
+
+        Raises:
+            UserError: none of them.
+        """
+        value = (group.labels or [])[row].get(self.name, "")
+        if value not in self.classes:
+            raise UserError(
+                f"a row has {self.name}='{value}', which is none of {', '.join(self.classes)}; "
+                f"prepare the data again with this label for all slides."
+            )
+        return self.classes.index(value)
 
 
 class Ingest:
-    """The training rows of one table."""
+    """The rows of one split of some tables that go together."""
 
-    def __init__(self, root: str, name: str, recipe: Recipe, split: str = "train") -> None:
-        """Read a table's rows of one split.
+    def __init__(
+        self,
+        root: str,
+        columns: Mapping[str, Sequence[str]],
+        recipe: Recipe,
+        split: str = "train",
+        scales: Sequence[int] | None = None,
+        label: Label | None = None,
+    ) -> None:
+        """Find the row groups of a split; no row is read but those of one row group.
 
         Args:
             root: the data folder; a path or an `s3://` URL.
-            name: of the table, `examples` or `latents-<digest>`.
-            recipe: gives seed, batch and scale_weights.
+            columns: what is read of each table (`examples`, `latents-<digest>`, …): `image`,
+                `latent`, `grid`, `vector`; the first table leads.
+            recipe: gives seed, scale_weights and super_block.
             split: rows of other splits are left out.
+            scales: rows of other scales are left out; None keeps all.
+            label: of the slides' labels, the one that becomes `label` of a batch.
 
         Raises:
-            UserError: no table, one of another version, no row of the split, unfit weights.
+            UserError: no table, one of another version, no row of the split or of a scale, unfit
+                weights, tables that do not go together.
         """
-        made, table = tables.manifest(root, name), tables.rows(root, name, split)
-        self.recipe, self.digest = recipe, str(made["digest"])
-        self.scale = table["scale"].to_numpy().astype(np.int64)
-        self.rows = table["grid_rows"].to_numpy().astype(np.int64)
-        self.columns = table["grid_columns"].to_numpy().astype(np.int64)
-        self.grid, self.grid_start = tables.lists(table["grid"])
-        self.images: dict[int, UInt8[np.ndarray, "p p 3"]] = {}
-        self.png = table["image"] if "image" in table.column_names else None
-        self.latent = None if self.png is not None else _latents(table)
-        self.facts = self._facts(made)
-        self._begin, self._count, self._edges = self._scales()
+        lead = next(iter(columns))
+        wanted = {**columns, lead: (*columns[lead], "labels")} if label else columns
+        self._tables = [Table(root, name, some) for name, some in wanted.items()]
+        groups = manifest_groups(self._tables, split, scales)
+        self._groups: dict[int, list[RowGroup]] = groups
+        sizes = {k: [group.rows for group in found] for k, found in groups.items()}
+        self._sequence = Sequencer(sizes, recipe.scale_weights, recipe.seed, recipe.super_block)
+        self.digest = self._tables[0].digest if len(columns) == 1 else _joined(self._tables)
+        self._cache = _Cache(self._tables)
+        self._label = label
+        self.facts = self._facts(label.classes if label else ())
 
-    def index(self, sample: int) -> int:
-        """The row that a global sample index stands for."""
-        draw = noise.generator(self.recipe.seed, "ingest", sample >> 32, sample & 0xFFFFFFFF)
-        which, within = draw.random(2)
-        k = int(np.searchsorted(self._edges, which, side="right"))
-        return int(self._begin[k] + int(within * self._count[k]))
+    def place(self, sample: int) -> Place:
+        """Which row a global sample index stands for."""
+        return self._sequence.place(sample)
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """One rank's slice of a step's global batch.
+    def batch(self, samples: Sequence[int]) -> Batch:
+        """Some samples; the row groups that come next are fetched meanwhile.
 
         Returns:
-            sample, scale, grid_rows, grid_columns: int64 [b]; grid: float32 [b, 64, C], cells
-            row by row, zeros after them; image: float32 [b, 3, P, P] in [-1, 1], or latent:
-            float32 [b, c, h, w].
+            sample, scale: int64 [b]. By columns: grid float32 [b, 64, C], cells row by row and
+            zeros after them, with grid_rows and grid_columns int64 [b]; image float32
+            [b, 3, P, P] in [-1, 1]; latent float32 [b, c, h, w]; vector float32 [b, V]; label
+            int64 [b], an index into `facts.classes`.
         """
-        size = self.recipe.batch // world_size
-        first = step * self.recipe.batch + rank * size
-        samples = range(first, first + size)
-        rows = np.array([self.index(sample) for sample in samples])
+        places = [self._sequence.place(sample) for sample in samples]
+        self._fetch({place.block for place in places})
+        found = [(self._cache[self._groups[p.block.scale][p.group]], p.row) for p in places]
         batch = {
-            "sample": torch.tensor(samples, dtype=torch.int64),
-            "scale": torch.from_numpy(self.scale[rows]),
-            "grid": self._grids(rows),
-            "grid_rows": torch.from_numpy(self.rows[rows]),
-            "grid_columns": torch.from_numpy(self.columns[rows]),
+            "sample": torch.tensor(list(samples), dtype=torch.int64),
+            "scale": torch.tensor([place.block.scale for place in places], dtype=torch.int64),
         }
-        if self.latent is None:
-            stack = np.stack([self._image(int(row)) for row in rows])
-            return {**batch, "image": images.to_float(stack)}
-        return {**batch, "latent": torch.from_numpy(self.latent[rows].astype(np.float32))}
+        group = found[0][0]
+        if group.grid is not None:
+            batch |= _grids(found, self.facts.channels)
+        if group.image is not None:
+            pixels = [_image(one, row) for one, row in found]
+            batch["image"] = images.to_float(np.stack(pixels))
+        if group.latent is not None:
+            batch["latent"] = _stack([one.latent[row] for one, row in found])  # type: ignore[index]
+        if group.vector is not None:
+            batch["vector"] = _stack([one.vector[row] for one, row in found])  # type: ignore[index]
+        if self._label:
+            batch["label"] = torch.tensor([self._label.of(one, row) for one, row in found])
+        return batch
 
-    def sample(self, least: int) -> Batch:
-        """The global batches of the first steps together: at least so many training samples."""
-        batches = [self.batch(step) for step in range(-(-least // self.recipe.batch))]
-        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    def _fetch(self, blocks: set[Block]) -> None:
+        """Have the row groups of super-blocks read, and after them those that come next."""
+        ahead = {self._sequence.after(block) for block in blocks}
+        wanted = [
+            self._groups[block.scale][group]
+            for some in (sorted(blocks), sorted(ahead))
+            for block in some
+            for group in self._sequence.groups(block)
+        ]
+        self._cache.want(wanted)
 
-    def _grids(self, rows: np.ndarray) -> torch.Tensor:
-        grids = np.zeros((len(rows), GRID_CELLS, self.facts.channels), np.float32)
-        for i, row in enumerate(rows):
-            cells = self.grid[self.grid_start[row] : self.grid_start[row + 1]]
-            grids[i, : len(cells) // self.facts.channels] = cells.reshape(-1, self.facts.channels)
-        return torch.from_numpy(grids)
-
-    def _image(self, row: int) -> np.ndarray:
-        image = self.images.get(row)
-        if image is None:
-            assert self.png is not None
-            image = images.from_bytes(self.png[row].as_py())
-            if len(self.images) * image.nbytes < CACHE_BYTES:
-                self.images[row] = image
-        return image
-
-    def _facts(self, made: dict[str, Any]) -> Facts:
-        cells = int(self.rows[0] * self.columns[0])
-        values, counts = np.unique(self.scale, return_counts=True)
+    def _facts(self, classes: tuple[str, ...]) -> Facts:
+        made = self._tables[0].made
+        first = self._cache[next(iter(self._groups.values()))[0]]
         side = int(made["patch_px"])
         return Facts(
-            channels=int(self.grid_start[1] - self.grid_start[0]) // cells,
-            counts={int(k): int(n) for k, n in zip(values, counts, strict=True)},
+            channels=first.channels,
+            counts={k: sum(one.rows for one in found) for k, found in self._groups.items()},
             image=(3, side, side),
-            latent=None if self.latent is None else tuple(self.latent.shape[1:]),
+            latent=None if first.latent is None else tuple(first.latent.shape[1:]),  # type: ignore[arg-type]
             base_mpp=made.get("config", {}).get("tile", {}).get("base_mpp"),
             encoder=dict(made["encoder"]),
+            vector=0 if first.vector is None else first.vector.shape[1],
+            classes=classes,
         )
 
-    def _scales(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First row, number of rows and upper edge of the cumulative weight of each scale."""
-        counts = np.array([self.facts.counts[k] for k in self.facts.scales])
-        weights = np.array(self.recipe.scale_weights or [1.0] * len(counts))
-        if len(weights) != len(counts) or (weights < 0).any() or weights.sum() <= 0:
-            raise UserError(
-                f"scale_weights={weights.tolist()} does not fit; give one weight, 0 or more, for "
-                f"each of the scales {list(self.facts.scales)} that have training rows."
-            )
-        edges = np.cumsum(weights) / weights.sum()
-        return np.cumsum(counts) - counts, counts, edges[:-1]
+
+class _Cache:
+    """Row groups as arrays: those wanted last, and others as far as memory allows."""
+
+    def __init__(self, found: Sequence[Table]) -> None:
+        self._tables = found
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="ingest")
+        self._found: dict[RowGroup, Future[Group]] = {}
+        self._wanted: frozenset[RowGroup] = frozenset()
+
+    def __getitem__(self, group: RowGroup) -> Group:
+        return self._ask(group).result()
+
+    def want(self, groups: Sequence[RowGroup]) -> None:
+        """Begin to read some row groups, in this order, and forget others that lie too heavy."""
+        if self._wanted == (now := frozenset(groups)):
+            return
+        self._wanted = now
+        for group in groups:
+            self._ask(group)
+        others = [group for group in self._found if group not in now]
+        spare = sum(self._bytes(group) for group in others) - CACHE_BYTES
+        for group in others:
+            if spare <= 0:
+                break
+            spare -= self._bytes(group)
+            self._found.pop(group).cancel()
+
+    def _ask(self, group: RowGroup) -> Future[Group]:
+        """The read of a row group; one that failed is tried again by whoever asks next."""
+        future = self._found.pop(group, None)
+        if future is None or future.cancelled() or (future.done() and future.exception()):
+            future = self._pool.submit(group.read, self._tables)
+        self._found[group] = future  # the last one asked for is the last one forgotten
+        return future
+
+    def _bytes(self, group: RowGroup) -> int:
+        future = self._found[group]
+        return future.result().bytes if future.done() and not future.exception() else 0
+
+
+def latents_table(root: str, bundle: str) -> str:
+    """The LATENTS of a bundle's autoencoder; where it has none yet, the only ones there are.
+
+    Raises:
+        UserError: no autoencoder, and no telling which latents.
+    """
+    if storage.exists(storage.join(bundle, "vae", "config.json")):
+        return f"latents-{bundles.digest(bundle, ('vae',))}"
+    found = storage.children(root, "encode-*.json")
+    if len(found) != 1:
+        raise UserError(
+            f"there is no autoencoder in {bundle}; train one with python jobs/train.py model=vae "
+            f"out={bundle} or import one with python jobs/import_weights.py, then encode the "
+            f"examples with it."
+        )
+    return "latents-" + found[0].rsplit("encode-")[-1].removesuffix(".json")
 
 
 def check_batch(recipe: Recipe, world_size: int) -> None:
-    """Refuse a global batch that does not divide among workers and micro-batches.
+    """Refuse a global batch that leaves a worker without work.
 
     Raises:
-        UserError: with the nearest batch that does.
+        UserError: with the smallest batch that does not.
     """
-    unit = world_size * recipe.accumulation
-    if recipe.batch < 1 or recipe.batch % unit:
+    if recipe.batch < world_size:
         raise UserError(
-            f"batch={recipe.batch} does not divide by {world_size} worker(s) x "
-            f"accumulation={recipe.accumulation}; batch={max(1, -(-recipe.batch // unit)) * unit} "
-            f"does."
+            f"batch={recipe.batch} leaves some of {world_size} workers without a sample; give "
+            f"batch={world_size} or more, or fewer workers."
         )
 
 
-def _latents(table: pa.Table) -> np.ndarray:
-    """All latents as float16 [n, c, h, w]."""
-    values, starts = tables.lists(table["latent"])
-    length = int(starts[1] - starts[0])
-    side = math.isqrt(length // LATENT_CHANNELS)
-    if not (np.diff(starts) == length).all() or LATENT_CHANNELS * side * side != length:
-        raise UserError(
-            f"the latents are no squares of {LATENT_CHANNELS} channels ({length} values in the "
-            f"first); encode the examples again with this autoencoder."
-        )
-    return values[starts[0] : starts[-1]].reshape(-1, LATENT_CHANNELS, side, side)
+def share(step: int, batch: int, rank: int, world_size: int) -> range:
+    """The global sample indices of a step that are one rank's; sizes differ by at most one."""
+    start, stop = (step * batch + batch * r // world_size for r in (rank, rank + 1))
+    return range(start, stop)
+
+
+def _joined(found: Sequence[Table]) -> str:
+    return storage.digest(*(table.digest.encode() for table in found))
+
+
+def _grids(found: Sequence[tuple[Group, int]], channels: int) -> Batch:
+    cells = np.zeros((len(found), SLOTS, channels), np.float32)
+    sizes = np.empty((len(found), 2), np.int64)
+    for i, (group, row) in enumerate(found):
+        grid, sizes[i] = group.grid_of(row)
+        cells[i, : len(grid)] = grid
+    rows, columns = torch.from_numpy(sizes).unbind(1)
+    return {"grid": torch.from_numpy(cells), "grid_rows": rows, "grid_columns": columns}
+
+
+def _image(group: Group, row: int) -> np.ndarray:
+    assert group.image is not None
+    image = images.from_bytes(group.image[row])
+    return image if group.flip is None else mirrored(image, int(group.flip[row]))
+
+
+def _stack(values: Sequence[Any]) -> Tensor:
+    return torch.from_numpy(np.stack(values).astype(np.float32))

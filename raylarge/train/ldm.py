@@ -1,17 +1,20 @@
 """Task `ldm`: the U-Net and the Summarizer, jointly, on LATENTS of all scales.
 
 Loss: L2 on the prediction (noise, as published, or v). With probability p the whole condition
-becomes zeros, after the Summarizer. The U-Net is averaged, as published. Source: ZoomLDM
-section 3.1, supplement S3.1.
+becomes the null condition, after the Summarizer. The U-Net is averaged, as published. Source:
+ZoomLDM section 3.1, supplement S3.1. For Graikos et al.'s two tokens the vectors of a VECTORS
+table are the embeddings of the patches' regions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from raylarge.diffusion.loss import draws, per_sample
@@ -23,7 +26,9 @@ from raylarge.models import unet as unets
 from raylarge.models.embedder import VectorEmbedder
 from raylarge.models.summarizer import ConvSummarizer, Summarizer
 from raylarge.models.unet import UNet, UNetConfig
+from raylarge.train.ingest import Ingest, latents_table
 from raylarge.train.task import Batch, Facts
+from raylarge.train.watch.sheets import Painter, ldm_sheet
 
 if TYPE_CHECKING:
     from raylarge.train.launch import Train
@@ -53,6 +58,9 @@ class LdmConfig:
     Attributes:
         drop: share of samples whose condition is dropped.
         prediction: `epsilon` as published, or `v_prediction`, which samples well much sooner.
+        region: a table `vectors-<digest>` with the embedding of each patch's region, which
+            becomes a second token (kind `vector`); empty: patches alone.
+        average_summarizer: average the Summarizer, too.
         init: a checkpoint of Latent Diffusion whose U-Net to start from; what it was
             conditioned on (ImageNet's classes) is left behind.
     """
@@ -61,38 +69,33 @@ class LdmConfig:
     summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)
     drop: float = 0.1
     prediction: str = "epsilon"
+    region: str = ""
+    average_summarizer: bool = False
     init: str = ""
 
 
 class _Network(nn.Module):
     """U-Net and Summarizer and their loss per sample."""
 
-    def __init__(self, unet: nn.Module, summarizer: Any, config: LdmConfig, seed: int) -> None:
+    def __init__(self, unet: nn.Module, summarizer: Any, config: LdmConfig) -> None:
         super().__init__()
-        self.unet, self.summarizer = unet, summarizer
-        self.drop, self.seed = config.drop, seed
+        self.unet, self.summarizer, self.drop = unet, summarizer, config.drop
         self.schedule = Schedule(prediction=config.prediction)
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """The loss of each sample."""
-        x_0, samples = batch["latent"], batch["sample"]
-        size = torch.stack([batch["grid_rows"], batch["grid_columns"]], dim=1)
-        tokens = self.summarizer(batch["grid"], batch["scale"], size)
-        drawn = draws(samples, x_0.shape[1:], self.seed, "ldm", self.schedule.length)
-        kept = (drawn.coin >= self.drop)[:, None, None]
+        x_0, eps, t = batch["latent"], batch["eps"], batch["t"]
+        tokens = condition(self.summarizer, batch)
+        kept = (batch["coin"] >= self.drop)[:, None, None]
         tokens = torch.where(kept, tokens, self.summarizer.null(len(tokens)))
-        x_t = self.schedule.noised(x_0, drawn.eps, drawn.t)
-        output = self.unet(x_t, drawn.t, tokens)
-        return per_sample(output, self.schedule.target(x_0, drawn.eps, drawn.t))
+        output = self.unet(self.schedule.noised(x_0, eps, t), t, tokens)
+        return per_sample(output, self.schedule.target(x_0, eps, t))
 
 
 class LdmTask:
     """Trains the latent diffusion model with its Summarizer."""
 
-    name = "ldm"
-    table = "latents"
-
-    def __init__(self, config: LdmConfig, facts: Facts, seed: int) -> None:
+    def __init__(self, config: LdmConfig, facts: Facts, seed: int, vae: Any = None) -> None:
         assert facts.latent is not None
         channels, rows, columns = facts.latent
         context = config.summarizer.width
@@ -100,10 +103,21 @@ class LdmTask:
         if config.init:
             initialise(unet, config.init, config.unet.heads)
         summarizer = _conditioner(config.summarizer, facts)
-        self.network = _Network(unet, summarizer, config, seed)
-        self.averaged = unet
+        self.network, self.seed, self.vae = _Network(unet, summarizer, config), seed, vae
+        self.averaged = self.network if config.average_summarizer else unet
         licence = {"encoder": facts.encoder.get("licence", "unknown")}
         self.known = {"encoder": facts.encoder, "licence": licence, "base_mpp": facts.base_mpp}
+
+    def draw(self, batch: Batch) -> Batch:
+        """Timesteps, noise, and the coins that decide about the condition."""
+        length, shape = self.network.schedule.length, batch["latent"].shape[1:]
+        return {**batch, **draws(batch["sample"], shape, self.seed, "ldm", length)._asdict()}
+
+    def sheet(self, batch: Batch) -> UInt8[np.ndarray, "H W 3"]:
+        """Held-out samples of each scale, and what is drawn from their conditions."""
+        unet, summarizer = self.network.unet, self.network.summarizer
+        painter = Painter(unet, self.network.schedule, self.vae, summarizer.null(1))
+        return ldm_sheet(painter, partial(condition, summarizer), batch, self.seed)
 
     def finish(
         self,
@@ -112,12 +126,22 @@ class LdmTask:
         facts: dict[str, Any],
         batch: Batch,
     ) -> None:
-        """Write `unet/` (averaged) and `summarizer/`."""
+        """Write `unet/` (averaged) and `summarizer/` (by choice)."""
         if averaged is not None:
-            self.network.unet.load_state_dict(averaged)
+            self.averaged.load_state_dict(averaged)
         parts = {"unet": self.network.unet.cpu(), "summarizer": self.network.summarizer.cpu()}
         known = {"ldm": facts, **self.known}
         bundles.save(bundle, parts, known, self.network.schedule)
+
+
+def condition(summarizer: Any, batch: Batch) -> Float[Tensor, "B n D"]:
+    """The context tokens of a batch, on the device of the Summarizer."""
+    device = next(summarizer.parameters()).device
+    names = ("grid", "scale", "grid_rows", "grid_columns")
+    grid, scale, rows, columns = (batch[name].to(device) for name in names)
+    more = {"region": batch["vector"].to(device)} if "vector" in batch else {}
+    tokens: Tensor = summarizer(grid, scale, torch.stack([rows, columns], dim=1), **more)
+    return tokens
 
 
 def initialise(unet: UNet, path: str, heads: int) -> None:
@@ -142,10 +166,28 @@ def _conditioner(config: SummarizerConfig, facts: Facts) -> nn.Module:
         return Summarizer(layers=config.layers, heads=config.heads, **known)
     if config.kind not in ("cnn", "vector"):
         raise UserError(f"ldm.summarizer.kind '{config.kind}' is not vit, cnn or vector.")
-    return ConvSummarizer(**known) if config.kind == "cnn" else VectorEmbedder(**known)
+    if config.kind == "cnn":
+        return ConvSummarizer(**known)
+    return VectorEmbedder(region=facts.vector, **known)
+
+
+def source(config: Train, split: str = "train") -> Ingest:
+    """Latents of the bundle's autoencoder with their grids, and vectors of their regions.
+
+    Raises:
+        UserError: a region's vectors for a Summarizer that reads none.
+    """
+    columns = {latents_table(config.data, config.out): ("latent", "grid")}
+    if config.ldm.region:
+        if config.ldm.summarizer.kind != "vector":
+            raise UserError("ldm.region= is read by ldm.summarizer.kind=vector alone; give both.")
+        columns[config.ldm.region] = ("vector",)
+    return Ingest(config.data, columns, config, split)
 
 
 def build(config: Train, facts: Facts) -> LdmTask:
     """The task, its weights drawn from the training's seed."""
     torch.manual_seed(config.seed)
-    return LdmTask(config.ldm, facts, config.seed)
+    found = bundles.facts(config.out)
+    vae = bundles.load_autoencoder(config.out) if found.get("digests", {}).get("vae") else None
+    return LdmTask(config.ldm, facts, config.seed, vae)

@@ -1,63 +1,72 @@
 """The training loop: from the restored step to the last, or until the time is up.
 
-It knows a task only through the engine, workers only through the context and data only
-through the ingest. A step is a pure function of the weights and the step's number, so 20
-steps are 10 + kill + 10 (law 6); under a time limit, when to stop is rank 0's to say.
+It knows a task only through the engine, workers only through the context and data only through
+its sources. A step is a pure function of the weights and the step's number, so 20 steps are
+10 + kill + 10 (law 6). Whatever one rank alone can know (the time, a store that fails, a
+machine that must go) is added up over the ranks before each step, so all do the same.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from raylarge.errors import UserError
-from raylarge.train.checkpoint import HISTORY
+from raylarge.train.ahead import Ahead
+from raylarge.train.checkpoint import Checkpoints, Found
 from raylarge.train.context import Context
 from raylarge.train.engine import Engine
-from raylarge.train.ingest import Ingest
-from raylarge.train.task import Batch, Recipe
+from raylarge.train.ingest import share
+from raylarge.train.journal import HISTORY, SKIPPED, Journal, number
+from raylarge.train.pieces import Step, passes, split
+from raylarge.train.saver import Saver
+from raylarge.train.state import Stored
+from raylarge.train.task import Batch, Recipe, Source, Task
+from raylarge.train.watch.far_sheet import FarSheets
+from raylarge.train.watch.watcher import Watcher
 
-COLUMNS = ("step", "loss", "lr", "samples_per_s", "seconds", "skipped")
+NOTICE_S = 5.0  # between two looks for a notice that the machine must go
+WORST = 3  # samples of a skipped step that each worker names
 
 
-def fit(engine: Engine, context: Context, ingest: Ingest, recipe: Recipe) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Work:
+    """What is trained on what, where its checkpoints go, and who watches."""
+
+    task: Task
+    source: Source
+    held: Source | None  # held-out samples
+    checkpoints: Checkpoints
+    watcher: Watcher
+    far: FarSheets | None = None  # who draws where weights lie in shards
+
+
+class Going(UserError):
+    """The process was told to go, and has saved."""
+
+
+def fit(engine: Engine, context: Context, work: Work, recipe: Recipe) -> dict[str, Any]:
     """Train until the recipe's steps are done or its minutes are over.
 
     Returns:
-        step, samples, seconds, loss (running mean at the end), first_loss, samples_per_s
-        (since it was started), skipped (steps), resumed_from (step or None).
+        What `Journal.facts` says, and resumed_from (step or None).
 
     Raises:
-        UserError: checkpoints of other data; too many steps without a finite gradient.
+        UserError: checkpoints of other data; too many steps skipped; data or checkpoints that
+            cannot be read or written; the process was told to go.
     """
-    journal = Journal(recipe)
-    with context.restore() as found:
-        if found is not None:
-            folder, facts = found
-            _same_data(facts["data"], ingest.digest)
-            engine.load(folder)
-            journal.resume(facts, (folder / HISTORY).read_text())
-    clock = _Clock(recipe, context, journal.seconds)
-    saved = resumed_from = journal.step if found is not None else None
-    with _Ahead(ingest, context, journal.step) as ahead:
-        while not clock.over(journal.step):
-            lr = rate(recipe, journal.step, clock.fraction(journal.step))
-            loss = engine.step(_split(ahead.take(), recipe.accumulation), lr)
-            journal.note(loss, lr, clock.seconds())
-            context.tell(journal.status(clock))
-            if journal.step % recipe.checkpoint_every == 0:
-                saved = _save(engine, context, journal, ingest.digest)
-    journal.seconds = max(journal.seconds, clock.agreed)
-    if saved != journal.step:
-        _save(engine, context, journal, ingest.digest)
-    return journal.facts() | {"resumed_from": resumed_from}
+    loop = _Loop(engine, context, work, recipe)
+    resumed_from = loop.restore()
+    try:
+        loop.run()
+    finally:
+        loop.saver.close()
+        work.watcher.close()
+    return loop.journal.facts() | {"resumed_from": resumed_from}
 
 
 def rate(recipe: Recipe, step: int, fraction: float) -> float:
@@ -73,110 +82,187 @@ def rate(recipe: Recipe, step: int, fraction: float) -> float:
     return recipe.lr * warm * fall
 
 
-@dataclass
-class Journal:
-    """What happened so far; it travels in every checkpoint, so a resumed curve has no seam."""
+class _Loop:
+    """One life of one worker."""
 
-    recipe: Recipe
-    step: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    running: int = 0  # skipped steps since the last good one
-    loss: float = math.nan  # running mean, decay 0.98
-    first: float = math.nan
-    rows: list[tuple[Any, ...]] = field(default_factory=list)
-    since: list[float] = field(default_factory=list)  # losses since the last row
-    began: tuple[int, float] = (0, 0.0)  # step and seconds when it was started
+    def __init__(self, engine: Engine, context: Context, work: Work, recipe: Recipe) -> None:
+        self.engine, self.context, self.work, self.recipe = engine, context, work, recipe
+        self.journal = Journal(recipe)
+        self.saver = Saver(work.checkpoints, context.rank, context.world_size)
+        self.clock = _Clock(recipe, 0.0)
+        self.passes = passes(recipe.batch, context.world_size, recipe.micro_batch)
+        self.saved = (-1, 0.0)  # step and seconds of the last checkpoint
+        self.looked = 0.0
+        self.held: Batch | None = None
 
-    def resume(self, facts: dict[str, Any], history: str) -> None:
-        """Go on from a checkpoint's facts and its loss.csv."""
-        self.step, self.seconds, self.skipped = facts["step"], facts["seconds"], facts["skipped"]
-        self.loss, self.first = (_value(facts[name]) for name in ("loss", "first_loss"))
-        self.since = facts["since"]
-        self.rows = [tuple(row) for row in list(csv.reader(io.StringIO(history)))[1:]]
-        self.began = (self.step, self.seconds)
+    def restore(self) -> int | None:
+        """Go on from the newest whole checkpoint; its step."""
+        found = _newest(self.context, self.work.checkpoints)
+        if found is None:
+            self.work.watcher.open(0)
+            return None
+        _same_data(found.facts["data"], self.work.source.digest)
+        with self.work.checkpoints.fetch(found) as folder:
+            self.engine.load(Stored(folder))
+            history, skips = ((folder / name).read_text() for name in (HISTORY, SKIPPED))
+        self.journal.resume(found.facts, history, skips)
+        self.clock = _Clock(self.recipe, self.journal.seconds)
+        self.saved = (self.journal.step, self.journal.seconds)
+        self.work.watcher.open(self.journal.step)
+        return self.journal.step
 
-    def note(self, loss: float, lr: float, seconds: float) -> None:
-        """Enter one step.
+    def run(self) -> None:
+        """Steps, until it is over."""
+        task, source = self.work.task, self.work.source
+        with Ahead(task, source, self.context, self.recipe.batch, self.journal.step) as ahead:
+            while True:
+                batch, problem = ahead.take()
+                self._agree(problem or self.saver.problem())
+                if self.clock.fraction(self.journal.step) >= 1.0:
+                    break
+                self._step(batch, ahead.waited)
+        self.journal.seconds = max(self.journal.seconds, self.clock.agreed)
+        if self.saved[0] != self.journal.step:
+            self._save()
+        self._await()
+        self._picture()
+        if self.work.far is not None and self.context.rank == 0:
+            self.work.far.wait()
+
+    def _agree(self, problem: str) -> None:
+        """What all ranks must know before a step.
 
         Raises:
-            UserError: `patience` steps running had no finite gradient.
+            UserError: one of them cannot go on.
         """
-        self.step += 1
-        self.seconds = seconds
-        if math.isfinite(loss):
-            self.running = 0
-            self.loss = loss if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss
-            self.first = loss if math.isnan(self.first) else self.first
-            self.since.append(loss)
-        else:
-            self.skipped += 1
-            self.running += 1
-            self._check_patience()
-        if self.step % self.recipe.log_every == 0:
-            mean = sum(self.since) / len(self.since) if self.since else math.nan
-            speed, now = round(self.speed(), 2), round(seconds, 2)
-            self.rows.append((self.step, repr(mean), f"{lr:.6g}", speed, now, self.skipped))
-            self.since = []
+        now = self.clock.seconds() if self.context.rank == 0 else 0.0
+        seconds, failed = self.context.total([now, float(bool(problem))])
+        self.clock.agreed = seconds
+        if failed:
+            said = [words for words in self.context.words(problem) if words]
+            raise UserError(said[0])
+        if seconds - self.looked >= NOTICE_S:
+            self.looked = seconds
+            if self.context.total([float(self.context.leaving())])[0]:
+                self._leave()
 
-    def speed(self) -> float:
-        """Samples per second since it was started."""
-        steps, seconds = self.step - self.began[0], self.seconds - self.began[1]
-        return steps * self.recipe.batch / seconds if seconds > 0 else 0.0
+    def _step(self, batch: Batch, waited: float) -> None:
+        lr = rate(self.recipe, self.journal.step, self.clock.fraction(self.journal.step))
+        most = self.journal.most()
+        made = self.engine.step(split(batch, self.passes), lr, most)
+        if not made.applied:
+            self.journal.skip(made.loss, most, self.context.words(_worst(batch, made)))
+            if self.context.rank == 0:
+                self.work.checkpoints.show(SKIPPED, self.journal.tables()[SKIPPED])
+        self.journal.note(made.loss, made.applied, lr, self.clock.seconds())
+        watcher = self.work.watcher
+        watcher.step(batch, made, self.recipe.batch, waited)
+        if self.journal.step % self.recipe.log_every == 0:
+            values = {"loss": self.journal.loss, "lr": lr, "gradient norm": made.norm}
+            watcher.log(self.context, self.journal.step, values)
+        self.context.tell(self._status())
+        if self.recipe.sheet_every and self.journal.step % self.recipe.sheet_every == 0:
+            self._picture()
+        if self._due():
+            self._save()
 
-    def status(self, clock: _Clock) -> dict[str, Any]:
-        """What the progress line shows."""
-        fraction = clock.fraction(self.step)
-        before = clock.fraction_at(*self.began)
-        spent = self.seconds - self.began[1]
-        ahead = spent * (1 - fraction) / (fraction - before) if fraction > before else None
-        shown = {"step": self.step, "loss": _number(self.loss), "fraction": fraction}
-        return shown | {"rate": self.speed(), "eta_s": ahead}
+    def _due(self) -> bool:
+        late = self.clock.agreed - self.saved[1] >= self.recipe.checkpoint_minutes * 60
+        return late or self.journal.step % self.recipe.checkpoint_every == 0
 
-    def facts(self) -> dict[str, Any]:
-        """What the run says at its end."""
-        return {
-            "step": self.step,
-            "samples": self.step * self.recipe.batch,
-            "seconds": round(self.seconds, 3),
-            "loss": _number(self.loss),
-            "first_loss": _number(self.first),
-            "samples_per_s": round(self.speed(), 2),
-            "skipped": self.skipped,
-        }
+    def _save(self) -> None:
+        """A checkpoint of this step, written while training goes on."""
+        lr = rate(self.recipe, self.journal.step, self.clock.fraction(self.journal.step))
+        score = self._validate()
+        if score is not None:
+            self.journal.validated(score, lr)
+            self.work.watcher.tell(self.journal.step, {"loss/held out": score})
+        self._await()
+        facts = {"data": self.work.source.digest, "score": score, **self.journal.state()}
+        self.saver.begin(self.journal.step, self.engine.state(), self.journal.tables(), facts)
+        self.saved = (self.journal.step, self.clock.agreed)
+        self.work.watcher.flush()
 
-    def history(self) -> str:
-        """The content of loss.csv."""
-        sink = io.StringIO()
-        csv.writer(sink, lineterminator="\n").writerows([COLUMNS, *self.rows])
-        return sink.getvalue()
+    def _await(self) -> None:
+        """Until what is being written stands, on all ranks.
 
-    def _check_patience(self) -> None:
-        if self.running >= self.recipe.patience:
-            batch = self.recipe.batch
-            first, last = (self.step - self.running) * batch, self.step * batch - 1
-            raise UserError(
-                f"{self.running} steps running had no finite loss or gradient (samples {first} to "
-                f"{last}); lower lr={self.recipe.lr:g}, or raise patience={self.recipe.patience}. "
-                f"The last good checkpoint is kept."
+        Raises:
+            UserError: one of them failed.
+        """
+        problem = ""
+        try:
+            self.saver.wait()
+        except UserError as error:
+            problem = str(error)
+        if self.context.total([float(bool(problem))])[0]:
+            raise UserError(next(words for words in self.context.words(problem) if words))
+
+    def _leave(self) -> None:
+        """Save at once; who can, goes."""
+        if self.saved[0] != self.journal.step:
+            self._save()
+        self._await()
+        if self.context.world_size == 1 and self.context.leaving():
+            raise Going(
+                f"told to stop, and saved at step {self.journal.step}; the same command goes on."
             )
+
+    def _validate(self) -> float | None:
+        """The loss of some held-out samples, always the same ones, at the same noise."""
+        if self.work.held is None or not self.recipe.validate:
+            return None
+        context, count = self.context, max(self.recipe.validate, self.context.world_size)
+        if self.held is None:
+            samples = share(0, count, context.rank, context.world_size)
+            self.held = self.work.task.draw(self.work.held.batch(samples))
+        losses = [
+            self.engine.losses(piece.batch)[: piece.real]
+            for piece in split(self.held, passes(count, context.world_size, self._held_size()))
+        ]
+        total = self.context.total([float(torch.cat(losses).double().sum())])[0]
+        return number(total / count)
+
+    def _held_size(self) -> int:
+        """How many held-out samples go in one pass: as many as of training."""
+        share_ = -(-self.recipe.batch // self.context.world_size)
+        return self.recipe.micro_batch or share_
+
+    def _picture(self) -> None:
+        """A sheet of samples, drawn by rank 0 while the others wait; shards go elsewhere."""
+        if self.work.far is not None:
+            if self.saved[0] != self.journal.step:
+                self._save()
+            if self.context.rank == 0:
+                self.work.far.ask(self.journal.step)
+            return
+        if self.context.rank == 0:
+            with self.engine.averaged():
+                self.work.watcher.picture(self.journal.step, self.work.task, self._shown())
+        self.context.total([0.0])
+
+    def _shown(self) -> Source:
+        """Where the samples of a sheet come from."""
+        return self.work.held or self.work.source
+
+    def _status(self) -> dict[str, Any]:
+        """What the progress line shows."""
+        journal, clock = self.journal, self.clock
+        fraction, before = clock.fraction(journal.step), clock.fraction_at(*journal.began)
+        spent = journal.seconds - journal.began[1]
+        ahead = spent * (1 - fraction) / (fraction - before) if fraction > before else None
+        shown = {"step": journal.step, "loss": number(journal.loss), "fraction": fraction}
+        return shown | {"rate": journal.speed(), "eta_s": ahead}
 
 
 class _Clock:
-    """Training time, all sessions together; under a time limit all ranks go by rank 0's."""
+    """Training time, all sessions together; all ranks go by what rank 0's showed last."""
 
-    def __init__(self, recipe: Recipe, context: Context, before: float) -> None:
-        self.recipe, self.context, self.before = recipe, context, before
+    def __init__(self, recipe: Recipe, before: float) -> None:
+        self.recipe, self.before = recipe, before
         self.start, self.agreed = time.monotonic(), before
 
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.start
-
-    def over(self, step: int) -> bool:
-        """Whether to stop before this step; every rank gets the same answer."""
-        if self.recipe.minutes is not None:
-            self.agreed = self.context.agree(self.seconds())
-        return self.fraction(step) >= 1.0
 
     def fraction(self, step: int) -> float:
         return self.fraction_at(step, self.agreed)
@@ -188,54 +274,21 @@ class _Clock:
         return 1.0 if done else max(step / self.recipe.steps, seconds / limit)
 
 
-class _Ahead:
-    """This rank's batches in order, the next one made while the present one is used."""
+def _newest(context: Context, checkpoints: Checkpoints) -> Found | None:
+    """The checkpoint to go on from; rank 0 looks, and takes the run over, all take what it found.
 
-    def __init__(self, ingest: Ingest, context: Context, step: int) -> None:
-        self.ingest, self.context, self.step = ingest, context, step
-        self.pool = ThreadPoolExecutor(1)
-        self.next: Future[Batch] = self._ask()
-
-    def __enter__(self) -> _Ahead:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.pool.shutdown(cancel_futures=True)
-
-    def take(self) -> Batch:
-        batch = self.next.result()
-        self.step += 1
-        self.next = self._ask()
-        return batch
-
-    def _ask(self) -> Future[Batch]:
-        return self.pool.submit(
-            self.ingest.batch, self.step, self.context.rank, self.context.world_size
-        )
-
-
-def _split(batch: Batch, pieces: int) -> list[Batch]:
-    size = len(batch["sample"]) // pieces
-    return [
-        {name: value[i * size : (i + 1) * size] for name, value in batch.items()}
-        for i in range(pieces)
-    ]
-
-
-def _save(engine: Engine, context: Context, journal: Journal, data: str) -> int:
-    with context.scratch() as folder:
-        engine.save(folder)
-        if context.rank == 0:
-            Path(folder, HISTORY).write_text(journal.history())
-        context.report(
-            journal.step, journal.facts() | {"data": data, "since": journal.since}, folder
-        )
-    return journal.step
+    Raises:
+        UserError: the folder is another one on every node.
+    """
+    found, words = None, ""
+    if context.rank == 0:
+        checkpoints.claim()
+        checkpoints.clear()
+        found = checkpoints.newest()
+        words = found.name if found else ""
+    name = context.words(words)[0]
+    checkpoints.check_shared()
+    return checkpoints.named(name) if name else None
 
 
 def _same_data(before: str, now: str) -> None:
@@ -246,10 +299,8 @@ def _same_data(before: str, now: str) -> None:
         )
 
 
-def _number(value: float) -> float | None:
-    """A value as JSON can hold it: NaN becomes null."""
-    return value if math.isfinite(value) else None
-
-
-def _value(number: float | None) -> float:
-    return math.nan if number is None else number
+def _worst(batch: Batch, made: Step) -> str:
+    """The samples of this worker whose losses are not finite, or else the largest."""
+    losses = made.losses.nan_to_num(math.inf, math.inf, math.inf)
+    order = losses.argsort(descending=True)[:WORST].tolist()
+    return " ".join(str(int(batch["sample"][i])) for i in order)

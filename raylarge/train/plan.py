@@ -1,0 +1,291 @@
+"""A training on paper: parameters, memory of a card, FLOPs, days, dollars. `plan=true` shows it.
+
+    config, facts of the data, task -> Plan -told-> text
+
+Nothing is started and nothing allocated: networks come from the meta device (`on_meta`), passes
+are of fake tensors (`memory.py`), states by ZeRO stage (`held.py`). What of a card's peak is
+reached, and what a card costs, is assumed: `card.utilisation=0.2 card.card_gib=24`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from raylarge import report
+from raylarge.errors import UserError
+from raylarge.models.cells import SIDE, SLOTS
+from raylarge.train.held import Part, States, fixed_bytes, parts, states
+from raylarge.train.memory import Activations, activations
+from raylarge.train.pieces import passes
+from raylarge.train.task import Batch, Build, Facts, Task
+
+if TYPE_CHECKING:
+    from raylarge.train.settings import Train
+
+GIB = 1 << 30
+LATE = 1 << 40
+"""Index of an example's first sample: what joins a training only later on counts, too."""
+
+LEFT_OUT = (
+    "Left out: workspaces of cuDNN, gaps of the allocator and what CUDA and NCCL keep (the share "
+    "of the card that stays free is for them), time for gradients on the wire, for checkpoints "
+    "and for data that come too slowly. Attention is taken as fused."
+)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """The card that a training is planned for: its data sheet, and what is assumed of it."""
+
+    card_tflops: float = 989.4  # dense bf16: H100 SXM, H200
+    card_tflops_fp32: float = 66.9  # of the same card without TF32
+    card_gib: float = 80.0
+    utilisation: float = 0.35  # share of the peak that training reaches
+    free: float = 0.1  # share of the memory that stays free
+    dollars_per_hour: float = 2.5  # of one card
+
+    def check(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            UserError: naming the key, its value and what it may be.
+        """
+        for key in ("card_tflops", "card_tflops_fp32", "card_gib", "utilisation"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"card.{key}={getattr(self, key)}: it must be above 0.")
+        if not 0 <= self.free < 1:
+            raise UserError(f"card.free={self.free}: it must be 0 or more and below 1.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training takes.
+
+    Attributes:
+        parts: of the network.
+        states: what a card holds all the time.
+        activations: what a pass adds to it.
+        workers: cards.
+        batch: samples of a step, over all of them.
+        passes: of each card in a step.
+        steps: of the training.
+        minutes: after which it ends before that; None: no limit.
+        rows: training rows that there are.
+        half: bfloat16 under autocast.
+        card: what was assumed.
+    """
+
+    parts: tuple[Part, ...]
+    states: States
+    activations: Activations
+    workers: int
+    batch: int
+    passes: int
+    steps: int
+    minutes: float | None
+    rows: int
+    half: bool
+    card: PlanConfig
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of a card's largest pass."""
+        share = math.ceil(self.batch / self.workers)
+        return math.ceil(share / self.passes)
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a card at the worst moment."""
+        return self.states.total + self.activations.peak(self.micro_batch)
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a card that may be taken."""
+        return self.card.card_gib * GIB * (1 - self.card.free)
+
+    @property
+    def largest(self) -> int:
+        """Samples of the largest pass that a card holds; 0: not even one."""
+        return self.activations.most(self.usable - self.states.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a card holds the passes that are meant."""
+        return self.micro_batch <= self.largest
+
+    @property
+    def samples_per_s(self) -> float:
+        """Of all cards together, at the utilisation that was assumed."""
+        tflops = self.card.card_tflops if self.half else self.card.card_tflops_fp32
+        reached = 1e12 * tflops * self.card.utilisation
+        return self.workers * reached / self.activations.flops
+
+    @property
+    def seconds(self) -> float:
+        """From the first step to the last."""
+        seconds = self.steps * self.batch / self.samples_per_s
+        return seconds if self.minutes is None else min(seconds, self.minutes * 60)
+
+    @property
+    def epochs(self) -> float:
+        """How often a training row is seen, on average over all scales."""
+        return self.seconds * self.samples_per_s / self.rows
+
+    @property
+    def days(self) -> float:
+        """From the first step to the last."""
+        return self.seconds / 86400
+
+    @property
+    def dollars(self) -> float:
+        """For all cards."""
+        return self.seconds / 3600 * self.workers * self.card.dollars_per_hour
+
+
+def on_meta(build: Build, config: Train, facts: Facts) -> Task:
+    """A task whose new networks have shapes and no weights; what it loads is there as ever."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*which is a no-op")  # weights into no weights
+        task: Task = build(config, facts)
+    return task
+
+
+def example(facts: Facts, size: int) -> Batch:
+    """Samples as a source gives them, all zeros, of the coarsest scale.
+
+    Returns:
+        On the CPU: sample and scale; image; latent, grid with its rows and columns, vector and
+        label where the data have them.
+    """
+    k = max(facts.scales)
+    side = min(1 << k, SIDE)
+    batch = {
+        "sample": torch.arange(LATE, LATE + size),
+        "scale": torch.full((size,), k),
+        "image": torch.zeros(size, *facts.image),
+    }
+    if facts.latent is not None:
+        batch["latent"] = torch.zeros(size, *facts.latent)
+    if facts.channels:
+        batch["grid"] = torch.zeros(size, SLOTS, facts.channels)
+        batch["grid_rows"] = batch["grid_columns"] = torch.full((size,), side)
+    if facts.vector:
+        batch["vector"] = torch.zeros(size, facts.vector)
+    if facts.classes:
+        batch["label"] = torch.zeros(size, dtype=torch.int64)
+    return batch
+
+
+def plan(config: Train, facts: Facts, task: Task, batch: Batch | None = None) -> Plan:
+    """What a training takes, by the shapes of its networks alone.
+
+    Args:
+        config: how it would be carried out; `config.card` is the card.
+        facts: of the data.
+        task: its networks on any device, none of which are computed with.
+        batch: some samples of the source; left out, `example` stands for them.
+
+    Raises:
+        UserError: a card that cannot be, or a network whose forward pass looks at values.
+    """
+    config.card.check()
+    drawn = task.draw(example(facts, 2) if batch is None else _late(batch))
+    half = config.precision == "bf16"
+    return of(config, facts, task, activations(task.network, drawn, half, config.checkpointing))
+
+
+def of(config: Train, facts: Facts, task: Task, grown: Activations) -> Plan:
+    """The plan of a training whose passes are known; arguments as of `plan`."""
+    found, workers = tuple(parts(task)), max(1, config.workers)
+    return Plan(
+        parts=found,
+        states=states(found, fixed_bytes(task.network), config),
+        activations=grown,
+        workers=workers,
+        batch=config.batch,
+        passes=passes(config.batch, workers, config.micro_batch),
+        steps=config.steps,
+        minutes=config.minutes,
+        rows=sum(facts.counts.values()),
+        half=config.precision == "bf16",
+        card=config.card,
+    )
+
+
+def _late(batch: Batch) -> Batch:
+    return {**batch, "sample": batch["sample"] + LATE}
+
+
+def told(made: Plan) -> str:
+    """A plan as text."""
+    parts = report.table(
+        ["part", "trained", "fixed", "averaged"],
+        [
+            [part.name, *(f"{count:,}" for count in (part.trained, part.fixed, part.averaged))]
+            for part in made.parts
+        ],
+    )
+    held = report.table(["memory of one card", "GiB"], _memory_rows(made))
+    work = report.table(["the training", ""], _work_rows(made))
+    return "\n\n".join([parts, held, work, verdict(made), LEFT_OUT])
+
+
+def _memory_rows(made: Plan) -> list[list[str]]:
+    grown, samples = made.activations, made.micro_batch
+    saved = grown.saved.sample * samples
+    brief = grown.peak(samples) - grown.saved.at(samples)
+    least = made.memory / 1000
+    rows = [(name, size) for name, size in made.states.card.items() if size > least]
+    rows += [("weights in half precision", grown.saved.fixed)] if grown.saved.fixed > 0 else []
+    rows += [
+        (f"activations of {samples} samples ({grown.saved.sample / 2**20:.1f} MiB each)", saved),
+        ("more at the worst moment", brief),
+        ("in all", made.memory),
+        (f"card, {made.card.free:.0%} of which stay free", made.usable),
+    ]
+    rows += [("host, per worker: optimiser", made.states.host)] if made.states.host else []
+    return [[name, f"{size / GIB:.2f}"] for name, size in rows]
+
+
+def _work_rows(made: Plan) -> list[list[str]]:
+    grown, card = made.activations, made.card
+    share = f"{made.workers} x {made.passes} x {made.micro_batch} (cards, passes, samples)"
+    return [
+        ["a step", f"{made.batch} samples = {share}"],
+        ["FLOPs of a sample", f"{grown.flops / 1e9:.1f} G, {grown.forward / 1e9:.1f} G forward"],
+        ["FLOPs of a step", f"{_figure(grown.flops * made.batch / 1e12)} T"],
+        ["samples/s", f"{_figure(made.samples_per_s)}, at {card.utilisation:.0%} of the peak"],
+        ["steps", f"{made.steps:,}, {_figure(made.epochs)} epochs"],
+        ["days", f"{made.days:.2g}, {_figure(made.days * 24 * made.workers)} hours of a card"],
+        ["dollars", f"{made.dollars:,.2f}, at {card.dollars_per_hour:g} an hour"],
+    ]
+
+
+def _figure(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def verdict(made: Plan) -> str:
+    """Whether it fits, in a sentence, with the largest pass that does."""
+    card, needed = f"{made.card.card_gib:g} GiB", f"{made.memory / GIB:.1f} GiB"
+    if made.fits:
+        return (
+            f"It fits: {needed} of a card of {card} with passes of {made.micro_batch}; the "
+            f"largest pass that fits has {made.largest} samples."
+        )
+    if made.largest:
+        return (
+            f"It does not fit: passes of {made.micro_batch} take {needed} and a card has {card}; "
+            f"micro_batch={made.largest} is the largest that fits."
+        )
+    return (
+        f"It does not fit: a card of {card} does not hold one sample beside what is there all "
+        f"the time; try checkpointing=true, precision=bf16, a higher zero= with more workers, or "
+        f"offload=true."
+    )

@@ -1,0 +1,164 @@
+"""Which row a global sample index stands for: a pure function of the seed, in constant time.
+
+    sample -> scale:   every DEAL samples hold each scale as often as its weight says,
+                       in an order drawn for each deal
+           -> row:     the n-th sample of a scale is the n-th row of its stream
+
+In every epoch of a stream the scale's row groups come in a newly drawn order; `super_block` of
+them together are shuffled row by row. So whoever reads on needs few row groups at a time, and
+who resumes needs the index alone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Int
+
+from raylarge.diffusion.noise import generator
+from raylarge.errors import UserError
+
+DEAL = 4096
+_Key, _Value = TypeVar("_Key", bound=Hashable), TypeVar("_Value")
+
+
+class Block(NamedTuple):
+    """A super-block of a scale's stream."""
+
+    scale: int
+    epoch: int
+    number: int
+
+
+class Place(NamedTuple):
+    """Where a sample's row is: the super-block it belongs to, its row group, the row in that."""
+
+    block: Block
+    group: int  # among those of the scale
+    row: int
+
+
+class Sequencer:
+    """The order in which rows of some scales are drawn."""
+
+    def __init__(
+        self,
+        groups: dict[int, Sequence[int]],
+        weights: Sequence[float],
+        seed: int,
+        super_block: int,
+    ) -> None:
+        """Take the rows of each scale's row groups.
+
+        Args:
+            groups: by scale, how many rows each of its row groups holds.
+            weights: one per scale, the base first; empty: all alike.
+            seed: of all draws.
+            super_block: row groups that are shuffled together.
+
+        Raises:
+            UserError: weights that do not fit the scales.
+        """
+        self._seed, self._width = seed, super_block
+        self._rows = {k: np.asarray(sizes, np.int64) for k, sizes in sorted(groups.items())}
+        self._total = {k: int(sizes.sum()) for k, sizes in self._rows.items()}
+        self._quota = _quotas(list(self._rows), weights)
+        self._deals = _Recent(self._deal, 4)
+        self._orders = _Recent(self._order, 4 * len(groups))
+        self._blocks = _Recent(self._block, 4 * len(groups))
+
+    def place(self, sample: int) -> Place:
+        """The row of a global sample index."""
+        deal, at = divmod(sample, DEAL)
+        scales, ranks = self._deals[deal]
+        k = int(scales[at])
+        epoch, offset = divmod(deal * self._quota[k] + int(ranks[at]), self._total[k])
+        _, edges = self._orders[k, epoch]
+        number = int(np.searchsorted(edges, offset, side="right")) - 1
+        block = Block(k, epoch, number)
+        group, row = self._blocks[block][offset - edges[number]]
+        return Place(block, int(group), int(row))
+
+    def groups(self, block: Block) -> list[int]:
+        """The row groups of a super-block, among those of its scale."""
+        order, _ = self._orders[block.scale, block.epoch]
+        start = block.number * self._width
+        found: list[int] = order[start : start + self._width].tolist()
+        return found
+
+    def after(self, block: Block) -> Block:
+        """The super-block that comes next in the stream."""
+        _, edges = self._orders[block.scale, block.epoch]
+        if block.number + 2 < len(edges):
+            return block._replace(number=block.number + 1)
+        return Block(block.scale, block.epoch + 1, 0)
+
+    def _deal(self, deal: int) -> tuple[Int[np.ndarray, "deal"], Int[np.ndarray, "deal"]]:
+        """The scale of each sample of a deal, and how many of that scale came before it there."""
+        scales = np.repeat(list(self._quota), list(self._quota.values()))
+        scales = self._draw("deal", deal).permutation(scales)
+        ranks = np.empty(DEAL, np.int64)
+        for k, count in self._quota.items():
+            ranks[scales == k] = np.arange(count)
+        return scales, ranks
+
+    def _order(
+        self, key: tuple[int, int]
+    ) -> tuple[Int[np.ndarray, "groups"], Int[np.ndarray, "edges"]]:
+        """The row groups of a scale in the order of an epoch, and where super-blocks begin."""
+        k, epoch = key
+        order = self._draw("groups", k, epoch).permutation(len(self._rows[k]))
+        ends = np.cumsum(self._rows[k][order])
+        last = np.arange(self._width, len(order) + self._width, self._width).clip(max=len(order))
+        return order, np.concatenate([[0], ends[last - 1]])
+
+    def _block(self, block: Block) -> Int[np.ndarray, "rows 2"]:
+        """(row group, row) of a super-block's rows, shuffled."""
+        groups = self.groups(block)
+        sizes = self._rows[block.scale][groups]
+        rows = np.concatenate([np.arange(size) for size in sizes])
+        found = np.stack([np.repeat(groups, sizes), rows], axis=1)
+        return self._draw("rows", *block).permutation(found)
+
+    def _draw(self, what: str, *address: int) -> np.random.Generator:
+        halves = [half for part in address for half in (part >> 32, part & 0xFFFFFFFF)]
+        return generator(self._seed, f"ingest {what}", *halves)
+
+
+class _Recent(Generic[_Key, _Value]):
+    """What a function gives, remembered for the keys asked for last."""
+
+    def __init__(self, make: Callable[[_Key], _Value], most: int) -> None:
+        self._make, self._most = make, most
+        self._kept: OrderedDict[_Key, _Value] = OrderedDict()
+
+    def __getitem__(self, key: _Key) -> _Value:
+        if key not in self._kept:
+            self._kept[key] = self._make(key)
+            if len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+def _quotas(scales: Sequence[int], weights: Sequence[float]) -> dict[int, int]:
+    """How many samples of every deal each scale gets: largest remainders, none forgotten.
+
+    Raises:
+        UserError: not one weight, 0 or more, for each scale.
+    """
+    share = np.array(weights or [1.0] * len(scales), float)
+    if len(share) != len(scales) or (share < 0).any() or not 0 < share.sum() < np.inf:
+        raise UserError(
+            f"scale_weights={list(weights)} does not fit; give one weight, 0 or more, for each "
+            f"of the scales {list(scales)} that have training rows."
+        )
+    exact = DEAL * share / share.sum()
+    quota = np.where(share > 0, np.maximum(np.floor(exact), 1), 0).astype(int)
+    for at in np.argsort(quota - exact, kind="stable")[: max(0, DEAL - quota.sum())]:
+        quota[at] += 1
+    quota[np.argmax(quota)] -= quota.sum() - DEAL
+    return {k: int(n) for k, n in zip(scales, quota, strict=True)}

@@ -1,0 +1,115 @@
+"""What `train` is told: the recipe, the model's own config, where things lie, who works."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from raylarge import config as configuration
+from raylarge import storage
+from raylarge.errors import UserError
+from raylarge.train.cdm import CdmConfig
+from raylarge.train.classifier import ClassifierConfig
+from raylarge.train.controlnet import ControlnetConfig
+from raylarge.train.ingest import check_batch
+from raylarge.train.ldm import LdmConfig
+from raylarge.train.mil import MilConfig
+from raylarge.train.plan import PlanConfig
+from raylarge.train.prior import PriorConfig
+from raylarge.train.task import Recipe
+from raylarge.train.vae import VaeConfig
+from raylarge.train.watch.trackers import TRACKERS
+
+MODELS = ("vae", "ldm", "cdm", "prior", "controlnet", "mil", "classifier")
+"""raylarge/train/<model>.py has the source and the task of each."""
+
+CHOICES = {
+    "model": MODELS,
+    "strategy": ("deepspeed", "torch"),
+    "zero": (0, 1, 2, 3),
+    "precision": ("fp32", "bf16"),
+    "schedule": ("constant", "cosine"),
+    "optimizer": ("adamw", "adamw8bit"),
+    "track": tuple(TRACKERS),
+}
+ONE_OR_MORE = ("steps", "batch", "checkpoint_every", "keep", "log_every", "patience", "super_block")
+
+
+@dataclass(frozen=True)
+class Train(Recipe):
+    """Which model learns from what, and who does the work."""
+
+    model: str = MISSING  # one of MODELS
+    data: str = MISSING  # folder of the tables
+    out: str = MISSING  # the bundle
+    workers: int = 0  # 0: the local twin, in this process; n: Ray Train
+    min_workers: int = 0  # go on with as few as these while nodes are missing; 0: with all only
+    resize_s: float = 60.0  # between two looks whether more workers can be had again
+    strategy: str = "deepspeed"  # among workers: deepspeed or torch (DDP); the twin is torch
+    gpu: bool | None = None  # one per worker; None: where the cluster has enough
+    max_failures: int = 3  # of workers, before giving up; lost machines do not count
+    logs: str | None = None  # folder for the workers' output; None: Ray's own
+    sheet_gpus: float = 0.0  # for the task that draws sheets under ZeRO-3
+    track: str = "tensorboard"  # or wandb, mlflow, none
+    plan: bool = False  # say what it would take, and start nothing
+    card: PlanConfig = field(default_factory=PlanConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    ldm: LdmConfig = field(default_factory=LdmConfig)
+    cdm: CdmConfig = field(default_factory=CdmConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    controlnet: ControlnetConfig = field(default_factory=ControlnetConfig)
+    mil: MilConfig = field(default_factory=MilConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+
+
+def run_folder(config: Train) -> str:
+    """Where a run keeps its checkpoints and its history."""
+    name = config.model
+    if config.model == "mil":
+        name = f"mil-{config.mil.fold}"
+    if config.model == "vae" and config.vae.distill:
+        name = "vae_small"
+    return storage.join(config.out, ".train", name)
+
+
+def checked(config: Train) -> Train:
+    """The config with absolute paths.
+
+    Raises:
+        UserError: a value that is not among the choices, or a batch that cannot be divided.
+    """
+    for key, choices in CHOICES.items():
+        value = getattr(config, key)
+        if value not in choices:
+            known = ", ".join(str(choice) for choice in choices)
+            raise UserError(f"{key}={value} is not known; choose one of: {known}.")
+    for key in ONE_OR_MORE:
+        if getattr(config, key) < 1:
+            raise UserError(f"{key}={getattr(config, key)} must be 1 or more.")
+    if config.micro_batch is not None and config.micro_batch < 1:
+        raise UserError(f"micro_batch={config.micro_batch} must be 1 or more.")
+    if not 0 <= config.min_workers <= config.workers:
+        raise UserError(
+            f"min_workers={config.min_workers} must be from 0 to workers={config.workers}."
+        )
+    sharded = config.workers and config.strategy == "deepspeed" and config.zero
+    if config.optimizer == "adamw8bit" and sharded:
+        raise UserError(
+            "optimizer=adamw8bit has states of its own that ZeRO cannot shard; give zero=0 or "
+            "strategy=torch."
+        )
+    check_batch(config, max(1, config.workers))
+    whole: dict[str, Any] = {
+        key: _absolute(getattr(config, key)) for key in ("data", "out", "logs")
+    }
+    files = {key: _absolute(getattr(config.classifier, key)) for key in ("synthetic", "weights")}
+    whole["classifier"] = files
+    whole["vae"] = {"lpips_backbone": _absolute(config.vae.lpips_backbone)}
+    return configuration.build(Train, configuration.plain(config), whole)
+
+
+def _absolute(path: str | None) -> str | None:
+    return os.path.abspath(path) if path and storage.is_local(path) else path

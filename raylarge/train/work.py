@@ -1,0 +1,126 @@
+"""What every worker does, and the local twin: set up, train, finish.
+
+What one rank alone finds wrong while it sets up is told to all, so that all of them stop.
+"""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+from functools import partial
+from typing import Any
+
+import torch
+
+from raylarge import storage
+from raylarge.errors import UserError
+from raylarge.models import card
+from raylarge.train import identity
+from raylarge.train.activations import recompute
+from raylarge.train.checkpoint import Checkpoints
+from raylarge.train.context import Context
+from raylarge.train.engine import DeepSpeedEngine, Engine
+from raylarge.train.journal import HISTORY
+from raylarge.train.loop import Work, fit
+from raylarge.train.rows import NoRows
+from raylarge.train.settings import Train, run_folder
+from raylarge.train.task import Build, Source, Task
+from raylarge.train.torch_engine import TorchEngine
+from raylarge.train.watch.bins import Bins
+from raylarge.train.watch.curve import curve, report, rows_of
+from raylarge.train.watch.far_sheet import FarSheets
+from raylarge.train.watch.meter import Meter, training_flops
+from raylarge.train.watch.trackers import Run, track
+from raylarge.train.watch.watcher import Watcher
+
+STATISTICS = 64
+"""Training samples that a task sees at its end, to standardise by."""
+
+
+def module_of(config: Train) -> Any:
+    """raylarge/train/<model>.py."""
+    return importlib.import_module(f"raylarge.train.{config.model}")
+
+
+def work(config: Train, build: Build | None, context: Context) -> dict[str, Any]:
+    """Train, and on rank 0 write the parts of the bundle.
+
+    Raises:
+        UserError: what a user can mend; the same on every rank.
+    """
+    torch.manual_seed(config.seed)
+    made: Work | None = None
+    problem = ""
+    attempt = context.words(secrets.token_hex(4))[0]
+    try:
+        made = _set_up(config, build, context, attempt)
+    except UserError as error:
+        problem = str(error)
+    said = [words for words in context.words(problem) if words]
+    if said or made is None:
+        raise UserError(said[0])
+    deepspeed = config.workers and config.strategy == "deepspeed"
+    engine: Engine = (DeepSpeedEngine if deepspeed else TorchEngine)(made.task, config, context)
+    facts = fit(engine, context, made, config)
+    facts |= {"config": identity.told(config), "data_digest": made.source.digest}
+    average = engine.average()
+    with engine.whole():
+        if context.rank == 0:
+            sample = made.source.batch(range(STATISTICS))
+            made.task.finish(config.out, average, facts, sample)
+            _tell(config, made, facts)
+    return facts
+
+
+def _set_up(config: Train, build: Build | None, context: Context, attempt: str) -> Work:
+    """Everything but the engine.
+
+    Raises:
+        UserError: data, a bundle or settings that do not fit.
+    """
+    module, root = module_of(config), run_folder(config)
+    source: Source = module.source(config)
+    task = (build or module.build)(config, source.facts)
+    held = _held(config, module)
+    if config.checkpointing:
+        recompute(task.network)
+    watcher = _watcher(config, task, source, context)
+    sharded = config.workers and config.strategy == "deepspeed" and config.zero == 3
+    far = FarSheets(config, build or module.build, (source, held)) if sharded else None
+    checkpoints = Checkpoints(root, config.keep, attempt)
+    return Work(task, source, held, checkpoints, watcher, far)
+
+
+def _held(config: Train, module: Any) -> Source | None:
+    """Where held-out samples come from, if there are any."""
+    try:
+        found: Source = module.source(config, "val")
+    except NoRows:
+        return None
+    return found
+
+
+def _watcher(config: Train, task: Task, source: Source, context: Context) -> Watcher:
+    flops, begin = None, None
+    if context.rank == 0:
+        name = f"{config.model} {config.out.rstrip('/').rsplit('/', 1)[-1]}"
+        begin = partial(_track, config, name)
+        if config.track != "none":
+            flops = training_flops(task.network, task.draw(source.batch(range(2))))
+    meter = Meter(context.device, context.world_size, config.precision, flops)
+    length = getattr(getattr(task.network, "schedule", None), "length", 1000)
+    return Watcher(run_folder(config), Bins(source.facts.scales, length=length), meter, begin)
+
+
+def _track(config: Train, name: str, step: int) -> Any:
+    return track(config.track, Run(run_folder(config), name, identity.told(config), step))
+
+
+def _tell(config: Train, made: Work, facts: dict[str, Any]) -> None:
+    """What a run leaves for people."""
+    root = run_folder(config)
+    if storage.exists(storage.join(config.out, "model_index.json")):
+        card.write(config.out)
+    rows = rows_of(storage.read_bytes(storage.join(root, HISTORY)).decode())
+    curve(rows, storage.join(root, "curve.png"))
+    report(root, {**facts, **made.watcher.figures()}, rows)
