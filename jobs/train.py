@@ -1,7 +1,7 @@
 """Tables in, a part of a bundle out: the autoencoder, the diffusion model, the CDM and others.
 
 python jobs/train.py model=vae|ldm|cdm data=DIR out=DIR preset=tiny [workers=2] [minutes=2]
-python jobs/train.py model=ldm preset=brca data=DIR out=DIR workers=8 plan=true
+python jobs/train.py model=ldm preset=brca [data=DIR out=DIR] workers=8 plan=true
 python jobs/train.py model=mil data=DIR out=DIR mil.label=subtype mil.fold=-1
 ray job submit --working-dir . -- python jobs/train.py model=ldm preset=tiny data=... out=...
 
@@ -24,6 +24,8 @@ def main(arguments: list[str]) -> None:
     model, preset = words.get("model"), words.get("preset")
     if model not in MODELS:
         raise UserError(f"say what to train: model= one of {', '.join(MODELS)}.")
+    if words.get("plan") == "true" and "data" not in words:
+        arguments = [*arguments, "data=", "out="]
     config = parse(Train, arguments, {preset: overrides(model, preset)} if preset else {})
     if config.plan:
         report.say(plan(config))

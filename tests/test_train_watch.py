@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from raylarge import images, storage
 from raylarge.errors import UserError
+from raylarge.train.paper import memory
 from raylarge.train.watch import meter
 from raylarge.train.watch import trackers as watch
 from raylarge.train.watch.bins import Bins
@@ -324,7 +325,7 @@ def test_flops_of_training_are_counted_on_a_copy(way, extra):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     batch = {"sample": torch.arange(3), "x": torch.randn(3, 16)}
     random = torch.get_rng_state()
-    found = meter.training_flops(network, batch)
+    found = memory.training_flops(network, batch)
     # Frozen: forward. First: forward and its weights' gradient. Last: its input's, too.
     by_hand = 2 * (16 * 4) + 2 * 2 * (4 * 8) + 3 * 2 * (8 * 2)
     assert found == (None if extra is None else by_hand + extra)

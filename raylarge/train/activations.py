@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-LISTS = ("blocks", "layers", "body")
-"""Names under which our networks, and torch's transformer encoder, hold their blocks."""
+LISTS = ("blocks", "encoder_layers", "body")
+"""Names under which the CDM, the Summarizer and the grid prior hold their blocks."""
 
 
 def recompute(network: nn.Module) -> None:

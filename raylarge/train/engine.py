@@ -261,6 +261,8 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
             "stage": recipe.zero,
             "reduce_bucket_size": REDUCE_BUCKET,
             "allgather_bucket_size": REDUCE_BUCKET,
+            "stage3_max_live_parameters": REDUCE_BUCKET,
+            "stage3_max_reuse_distance": REDUCE_BUCKET,  # its own 10^9 would keep all of ours
             **offload,
         },
         "torch_autocast": {

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.train import driver, identity
-from raylarge.train import plan as plans
 from raylarge.train.context import LocalContext, Status
 from raylarge.train.journal import HISTORY
+from raylarge.train.paper import plan as plans
 from raylarge.train.ray_context import RayContext
 from raylarge.train.settings import Train, checked, run_folder
 from raylarge.train.task import Build
@@ -67,11 +67,16 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
 def plan(config: Train) -> str:
     """What a training would take, as text; nothing is started.
 
+    Without `data` those of ZoomLDM's TCGA-BRCA are assumed.
+
     Raises:
         UserError: a config that cannot be, or data that do not fit.
     """
-    config = checked(config)
     module = module_of(config)
+    if not config.data:
+        task = plans.on_meta(module.build, config, plans.BRCA)
+        return f"assumed: {plans.ASSUMED}\n\n" + plans.told(plans.plan(config, plans.BRCA, task))
+    config = checked(config)
     source = module.source(config)
     task = plans.on_meta(module.build, config, source.facts)
     return plans.told(plans.plan(config, source.facts, task, source.batch(range(2))))

@@ -17,7 +17,7 @@ from raylarge.train.controlnet import ControlnetConfig
 from raylarge.train.ingest import check_batch
 from raylarge.train.ldm import LdmConfig
 from raylarge.train.mil import MilConfig
-from raylarge.train.plan import PlanConfig
+from raylarge.train.paper.plan import PlanConfig
 from raylarge.train.prior import PriorConfig
 from raylarge.train.task import Recipe
 from raylarge.train.vae import VaeConfig

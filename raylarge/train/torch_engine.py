@@ -115,4 +115,4 @@ class TorchEngine:
 def _parallel(network: nn.Module, context: Context) -> nn.Module:
     if context.world_size == 1:
         return network
-    return nn.parallel.DistributedDataParallel(network)
+    return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)

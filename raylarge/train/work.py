@@ -22,6 +22,7 @@ from raylarge.train.context import Context
 from raylarge.train.engine import DeepSpeedEngine, Engine
 from raylarge.train.journal import HISTORY
 from raylarge.train.loop import Work, fit
+from raylarge.train.paper.memory import training_flops
 from raylarge.train.rows import NoRows
 from raylarge.train.settings import Train, run_folder
 from raylarge.train.task import Build, Source, Task
@@ -29,7 +30,7 @@ from raylarge.train.torch_engine import TorchEngine
 from raylarge.train.watch.bins import Bins
 from raylarge.train.watch.curve import curve, report, rows_of
 from raylarge.train.watch.far_sheet import FarSheets
-from raylarge.train.watch.meter import Meter, training_flops
+from raylarge.train.watch.meter import Meter
 from raylarge.train.watch.trackers import Run, track
 from raylarge.train.watch.watcher import Watcher
 
@@ -63,6 +64,7 @@ def work(config: Train, build: Build | None, context: Context) -> dict[str, Any]
     engine: Engine = (DeepSpeedEngine if deepspeed else TorchEngine)(made.task, config, context)
     facts = fit(engine, context, made, config)
     facts |= {"config": identity.told(config), "data_digest": made.source.digest}
+    facts |= {"rows": made.source.facts.counts, "commit": card.commit()}
     average = engine.average()
     with engine.whole():
         if context.rank == 0:
@@ -82,9 +84,9 @@ def _set_up(config: Train, build: Build | None, context: Context, attempt: str) 
     source: Source = module.source(config)
     task = (build or module.build)(config, source.facts)
     held = _held(config, module)
+    watcher = _watcher(config, task, source, context)
     if config.checkpointing:
         recompute(task.network)
-    watcher = _watcher(config, task, source, context)
     sharded = config.workers and config.strategy == "deepspeed" and config.zero == 3
     far = FarSheets(config, build or module.build, (source, held)) if sharded else None
     checkpoints = Checkpoints(root, config.keep, attempt)
@@ -106,7 +108,8 @@ def _watcher(config: Train, task: Task, source: Source, context: Context) -> Wat
         name = f"{config.model} {config.out.rstrip('/').rsplit('/', 1)[-1]}"
         begin = partial(_track, config, name)
         if config.track != "none":
-            flops = training_flops(task.network, task.draw(source.batch(range(2))))
+            batch = task.draw(source.batch(range(2)))
+            flops = training_flops(task.network, batch, config.checkpointing)
     meter = Meter(context.device, context.world_size, config.precision, flops)
     length = getattr(getattr(task.network, "schedule", None), "length", 1000)
     return Watcher(run_folder(config), Bins(source.facts.scales, length=length), meter, begin)

@@ -9,21 +9,15 @@ copy that computes nothing; where activations are computed again, that counts (P
 
 from __future__ import annotations
 
-import copy
-import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from raylarge.train.task import Batch
 
 
 class Peak(NamedTuple):
@@ -81,7 +75,7 @@ class Meter:
         device: torch.device,
         workers: int,
         precision: str,
-        flops: int | None,
+        flops: float | int | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin now.
@@ -90,7 +84,7 @@ class Meter:
             device: of this worker.
             workers: all of them.
             precision: the recipe's.
-            flops: of training on one sample, where it is known (`training_flops`).
+            flops: of training on one sample, where it is known (`paper.memory.training_flops`).
             clock: seconds.
         """
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -171,64 +165,3 @@ def memory_gb(device: torch.device) -> float:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def training_flops(network: nn.Module, batch: Batch) -> int | None:
-    """FLOPs of training on one sample, forward and backward; nothing is computed or changed.
-
-    Frozen parts count as they are used: forward alone below `no_grad`, and without gradients of
-    their weights elsewhere.
-
-    Args:
-        network: a task's, before an engine shards it.
-        batch: as `Task.draw` gives it.
-
-    Returns:
-        None where the network's way depends on values, which a fake copy does not have.
-    """
-    fused, silent = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator that nobody counts
-    logging.disable(logging.ERROR)  # torch tells at length what a fake tensor cannot do
-    try:
-        return _counted(network, batch) // len(batch["sample"])
-    except Exception:  # whatever it is: a figure beside the curve must not stop a training
-        return None
-    finally:
-        logging.disable(silent)
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def _counted(network: nn.Module, batch: Batch) -> int:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    device = next(network.parameters()).device
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        memo: dict[int, Any] = {}
-        for module in _held(network):
-            for tensor in [*module._parameters.values(), *module._buffers.values()]:
-                if tensor is not None and id(tensor) not in memo:
-                    memo[id(tensor)] = _like(tensor, fake.from_tensor(tensor).to(device))
-        inputs = {name: fake.from_tensor(value).to(device) for name, value in batch.items()}
-    twin = copy.deepcopy(network, memo)  # outside: other tensors are copied as they are
-    with fake, FlopCounterMode(display=False) as counter:
-        twin(inputs).sum().backward()
-    return int(counter.get_total_flops())
-
-
-def _like(tensor: Tensor, fake: Tensor) -> Tensor:
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(fake.detach(), requires_grad=tensor.requires_grad)
-    return fake
-
-
-def _held(network: nn.Module) -> list[nn.Module]:
-    """All modules, also those in lists, which torch does not take for parts of a network."""
-    found = {id(module): module for module in network.modules()}
-    for module in list(found.values()):
-        for value in vars(module).values():
-            inside: Iterable[Any] = value.values() if isinstance(value, dict) else ()
-            inside = value if isinstance(value, list | tuple) else inside
-            for one in inside:
-                if isinstance(one, nn.Module) and id(one) not in found:
-                    found |= {id(part): part for part in _held(one)}
-    return list(found.values())

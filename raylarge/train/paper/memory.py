@@ -11,6 +11,7 @@ operators, the allocator's gaps.
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -124,6 +125,28 @@ def activations(network: nn.Module, batch: Batch, half: bool, again: bool = Fals
         forward=many.forward / _SIZES[1],
         flops=many.flops / _SIZES[1],
     )
+
+
+def training_flops(network: nn.Module, batch: Batch, again: bool = False) -> float | None:
+    """FLOPs of training on one sample; None where a pass on paper fails.
+
+    It stands beside the curve, so whatever goes wrong must not stop a training. Frozen parts
+    count as they are used.
+
+    Args:
+        network: a task's, before an engine shards it.
+        batch: as `Task.draw` gives it.
+        again: with activation checkpointing.
+    """
+    silent = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # torch tells at length what a fake tensor cannot do
+    try:
+        size = len(batch["sample"])
+        return on_paper(network, batch, size, False, again).flops / size
+    except Exception:  # any of torch's own, too
+        return None
+    finally:
+        logging.disable(silent)
 
 
 def on_paper(network: nn.Module, batch: Batch, size: int, half: bool, again: bool = False) -> Pass:

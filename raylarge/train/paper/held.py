@@ -15,14 +15,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from raylarge.train.engine import REDUCE_BUCKET
-from raylarge.train.memory import modules, tensors
+from raylarge.train.paper.memory import modules, tensors
 from raylarge.train.task import Task
 
 if TYPE_CHECKING:
     from raylarge.train.settings import Train
-
-KEPT_GATHERED = 1_000_000_000
-"""Parameters that ZeRO-3 leaves gathered, by DeepSpeed's own `stage3_max_reuse_distance`."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def states(parts: Iterable[Part], fixed: float, config: Train) -> States:
     sharded = bool(config.workers) and config.strategy == "deepspeed"
     stage, workers = config.zero if sharded else 0, max(1, config.workers)
     n = 4.0 * sum(part.trained for part in parts)  # bytes in float32
-    bucket = min(n, 4.0 * REDUCE_BUCKET) if sharded else n if workers > 1 else 0.0
+    bucket = min(n, 4.0 * REDUCE_BUCKET) if sharded else 0.0  # DDP's are the gradients themselves
     moments = (2 if config.optimizer == "adamw" else 0.5) * n
     # ZeRO-1 and 2 copy the weights that they update; ZeRO-3 updates its shards in place.
     optimizer = (moments + (n if stage in (1, 2) else 0.0)) / (workers if stage else 1)
@@ -102,7 +99,7 @@ def states(parts: Iterable[Part], fixed: float, config: Train) -> States:
     whole = stage < 3
     card = {
         "weights": n if whole else n / workers,
-        "weights gathered": 0.0 if whole else min(n, 4.0 * KEPT_GATHERED),
+        "weights gathered": 0.0 if whole else min(n, 4.0 * REDUCE_BUCKET),
         "weights that are fixed": fixed,
         "gradients": n if stage < 2 else n / workers,
         "optimiser": 0.0 if offloaded else optimizer,

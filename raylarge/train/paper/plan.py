@@ -19,8 +19,8 @@ import torch
 from raylarge import report
 from raylarge.errors import UserError
 from raylarge.models.cells import SIDE, SLOTS
-from raylarge.train.held import Part, States, fixed_bytes, parts, states
-from raylarge.train.memory import Activations, activations
+from raylarge.train.paper.held import Part, States, fixed_bytes, parts, states
+from raylarge.train.paper.memory import Activations, activations
 from raylarge.train.pieces import passes
 from raylarge.train.task import Batch, Build, Facts, Task
 
@@ -36,6 +36,18 @@ LEFT_OUT = (
     "of the card that stays free is for them), time for gradients on the wire, for checkpoints "
     "and for data that come too slowly. Attention is taken as fused."
 )
+
+
+BRCA = Facts(
+    channels=1024,
+    counts=dict(enumerate((12509760, 3036288, 752000, 187280, 57090, 20679, 7923, 2489))),
+    image=(3, 256, 256),
+    latent=(3, 64, 64),
+    base_mpp=0.5,
+    encoder={"name": "uni"},
+)
+"""The published training set of ZoomLDM (its code, `brca.py`)."""
+ASSUMED = "ZoomLDM's TCGA-BRCA, 256 px patches at 8 scales under UNI, latents of VQ-f4"
 
 
 @dataclass(frozen=True)
