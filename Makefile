@@ -12,7 +12,7 @@ export DO_NOT_TRACK := 1
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-cluster soak lint format bench bench-gpu bench-data wheel clean
+.PHONY: help demo test test-fast test-cluster soak lint format bench bench-gpu bench-data bench-train wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ bench-gpu: $(STAMP)  ## measure full-size networks on this GPU; ARGS='size=1024 
 
 bench-data: $(STAMP)  ## measure slides to examples on this CPU; ARGS='quick=true only=read'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.data $(ARGS)
+
+bench-train: $(STAMP)  ## measure what Ray and DeepSpeed add to a step; ARGS='quick=true'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.train $(ARGS)
 
 wheel: $(STAMP)  ## dist/: the wheel and the versions that the nodes of cluster/*.yaml install
 	rm -rf build dist

@@ -27,9 +27,9 @@ from raylarge.errors import UserError
 from raylarge.geometry import Patch
 from raylarge.models.bundle import Bundle
 from raylarge.models.summarizer import Summarizer
-from raylarge.train.paper import held, plan
 from raylarge.train.cdm import CdmTask
 from raylarge.train.ldm import LdmTask
+from raylarge.train.paper import held, plan
 from raylarge.train.paper.memory import Activations
 from raylarge.train.paper.plan import GIB, Plan, PlanConfig
 from raylarge.train.settings import Train

@@ -10,6 +10,8 @@ Run again, the same command goes on from the newest checkpoint.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jobs.presets import overrides
 from raylarge import report
 from raylarge.config import parse
@@ -24,12 +26,13 @@ def main(arguments: list[str]) -> None:
     model, preset = words.get("model"), words.get("preset")
     if model not in MODELS:
         raise UserError(f"say what to train: model= one of {', '.join(MODELS)}.")
-    if words.get("plan") == "true" and "data" not in words:
-        arguments = [*arguments, "data=", "out="]
+    if words.get("plan", "").lower() == "true":
+        arguments = [*(f"{key}=" for key in ("data", "out") if key not in words), *arguments]
     config = parse(Train, arguments, {preset: overrides(model, preset)} if preset else {})
+    folds = model == "mil" and config.mil.fold < 0
     if config.plan:
-        report.say(plan(config))
-    elif model == "mil" and config.mil.fold < 0:
+        report.say(plan(replace(config, mil=replace(config.mil, fold=0)) if folds else config))
+    elif folds:
         train_folds(config)
     else:
         train(config)

@@ -244,8 +244,8 @@ def test_training_reads_both_tables(run, tmp_path):
         ("examples", "image", (4, 3, 256, 256)),
         ("latents-a", "latent", (4, 3, 64, 64)),
     ):
-        ingest = Ingest(str(tmp_path / "data"), name, Recipe(batch=4))
-        batch = ingest.batch(0)
+        ingest = Ingest(str(tmp_path / "data"), {name: (key, "grid")}, Recipe(batch=4))
+        batch = ingest.batch(range(4))
         assert tuple(batch[key].shape) == shape
         assert tuple(batch["grid"].shape) == (4, 64, WIDTH)
         assert ingest.facts.encoder["name"] == "dinov2_vitl14_reg"

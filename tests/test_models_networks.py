@@ -1,5 +1,7 @@
 """What the networks must do whatever their weights are."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -91,11 +93,13 @@ def test_a_grid_of_any_shape_is_laid_out_by_nearest_neighbour(shape):
 @pytest.mark.parametrize(("region", "count"), [(0, 1), (3, 2)])
 def test_a_cdm_has_as_many_tokens_as_its_conditioner(region, count):
     embedder = VectorEmbedder(8, region, 16, 1)
-    task = CdmTask(CdmConfig(16, 1, 2, True), embedder, seed=0)
+    task = CdmTask(CdmConfig(16, 1, 2, True), SimpleNamespace(summarizer=embedder), seed=0)
     assert task.network.cdm.draw(0, 1, [(0,)]).shape == embedder.null(1).shape == (1, count, 16)
     zeros, ones = torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.long)
     batch = {"grid": torch.randn(2, 64, 8), "grid_rows": ones, "grid_columns": ones}
-    assert task.network(batch | {"scale": zeros, "sample": torch.arange(2)}).shape == (2,)
+    batch |= {"vector": torch.randn(2, region)} if region else {}
+    batch = task.draw(batch | {"scale": zeros, "sample": torch.arange(2)})
+    assert task.network(batch).shape == (2,)
 
 
 def test_a_cdm_refuses_another_number_of_tokens():

@@ -68,6 +68,9 @@ def test_the_micro_batches_do_not_matter(config, tmp_path):
 def test_a_finished_run_is_not_done_again_and_can_be_made_longer(config):
     first = train(config, toy.Toy())
     assert train(config, toy.Toy(fatal_sample=0, fatal_once="raise")) == first
+    elsewhere = replace(config, data=f"{config.data}/none")  # what is finished knows its data
+    with pytest.raises(UserError, match=r"jobs/prepare\.py"):
+        train(elsewhere, toy.Toy())
     longer = train(replace(config, steps=STEPS + 3), toy.Toy())
     assert (longer["resumed_from"], longer["step"]) == (STEPS, STEPS + 3)
 
@@ -106,7 +109,7 @@ def test_bad_steps_are_skipped_and_counted(config):
 
 def test_too_many_bad_steps_end_the_run(config):
     poison = tuple(range(8 * BATCH, STEPS * BATCH))
-    with pytest.raises(UserError, match=r"4 steps running.*samples 64 to 95.*lower lr"):
+    with pytest.raises(UserError, match=r"4 steps running.*samples 64 to 95.*a lower lr"):
         train(replace(config, patience=4), toy.Toy(poison=poison))
     assert Checkpoints(run_folder(config), 2).newest().facts["step"] == 10
     assert train(config, toy.Toy())["resumed_from"] == 10
@@ -192,9 +195,12 @@ def test_a_broken_checkpoint_is_passed_over(config):
         ({"checkpoint_every": 0}, "1 or more"),
         ({"min_workers": 2, "workers": 1}, "from 0 to workers=1"),
         ({"optimizer": "adamw8bit"}, "needs a GPU"),
-        ({"optimizer": "adamw8bit", "workers": 2}, "ZeRO cannot shard"),
+        ({"optimizer": "adamw8bit", "workers": 2}, "DeepSpeed does not know"),
         ({"track": "paper"}, "tensorboard, wandb, mlflow, none"),
-        ({"data": "/nowhere"}, "train one with python jobs/train.py"),
+        ({"data": "/nowhere"}, "jobs/prepare.py"),
+        ({"minutes": 0.0}, "minutes=0.0 must be above 0"),
+        ({"lr": -1.0}, "lr=-1.0 must be above 0"),
+        ({"workers": -1}, "workers=-1 must be at least 0"),
         ({"model": "vae", "data": "/nowhere", "workers": 2}, "jobs/prepare.py"),
     ],
 )

@@ -16,10 +16,10 @@ from raylarge.models import cost
 from raylarge.models.bundle import Bundle
 from raylarge.models.summarizer import Summarizer
 from raylarge.train import ldm, vae
-from raylarge.train.paper import held, memory, plan
 from raylarge.train.activations import recompute
 from raylarge.train.cdm import CdmTask
 from raylarge.train.context import LocalContext
+from raylarge.train.paper import held, memory, plan
 from raylarge.train.pieces import Piece
 from raylarge.train.settings import Train
 from raylarge.train.task import Facts

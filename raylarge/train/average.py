@@ -27,14 +27,15 @@ class Average:
         self.module = module
         self.shard = shard
         self.count = 0
-        self.shadow = {name: self._now(p).clone() for name, p in module.named_parameters()}
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.shadow = {name: self._now(p).clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take one step's weights in."""
         self.count += 1
         decay = min(EMA_DECAY, (1 + self.count) / (10 + self.count))
-        now = [self._now(parameter) for _, parameter in self.module.named_parameters()]
+        now = [self._now(parameter) for parameter in self.parameters.values()]
         torch._foreach_lerp_(list(self.shadow.values()), now, 1 - decay)
 
     def whole(self) -> dict[str, Tensor]:
@@ -45,7 +46,7 @@ class Average:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within, the module computes with the averaged weights; no shards."""
-        before = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        before = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
             self._put(self.shadow)
             yield
@@ -54,7 +55,7 @@ class Average:
 
     @torch.no_grad()
     def _put(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 
     def _now(self, parameter: Tensor) -> Tensor:

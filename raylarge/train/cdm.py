@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from raylarge.diffusion.loss import draws, learned_range, per_sample
 from raylarge.models import bundle as bundles
-from raylarge.models.bundle import Bundle
 from raylarge.models.cdm import CDM
 from raylarge.train.ingest import Ingest, latents_table
-from raylarge.train.ldm import condition
+from raylarge.train.ldm import check_conditioner, condition
 from raylarge.train.task import Batch, Facts
 from raylarge.train.watch.sheets import Painter, cdm_sheet
 
@@ -61,7 +60,7 @@ class _Network(nn.Module):
 class CdmTask:
     """Trains the conditioning diffusion model, for any conditioner (`models/cells.py`)."""
 
-    def __init__(self, config: CdmConfig, bundle: Bundle, seed: int) -> None:
+    def __init__(self, config: CdmConfig, bundle: Any, seed: int) -> None:
         summarizer = bundle.summarizer
         cdm = CDM(
             channels=summarizer.config.width,
@@ -113,5 +112,7 @@ def build(config: Train, facts: Facts) -> CdmTask:
     Raises:
         UserError: the bundle `out` holds no trained Summarizer yet.
     """
+    bundle = bundles.load(config.out)
+    check_conditioner(bundle.summarizer, facts, config.out)
     torch.manual_seed(config.seed)
-    return CdmTask(config.cdm, bundles.load(config.out), config.seed)
+    return CdmTask(config.cdm, bundle, config.seed)

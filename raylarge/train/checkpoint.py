@@ -84,7 +84,7 @@ class Checkpoints:
         storage.write_json(self._path(self._name(step), f"rank-{rank}.json"), sizes)
 
     def commit(self, step: int, world_size: int, facts: dict[str, Any]) -> None:
-        """Declare a step's folder whole, once all ranks' files are there; remove what is old.
+        """Declare a step's folder whole, once all ranks' files are there.
 
         Raises:
             UserError: a rank's files do not show, or another run has taken this one over.
@@ -92,15 +92,22 @@ class Checkpoints:
         name, files = self._name(step), {}
         for rank in range(world_size):
             files |= self._listed(name, rank)
+        self.check_owner()
+        told = {**facts, "step": step, "files": files}
+        storage.write_json(self._path(name, COMMIT), told)
+
+    def check_owner(self) -> None:
+        """Refuse to go on where another run has begun.
+
+        Raises:
+            UserError: it has.
+        """
         owner = storage.read_json(storage.join(self.root, OWNER))["attempt"]
         if owner != self.attempt:
             raise UserError(
                 f"another run has taken {self.root} over since this one began; one at a time "
                 f"may train into a bundle: end the other, or give another out=."
             )
-        told = {**facts, "step": step, "files": files}
-        storage.write_json(self._path(name, COMMIT), told)
-        self._prune()
 
     def show(self, name: str, text: str) -> None:
         """Keep a text beside the checkpoints."""
@@ -155,6 +162,7 @@ class Checkpoints:
         """The files of a rank, when it has put them all."""
         path, began = self._path(name, f"rank-{rank}.json"), time.monotonic()
         while not storage.exists(path):
+            self.check_owner()
             if time.monotonic() - began > SHARED_S:
                 raise UserError(
                     f"the files of rank {rank} do not show in {self.root} for {SHARED_S:g} s; see "
@@ -178,7 +186,8 @@ class Checkpoints:
         fits = all(sizes.get(file) == size for file, size in facts["files"].items())
         return Found(name, facts) if fits else None
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Remove all but the newest checkpoints and the best one."""
         found = self._whole_ones()
         kept = {one.name for one in found[: self.keep]} | {min(found, key=_score).name}
         for one in found:

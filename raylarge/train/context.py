@@ -25,6 +25,7 @@ class Context(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    may_go: bool  # told to go, it saves and ends; others go on until they are ended
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Sums over all ranks, the same on every rank."""
@@ -48,6 +49,7 @@ class LocalContext:
 
     rank = 0
     world_size = 1
+    may_go = True
 
     def __init__(self, watch: Callable[[Status], None]) -> None:
         """Take who wants to be told how far it is."""

@@ -30,7 +30,7 @@ from raylarge.models.controlnet import Controlled, lift
 from raylarge.models.denoiser import bound
 from raylarge.resample import downsample
 from raylarge.train.ingest import Ingest, latents_table
-from raylarge.train.ldm import condition
+from raylarge.train.ldm import check_conditioner, condition
 from raylarge.train.task import Batch, Facts, Source
 from raylarge.train.watch.sheets import AT_ONCE, spread
 
@@ -203,6 +203,7 @@ def build(config: Train, facts: Facts) -> ControlnetTask:
     """
     config.controlnet.check(facts.image[-1])
     bundle = bundles.load(config.out)
+    check_conditioner(bundle.summarizer, facts, config.out)
     bundle = replace(bundle, cdm=None, prior=None, controlnet=None, vae_small=None)
     for part in (bundle.vae, bundle.unet, bundle.summarizer):
         part.eval().requires_grad_(False)

@@ -145,7 +145,10 @@ def _watched(work: Callable[[], Any], root: str, show: Callable[[Status], None])
 
 def _status(root: str) -> Status | None:
     path = status_path(root)
-    return storage.read_json(path) if storage.exists(path) else None
+    try:
+        return storage.read_json(path) if storage.exists(path) else None
+    except UserError:  # a line that is not drawn is no reason to stop
+        return None
 
 
 def _explained(error: Exception, crew: Crew) -> UserError:

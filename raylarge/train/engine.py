@@ -127,7 +127,7 @@ class DeepSpeedEngine:
         if self.updates:
             kinds |= {kind: lambda _, p, kind=kind: self._whole(p, kind) for kind in MOMENTS}
         if self.ema is not None:
-            names = {id(p): name for name, p in self.ema.module.named_parameters()}
+            names = {id(p): name for name, p in self.ema.parameters.items()}
             kinds["average"] = lambda _, p: self._average(p, names.get(id(p)))
         tensors = gathered(self.network, kinds, self.context.rank, self.context.world_size)
         return State(tensors, self.updates, self.ema.count if self.ema is not None else 0)
@@ -147,7 +147,7 @@ class DeepSpeedEngine:
         put_buffers(self.network, stored)
         if self.ema is not None:
             self.ema.count = stored.averaged
-            for name, parameter in self.ema.module.named_parameters():
+            for name, parameter in self.ema.parameters.items():
                 value = stored[f"average/{names[id(parameter)]}"]
                 value = self._shard(parameter, value) if self.sharded else value
                 self.ema.shadow[name].copy_(value)
@@ -166,7 +166,7 @@ class DeepSpeedEngine:
             return self.ema.whole() if self.ema is not None else None
         with self.whole():
             state = {k: v.detach().cpu().clone() for k, v in self.ema.module.state_dict().items()}
-        for name, parameter in self.ema.module.named_parameters():
+        for name, parameter in self.ema.parameters.items():
             state[name] = self._join(parameter, self.ema.shadow[name]).cpu()
         return state
 
@@ -223,6 +223,7 @@ class DeepSpeedEngine:
         return flat.narrow(0, size * self.context.rank, size)
 
     def _join(self, parameter: Tensor, shard: Tensor) -> Tensor:
+        shard = shard.to(self.context.device)  # offloaded ones lie in the host's memory
         flat = shard.new_empty(shard.numel() * self.context.world_size)
         torch.distributed.all_gather_into_tensor(flat, shard.detach().contiguous())
         whole: Tensor = flat[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
@@ -232,13 +233,15 @@ class DeepSpeedEngine:
         """The optimiser's state as it is after some updates, all moments zero."""
         optimizer = self.engine.optimizer
         base = getattr(optimizer, "optimizer", optimizer)
+        fused = base.param_groups[0].get("fused")  # its kernel reads the count from the card
         if self.sharded:
             held = optimizer.fp32_partitioned_groups_flat
         else:
             held = [p for group in base.param_groups for p in group["params"]]
         for parameter in held:
             zeros = {kind: torch.zeros_like(parameter) for kind in MOMENTS}
-            base.state[parameter] = {"step": torch.tensor(float(updates)), **zeros}
+            step = torch.tensor(float(updates), device=parameter.device if fused else "cpu")
+            base.state[parameter] = {"step": step, **zeros}
         if self.recipe.zero in (1, 2):
             optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -23,7 +23,14 @@ FREE |= {"checkpointing", "channels_last", "validate", "sheet_every", "sheet_gpu
 """Keys that a resumed run may change."""
 
 
-ON = {"ldm": ("vae",), "cdm": ("summarizer",), "controlnet": ("unet", "summarizer")}
+PARTS = {"ldm": "unet", "cdm": "cdm", "prior": "prior", "controlnet": "controlnet"}
+"""The part that a model becomes."""
+ON = {
+    "vae": ("vae",),
+    "ldm": ("vae",),
+    "cdm": ("summarizer",),
+    "controlnet": ("unet", "summarizer"),
+}
 """Parts of the bundle that a model is trained on."""
 
 
@@ -46,6 +53,11 @@ def refuse_mixing(config: Train, root: str) -> None:
         before = storage.read_json(path)
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
+                if key == "on":
+                    raise UserError(
+                        f"the {' and '.join(ON[config.model])} in {config.out} were replaced since "
+                        f"{root} was trained on them; remove that folder to begin anew."
+                    )
                 raise UserError(
                     f"{root} was trained with {key}={before.get(key)}, not {now.get(key)}; give "
                     f"the old value to go on, another out=, or remove that folder to begin anew."
@@ -56,16 +68,26 @@ def refuse_mixing(config: Train, root: str) -> None:
 def stands_on(config: Train) -> str:
     """The digest of the bundle's parts that a model is trained on, which stay as they are."""
     distilled = config.model == "vae" and config.vae.distill
-    parts = ("vae",) if distilled else ON.get(config.model, ())
+    parts = () if config.model == "vae" and not distilled else ON.get(config.model, ())
     whole = all(storage.exists(storage.join(config.out, name, "config.json")) for name in parts)
     return bundles.digest(config.out, parts) if parts and whole else ""
 
 
-def finished(config: Train, root: str) -> dict[str, Any] | None:
-    """The facts of a run that has nothing left to do."""
+def finished(config: Train, root: str, data: str) -> dict[str, Any] | None:
+    """The facts of a run that has nothing left to do.
+
+    Args:
+        data: the digest of the rows that there are now.
+    """
     path = storage.join(root, "facts.json")
     if not storage.exists(path):
         return None
     facts: dict[str, Any] = storage.read_json(path)
+    newest = Checkpoints(root, config.keep).newest()
+    if newest is None or newest.facts["step"] != facts["step"] or facts["data_digest"] != data:
+        return None
+    part = PARTS.get(config.model, "")
+    if part and part not in bundles.facts(config.out).get("digests", {part: ""}):
+        return None
     over = config.minutes is not None and facts["seconds"] >= config.minutes * 60
     return facts if over or facts["step"] >= config.steps else None

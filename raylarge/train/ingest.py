@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raylarge import images, storage
+from raylarge import images, storage, tables
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models.cells import SLOTS
@@ -84,7 +85,9 @@ class Ingest:
         groups = manifest_groups(self._tables, split, scales)
         self._groups: dict[int, list[RowGroup]] = groups
         sizes = {k: [group.rows for group in found] for k, found in groups.items()}
-        self._sequence = Sequencer(sizes, recipe.scale_weights, recipe.seed, recipe.super_block)
+        weights = recipe.scale_weights if split == "train" else ()
+        self._sequence = Sequencer(sizes, weights, recipe.seed, recipe.super_block)
+        self._turn = Lock()  # sheets are drawn while batches are made
         self.digest = self._tables[0].digest if len(columns) == 1 else _joined(self._tables)
         self._cache = _Cache(self._tables)
         self._label = label
@@ -103,9 +106,10 @@ class Ingest:
             [b, 3, P, P] in [-1, 1]; latent float32 [b, c, h, w]; vector float32 [b, V]; label
             int64 [b], an index into `facts.classes`.
         """
-        places = [self._sequence.place(sample) for sample in samples]
-        self._fetch({place.block for place in places})
-        found = [(self._cache[self._groups[p.block.scale][p.group]], p.row) for p in places]
+        with self._turn:
+            places = [self._sequence.place(sample) for sample in samples]
+            self._fetch({place.block for place in places})
+            found = [(self._cache[self._groups[p.block.scale][p.group]], p.row) for p in places]
         batch = {
             "sample": torch.tensor(list(samples), dtype=torch.int64),
             "scale": torch.tensor([place.block.scale for place in places], dtype=torch.int64),
@@ -123,6 +127,10 @@ class Ingest:
         if self._label:
             batch["label"] = torch.tensor([self._label.of(one, row) for one, row in found])
         return batch
+
+    def close(self) -> None:
+        """Read no further."""
+        self._cache.close()
 
     def _fetch(self, blocks: set[Block]) -> None:
         """Have the row groups of super-blocks read, and after them those that come next."""
@@ -163,6 +171,9 @@ class _Cache:
     def __getitem__(self, group: RowGroup) -> Group:
         return self._ask(group).result()
 
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def want(self, groups: Sequence[RowGroup]) -> None:
         """Begin to read some row groups, in this order, and forget others that lie too heavy."""
         if self._wanted == (now := frozenset(groups)):
@@ -200,6 +211,8 @@ def latents_table(root: str, bundle: str) -> str:
     if storage.exists(storage.join(bundle, "vae", "config.json")):
         return f"latents-{bundles.digest(bundle, ('vae',))}"
     found = storage.children(root, "encode-*.json")
+    if not found:
+        tables.manifest(root, "examples")  # says so where there are no data at all
     if len(found) != 1:
         raise UserError(
             f"there is no autoencoder in {bundle}; train one with python jobs/train.py model=vae "

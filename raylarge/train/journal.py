@@ -131,8 +131,8 @@ class Journal:
             first, last = (self.step - self.running) * batch, self.step * batch - 1
             raise UserError(
                 f"{self.running} steps running had no finite loss or gradient, or a spike of it "
-                f"(samples {first} to {last}); lower lr={self.recipe.lr:g}, or raise "
-                f"patience={self.recipe.patience}. The last good checkpoint is kept."
+                f"(samples {first} to {last}); raise patience={self.recipe.patience}, or "
+                f"begin anew with a lower lr={self.recipe.lr:g}. The last good checkpoint is kept."
             )
 
 

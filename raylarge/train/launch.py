@@ -52,9 +52,9 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
     config = checked(config)
     root = run_folder(config)
     identity.refuse_mixing(config, root)
-    facts = identity.finished(config, root)
+    source = module_of(config).source(config)  # what is missing is said before any worker starts
+    facts = identity.finished(config, root, source.digest)
     if facts is None:
-        module_of(config).source(config)  # what is missing is said before any worker starts
         with line.progress(config.model) as show:
             facts = (_on_ray if config.workers else _here)(config, build, show)
         facts |= {"bundle": config.out, "loss_csv": storage.join(root, HISTORY)}
@@ -72,11 +72,13 @@ def plan(config: Train) -> str:
     Raises:
         UserError: a config that cannot be, or data that do not fit.
     """
+    config = checked(config)
     module = module_of(config)
+    if not config.data and config.model not in ("vae", "ldm"):
+        raise UserError(f"model={config.model} is planned on data alone; give data= and out=.")
     if not config.data:
         task = plans.on_meta(module.build, config, plans.BRCA)
         return f"assumed: {plans.ASSUMED}\n\n" + plans.told(plans.plan(config, plans.BRCA, task))
-    config = checked(config)
     source = module.source(config)
     task = plans.on_meta(module.build, config, source.facts)
     return plans.told(plans.plan(config, source.facts, task, source.batch(range(2))))

@@ -144,6 +144,25 @@ def condition(summarizer: Any, batch: Batch) -> Float[Tensor, "B n D"]:
     return tokens
 
 
+def check_conditioner(summarizer: Any, facts: Facts, out: str) -> None:
+    """Refuse data that a trained Summarizer cannot read.
+
+    Raises:
+        UserError: of other embeddings, or of scales that it does not know.
+    """
+    known = summarizer.config
+    if facts.channels != known.channels:
+        raise UserError(
+            f"the data's embeddings have {facts.channels} values, those that {out} was trained on "
+            f"{known.channels}; give the data it was trained on."
+        )
+    if max(facts.scales) >= known.scales:
+        raise UserError(
+            f"the data have scale {max(facts.scales)}, {out} knows {known.scales} scales from 0 "
+            f"on; give the data it was trained on."
+        )
+
+
 def initialise(unet: UNet, path: str, heads: int) -> None:
     """Start a U-Net from a published checkpoint's.
 

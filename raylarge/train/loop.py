@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from raylarge import report
 from raylarge.errors import UserError
 from raylarge.train.ahead import Ahead
 from raylarge.train.checkpoint import Checkpoints, Found
@@ -30,6 +32,7 @@ from raylarge.train.watch.far_sheet import FarSheets
 from raylarge.train.watch.watcher import Watcher
 
 NOTICE_S = 5.0  # between two looks for a notice that the machine must go
+T = TypeVar("T")
 WORST = 3  # samples of a skipped step that each worker names
 
 
@@ -65,7 +68,7 @@ def fit(engine: Engine, context: Context, work: Work, recipe: Recipe) -> dict[st
         loop.run()
     finally:
         loop.saver.close()
-        work.watcher.close()
+        loop.aside(work.watcher.close)
     return loop.journal.facts() | {"resumed_from": resumed_from}
 
 
@@ -94,22 +97,68 @@ class _Loop:
         self.saved = (-1, 0.0)  # step and seconds of the last checkpoint
         self.looked = 0.0
         self.held: Batch | None = None
+        self.troubles: set[str] = set()  # with what is beside training
+        self.noticed = False  # that the machine must go
 
     def restore(self) -> int | None:
         """Go on from the newest whole checkpoint; its step."""
-        found = _newest(self.context, self.work.checkpoints)
-        if found is None:
-            self.work.watcher.open(0)
-            return None
+        name = self._together(self._newest)
+        name = self.context.words(name)[0]
+        self._together(self.work.checkpoints.check_shared)
+        if name:
+            self._together(lambda: self._take_up(self.work.checkpoints.named(name)))
+        self.held = self._together(self._held_out)
+        self._together(lambda: self.work.watcher.open(self.journal.step))
+        self.clock = _Clock(self.recipe, self.journal.seconds)
+        return self.journal.step if name else None
+
+    def _newest(self) -> str:
+        """The checkpoint to go on from; rank 0 looks, and takes the run over."""
+        checkpoints = self.work.checkpoints
+        if self.context.rank:
+            return ""
+        checkpoints.claim()
+        checkpoints.clear()
+        found = checkpoints.newest()
+        return found.name if found else ""
+
+    def _take_up(self, found: Found) -> None:
         _same_data(found.facts["data"], self.work.source.digest)
         with self.work.checkpoints.fetch(found) as folder:
             self.engine.load(Stored(folder))
             history, skips = ((folder / name).read_text() for name in (HISTORY, SKIPPED))
         self.journal.resume(found.facts, history, skips)
-        self.clock = _Clock(self.recipe, self.journal.seconds)
         self.saved = (self.journal.step, self.journal.seconds)
-        self.work.watcher.open(self.journal.step)
-        return self.journal.step
+
+    def _held_out(self) -> Batch | None:
+        """This rank's share of the held-out samples whose loss is told."""
+        if self.work.held is None or not self.recipe.validate:
+            return None
+        context = self.context
+        samples = share(0, self._held_count(), context.rank, context.world_size)
+        return self.work.task.draw(self.work.held.batch(samples))
+
+    def _held_count(self) -> int:
+        return max(self.recipe.validate, self.context.world_size)
+
+    def _together(self, action: Callable[[], T]) -> T:
+        """What an action of every rank gives; where it fails on one, all stop.
+
+        Raises:
+            UserError: what one of them said.
+        """
+        found: list[T] = []
+        problem = _said(lambda: found.append(action()))
+        if self.context.total([float(bool(problem))])[0]:
+            raise UserError(next(words for words in self.context.words(problem) if words))
+        return found[0]
+
+    def aside(self, action: Callable[[], None]) -> None:
+        """Something beside training: what goes wrong with it is said, once, and no more."""
+        problem = _said(action)
+        if problem and problem not in self.troubles:
+            self.troubles.add(problem)
+            report.say(f"training goes on: {problem}")
 
     def run(self) -> None:
         """Steps, until it is over."""
@@ -143,8 +192,10 @@ class _Loop:
             raise UserError(said[0])
         if seconds - self.looked >= NOTICE_S:
             self.looked = seconds
-            if self.context.total([float(self.context.leaving())])[0]:
+            leaving = self.context.total([float(self.context.leaving())])[0]
+            if leaving and not self.noticed:
                 self._leave()
+            self.noticed = bool(leaving)
 
     def _step(self, batch: Batch, waited: float) -> None:
         lr = rate(self.recipe, self.journal.step, self.clock.fraction(self.journal.step))
@@ -153,14 +204,16 @@ class _Loop:
         if not made.applied:
             self.journal.skip(made.loss, most, self.context.words(_worst(batch, made)))
             if self.context.rank == 0:
-                self.work.checkpoints.show(SKIPPED, self.journal.tables()[SKIPPED])
+                skips = self.journal.tables()[SKIPPED]
+                self.aside(lambda: self.work.checkpoints.show(SKIPPED, skips))
         self.journal.note(made.loss, made.applied, lr, self.clock.seconds())
         watcher = self.work.watcher
         watcher.step(batch, made, self.recipe.batch, waited)
         if self.journal.step % self.recipe.log_every == 0:
             values = {"loss": self.journal.loss, "lr": lr, "gradient norm": made.norm}
-            watcher.log(self.context, self.journal.step, values)
-        self.context.tell(self._status())
+            figures = watcher.figures_of(self.context)
+            self.aside(lambda: watcher.tell(self.journal.step, {**values, **figures}))
+        self.aside(lambda: self.context.tell(self._status()))
         if self.recipe.sheet_every and self.journal.step % self.recipe.sheet_every == 0:
             self._picture()
         if self._due():
@@ -176,45 +229,33 @@ class _Loop:
         score = self._validate()
         if score is not None:
             self.journal.validated(score, lr)
-            self.work.watcher.tell(self.journal.step, {"loss/held out": score})
+            told = {"loss/held out": score}
+            self.aside(lambda: self.work.watcher.tell(self.journal.step, told))
         self._await()
         facts = {"data": self.work.source.digest, "score": score, **self.journal.state()}
         self.saver.begin(self.journal.step, self.engine.state(), self.journal.tables(), facts)
         self.saved = (self.journal.step, self.clock.agreed)
-        self.work.watcher.flush()
+        self.aside(self.work.watcher.flush)
 
     def _await(self) -> None:
-        """Until what is being written stands, on all ranks.
-
-        Raises:
-            UserError: one of them failed.
-        """
-        problem = ""
-        try:
-            self.saver.wait()
-        except UserError as error:
-            problem = str(error)
-        if self.context.total([float(bool(problem))])[0]:
-            raise UserError(next(words for words in self.context.words(problem) if words))
+        """Until what is being written stands, on all ranks."""
+        self._together(self.saver.wait)
 
     def _leave(self) -> None:
-        """Save at once; who can, goes."""
+        """Save at once; who is nobody's worker goes."""
         if self.saved[0] != self.journal.step:
             self._save()
         self._await()
-        if self.context.world_size == 1 and self.context.leaving():
+        if self.context.may_go:
             raise Going(
                 f"told to stop, and saved at step {self.journal.step}; the same command goes on."
             )
 
     def _validate(self) -> float | None:
         """The loss of some held-out samples, always the same ones, at the same noise."""
-        if self.work.held is None or not self.recipe.validate:
-            return None
-        context, count = self.context, max(self.recipe.validate, self.context.world_size)
         if self.held is None:
-            samples = share(0, count, context.rank, context.world_size)
-            self.held = self.work.task.draw(self.work.held.batch(samples))
+            return None
+        context, count = self.context, self._held_count()
         losses = [
             self.engine.losses(piece.batch)[: piece.real]
             for piece in split(self.held, passes(count, context.world_size, self._held_size()))
@@ -229,20 +270,20 @@ class _Loop:
 
     def _picture(self) -> None:
         """A sheet of samples, drawn by rank 0 while the others wait; shards go elsewhere."""
-        if self.work.far is not None:
+        if (far := self.work.far) is not None:
             if self.saved[0] != self.journal.step:
                 self._save()
             if self.context.rank == 0:
-                self.work.far.ask(self.journal.step)
+                self.aside(lambda: far.ask(self.journal.step))
             return
         if self.context.rank == 0:
             with self.engine.averaged():
-                self.work.watcher.picture(self.journal.step, self.work.task, self._shown())
+                self.aside(self._draw)
         self.context.total([0.0])
 
-    def _shown(self) -> Source:
-        """Where the samples of a sheet come from."""
-        return self.work.held or self.work.source
+    def _draw(self) -> None:
+        source = self.work.held or self.work.source
+        self.work.watcher.picture(self.journal.step, self.work.task, source)
 
     def _status(self) -> dict[str, Any]:
         """What the progress line shows."""
@@ -274,21 +315,13 @@ class _Clock:
         return 1.0 if done else max(step / self.recipe.steps, seconds / limit)
 
 
-def _newest(context: Context, checkpoints: Checkpoints) -> Found | None:
-    """The checkpoint to go on from; rank 0 looks, and takes the run over, all take what it found.
-
-    Raises:
-        UserError: the folder is another one on every node.
-    """
-    found, words = None, ""
-    if context.rank == 0:
-        checkpoints.claim()
-        checkpoints.clear()
-        found = checkpoints.newest()
-        words = found.name if found else ""
-    name = context.words(words)[0]
-    checkpoints.check_shared()
-    return checkpoints.named(name) if name else None
+def _said(action: Callable[[], None]) -> str:
+    """What a user is told of an action; nothing where all is well."""
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _same_data(before: str, now: str) -> None:

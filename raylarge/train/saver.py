@@ -76,12 +76,15 @@ class Saver:
                 self._checkpoints.put(step, self._rank, folder)
             if self._rank == 0:
                 self._checkpoints.commit(step, self._world_size, facts)
-                for name, text in texts.items():
-                    self._checkpoints.show(name, text)
-        except UserError:
+        except (UserError, OSError):
+            self._checkpoints.check_owner()  # who took over clears what is not whole
             with suppress(UserError):  # room on a full disk
                 self._checkpoints.withdraw(step)
             raise
+        if self._rank == 0:  # it stands: nothing below may take it back
+            self._checkpoints.prune()
+            for name, text in texts.items():
+                self._checkpoints.show(name, text)
 
     def _write_here(self, folder: Path, state: State) -> None:
         try:

@@ -35,6 +35,20 @@ CHOICES = {
     "optimizer": ("adamw", "adamw8bit"),
     "track": tuple(TRACKERS),
 }
+BOUNDS = (
+    ("micro_batch", 1, False),
+    ("workers", 0, False),
+    ("minutes", 0, True),
+    ("lr", 0, True),
+    ("clip", 0, False),
+    ("warmup", 0, False),
+    ("weight_decay", 0, False),
+    ("spike", 0, False),
+    ("validate", 0, False),
+    ("sheet_every", 0, False),
+    ("checkpoint_minutes", 0, False),
+)
+"""What a value must be at least, or above."""
 ONE_OR_MORE = ("steps", "batch", "checkpoint_every", "keep", "log_every", "patience", "super_block")
 
 
@@ -64,6 +78,11 @@ class Train(Recipe):
     mil: MilConfig = field(default_factory=MilConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
+    @property
+    def by_deepspeed(self) -> bool:
+        """Whether DeepSpeed does the work."""
+        return self.workers > 0 and self.strategy == "deepspeed"
+
 
 def run_folder(config: Train) -> str:
     """Where a run keeps its checkpoints and its history."""
@@ -89,16 +108,17 @@ def checked(config: Train) -> Train:
     for key in ONE_OR_MORE:
         if getattr(config, key) < 1:
             raise UserError(f"{key}={getattr(config, key)} must be 1 or more.")
-    if config.micro_batch is not None and config.micro_batch < 1:
-        raise UserError(f"micro_batch={config.micro_batch} must be 1 or more.")
+    for key, least, above in BOUNDS:
+        value = getattr(config, key)
+        if value is not None and not (value > least if above else value >= least):
+            raise UserError(f"{key}={value} must be {'above' if above else 'at least'} {least:g}.")
     if not 0 <= config.min_workers <= config.workers:
         raise UserError(
             f"min_workers={config.min_workers} must be from 0 to workers={config.workers}."
         )
-    sharded = config.workers and config.strategy == "deepspeed" and config.zero
-    if config.optimizer == "adamw8bit" and sharded:
+    if config.optimizer == "adamw8bit" and config.by_deepspeed:
         raise UserError(
-            "optimizer=adamw8bit has states of its own that ZeRO cannot shard; give zero=0 or "
+            "optimizer=adamw8bit has states of its own that DeepSpeed does not know; give "
             "strategy=torch."
         )
     check_batch(config, max(1, config.workers))

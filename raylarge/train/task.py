@@ -33,7 +33,7 @@ class Recipe:
     lr: float = 1e-4
     warmup: int = 100  # steps
     schedule: str = "constant"  # after the warm-up: constant, or cosine down to 0 at the end
-    optimizer: str = "adamw"  # or adamw8bit (bitsandbytes, on a GPU, where no ZeRO stage shards it)
+    optimizer: str = "adamw"  # or adamw8bit (bitsandbytes, on a GPU, not under DeepSpeed)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient; 0: no limit

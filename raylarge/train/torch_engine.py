@@ -56,8 +56,11 @@ class TorchEngine:
     @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:
         """See `Engine`."""
+        self.network.eval()
         with self._autocast():
-            return self.network(to(batch, self.context.device, self.recipe)).float().cpu()
+            losses: Tensor = self.network(to(batch, self.context.device, self.recipe))
+        self.network.train()
+        return losses.float().cpu()
 
     def state(self) -> State:
         """See `Engine`."""
@@ -66,7 +69,7 @@ class TorchEngine:
         for kind in sorted({kind for values in held.values() for kind in values}):
             kinds[kind] = lambda _, p, kind=kind: held.get(p, {}).get(kind)
         if self.ema is not None:
-            names = {id(p): name for name, p in self.ema.module.named_parameters()}
+            names = {id(p): name for name, p in self.ema.parameters.items()}
             shadow = self.ema.shadow
             kinds["average"] = lambda _, p: shadow[names[id(p)]] if id(p) in names else None
         tensors = gathered(self.network, kinds, self.context.rank, self.context.world_size)
@@ -82,9 +85,11 @@ class TorchEngine:
         put_buffers(self.network, stored)
         ours = self.optimizer.state_dict()
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
-        step = torch.tensor(float(stored.updates))
+        plain = isinstance(self.optimizer, torch.optim.AdamW)  # others count in whole numbers
+        count = stored.updates
         ours["state"] = {
-            i: {"step": step.clone()} | {k: stored[f"{k}/{trained[p]}"] for k in kinds}
+            i: {"step": torch.tensor(float(count)) if plain else count}
+            | {k: stored[f"{k}/{trained[p]}"] for k in kinds}
             for i, p in enumerate(order)
             if (kinds := stored.kinds(trained[p]))
         }
@@ -92,7 +97,7 @@ class TorchEngine:
         if self.ema is not None:
             self.ema.count = stored.averaged
             names = {id(p): name for p, name in trained.items()}
-            for name, parameter in self.ema.module.named_parameters():
+            for name, parameter in self.ema.parameters.items():
                 self.ema.shadow[name].copy_(stored[f"average/{names[id(parameter)]}"])
 
     def whole(self) -> AbstractContextManager[None]:

@@ -20,6 +20,7 @@ from raylarge.train.activations import recompute
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.context import Context
 from raylarge.train.engine import DeepSpeedEngine, Engine
+from raylarge.train.ingest import Ingest
 from raylarge.train.journal import HISTORY
 from raylarge.train.loop import Work, fit
 from raylarge.train.paper.memory import training_flops
@@ -60,11 +61,22 @@ def work(config: Train, build: Build | None, context: Context) -> dict[str, Any]
     said = [words for words in context.words(problem) if words]
     if said or made is None:
         raise UserError(said[0])
-    deepspeed = config.workers and config.strategy == "deepspeed"
-    engine: Engine = (DeepSpeedEngine if deepspeed else TorchEngine)(made.task, config, context)
+    try:
+        return _trained(config, made, context)
+    finally:
+        for source in (made.source, made.held):
+            if isinstance(source, Ingest):
+                source.close()
+
+
+def _trained(config: Train, made: Work, context: Context) -> dict[str, Any]:
+    engine: Engine = (DeepSpeedEngine if config.by_deepspeed else TorchEngine)(
+        made.task, config, context
+    )
     facts = fit(engine, context, made, config)
     facts |= {"config": identity.told(config), "data_digest": made.source.digest}
-    facts |= {"rows": made.source.facts.counts, "commit": card.commit()}
+    counts = {str(k): rows for k, rows in made.source.facts.counts.items()}
+    facts |= {"rows": counts, "commit": card.commit()}
     average = engine.average()
     with engine.whole():
         if context.rank == 0:
@@ -87,7 +99,7 @@ def _set_up(config: Train, build: Build | None, context: Context, attempt: str) 
     watcher = _watcher(config, task, source, context)
     if config.checkpointing:
         recompute(task.network)
-    sharded = config.workers and config.strategy == "deepspeed" and config.zero == 3
+    sharded = config.by_deepspeed and config.zero == 3
     far = FarSheets(config, build or module.build, (source, held)) if sharded else None
     checkpoints = Checkpoints(root, config.keep, attempt)
     return Work(task, source, held, checkpoints, watcher, far)

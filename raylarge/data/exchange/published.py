@@ -238,7 +238,8 @@ class Publishing(Maker):
             raise UserError(f"no item of {unit['folder']} fits; item {ids[0]}: {found[0]}.")
         table = _as_table(sorted(rows, key=lambda row: (row["split"], row["key"])), self.kind)
         groups = bucket.groups(table, self._config.group_rows)
-        return table, {"groups": groups, "rejected": rejected}
+        shape = {"shape": list(layouts.LATENT)} if self._table == "latents" else {}
+        return table, {"groups": groups, "rejected": rejected, **shape}
 
     def _row(self, unit: Unit, i: int) -> dict[str, Any] | str:
         """An item's row, or why there is none."""

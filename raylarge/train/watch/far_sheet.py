@@ -57,8 +57,9 @@ def _draw(config: Train, build: Build, facts: Any, batch: Any, step: int) -> Non
 def put(task: Task, stored: Stored) -> None:
     """The weights of a checkpoint into a task's network, averaged ones where there are such."""
     averaged = {id(p) for p in task.averaged.parameters()} if task.averaged is not None else set()
+    trained = {n: p for n, p in task.network.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        for name, parameter in task.network.named_parameters():
+        for name, parameter in trained.items():
             kind = "average" if id(parameter) in averaged else "weights"
             parameter.copy_(stored[f"{kind}/{name}"])
     put_buffers(task.network, stored)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from raylarge import images, storage
+from raylarge import images, report, storage
 from raylarge.train.context import Context
 from raylarge.train.pieces import Step
 from raylarge.train.task import Batch, Source, Task
@@ -47,12 +47,11 @@ class Watcher:
         self._meter.stepped(size)
         self._meter.waited(waited)
 
-    def log(self, context: Context, step: int, values: Mapping[str, float]) -> None:
-        """Tell the means over all ranks since the last time; every rank calls it."""
+    def figures_of(self, context: Context) -> dict[str, float]:
+        """Losses over all ranks, and speed, since the last time; every rank calls it."""
         totals = torch.tensor(context.total(self._bins.totals().tolist()), dtype=torch.float64)
-        found = self._bins.take(totals)
         speed = {f"speed/{name}": value for name, value in self._meter.read().items()}
-        self.tell(step, {**values, **found, **speed})
+        return {**self._bins.take(totals), **speed}
 
     def tell(self, step: int, values: Mapping[str, float]) -> None:
         """Figures that rank 0 knows already."""
@@ -61,7 +60,11 @@ class Watcher:
 
     def picture(self, step: int, task: Task, source: Source) -> None:
         """Have a task draw what it makes of some samples; keep it beside the checkpoints."""
-        sheet = draw(self._root, step, task, source.batch(range(SHOWN)))
+        try:
+            sheet = draw(self._root, step, task, source.batch(range(SHOWN)))
+        except Exception as error:  # of torch, of a card that is full: no reason to stop
+            report.say(f"training goes on without a sheet of step {step}: {error!r}")
+            return
         if self._tracker is not None and sheet is not None:
             self._tracker.picture(step, "sheet", sheet)
 
