@@ -23,7 +23,7 @@ ROWS = 64
 @torch.no_grad()
 def shuffled_loss(
     bundle: Bundle, data: str, latents: str, split: str = "val", repeats: int = 8, seed: int = 0
-) -> dict[int, Mapping[str, float]]:
+) -> dict[int, Mapping[str, float | int]]:
     """Mean denoising loss per scale with true, shuffled and null conditions.
 
     Args:
@@ -36,7 +36,7 @@ def shuffled_loss(
         UserError: no such table, or no row of the split.
     """
     table = tables.rows(data, latents, split)
-    found: dict[int, Mapping[str, float]] = {}
+    found: dict[int, Mapping[str, float | int]] = {}
     for k in sorted(set(table["scale"].to_pylist())):
         rows = table.filter(pc.equal(table["scale"], k))
         rows = rows.take(np.unique(np.linspace(0, len(rows) - 1, ROWS).round().astype(int)))
