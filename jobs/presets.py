@@ -53,7 +53,9 @@ def tiny() -> Overrides:
         "prepare": {"tile": tile, "embed": {"encoder": "efficientnet_lite0"}},
         "vae": _recipe(4000, 16, 2e-3, 50, betas=[0.9, 0.95], vae=vae, **_FALLS),
         "ldm": _recipe(20000, 32, 1e-3, 100, ldm=ldm, **_FALLS),
-        "cdm": _recipe(20000, 32, 5e-4, 100, cdm={**cdm, "learn_sigma": False}, **_FALLS),
+        "cdm": _recipe(
+            20000, 32, 5e-4, 100, cdm={**cdm, "learn_sigma": False, "standardised": True}, **_FALLS
+        ),
     }
 
 
@@ -89,7 +91,7 @@ def small() -> Overrides:
         "prediction": "v_prediction",
     }
     vae, cdm = {"width": 128, "blocks": 4}, {"width": 384, "depth": 8, "heads": 6}
-    cdm["learn_sigma"] = False
+    cdm |= {"learn_sigma": False, "standardised": True}
     return {
         "prepare": prepare,
         "vae": _recipe(30000, 64, 1e-3, 500, betas=[0.9, 0.95], vae=vae, **_FAST, **_FALLS),

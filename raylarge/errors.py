@@ -8,6 +8,13 @@ class UserError(Exception):
     """
 
 
+class Lack(Exception):
+    """What a file needs and this machine has not (a package, room): the end of a sentence.
+
+    Whoever knows the file puts its name before it.
+    """
+
+
 class SlideError(UserError):
     """Something wrong with one slide's own files: a run over many may go on without it.
 

@@ -73,7 +73,8 @@ def test_zoomldm_as_published():
     assert vars(config.ldm.summarizer) == {"kind": "vit", "width": 512, "layers": 12, "heads": 8}
     cdm = trained("cdm", "brca")
     assert (cdm.lr, cdm.batch, cdm.schedule, cdm.weight_decay) == (1e-4, 256, "constant", 0.0)
-    assert vars(cdm.cdm) == {"width": 768, "depth": 12, "heads": 12, "learn_sigma": True}
+    size = {"width": 768, "depth": 12, "heads": 12}
+    assert vars(cdm.cdm) == {**size, "learn_sigma": True, "standardised": False}
     released = trained("ldm", "brca_released")
     assert (released.lr, released.warmup, released.batch / 3) == (2e-5, 1000, 420)
     assert [len(prepared(name).tile.scales) for name in ZOOM] == [8, 8, 4]

@@ -140,6 +140,28 @@ def test_a_new_cdm_predicts_zero_and_draws_by_address():
     assert not torch.allclose(pair[0], pair[1])
 
 
+def test_a_standardised_cdm_works_in_units_of_each_scale(tmp_path):
+    cdm = CDM(channels=4, tokens=5, width=8, depth=1, heads=2, scales=3, standardised=True)
+    scale = torch.arange(60) % 2  # none of scale 2
+    loud = torch.tensor([0.01, 30.0])[scale][:, None, None]
+    raw = torch.randn(60, 4, 5) * loud + 7 * loud
+    raw[:, 0, 0] = 3.0  # one value never varies
+    cdm.standardise(raw, scale)
+    units = cdm.inward(raw, scale)
+    for k in (0, 1):
+        assert units[scale == k].mean(dim=0).abs().max() < 1e-3
+        assert units[scale == k, 1:].std(dim=0, correction=0).sub(1).abs().max() < 1e-3
+    assert torch.allclose(cdm.outward(units, scale), raw, rtol=1e-4)
+    cdm.save_pretrained(tmp_path)
+    again = CDM.from_pretrained(tmp_path)
+    drawn = again.draw(1, 7, [(i,) for i in range(4)])
+    assert torch.equal(drawn, cdm.draw(1, 7, [(i,) for i in range(4)]))
+    mean = raw[scale == 1].mean(dim=0).T
+    assert (drawn - mean).abs().max() < 30.0 < mean[1:, 1:].abs().min()  # a new one says "mean"
+    untouched = again.draw(2, 7, [(0,)])
+    assert untouched.abs().max() < 1.0
+
+
 def test_the_autoencoder_standardises_what_it_encodes():
     vae = LightAutoencoder(width=8, blocks=1)
     images = torch.rand(8, 3, 32, 32) * 2 - 1

@@ -9,11 +9,11 @@ import pytest
 
 from raylarge import pyramid, storage
 from raylarge.errors import SlideError, UserError
-from raylarge.slides import cache as slide_cache
 from raylarge.slides import fetch
 from raylarge.slides.fetch import companions, fetched
 from raylarge.slides.protocol import Refusal
 from raylarge.slides.reader import open_slide
+from raylarge.storage import cache as slide_cache
 
 
 @pytest.fixture(autouse=True)

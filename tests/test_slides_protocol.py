@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from raylarge import pyramid
-from raylarge.errors import SlideError, UserError
-from raylarge.slides.protocol import DAMAGE, Lack, Refusal, damage, speaking_of
+from raylarge.errors import Lack, SlideError, UserError
+from raylarge.slides.protocol import DAMAGE, Refusal, damage, speaking_of
 from raylarge.slides.reader import open_slide
 from raylarge.slides.tiff_reader import Level
 

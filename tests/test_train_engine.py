@@ -14,10 +14,10 @@ import toy
 from torch import nn
 
 from raylarge.train.average import Average
+from raylarge.train.clock import rate
 from raylarge.train.context import LocalContext
 from raylarge.train.engine import DeepSpeedEngine, deepspeed_config
 from raylarge.train.ingest import Ingest, share
-from raylarge.train.loop import rate
 from raylarge.train.pieces import passes, split
 from raylarge.train.state import Stored
 from raylarge.train.task import Recipe
@@ -91,11 +91,13 @@ def fresh(make, recipe, peer, ingest):
     return make(poisoned(ingest.facts), recipe, peer)
 
 
-def curve(make, recipe, peer, data, start=0, store=None, load=None):
+def curve(make, recipe, peer, data, start=0, store=None, load=None, worn=False):
     """Losses, weights and average; on request from a stored state, or storing one half way."""
     ingest = Ingest(data, {"latents-0": ("latent", "grid")}, recipe)
     engine, losses = fresh(make, recipe, peer, ingest), []
     if load is not None:
+        if worn:  # what was trained otherwise before is gone
+            engine.step(split(ingest.batch(range(8)), 1), 1.0, math.inf)
         engine.load(Stored(load))
     for step in range(start, STEPS):
         if store is not None and step == STEPS // 2:
@@ -133,7 +135,8 @@ def workers(rank, world_size, port, data, out):
         for name, make, recipe in list(variants())[:WHOLE]:
             for left in ("torch on 1", "zero 2 on 2", "zero 3 on 2"):
                 folder = Path(out, left)
-                curves[f"{name} from {left}"] = run(make, recipe, start=STEPS // 2, load=folder)
+                some = {"start": STEPS // 2, "load": folder, "worn": left == "torch on 1"}
+                curves[f"{name} from {left}"] = run(make, recipe, **some)
     if rank == 0:
         torch.save(curves, Path(out, f"curves-{world_size}.pt"))
     torch.distributed.barrier()

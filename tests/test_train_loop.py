@@ -13,6 +13,7 @@ from raylarge.errors import UserError
 from raylarge.train import loop
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.launch import Train, run_folder, train
+from raylarge.train.state import Stored
 from raylarge.train.work import STATISTICS
 
 STEPS, BATCH = 20, 8
@@ -141,6 +142,27 @@ def test_held_out_samples_are_told_and_the_best_is_kept(config):
     assert checkpoints.best().facts["step"] == facts["best_step"] < 60
     kept = list(Path(run_folder(config)).glob("step-*"))
     assert len(kept) == 2
+
+
+@pytest.mark.parametrize("result", ["last", "best"])
+def test_the_bundle_is_of_the_last_or_of_the_best_checkpoint(config, result):
+    toy.write_latents(config.data, counts=(4, 4, 4), split="val", seed=7)
+    config = replace(config, steps=60, lr=0.3, clip=0.0, validate=5, result=result)
+    facts = train(config, toy.Toy())
+    checkpoints = Checkpoints(run_folder(config), 2)
+    found = {"last": checkpoints.newest(), "best": checkpoints.best()}
+    assert found["best"].facts["step"] < found["last"].facts["step"] == 60
+    assert facts["result_step"] == found[result].facts["step"]
+    with checkpoints.fetch(found[result]) as folder:
+        stored = Stored(folder)
+        for name, value in weights(config)["network"].items():
+            assert torch.equal(value, stored[f"weights/{name}"])
+        for name, value in weights(config)["averaged"].items():
+            assert torch.equal(value, stored[f"average/body.{name}"])
+    assert train(config, toy.Toy())["result_step"] == facts["result_step"]
+    other = replace(config, result="best" if result == "last" else "last")
+    again = train(other, toy.Toy())
+    assert (again["step"], again["result_step"] != facts["result_step"]) == (60, True)
 
 
 def test_time_asks_for_checkpoints_too(config):

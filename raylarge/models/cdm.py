@@ -97,7 +97,10 @@ class CDM(ModelMixin, ConfigMixin):
 
     With `learn_sigma`, as published, a second half of the output channels interpolates the
     variance's logarithm; only the training loss reads it. `hidden` is the width inside the
-    blocks' perceptrons; 0 is four times `width`.
+    blocks' perceptrons; 0 is four times `width`. `standardised` (ours): it works in units in
+    which every value of a scale's tokens has mean 0 and deviation 1, set by `standardise`; raw
+    tokens, as published, differ in variance between scales by a hundred times and more, and the
+    loss sees the loudest scale alone.
     """
 
     @register_to_config
@@ -111,6 +114,7 @@ class CDM(ModelMixin, ConfigMixin):
         scales: int = 8,
         learn_sigma: bool = True,
         hidden: int = 0,
+        standardised: bool = False,
     ) -> None:
         super().__init__()
         self.x_embedder = nn.Linear(channels, width)
@@ -122,6 +126,9 @@ class CDM(ModelMixin, ConfigMixin):
             [_Block(width, heads, hidden or 4 * width) for _ in range(depth)]
         )
         self.final_layer = _Final(width, channels * (2 if learn_sigma else 1))
+        if standardised:
+            self.register_buffer("shift", torch.zeros(scales, channels, tokens))
+            self.register_buffer("spread", torch.ones(scales, channels, tokens))
         self.schedule = Schedule("squaredcos", prediction="sample")
         self._start_as_identity()
 
@@ -134,7 +141,7 @@ class CDM(ModelMixin, ConfigMixin):
     def forward(
         self, x_t: Float[Tensor, "B C n"], t: Int[Tensor, "B"], scale: Int[Tensor, "B"]
     ) -> Float[Tensor, "B C2 n"]:
-        """The estimate of the clean tokens, channels first; under `learn_sigma` C2 = 2 C.
+        """The estimate of the clean tokens in the CDM's units; under `learn_sigma` C2 = 2 C.
 
         Raises:
             UserError: another number of tokens than the CDM was made for.
@@ -153,15 +160,46 @@ class CDM(ModelMixin, ConfigMixin):
         return output
 
     @torch.no_grad()
+    def standardise(self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, "B"]) -> None:
+        """Set the units of every scale that some raw tokens are of.
+
+        A value that hardly varies is not blown up: its spread is a hundredth of the scale's.
+        """
+        for k in scale.unique().tolist():
+            some = tokens[scale == k]
+            deviation = some.std(dim=0, correction=0)
+            least = deviation.square().mean().sqrt() / 100
+            self.shift[k] = some.mean(dim=0)
+            self.spread[k] = deviation.clamp(min=least) if least > 0 else 1.0
+
+    def inward(
+        self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C n"]:
+        """Raw tokens in the units of `forward`."""
+        if not self.config.standardised:
+            return tokens
+        units: Tensor = (tokens - self.shift[scale]) / self.spread[scale]
+        return units
+
+    def outward(
+        self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C n"]:
+        """Raw tokens of those in the units of `forward`."""
+        if not self.config.standardised:
+            return tokens
+        raw: Tensor = tokens * self.spread[scale] + self.shift[scale]
+        return raw
+
+    @torch.no_grad()
     def denoise(
         self, x_t: Float[Tensor, "B C n"], steps: Sequence[Step], scale: int
     ) -> Float[Tensor, "B C n"]:
-        """Tokens of noise by DDIM (eta 0) over some steps."""
+        """Raw tokens of noise by DDIM (eta 0) over some steps."""
         scales = torch.full((len(x_t),), scale, device=x_t.device)
         for step in steps:
             x_0 = self(x_t, torch.full_like(scales, step.t), scales)[:, : x_t.shape[1]]
             x_t = ddim(x_t, x_0, step)
-        return x_t
+        return self.outward(x_t, scales)
 
     def draw(
         self, scale: int, seed: int, addresses: Sequence[Sequence[int]], recipe: str = "paper"

@@ -16,8 +16,8 @@ import tifffile
 from PIL import Image
 
 from raylarge.pyramid import TILE_PX, level_sizes
-from raylarge.slides import cache
 from raylarge.slides.protocol import Pixels, version_of
+from raylarge.storage import cache
 
 _FORMAT = "tiles 1"
 """Another name for other files from the same image."""

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from raylarge.errors import Lack
 from raylarge.slides.openslide_reader import OpenSlidePyramid
-from raylarge.slides.protocol import Hint, Lack, Pixels, Pyramid, Refusal, damage
+from raylarge.slides.protocol import Hint, Pixels, Pyramid, Refusal, damage
 
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 """The class of VL Whole Slide Microscopy Image Storage."""

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.slides import cache
-from raylarge.slides.cache import Held
 from raylarge.slides.protocol import Refusal
+from raylarge.storage import cache
+from raylarge.storage.cache import Held
 from raylarge.storage.patience import Unmet
 
 PIECE_BYTES = 16 << 20

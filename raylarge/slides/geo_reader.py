@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raylarge.slides.protocol import Georeference, Hint, Lack, Pixels, Refusal, damage
+from raylarge.errors import Lack
+from raylarge.slides.protocol import Georeference, Hint, Pixels, Refusal, damage
 
 if TYPE_CHECKING:
     from affine import Affine

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from raylarge.errors import SlideError, UserError
+from raylarge.errors import Lack, SlideError, UserError
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 
@@ -49,10 +49,6 @@ _OF_THE_CONTENT = (None, errno.EINVAL, errno.EOVERFLOW)
 
 class Refusal(Exception):
     """What is wrong with a file: the end of a sentence that begins `slide PATH`."""
-
-
-class Lack(Exception):
-    """What a file needs and this machine has not: the end of such a sentence too."""
 
 
 class Hint(NamedTuple):

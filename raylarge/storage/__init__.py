@@ -2,7 +2,7 @@
 
     files     bytes, JSON, whole folders        parquet   tables, by row groups too
     folders   what stands where                 objects   one object over HTTP
-    patience  what becomes of a failure
+    patience  what becomes of a failure         cache     what a node fetched or made once
 
 Every write is whole or absent. A path is a local path or a URL such as `s3://bucket/key`. What
 may pass is tried again for a while (`patience.PATIENCE_S`); other failures of disk or store

@@ -1,11 +1,13 @@
 """Task `cdm`: the diffusion transformer that draws Summarizer outputs for a scale.
 
 Targets are the trained Summarizer's raw tokens for the grids of LATENTS; the loss is on the
-predicted x_0. Source: ZoomLDM section 3.1, supplement S3.1; DiT.
+predicted x_0. Source: ZoomLDM section 3.1, supplement S3.1; DiT. Ours: tokens standardised by
+scale, by choice (`models/cdm.py`).
 """
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,14 @@ from raylarge.models import bundle as bundles
 from raylarge.models.cdm import CDM
 from raylarge.train.ingest import Ingest, latents_table
 from raylarge.train.ldm import check_conditioner, condition
-from raylarge.train.task import Batch, Facts
+from raylarge.train.task import Batch, Facts, Source
 from raylarge.train.watch.sheets import Painter, cdm_sheet
 
 if TYPE_CHECKING:
     from raylarge.train.launch import Train
+
+STATISTICS, SOME = 1024, 64
+"""Training samples whose tokens tell the units of each scale, and how many at a time."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class CdmConfig:
     depth: int = 12
     heads: int = 12
     learn_sigma: bool = True
+    standardised: bool = False  # by scale; raw as published
 
 
 class _Network(nn.Module):
@@ -46,15 +52,18 @@ class _Network(nn.Module):
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """The loss of each sample."""
-        summarizer = self.frozen[0].to(batch["grid"].device)
-        with torch.no_grad():
-            x_0 = condition(summarizer, batch).mT  # channels first
+        x_0 = self.cdm.inward(self.tokens(batch), batch["scale"])
         eps, t, schedule = batch["eps"], batch["t"], self.cdm.schedule
         x_t = schedule.noised(x_0, eps, t)
         output = self.cdm(x_t, t, batch["scale"])
         if not self.cdm.config.learn_sigma:
             return per_sample(output, x_0)
         return torch.add(*learned_range(output, x_0, x_t, t, schedule))
+
+    @torch.no_grad()
+    def tokens(self, batch: Batch) -> Float[Tensor, "B C n"]:
+        """The Summarizer's raw tokens, channels first."""
+        return condition(self.frozen[0].to(batch["grid"].device), batch).mT
 
 
 class CdmTask:
@@ -70,6 +79,13 @@ class CdmTask:
         )
         self.network, self.seed, self.bundle = _Network(cdm, summarizer), seed, bundle
         self.averaged = cdm
+
+    def standardise(self, rows: Source) -> None:
+        """Have the CDM work in the units of the first samples' tokens."""
+        starts = range(0, STATISTICS, SOME)
+        some = [rows.batch(range(start, start + SOME)) for start in starts]
+        tokens = torch.cat([self.network.tokens(batch) for batch in some])
+        self.network.cdm.standardise(tokens, torch.cat([batch["scale"] for batch in some]))
 
     def draw(self, batch: Batch) -> Batch:
         """Timesteps and noise."""
@@ -115,4 +131,8 @@ def build(config: Train, facts: Facts) -> CdmTask:
     bundle = bundles.load(config.out)
     check_conditioner(bundle.summarizer, facts, config.out)
     torch.manual_seed(config.seed)
-    return CdmTask(config.cdm, bundle, config.seed)
+    task = CdmTask(config.cdm, bundle, config.seed)
+    if config.cdm.standardised:
+        with closing(source(config)) as rows:
+            task.standardise(rows)
+    return task

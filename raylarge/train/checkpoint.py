@@ -11,6 +11,7 @@ commits count.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import tempfile
@@ -21,10 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylarge import storage
-from raylarge.errors import UserError
+from raylarge.errors import Lack, UserError
+from raylarge.storage import cache
 
 COMMIT, OWNER = "checkpoint.json", "owner.json"
+_FETCHED = "files"
+"""Of a checkpoint out of a store, in its entry of the cache."""
 SHARED_S = 600.0  # how long the files of other ranks may take to show
+CLAIM_S = 20.0  # how long what rank 0 claims may take to show, by NFS's attribute cache
 LOOK_S = 0.05
 
 
@@ -59,8 +64,11 @@ class Checkpoints:
         Raises:
             UserError: what rank 0 claimed does not show here.
         """
-        path = storage.join(self.root, OWNER)
-        if not storage.exists(path) or storage.read_json(path)["attempt"] != self.attempt:
+        path, until = storage.join(self.root, OWNER), time.monotonic() + CLAIM_S
+        while not storage.exists(path) or storage.read_json(path)["attempt"] != self.attempt:
+            if time.monotonic() < until:
+                time.sleep(LOOK_S)
+                continue
             raise UserError(
                 f"what rank 0 wrote does not show in {self.root} on another node; all workers "
                 f"must share the storage: give out=s3://... or a shared folder."
@@ -122,7 +130,7 @@ class Checkpoints:
         return next(iter(self._whole_ones()), None)
 
     def best(self) -> Found | None:
-        """The whole checkpoint of the lowest `score`, the newer one of two."""
+        """The whole checkpoint of the lowest `score`, the newest where none has one."""
         return min(self._whole_ones(), key=_score, default=None)
 
     def named(self, name: str) -> Found:
@@ -141,16 +149,33 @@ class Checkpoints:
 
     @contextmanager
     def fetch(self, found: Found) -> Iterator[Path]:
-        """A whole checkpoint as a local folder."""
+        """A whole checkpoint as a local folder; one process of a node fetches it for all.
+
+        Raises:
+            UserError: there is no room for it in the node's cache.
+        """
+        path = self._path(found.name)
         if self.local:
-            yield Path(storage.absolute(self._path(found.name)))
+            yield Path(storage.absolute(path))
             return
-        with tempfile.TemporaryDirectory() as made:
-            for name in found.facts["files"]:
-                with Path(made, name).open("wb") as target:
-                    for piece in storage.pieces(self._path(found.name, name)):
+        sizes = found.facts["files"]
+
+        def make(folder: Path) -> None:
+            (folder / _FETCHED).mkdir()
+            for name in sizes:
+                with (folder / _FETCHED / name).open("wb") as target:
+                    for piece in storage.pieces(storage.join(path, name)):
                         target.write(piece)
-            yield Path(made)
+
+        identity = f"{path} {json.dumps(found.facts, sort_keys=True)}"
+        try:
+            held = cache.hold(identity, sum(sizes.values()), make, _FETCHED)
+        except Lack as lack:
+            raise UserError(f"the checkpoint {path} {lack}") from lack
+        try:
+            yield Path(held.path)
+        finally:
+            held.close()
 
     def _name(self, step: int) -> str:
         return f"step-{step:08d}-{self.attempt}"

@@ -201,6 +201,8 @@ class DeepSpeedEngine:
             self._local(parameter, kind).copy_(shard)
             if kind is None:
                 parameter.ds_tensor.copy_(shard)  # type: ignore[attr-defined]
+                if parameter.numel():  # small ones stay whole after a step
+                    parameter.copy_(value)
         elif self.recipe.zero == 0:
             held = parameter if kind is None else self.engine.optimizer.state[parameter][kind]
             held.copy_(value)
@@ -230,7 +232,7 @@ class DeepSpeedEngine:
         return whole
 
     def _make_moments(self, updates: int) -> None:
-        """The optimiser's state as it is after some updates, all moments zero."""
+        """The optimiser's state as it is after some updates; moments that were not there are 0."""
         optimizer = self.engine.optimizer
         base = getattr(optimizer, "optimizer", optimizer)
         fused = base.param_groups[0].get("fused")  # its kernel reads the count from the card
@@ -238,11 +240,14 @@ class DeepSpeedEngine:
             held = optimizer.fp32_partitioned_groups_flat
         else:
             held = [p for group in base.param_groups for p in group["params"]]
+        first = not base.state
         for parameter in held:
-            zeros = {kind: torch.zeros_like(parameter) for kind in MOMENTS}
-            step = torch.tensor(float(updates), device=parameter.device if fused else "cpu")
-            base.state[parameter] = {"step": step, **zeros}
-        if self.recipe.zero in (1, 2):
+            state = base.state[parameter]  # what a step made is kept: fragments point into it
+            for kind in MOMENTS:
+                state.setdefault(kind, torch.zeros_like(parameter))
+            device = parameter.device if fused else "cpu"
+            state["step"] = torch.tensor(float(updates), device=device)
+        if first and self.recipe.zero in (1, 2):
             optimizer._lazy_init_hp_params_optimizer_state()
 
 

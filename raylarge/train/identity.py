@@ -19,7 +19,7 @@ from raylarge.train.settings import MODELS, Train
 FREE = {"out", "data", "steps", "minutes", "logs", "checkpoint_every", "checkpoint_minutes"}
 FREE |= {"keep", "log_every", "gpu", "patience", "spike", "micro_batch", "workers", "min_workers"}
 FREE |= {"resize_s", "strategy", "zero", "offload", "max_failures", "track", "plan", "card"}
-FREE |= {"checkpointing", "channels_last", "validate", "sheet_every", "sheet_gpus"}
+FREE |= {"checkpointing", "channels_last", "validate", "sheet_every", "sheet_gpus", "result"}
 """Keys that a resumed run may change."""
 
 
@@ -85,6 +85,8 @@ def finished(config: Train, root: str, data: str) -> dict[str, Any] | None:
     facts: dict[str, Any] = storage.read_json(path)
     newest = Checkpoints(root, config.keep).newest()
     if newest is None or newest.facts["step"] != facts["step"] or facts["data_digest"] != data:
+        return None
+    if facts["config"]["result"] != config.result:
         return None
     part = PARTS.get(config.model, "")
     if part and part not in bundles.facts(config.out).get("digests", {part: ""}):

@@ -9,7 +9,6 @@ machine that must go) is added up over the ranks before each step, so all do the
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from raylarge import report
 from raylarge.errors import UserError
 from raylarge.train.ahead import Ahead
 from raylarge.train.checkpoint import Checkpoints, Found
+from raylarge.train.clock import Clock, rate
 from raylarge.train.context import Context
 from raylarge.train.engine import Engine
 from raylarge.train.ingest import share
@@ -56,7 +56,8 @@ def fit(engine: Engine, context: Context, work: Work, recipe: Recipe) -> dict[st
     """Train until the recipe's steps are done or its minutes are over.
 
     Returns:
-        What `Journal.facts` says, and resumed_from (step or None).
+        What `Journal.facts` says, resumed_from (step or None), and result_step: of the weights
+        that the engine holds now.
 
     Raises:
         UserError: checkpoints of other data; too many steps skipped; data or checkpoints that
@@ -66,23 +67,11 @@ def fit(engine: Engine, context: Context, work: Work, recipe: Recipe) -> dict[st
     resumed_from = loop.restore()
     try:
         loop.run()
+        step = loop.take_best() if recipe.result == "best" else loop.journal.step
     finally:
         loop.saver.close()
         loop.aside(work.watcher.close)
-    return loop.journal.facts() | {"resumed_from": resumed_from}
-
-
-def rate(recipe: Recipe, step: int, fraction: float) -> float:
-    """Learning rate of a step: linear warm-up, then constant or a cosine down to 0.
-
-    Args:
-        recipe: gives lr, warmup and schedule.
-        step: from 0.
-        fraction: of the training that is over, 0 .. 1.
-    """
-    warm = min(1.0, (step + 1) / max(1, recipe.warmup))
-    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, fraction))) if recipe.schedule == "cosine" else 1
-    return recipe.lr * warm * fall
+    return loop.journal.facts() | {"resumed_from": resumed_from, "result_step": step}
 
 
 class _Loop:
@@ -92,7 +81,7 @@ class _Loop:
         self.engine, self.context, self.work, self.recipe = engine, context, work, recipe
         self.journal = Journal(recipe)
         self.saver = Saver(work.checkpoints, context.rank, context.world_size)
-        self.clock = _Clock(recipe, 0.0)
+        self.clock = Clock(recipe, 0.0)
         self.passes = passes(recipe.batch, context.world_size, recipe.micro_batch)
         self.saved = (-1, 0.0)  # step and seconds of the last checkpoint
         self.looked = 0.0
@@ -109,7 +98,7 @@ class _Loop:
             self._together(lambda: self._take_up(self.work.checkpoints.named(name)))
         self.held = self._together(self._held_out)
         self._together(lambda: self.work.watcher.open(self.journal.step))
-        self.clock = _Clock(self.recipe, self.journal.seconds)
+        self.clock = Clock(self.recipe, self.journal.seconds)
         return self.journal.step if name else None
 
     def _newest(self) -> str:
@@ -121,6 +110,19 @@ class _Loop:
         checkpoints.clear()
         found = checkpoints.newest()
         return found.name if found else ""
+
+    def take_best(self) -> int:
+        """Put the weights of the best checkpoint in place of the last ones; its step."""
+        checkpoints = self.work.checkpoints
+        best = self._together(lambda: None if self.context.rank else checkpoints.best())
+        name = self.context.words(best.name if best else "")[0]
+        return self._together(lambda: self._load(checkpoints.named(name)))
+
+    def _load(self, found: Found) -> int:
+        with self.work.checkpoints.fetch(found) as folder:
+            self.engine.load(Stored(folder))
+        step: int = found.facts["step"]
+        return step
 
     def _take_up(self, found: Found) -> None:
         _same_data(found.facts["data"], self.work.source.digest)
@@ -293,26 +295,6 @@ class _Loop:
         ahead = spent * (1 - fraction) / (fraction - before) if fraction > before else None
         shown = {"step": journal.step, "loss": number(journal.loss), "fraction": fraction}
         return shown | {"rate": journal.speed(), "eta_s": ahead}
-
-
-class _Clock:
-    """Training time, all sessions together; all ranks go by what rank 0's showed last."""
-
-    def __init__(self, recipe: Recipe, before: float) -> None:
-        self.recipe, self.before = recipe, before
-        self.start, self.agreed = time.monotonic(), before
-
-    def seconds(self) -> float:
-        return self.before + time.monotonic() - self.start
-
-    def fraction(self, step: int) -> float:
-        return self.fraction_at(step, self.agreed)
-
-    def fraction_at(self, step: int, seconds: float) -> float:
-        """How much of the training is over: by steps, or by time where that ends first."""
-        limit = self.recipe.minutes * 60 if self.recipe.minutes is not None else math.inf
-        done = seconds >= limit or step >= self.recipe.steps
-        return 1.0 if done else max(step / self.recipe.steps, seconds / limit)
 
 
 def _said(action: Callable[[], None]) -> str:

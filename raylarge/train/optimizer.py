@@ -32,7 +32,7 @@ def make(network: nn.Module, recipe: Recipe, device: torch.device) -> torch.opti
         import bitsandbytes
     except ImportError as error:
         raise UserError(
-            "optimizer=adamw8bit needs bitsandbytes; pip install bitsandbytes, or give "
+            "optimizer=adamw8bit needs bitsandbytes; pip install 'raylarge[adam8bit]', or give "
             "optimizer=adamw."
         ) from error
     made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, recipe.lr, **options)

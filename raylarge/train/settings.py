@@ -32,6 +32,7 @@ CHOICES = {
     "zero": (0, 1, 2, 3),
     "precision": ("fp32", "bf16"),
     "schedule": ("constant", "cosine"),
+    "result": ("last", "best"),
     "optimizer": ("adamw", "adamw8bit"),
     "track": tuple(TRACKERS),
 }

@@ -48,6 +48,7 @@ class Recipe:
     checkpoint_every: int = 200  # steps
     checkpoint_minutes: float = 10.0  # and no later than this after the one before
     keep: int = 2  # newest checkpoints kept, beside the best
+    result: str = "last"  # or best: the checkpoint, by held-out loss, that the bundle is made of
     validate: int = 64  # held-out samples whose loss each checkpoint tells; 0: none
     log_every: int = 10  # steps
     sheet_every: int = 0  # steps between sheets of samples; 0: none but the last

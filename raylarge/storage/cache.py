@@ -1,13 +1,13 @@
-"""The node's cache of slides: objects fetched from stores, images converted into tiles.
+"""The node's cache: slides and checkpoints out of stores, images converted into tiles.
 
-    RAYLARGE_CACHE        its folder; by default raylarge-slides-UID in the temporary folder, which
+    RAYLARGE_CACHE        its folder; by default raylarge-cache-UID in the temporary folder, which
                           nobody else may read or write
     RAYLARGE_CACHE_BYTES  its cap; by default 64 GiB, or half of the disk where that is less
 
 An entry is a folder NAME, made beside its place and renamed. NAME.lock is an empty sparse file
 as long as the entry's share of the cap, touched at each use. Who reads an entry holds a shared
 lock, who makes or evicts it an exclusive one; the least recently used go first. Where all are
-in use, who needs room waits for it. What goes wrong is a `Lack`: no slide's fault.
+in use, who needs room waits for it. What goes wrong is a `Lack`: no file's fault.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from raylarge import storage
-from raylarge.slides.protocol import Lack
+from raylarge.errors import Lack
+from raylarge.storage.files import digest
 
 _DEFAULT_BYTES = 64 << 30
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a full disk says."""
 PATIENCE_S = 1800.0
-"""For how long others are waited for to let go of their slides."""
+"""For how long others are waited for to let go of their entries."""
 WAIT_S = 1.0
 """Between two looks, on average."""
 
@@ -67,7 +67,7 @@ def hold(identity: str, need_bytes: int, make: Callable[[Path], None], name: str
         Lack: there is no room for it, now or ever, or the cache's disk fails.
     """
     root = folder()
-    entry = root / storage.digest(identity.encode())
+    entry = root / digest(identity.encode())
     wanted = entry / name  # looked for itself: who tidies temporary files leaves folders behind
     with _on_disk(root, need_bytes):
         while True:
@@ -91,7 +91,7 @@ def folder() -> Path:
         Lack: it cannot be made, or the default one is not ours alone.
     """
     given = os.environ.get("RAYLARGE_CACHE")
-    root = Path(given or Path(tempfile.gettempdir()) / f"raylarge-slides-{os.getuid()}")
+    root = Path(given or Path(tempfile.gettempdir()) / f"raylarge-cache-{os.getuid()}")
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = root.lstat()
@@ -195,11 +195,11 @@ def _reserve(root: Path, lock: int, need_bytes: int) -> None:
             raise Lack(
                 f"needs up to {need_bytes:,} bytes of the cache {root}, which may hold {cap:,} and "
                 f"had {used:,} in use for {PATIENCE_S:g} s; set RAYLARGE_CACHE_BYTES= higher, or "
-                "work on fewer slides at once."
+                "have fewer in use at once."
             )
         if not waits:
             logger.warning(
-                "the slides in use fill the cache %s (%s of %s bytes); waiting for room "
+                "what is in use fills the cache %s (%s of %s bytes); waiting for room "
                 "(RAYLARGE_CACHE_BYTES= sets its size)",
                 root,
                 f"{used:,}",

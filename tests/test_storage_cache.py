@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from raylarge.slides import cache
-from raylarge.slides.protocol import Lack
+from raylarge.errors import Lack
+from raylarge.storage import cache
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_what_fails_leaves_nothing(root):
 def test_what_a_killed_process_left_is_taken_away(root):
     code = """
 import os, signal
-from raylarge.slides import cache
+from raylarge.storage import cache
 def make(folder):
     (folder / "half").write_bytes(b"x" * 100)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -147,7 +147,7 @@ def test_what_somebody_tidied_away_is_made_again(root):
 def test_a_full_disk_is_one_sentence(root):
     code = """
 import resource
-from raylarge.slides import cache
+from raylarge.storage import cache
 from raylarge.slides.protocol import speaking_of
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
