@@ -203,12 +203,12 @@ def noises(real: Float[np.ndarray, "n d"], count: int, seed: int) -> list[np.nda
 
 @torch.no_grad()
 def summarized(bundle: Bundle, data: str, k: int, split: str) -> Float[np.ndarray, "n d"]:
-    """The Summarizer's tokens of at most 512 rows of a scale, flattened; of none, if none are."""
+    """The Summarizer's tokens of a scale's rows, at most 512 from all over it, flattened."""
     rows = tables.rows(data, "examples", columns=["split", "scale", "grid", "grid_rows"])
     rows = rows.filter(pc.and_(pc.equal(rows["scale"], k), pc.equal(rows["split"], split)))
     if not len(rows):
         return np.empty((0, 0))
-    rows = rows.slice(0, MOST)
+    rows = rows.take(np.arange(min(MOST, len(rows))) * len(rows) // min(MOST, len(rows)))
     side = rows["grid_rows"][0].as_py()
     grids = tables.lists(rows["grid"])[0].reshape(len(rows), side, side, -1)
     cells = torch.from_numpy(grids.astype(np.float32)).movedim(-1, 1)
