@@ -7,7 +7,7 @@ taken out are not seen. Rows come in one canonical order, however the parts were
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,22 @@ def manifest(root: str, name: str) -> dict[str, Any]:
             f"{path} is missing, so there are no {name} yet; run python jobs/prepare.py "
             f"out={root}{more} first."
         )
-    made: dict[str, Any] = storage.read_json(path)
-    return made
+    made = storage.read_json(path)
+    if not _is_manifest(made):
+        raise UserError(
+            f"{path} does not list the parts of {name}: it is damaged, or of another program; run "
+            f"python jobs/prepare.py out={root} again."
+        )
+    found: dict[str, Any] = made
+    return found
+
+
+def _is_manifest(made: Any) -> bool:
+    """Whether it is a manifest, as far as all tables' are alike."""
+    parts = made.get("parts") if isinstance(made, dict) else None
+    if not isinstance(parts, list):
+        return False
+    return all(isinstance(one, dict) and isinstance(one.get("part"), str) for one in parts)
 
 
 def rows(
@@ -125,8 +139,17 @@ def _checked(root: str, part: dict[str, Any], kind: pa.Schema, columns: list[str
     path = storage.join(root, part["part"])
     table = storage.read_table(path, columns)
     check_part(path, table.schema.metadata or {}, part)
+    return fitting(path, table, kind, columns)
+
+
+def fitting(path: str, table: pa.Table, kind: pa.Schema, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a part, cast to their kinds.
+
+    Raises:
+        UserError: one is missing, or cannot be cast.
+    """
     fields = pa.schema([kind.field(name) for name in columns], metadata=kind.metadata)
     try:
         return schema.check(table, fields)
-    except (KeyError, pa.ArrowInvalid) as error:
+    except (KeyError, pa.ArrowException) as error:
         raise UserError(f"{path} does not fit: {error}; prepare the data again.") from error

@@ -69,7 +69,7 @@ def mean_of(vector):
 def folder(tmp_path_factory):
     """A data folder that has a table of vectors, by its manifest."""
     root = str(tmp_path_factory.mktemp("data"))
-    made = {"config": {"text_embed": {"from": "captions", "model": "minilm"}}}
+    made = {"parts": [], "config": {"text_embed": {"from": "captions", "model": "minilm"}}}
     storage.write_json(f"{root}/text_embed-abc.json", made)
     return root
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from safetensors import SafetensorError
 
 from raylarge import storage
 from raylarge.diffusion.schedule import Schedule
@@ -30,6 +31,10 @@ from raylarge.models.parts import PARTS, digest
 
 __all__ = ["PARTS", "Bundle", "digest", "facts", "load", "load_autoencoder", "patch_of", "save"]
 NEEDED = ("vae", "unet", "summarizer")
+ON = {"ldm": ("vae",), "cdm": ("summarizer",), "controlnet": ("unet", "summarizer")}
+"""By trained model, the parts that it was trained on; its facts tell their digest as `on`."""
+MADE = {"ldm": "unet", "cdm": "cdm", "controlnet": "controlnet"}
+"""By trained model, the part that it is known by."""
 _MAKING = ".part-"
 """How the folders begin in which parts are made; a killed run leaves one behind."""
 
@@ -147,7 +152,12 @@ def _put(part: Any, target: str, near: str | None) -> str:
     with tempfile.TemporaryDirectory(dir=near, prefix=_MAKING) as folder:
         made = Path(folder, "part")
         made.mkdir()
-        part.save_pretrained(made)
+        try:
+            part.save_pretrained(made)
+        except SafetensorError as error:  # its own for a disk that is full
+            raise UserError(
+                f"{target} could not be written ({error}); make room, then run the same again."
+            ) from error
         for path in made.iterdir():  # safetensors lets only the owner read what it writes
             path.chmod(made.stat().st_mode & 0o666)
         digest = files.computed_digest(str(made))
@@ -155,17 +165,24 @@ def _put(part: Any, target: str, near: str | None) -> str:
     return digest
 
 
-def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
+def load(
+    folder: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    without: Set[str] = frozenset(),
+) -> Bundle:
     """A whole bundle.
 
     Args:
         folder: a local folder, a URL such as `s3://bucket/bundle`, or a hub id `owner/name`.
         device: where the parts go; in half precision or on a GPU they are channels-last.
         dtype: of the networks; a tiny autoencoder stays in float32 (`Autoencoder` says why).
+        without: parts that are left out, whatever is the matter with them.
 
     Raises:
-        UserError: no bundle there, one of a newer format, parts that were not trained yet, a
-            damaged file (which it names), or tensors that are missing or unknown.
+        UserError: no bundle there, one of a newer format, parts that were not trained yet, or
+            on other parts than there are now, a damaged file (which it names), or tensors that
+            are missing or unknown.
     """
     folder = files.local(folder)
     index = files.index(folder)
@@ -175,8 +192,11 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
             f"the bundle {folder} lacks {', '.join(missing)}; train it with "
             f"python jobs/train.py model={'vae' if 'vae' in missing else 'ldm'} out={folder}."
         )
+    if problems := [said for name, said in strangers(folder).items() if name not in without]:
+        raise UserError(problems[0])
     parts: dict[str, Any] = {
-        name: files.part(folder, name, dtype) if name in index else None for name in PARTS
+        name: files.part(folder, name, dtype) if name in index.keys() - without else None
+        for name in PARTS
     }
     fast = dtype != torch.float32 or device != "cpu"
     layout = torch.channels_last if fast else torch.preserve_format
@@ -190,6 +210,23 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
         device=device,
         base_mpp=facts(folder).get("base_mpp"),
     )
+
+
+def strangers(folder: str) -> dict[str, str]:
+    """By part, what is to be said of those that were trained on others than there are now."""
+    index = files.index(folder) if files.there(folder) else {}
+    known, said = index.get("raylarge", {}), {}
+    for model, part in MADE.items():
+        on = known.get(model, {}).get("on")
+        if not on or part not in index or not index.keys() >= set(ON[model]):
+            continue
+        if on != digest(folder, ON[model]):
+            said[part] = (
+                f"{part} in {folder} was trained on another {' and '.join(ON[model])} than there "
+                f"is now; bring the old back, or train model={model} again after removing "
+                f"{storage.join(folder, '.train', model)}."
+            )
+    return said
 
 
 def _codecs(folder: str, parts: dict[str, Any]) -> dict[str, Autoencoder]:

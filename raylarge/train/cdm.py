@@ -128,7 +128,7 @@ def build(config: Train, facts: Facts) -> CdmTask:
     Raises:
         UserError: the bundle `out` holds no trained Summarizer yet.
     """
-    bundle = bundles.load(config.out)
+    bundle = bundles.load(config.out, without={"cdm", "controlnet"})
     check_conditioner(bundle.summarizer, facts, config.out)
     torch.manual_seed(config.seed)
     task = CdmTask(config.cdm, bundle, config.seed)

@@ -28,6 +28,7 @@ from raylarge.storage import cache
 COMMIT, OWNER = "checkpoint.json", "owner.json"
 _FETCHED = "files"
 """Of a checkpoint out of a store, in its entry of the cache."""
+_COMMITTED = {"step", "files"}
 SHARED_S = 600.0  # how long the files of other ranks may take to show
 CLAIM_S = 20.0  # how long what rank 0 claims may take to show, by NFS's attribute cache
 LOOK_S = 0.05
@@ -208,6 +209,8 @@ class Checkpoints:
         if COMMIT not in sizes:
             return None
         facts = storage.read_json(self._path(name, COMMIT))
+        if not isinstance(facts, dict) or not facts.keys() >= _COMMITTED:
+            return None
         fits = all(sizes.get(file) == size for file, size in facts["files"].items())
         return Found(name, facts) if fits else None
 

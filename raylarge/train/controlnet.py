@@ -10,7 +10,7 @@ Source: ZoomLDM section 4.4, Table 3 (the baseline); Zhang et al. 2023.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -202,9 +202,8 @@ def build(config: Train, facts: Facts) -> ControlnetTask:
         UserError: the bundle `out` is not whole yet, or factors that its patches do not have.
     """
     config.controlnet.check(facts.image[-1])
-    bundle = bundles.load(config.out)
+    bundle = bundles.load(config.out, without={"cdm", "prior", "controlnet", "vae_small"})
     check_conditioner(bundle.summarizer, facts, config.out)
-    bundle = replace(bundle, cdm=None, prior=None, controlnet=None, vae_small=None)
     for part in (bundle.vae, bundle.unet, bundle.summarizer):
         part.eval().requires_grad_(False)
     if config.channels_last:

@@ -14,6 +14,7 @@ from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.train.checkpoint import Checkpoints
+from raylarge.train.journal import HISTORY
 from raylarge.train.settings import MODELS, Train
 
 FREE = {"out", "data", "steps", "minutes", "logs", "checkpoint_every", "checkpoint_minutes"}
@@ -23,15 +24,10 @@ FREE |= {"checkpointing", "channels_last", "validate", "sheet_every", "sheet_gpu
 """Keys that a resumed run may change."""
 
 
+CONFIG = "config.json"
+_NEEDED = {"step", "seconds", "skipped", "loss", "data_digest", "config"}
 PARTS = {"ldm": "unet", "cdm": "cdm", "prior": "prior", "controlnet": "controlnet"}
 """The part that a model becomes."""
-ON = {
-    "vae": ("vae",),
-    "ldm": ("vae",),
-    "cdm": ("summarizer",),
-    "controlnet": ("unet", "summarizer"),
-}
-"""Parts of the bundle that a model is trained on."""
 
 
 def told(config: Train) -> dict[str, Any]:
@@ -46,31 +42,77 @@ def refuse_mixing(config: Train, root: str) -> None:
     Raises:
         UserError: naming the first key that differs, and the cure.
     """
-    path = storage.join(root, "config.json")
+    path = storage.join(root, CONFIG)
     now = {key: value for key, value in told(config).items() if key not in FREE}
     now |= {"on": stands_on(config)}
-    if storage.exists(path) and Checkpoints(root, config.keep).newest() is not None:
-        before = storage.read_json(path)
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
-                if key == "on":
-                    raise UserError(
-                        f"the {' and '.join(ON[config.model])} in {config.out} were replaced since "
-                        f"{root} was trained on them; remove that folder to begin anew."
-                    )
+    if Checkpoints(root, config.keep).newest() is not None:
+        before = _before(path)
+        if before["on"] != now["on"]:
+            raise UserError(_replaced(config, root))
+        old, new = _leaves(before), _leaves(now)
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
                 raise UserError(
-                    f"{root} was trained with {key}={before.get(key)}, not {now.get(key)}; give "
+                    f"{root} was trained with {key}={old.get(key)}, not {new.get(key)}; give "
                     f"the old value to go on, another out=, or remove that folder to begin anew."
                 )
     storage.write_json(path, now)
 
 
+def refuse_replaced(config: Train, root: str) -> None:
+    """Refuse to finish a model whose ground was changed while it was trained.
+
+    Raises:
+        UserError: naming what was replaced.
+    """
+    if _before(storage.join(root, CONFIG))["on"] != stands_on(config):
+        raise UserError(_replaced(config, root))
+
+
 def stands_on(config: Train) -> str:
     """The digest of the bundle's parts that a model is trained on, which stay as they are."""
-    distilled = config.model == "vae" and config.vae.distill
-    parts = () if config.model == "vae" and not distilled else ON.get(config.model, ())
+    parts = _ground(config)
     whole = all(storage.exists(storage.join(config.out, name, "config.json")) for name in parts)
     return bundles.digest(config.out, parts) if parts and whole else ""
+
+
+def _ground(config: Train) -> tuple[str, ...]:
+    """Parts of the bundle that a model is trained on."""
+    if config.model == "vae":
+        return ("vae",) if config.vae.distill else ()
+    return bundles.ON.get(config.model, ())
+
+
+def _replaced(config: Train, root: str) -> str:
+    return (
+        f"{' and '.join(_ground(config))} in {config.out}: not what {root} was trained on; bring "
+        f"the old back to go on, or remove that folder to begin anew."
+    )
+
+
+def _before(path: str) -> dict[str, Any]:
+    """What a run that has checkpoints was trained with.
+
+    Raises:
+        UserError: nobody knows.
+    """
+    before = storage.read_json(path) if storage.exists(path) else None
+    if not isinstance(before, dict) or "on" not in before:
+        raise UserError(
+            f"{path} does not say what the checkpoints beside it were trained with; bring it back, "
+            f"or remove its folder to begin anew."
+        )
+    return before
+
+
+def _leaves(values: Any, key: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys."""
+    if not isinstance(values, dict):
+        return {key: values}
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _leaves(value, f"{key}.{name}" if key else name)
+    return found
 
 
 def finished(config: Train, root: str, data: str) -> dict[str, Any] | None:
@@ -82,14 +124,23 @@ def finished(config: Train, root: str, data: str) -> dict[str, Any] | None:
     path = storage.join(root, "facts.json")
     if not storage.exists(path):
         return None
-    facts: dict[str, Any] = storage.read_json(path)
+    facts = storage.read_json(path)
+    if not isinstance(facts, dict) or not facts.keys() >= _NEEDED:
+        return None
     newest = Checkpoints(root, config.keep).newest()
     if newest is None or newest.facts["step"] != facts["step"] or facts["data_digest"] != data:
         return None
-    if facts["config"]["result"] != config.result:
+    if facts["config"].get("result", config.result) != config.result:
         return None
     part = PARTS.get(config.model, "")
-    if part and part not in bundles.facts(config.out).get("digests", {part: ""}):
+    if part and not _stands(config.out, part):
         return None
     over = config.minutes is not None and facts["seconds"] >= config.minutes * 60
+    facts |= {"bundle": config.out, "loss_csv": storage.join(root, HISTORY)}  # it may be a copy
     return facts if over or facts["step"] >= config.steps else None
+
+
+def _stands(out: str, part: str) -> bool:
+    """Whether a part is in a bundle, if it is one, and has its weights."""
+    known = bundles.facts(out).get("digests")
+    return known is None or (part in known and bool(storage.sizes(storage.join(out, part))))

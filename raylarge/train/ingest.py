@@ -21,6 +21,7 @@ from torch import Tensor
 
 from raylarge import images, storage, tables
 from raylarge.errors import UserError
+from raylarge.images import Pixels
 from raylarge.models import bundle as bundles
 from raylarge.models.cells import SLOTS
 from raylarge.train.rows import Group, RowGroup, Table, manifest_groups, mirrored
@@ -118,7 +119,8 @@ class Ingest:
         if group.grid is not None:
             batch |= _grids(found, self.facts.channels)
         if group.image is not None:
-            pixels = [_image(one, row) for one, row in found]
+            both = zip(places, found, strict=True)
+            pixels = [self._image(place, one) for place, (one, _) in both]
             batch["image"] = images.to_float(np.stack(pixels))
         if group.latent is not None:
             batch["latent"] = _stack([one.latent[row] for one, row in found])  # type: ignore[index]
@@ -131,6 +133,27 @@ class Ingest:
     def close(self) -> None:
         """Read no further."""
         self._cache.close()
+
+    def _image(self, place: Place, group: Group) -> Pixels:
+        """The image of a row, under its flip.
+
+        Raises:
+            UserError: it is no image, or of another size.
+        """
+        assert group.image is not None
+        side = self.facts.image[-1]
+        try:
+            image = images.from_bytes(group.image[place.row])
+            if image.shape != (side, side, 3):
+                raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels, not {side}x{side}")
+        except (OSError, ValueError, SyntaxError) as error:
+            at, lead = self._groups[place.block.scale][place.group], self._tables[0]
+            part = storage.join(lead.root, lead.parts[at.part]["part"])
+            raise UserError(
+                f"the image of row {place.row} in row group {at.number} of {part} is damaged "
+                f"({error}); prepare the data again."
+            ) from error
+        return image if group.flip is None else mirrored(image, int(group.flip[place.row]))
 
     def _fetch(self, blocks: set[Block]) -> None:
         """Have the row groups of super-blocks read, and after them those that come next."""
@@ -145,6 +168,12 @@ class Ingest:
 
     def _facts(self, classes: tuple[str, ...]) -> Facts:
         made = self._tables[0].made
+        shapes = {str(part.get("shape")) for part in self._tables[0].parts}
+        if len(shapes) > 1:
+            raise UserError(
+                f"{self._tables[0].name} has latents of several shapes ({', '.join(shapes)}); "
+                f"encode the examples again with one autoencoder."
+            )
         first = self._cache[next(iter(self._groups.values()))[0]]
         side = int(made["patch_px"])
         return Facts(
@@ -250,15 +279,14 @@ def _grids(found: Sequence[tuple[Group, int]], channels: int) -> Batch:
     sizes = np.empty((len(found), 2), np.int64)
     for i, (group, row) in enumerate(found):
         grid, sizes[i] = group.grid_of(row)
+        if grid.shape[1] != channels:
+            raise UserError(
+                f"embeddings have {channels} values in some rows, {grid.shape[1]} in others; make "
+                f"the data anew with one encoder."
+            )
         cells[i, : len(grid)] = grid
     rows, columns = torch.from_numpy(sizes).unbind(1)
     return {"grid": torch.from_numpy(cells), "grid_rows": rows, "grid_columns": columns}
-
-
-def _image(group: Group, row: int) -> np.ndarray:
-    assert group.image is not None
-    image = images.from_bytes(group.image[row])
-    return image if group.flip is None else mirrored(image, int(group.flip[row]))
 
 
 def _stack(values: Sequence[Any]) -> Tensor:

@@ -92,6 +92,22 @@ class Journal:
             self._row(lr)
         self.rows[-1] = (*self.rows[-1][:-1], repr(loss))
 
+    def refuse_nothing(self) -> None:
+        """Refuse to end with a network that no step has changed.
+
+        Raises:
+            UserError: there was none, or none had a finite loss.
+        """
+        if self.step == 0:
+            given = self.recipe.minutes or 0
+            raise UserError(f"minutes={given:g} were over before the first step; give more.")
+        if math.isnan(self.loss):
+            raise UserError(
+                f"none of {self.step} steps had a finite loss, so nothing is put into the bundle; "
+                f"look at {SKIPPED} beside the checkpoints, then remove their folder, and begin "
+                f"anew with a lower lr={self.recipe.lr:g}."
+            )
+
     def speed(self) -> float:
         """Samples per second since it was started."""
         steps, seconds = self.step - self.began[0], self.seconds - self.began[1]

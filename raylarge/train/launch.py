@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from raylarge import report, storage
 from raylarge.errors import UserError
+from raylarge.models import bundle as bundles
 from raylarge.train import driver, identity
 from raylarge.train.context import LocalContext, Status
 from raylarge.train.journal import HISTORY
@@ -61,6 +62,8 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
         facts |= {"seconds_total": round(time.monotonic() - began, 2)}
         storage.write_json(storage.join(root, "facts.json"), facts)
     report.say(_closing(config, facts))
+    for said in bundles.strangers(config.out).values():
+        report.say(said)
     return facts
 
 

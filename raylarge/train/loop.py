@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from raylarge import report
 from raylarge.errors import UserError
@@ -61,12 +62,13 @@ def fit(engine: Engine, context: Context, work: Work, recipe: Recipe) -> dict[st
 
     Raises:
         UserError: checkpoints of other data; too many steps skipped; data or checkpoints that
-            cannot be read or written; the process was told to go.
+            cannot be read or written; no step at all; the process was told to go.
     """
     loop = _Loop(engine, context, work, recipe)
     resumed_from = loop.restore()
     try:
         loop.run()
+        loop.journal.refuse_nothing()
         step = loop.take_best() if recipe.result == "best" else loop.journal.step
     finally:
         loop.saver.close()
@@ -115,22 +117,32 @@ class _Loop:
         """Put the weights of the best checkpoint in place of the last ones; its step."""
         checkpoints = self.work.checkpoints
         best = self._together(lambda: None if self.context.rank else checkpoints.best())
-        name = self.context.words(best.name if best else "")[0]
-        return self._together(lambda: self._load(checkpoints.named(name)))
-
-    def _load(self, found: Found) -> int:
-        with self.work.checkpoints.fetch(found) as folder:
-            self.engine.load(Stored(folder))
+        found = checkpoints.named(self.context.words(best.name if best else "")[0])
+        self._together(lambda: self._load(found))
         step: int = found.facts["step"]
         return step
 
     def _take_up(self, found: Found) -> None:
-        _same_data(found.facts["data"], self.work.source.digest)
-        with self.work.checkpoints.fetch(found) as folder:
-            self.engine.load(Stored(folder))
-            history, skips = ((folder / name).read_text() for name in (HISTORY, SKIPPED))
-        self.journal.resume(found.facts, history, skips)
+        _same_data(found.facts.get("data"), self.work.source.digest)
+        tables = self._load(found)
+        self.journal.resume(found.facts, *tables)
         self.saved = (self.journal.step, self.journal.seconds)
+
+    def _load(self, found: Found) -> list[str]:
+        """Have the engine hold a checkpoint's state; the content of the journal's tables.
+
+        Raises:
+            UserError: its files are damaged.
+        """
+        try:
+            with self.work.checkpoints.fetch(found) as folder:
+                self.engine.load(Stored(folder))
+                return [(folder / name).read_text() for name in (HISTORY, SKIPPED)]
+        except (SafetensorError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"the checkpoint {found.name} in {self.work.checkpoints.root} is damaged "
+                f"({error}); remove it, and the same command goes on from the one before."
+            ) from error
 
     def _held_out(self) -> Batch | None:
         """This rank's share of the held-out samples whose loss is told."""
@@ -141,7 +153,10 @@ class _Loop:
         return self.work.task.draw(self.work.held.batch(samples))
 
     def _held_count(self) -> int:
-        return max(self.recipe.validate, self.context.world_size)
+        """No more than there are, and one for each rank."""
+        held = self.work.held
+        rows = sum(held.facts.counts.values()) if held is not None else 0
+        return max(min(self.recipe.validate, rows), self.context.world_size)
 
     def _together(self, action: Callable[[], T]) -> T:
         """What an action of every rank gives; where it fails on one, all stop.
@@ -306,7 +321,7 @@ def _said(action: Callable[[], None]) -> str:
     return ""
 
 
-def _same_data(before: str, now: str) -> None:
+def _same_data(before: str | None, now: str) -> None:
     if before != now:
         raise UserError(
             f"the checkpoint was trained on other data (rows {before}, now {now}); give the data "

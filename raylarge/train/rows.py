@@ -20,6 +20,7 @@ from jaxtyping import Float16, Float32, Int
 
 from raylarge import schema, storage, tables
 from raylarge.errors import UserError
+from raylarge.models.cells import SLOTS
 
 
 class NoRows(UserError):
@@ -38,6 +39,11 @@ class Table:
         self.root, self.name = root, name
         self.made = tables.manifest(root, name)
         self.parts: list[dict[str, Any]] = self.made["parts"]
+        if unfit := _unfit(self.made):
+            raise UserError(
+                f"the manifest of {name} in {root} lacks {unfit}: it is damaged; prepare the data "
+                f"again."
+            )
         self.digest = str(self.made["digest"])
         self.kind: pa.Schema = getattr(schema, name.split("-", 1)[0].upper())
         more = ["grid_rows", "grid_columns"] if "grid" in columns else []
@@ -66,7 +72,11 @@ class Table:
             tables.check_part(path, storage.read_metadata(path), self.parts[part])
         with self._lock:
             self._checked.add(path)
-        return storage.read_rows(path, groups, self.columns)
+        rows = storage.read_rows(path, groups, self.columns)
+        rows = tables.fitting(path, rows, self.kind, self.columns)
+        if empty := [name for name in self.columns if name != "labels" and rows[name].null_count]:
+            raise UserError(f"{path} has rows without {empty[0]}; prepare the data again.")
+        return rows
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,8 @@ class RowGroup:
         """
         lead, *others = tables_
         found = [lead.read(self.part, [self.number])]
+        if found[0].num_rows != self.rows:
+            raise self._damaged(lead, f"{found[0].num_rows} rows, not the {self.rows} of the list")
         at = [np.arange(self.rows)]
         for table in others:
             found.append(table.read(self.part, table.like(self.part, self)))
@@ -104,7 +116,16 @@ class RowGroup:
                     f"make both anew from the same examples."
                 )
         width = max((part.get("width", 0) for one in tables_ for part in one.parts), default=0)
-        return Group.of(found, at, lead.parts[self.part].get("shape", ()), width)
+        try:
+            return Group.of(found, at, lead.parts[self.part].get("shape", ()), width)
+        except ValueError as error:
+            raise self._damaged(lead, str(error)) from error
+
+    def _damaged(self, lead: Table, what: str) -> UserError:
+        part = storage.join(lead.root, lead.parts[self.part]["part"])
+        return UserError(
+            f"row group {self.number} of {part} is damaged: {what}; prepare the data again."
+        )
 
 
 @dataclass(frozen=True)
@@ -134,15 +155,16 @@ class Group:
             places: where in each the rows of the first are; -1: nowhere.
             shape: of a latent.
             width: of a vector.
+
+        Raises:
+            ValueError: what belongs together does not fit.
         """
         made: dict[str, Any] = {}
         for table, place in zip(found, places, strict=True):
             table = table.take(place[place >= 0])
             names = set(table.column_names)
             if "grid" in names:
-                made["grid"], made["starts"] = tables.lists(table["grid"])
-                both = [table[name].to_numpy() for name in ("grid_rows", "grid_columns")]
-                made["sizes"] = np.stack(both, axis=1).astype(np.int64)
+                made |= _grids(table)
             if "latent" in names:
                 made["latent"] = _latents(table, shape)
             if "vector" in names:
@@ -202,7 +224,7 @@ def manifest_groups(
     groups: dict[int, list[RowGroup]] = {}
     for number, part in enumerate(lead.parts):
         for at, (k, its_split, rows) in enumerate(part.get("groups", ())):
-            if its_split == split and (scales is None or k in scales):
+            if its_split == split and rows > 0 and (scales is None or k in scales):
                 groups.setdefault(int(k), []).append(
                     RowGroup(number, at, int(rows), int(k), its_split, len(part["groups"]))
                 )
@@ -224,6 +246,39 @@ def mirrored(image: np.ndarray, flip: int) -> np.ndarray:
     return image[:: -1 if flip & 2 else 1, :: -1 if flip & 1 else 1]
 
 
+def _grids(table: pa.Table) -> dict[str, np.ndarray]:
+    """The cells of all rows end to end, where each row's begin, and how many there are.
+
+    Raises:
+        ValueError: rows that are not of so many cells, all of one width.
+    """
+    values, starts = tables.lists(table["grid"])
+    both = [table[name].to_numpy() for name in ("grid_rows", "grid_columns")]
+    sizes = np.stack(both, axis=1).astype(np.int64)
+    cells, lengths = sizes.prod(axis=1), np.diff(starts)
+    width = lengths[0] // max(1, cells[0])
+    if (sizes < 1).any() or (cells > SLOTS).any() or width < 1 or (lengths != width * cells).any():
+        raise ValueError("grids that are not as large as they say")
+    return {"grid": values, "starts": starts, "sizes": sizes}
+
+
+def _unfit(made: dict[str, Any]) -> str:
+    """What of a manifest that training goes by is missing or of another kind; else nothing."""
+    kinds = {"digest": str, "patch_px": int, "encoder": dict, "rows": int}
+    for name, kind in kinds.items():
+        if not isinstance(made.get(name), kind):
+            return name
+    for part in made["parts"]:
+        groups = part.get("groups")
+        if not isinstance(groups, list) or any(not _is_group(one) for one in groups):
+            return f"groups of {part['part']}"
+    return ""
+
+
+def _is_group(one: Any) -> bool:
+    return isinstance(one, list) and [type(value) for value in one] == [int, str, int]
+
+
 def _name(pair: tuple[str, dict[str, Any]]) -> str:
     return pair[0]
 
@@ -232,13 +287,10 @@ def _latents(table: pa.Table, shape: Sequence[int]) -> Float16[np.ndarray, "n c 
     """Latents as an array.
 
     Raises:
-        UserError: they are not of the shape that their manifest tells.
+        ValueError: they are not of the shape that their manifest tells.
     """
     values, starts = tables.lists(table["latent"])
     length = int(starts[1] - starts[0])
     if len(shape) != 3 or math.prod(shape) != length or (np.diff(starts) != length).any():
-        raise UserError(
-            f"the latents ({length} values in the first) are not of one shape {tuple(shape)}; "
-            f"encode the examples again with this autoencoder."
-        )
+        raise ValueError(f"latents of {length} values in the first are not of one shape {shape}")
     return values[starts[0] : starts[-1]].reshape(-1, *shape)

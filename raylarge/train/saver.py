@@ -92,5 +92,5 @@ class Saver:
         except Exception as error:  # safetensors has one of its own for a disk that is full
             raise UserError(
                 f"{self._checkpoints.root}: a checkpoint could not be written ({error}); make "
-                f"room, or choose another out=. The last whole one is kept."
+                f"room, or choose another out=. What was whole before is kept."
             ) from error

@@ -80,6 +80,8 @@ def _trained(config: Train, made: Work, context: Context) -> dict[str, Any]:
     average = engine.average()
     with engine.whole():
         if context.rank == 0:
+            identity.refuse_replaced(config, run_folder(config))
+            facts |= {"on": identity.stands_on(config)}
             sample = made.source.batch(range(STATISTICS))
             made.task.finish(config.out, average, facts, sample)
             _tell(config, made, facts)

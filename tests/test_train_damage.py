@@ -1,0 +1,251 @@
+"""What is damaged, foreign or replaced is one sentence that names it, and costs nothing else."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import toy
+
+from raylarge import images, schema, storage, tables
+from raylarge.errors import UserError
+from raylarge.models import bundle as bundles
+from raylarge.models.light import LightAutoencoder
+from raylarge.train.checkpoint import Checkpoints
+from raylarge.train.ingest import Ingest
+from raylarge.train.launch import Train, run_folder, train
+from raylarge.train.task import Recipe
+
+LATENTS, EXAMPLES = {"latents-0": ("latent", "grid")}, {"examples": ("image", "grid")}
+RECIPE = Recipe(batch=4, super_block=2)
+
+
+def swapped(name, kind, make):
+    """A column in the place of another."""
+
+    def change(table):
+        values = pa.array([make(value) for value in table[name].to_pylist()], kind)
+        return table.set_column(table.column_names.index(name), pa.field(name, kind), values)
+
+    return change
+
+
+def no_image(_):
+    return b"no image"
+
+
+def cut(content):
+    return content[: len(content) // 2]
+
+
+def larger(_):
+    return images.png_bytes(np.zeros((9, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (swapped("image", pa.int64(), lambda _: 3), r"examples/train-0\.parquet does not fit"),
+        (swapped("image", pa.null(), lambda _: None), "has rows without image"),
+        (swapped("image", pa.binary(), no_image), "the image of row .* is damaged"),
+        (swapped("image", pa.binary(), cut), "the image of row .* is damaged"),
+        (swapped("image", pa.binary(), larger), "8x9 pixels, not 8x8"),
+        (swapped("grid", pa.string(), lambda _: "a"), "does not fit"),
+        (swapped("grid_rows", pa.string(), lambda _: "a"), "does not fit"),
+        (swapped("grid_rows", pa.int32(), lambda _: 3), "not as large as they say"),
+        (swapped("grid_columns", pa.int32(), lambda _: 0), "not as large as they say"),
+        (swapped("grid", pa.list_(pa.float16()), lambda _: []), "not as large as they say"),
+        (lambda table: table.slice(0, 3), "rows, not the"),
+    ],
+)
+def test_damaged_rows_are_a_sentence(tmp_path, change, said):
+    toy.write_examples(tmp_path)
+    part = f"{tmp_path}/examples/train-0.parquet"
+    changed = change(storage.read_table(part)).replace_schema_metadata(schema.EXAMPLES.metadata)
+    storage.write_table(part, changed, [2, 1] if len(changed) == 3 else [3, 2])
+    manifest = storage.read_json(f"{tmp_path}/shard.json")
+    manifest["parts"][0]["groups"] = [[0, "train", 3], [1, "train", 2]]
+    storage.write_json(f"{tmp_path}/shard.json", manifest)
+    with pytest.raises(UserError, match=said):
+        Ingest(str(tmp_path), EXAMPLES, RECIPE).batch(range(64))
+
+
+def test_parts_of_another_latent_or_encoder_do_not_mix(tmp_path):
+    toy.write_latents(tmp_path)
+    path = f"{tmp_path}/encode-0.json"
+    manifest = storage.read_json(path)
+    manifest["parts"][1]["shape"] = [12, 2, 2]
+    storage.write_json(path, manifest)
+    with pytest.raises(UserError, match="latents of several shapes"):
+        Ingest(str(tmp_path), LATENTS, RECIPE)
+
+
+def lacking(*keys):
+    def change(made):
+        inner = made
+        for key in keys[:-1]:
+            inner = inner[key]
+        del inner[keys[-1]]
+        return made
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda made: [], "does not list the parts"),
+        (lambda made: None, "does not list the parts"),
+        (lambda made: made | {"parts": None}, "does not list the parts"),
+        (lacking("parts", 0, "part"), "does not list the parts"),
+        (lacking("digest"), "lacks digest"),
+        (lacking("patch_px"), "lacks patch_px"),
+        (lambda made: made | {"patch_px": "x"}, "lacks patch_px"),
+        (lambda made: made | {"encoder": None}, "lacks encoder"),
+        (lacking("parts", 0, "groups"), "lacks groups of latents-0/train-0.parquet"),
+        (lacking("parts", 0, "groups", 0, 2), "lacks groups"),
+    ],
+)
+def test_a_manifest_that_is_not_whole_is_a_sentence(tmp_path, change, said):
+    toy.write_latents(tmp_path)
+    path = f"{tmp_path}/encode-0.json"
+    storage.write_json(path, change(storage.read_json(path)))
+    with pytest.raises(UserError, match=said):
+        Ingest(str(tmp_path), LATENTS, RECIPE)
+
+
+def test_a_row_group_of_no_rows_is_passed_over(tmp_path):
+    toy.write_latents(tmp_path)
+    path = f"{tmp_path}/encode-0.json"
+    manifest = storage.read_json(path)
+    manifest["parts"][0]["groups"].append([2, "train", 0])
+    storage.write_json(path, manifest)
+    ingest = Ingest(str(tmp_path), LATENTS, RECIPE)
+    assert ingest.facts.counts == {0: 24, 1: 12, 2: 6}
+    assert len(ingest.batch(range(200))["sample"]) == 200
+
+
+@pytest.fixture
+def config(tmp_path):
+    toy.write_latents(tmp_path / "data")
+    where = {"data": str(tmp_path / "data"), "out": str(tmp_path / "out")}
+    return Train(model="ldm", steps=4, batch=4, checkpoint_every=2, track="none", **where)
+
+
+@pytest.mark.parametrize("name", ["state-0.safetensors", "loss.csv"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(config, name):
+    train(config, toy.Toy())
+    root = Path(run_folder(config))
+    newest = root / Checkpoints(str(root), 2).newest().name
+    content = bytearray((newest / name).read_bytes())
+    content[8:20] = b"\xff" * 12
+    (newest / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{newest.name} in .* is damaged .*; remove it"):
+        train(replace(config, steps=5), toy.Toy())
+    shutil.rmtree(newest)
+    facts = train(replace(config, steps=5), toy.Toy())
+    assert (facts["resumed_from"], facts["step"]) == (2, 5)
+
+
+@pytest.mark.parametrize("document", [[], {}, {"step": 4}])
+def test_a_commit_that_says_nothing_is_none(config, document):
+    train(config, toy.Toy())
+    root = run_folder(config)
+    newest = Checkpoints(root, 2).newest().name
+    storage.write_json(f"{root}/{newest}/checkpoint.json", document)
+    assert train(replace(config, steps=5), toy.Toy())["resumed_from"] == 2
+
+
+@pytest.mark.parametrize("document", [[], {}, {"step": 4}])
+def test_facts_that_say_nothing_are_made_again(config, document):
+    train(config, toy.Toy())
+    path = f"{run_folder(config)}/facts.json"
+    storage.write_json(path, document)
+    assert train(config, toy.Toy())["resumed_from"] == 4
+    assert storage.read_json(path)["step"] == 4
+
+
+def test_what_differs_is_named_and_checkpoints_of_nobody_are_not_taken(config):
+    train(config, toy.Toy())
+    summarizer = replace(config.ldm.summarizer, layers=2)
+    other = replace(config, ldm=replace(config.ldm, summarizer=summarizer))
+    with pytest.raises(UserError, match=r"trained with ldm\.summarizer\.layers=12, not 2; give"):
+        train(other, toy.Toy())
+    Path(run_folder(config), "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json does not say what the checkpoints beside"):
+        train(replace(config, steps=5), toy.Toy())
+
+
+def test_a_finished_bundle_that_was_copied_tells_its_own_place(config, tmp_path):
+    train(config, toy.Toy())
+    shutil.copytree(config.out, tmp_path / "copy")
+    facts = train(replace(config, out=str(tmp_path / "copy")), toy.Toy())
+    assert facts["loss_csv"] == f"{tmp_path}/copy/.train/ldm/loss.csv"
+
+
+def test_no_bundle_is_made_of_no_step(config):
+    with pytest.raises(UserError, match="were over before the first step"):
+        train(replace(config, minutes=1e-9), toy.Toy())
+    out = str(Path(config.out).with_name("nan"))
+    with pytest.raises(UserError, match="none of 4 steps had a finite loss"):
+        train(replace(config, out=out), toy.Toy(poison=tuple(range(1000))))
+    assert not Path(config.out, "toy").exists()
+    assert not Path(out, "toy").exists()
+
+
+def test_more_held_out_samples_than_there_are_is_all_of_them(config):
+    toy.write_latents(config.data, counts=(4, 4, 4), split="val", seed=7)
+    facts = train(replace(config, validate=10**9, log_every=1), toy.Toy())
+    assert facts["best_step"] in (2, 4)
+
+
+def test_parts_that_stand_on_a_replaced_one_are_named(bundle_folder, tmp_path):
+    out = str(tmp_path / "bundle")
+    shutil.copytree(bundle_folder, out)
+    for model, part in bundles.MADE.items():
+        if model != "controlnet":
+            on = bundles.digest(out, bundles.ON[model])
+            bundles.save(out, {}, {model: {"on": on}})
+            assert part in bundles.load(out).__dict__
+    assert bundles.strangers(out) == {}
+    bundles.save(out, {"vae": LightAutoencoder(width=8, blocks=1)}, {})
+    assert set(bundles.strangers(out)) == {"unet"}
+    with pytest.raises(UserError, match="unet in .* was trained on another vae than there is now"):
+        bundles.load(out)
+
+
+def test_what_a_model_is_trained_on_stays_while_it_trains(config):
+    class Replacing(toy.Toy):
+        """Somebody else puts another autoencoder there on the way."""
+
+        def __call__(self, its_config, facts):
+            path = Path(run_folder(its_config), "config.json")
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"on": "another"}))
+            return super().__call__(its_config, facts)
+
+    with pytest.raises(UserError, match="vae in .*: not what .* was trained on"):
+        train(config, Replacing())
+    assert not Path(config.out, "toy").exists()
+
+
+def test_a_full_disk_while_a_part_is_written_is_a_sentence(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(self, folder):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(LightAutoencoder, "save_pretrained", full)
+    with pytest.raises(UserError, match="vae could not be written .*No space left.*; make room"):
+        bundles.save(str(tmp_path / "b"), {"vae": LightAutoencoder(width=8, blocks=1)}, {})
+
+
+def test_tables_read_whole_have_kinds_too(tmp_path):
+    toy.write_latents(tmp_path)
+    part = f"{tmp_path}/latents-0/train-0.parquet"
+    table = swapped("latent", pa.string(), lambda _: "a")(storage.read_table(part))
+    storage.write_table(part, table.replace_schema_metadata(schema.LATENTS.metadata))
+    with pytest.raises(UserError, match=r"train-0\.parquet does not fit"):
+        tables.rows(str(tmp_path), "latents-0")
