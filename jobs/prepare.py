@@ -12,13 +12,14 @@ from typing import Any
 
 from jobs.presets import PREPARE
 from raylarge import report, storage
-from raylarge.config import parse
+from raylarge.config import parse, require_place
 from raylarge.data.prepare import Prepare, prepare
 
 
 def main(arguments: list[str]) -> None:
     """Run the verbs and print what each made."""
     config = parse(Prepare, arguments, PREPARE)
+    require_place("out", config.out)
     log = report.Report(storage.join(storage.absolute(config.out), "report.json"))
     done = prepare(config, log)
     header = ["verb", "seconds", "rows", "new", "failed", "tiles/s", "output"]

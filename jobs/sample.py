@@ -13,13 +13,15 @@ from __future__ import annotations
 import os
 
 from raylarge import report, storage
-from raylarge.config import parse
+from raylarge.config import parse, require_place
 from raylarge.fleet.sample import Sample, sample
 
 
 def main(arguments: list[str]) -> None:
     """Carry out the order and print its files and figures."""
     config = parse(Sample, arguments, {})
+    require_place("bundle", config.bundle)
+    require_place("out", config.out)
     log = report.Report(storage.join(config.out, "report.json"))
     files = sample(config, log)
     if config.dry_run:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from jobs.presets import overrides
 from raylarge import report
-from raylarge.config import parse
+from raylarge.config import near, parse
 from raylarge.errors import UserError
 from raylarge.train.launch import Train, plan, train, train_folds
 from raylarge.train.settings import MODELS
@@ -25,10 +25,13 @@ def main(arguments: list[str]) -> None:
     words = dict(word.split("=", 1) for word in arguments if "=" in word)
     model, preset = words.get("model"), words.get("preset")
     if model not in MODELS:
-        raise UserError(f"say what to train: model= one of {', '.join(MODELS)}.")
+        meant = near(model or "", MODELS)
+        hint = f"did you mean model={meant}? They are" if meant else "choose one of"
+        given = "model= is not given" if model is None else f"there is no model '{model}'"
+        raise UserError(f"{given}; {hint}: {', '.join(MODELS)}.")
     if words.get("plan", "").lower() == "true":
         arguments = [*(f"{key}=" for key in ("data", "out") if key not in words), *arguments]
-    config = parse(Train, arguments, {preset: overrides(model, preset)} if preset else {})
+    config = parse(Train, arguments, {} if preset is None else {preset: overrides(model, preset)})
     folds = model == "mil" and config.mil.fold < 0
     if config.plan:
         report.say(plan(replace(config, mil=replace(config.mil, fold=0)) if folds else config))

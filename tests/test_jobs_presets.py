@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from jobs import presets, train
+from jobs import prepare, presets, train
 from jobs.presets import PREPARE, PRESETS, TRAIN, overrides
 from raylarge.config import build
 from raylarge.data.prepare import Prepare
@@ -142,6 +142,39 @@ def test_a_published_autoencoder_is_imported_not_trained():
             overrides("vae", name)
     with pytest.raises(UserError, match="published VQ-f4"):
         train.main(["model=vae", "preset=brca", "data=-", "out=-"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["model=ldmm"], "no model 'ldmm'; did you mean model=ldm"),
+        (["model=what"], "no model 'what'; choose one of: vae, ldm, cdm"),
+        (["preset=tiny"], "model= is not given; choose one of: vae, ldm, cdm"),
+        (["model=ldm", "preset="], "no preset ''; choose one of: tiny, small, brca"),
+        (["model=ldm", "learning_rate=1"], r"unknown key 'learning_rate'; the keys there are:"),
+        (["model=ldm", "seeed=1"], r"unknown key 'seeed'; did you mean 'seed'\?"),
+        (["model=ldm"], "^data, out must be given"),
+        (["model=ldm", "data=x", "out="], "out= is empty"),
+        (["model=cdm", "data=x", "plan=true"], "out= is empty"),
+        (["model=cdm", "plan=true"], "planned on data alone"),
+    ],
+)
+def test_a_training_that_cannot_be_is_a_sentence(words, says):
+    with pytest.raises(UserError, match=says):
+        train.main(words)
+
+
+@pytest.mark.parametrize("out", ["", "s3://"])
+def test_a_preparation_into_nothing_is_refused(out):
+    with pytest.raises(UserError, match=f"^out={out} (is empty|names no bucket)"):
+        prepare.main([f"out={out}", "slides=none.svs"])
+
+
+def test_of_two_presets_the_last_counts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "train", seen.append)
+    train.main(["model=ldm", "preset=tiny", "preset=small", "data=a", "out=b"])
+    assert seen == [build(Train, {"model": "ldm", "data": "a", "out": "b"}, TRAIN["ldm"]["small"])]
 
 
 def test_a_model_without_a_preset_is_told_which_have_one():

@@ -75,7 +75,7 @@ def test_what_a_bundle_cannot_do_is_refused(values, says):
         ({"condition": {"kind": "magic"}}, "null, cdm, embeddings, inverted, prior"),
         ({"condition": {"fine": "magic"}}, "null, independent, inversion, prior"),
         ({"condition": {"draw": "magic"}}, "is not paper or released"),
-        ({"seed": "x"}, "'seed'"),
+        ({"seed": "x"}, "seed=x does not fit; give a whole number"),
         ({"sampler": {"interval": [0.5]}}, "not two shares"),
         ({"sampler": {"interval": [0.5, 0.2]}}, "does not rise"),
     ],

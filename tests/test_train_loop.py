@@ -13,10 +13,12 @@ from raylarge.errors import UserError
 from raylarge.train import loop
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.launch import Train, run_folder, train
+from raylarge.train.ldm import LdmConfig
 from raylarge.train.state import Stored
 from raylarge.train.work import STATISTICS
 
 STEPS, BATCH = 20, 8
+INF, NAN = float("inf"), float("nan")
 
 
 @pytest.fixture
@@ -224,6 +226,24 @@ def test_a_broken_checkpoint_is_passed_over(config):
         ({"lr": -1.0}, "lr=-1.0 must be above 0"),
         ({"workers": -1}, "workers=-1 must be at least 0"),
         ({"model": "vae", "data": "/nowhere", "workers": 2}, "jobs/prepare.py"),
+        ({"max_failures": -5}, "max_failures=-5 must be at least 0"),
+        ({"resize_s": -1.0}, "resize_s=-1.0 must be at least 0"),
+        ({"sheet_gpus": -1.0}, "sheet_gpus=-1.0 must be at least 0"),
+        ({"resize_s": NAN}, "resize_s=nan: it must be finite"),
+        ({"lr": INF}, "lr=inf: it must be finite"),
+        ({"weight_decay": INF}, "weight_decay=inf: it must be finite"),
+        ({"scale_weights": (1.0, INF)}, r"scale_weights=\[1.0,inf\]: it must be finite"),
+        ({"ldm": LdmConfig(drop=NAN)}, "ldm.drop=nan: it must be finite"),
+        ({"scale_weights": (1e308, 1e308)}, "small enough to be added"),
+        ({"seed": -1}, r"seed=-1: it must be from 0 to 2\^63 - 1"),
+        ({"seed": 1 << 63}, r"from 0 to 2\^63 - 1"),
+        ({"betas": (0.9, 1.0)}, r"betas=\[0.9,1.0\]: it must be two numbers from 0 to below 1"),
+        ({"betas": (-0.1, 0.9)}, "two numbers from 0 to below 1"),
+        ({"betas": (NAN, 0.9)}, r"betas=\[nan,0.9\]: it must be finite"),
+        ({"out": ""}, "out= is empty; name a folder"),
+        ({"data": ""}, "data= is empty; name a folder"),
+        ({"out": "s3://"}, "out=s3:// names no bucket"),
+        ({"data": "s3:///folder"}, "names no bucket"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused_at_once(config, change, message):

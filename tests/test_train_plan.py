@@ -21,7 +21,7 @@ from raylarge.train.cdm import CdmTask
 from raylarge.train.context import LocalContext
 from raylarge.train.paper import held, memory, plan
 from raylarge.train.pieces import Piece
-from raylarge.train.settings import Train
+from raylarge.train.settings import Train, checked
 from raylarge.train.task import Facts
 from raylarge.train.torch_engine import TorchEngine
 
@@ -278,7 +278,69 @@ def test_what_cannot_be_planned_is_said():
 
     with pytest.raises(UserError, match="Choosy cannot be planned on paper"):
         memory.activations(Choosy(2, 1), plan.example(FACTS, 2), half=False)
-    with pytest.raises(UserError, match=r"utilisation=0\.0: it must be above 0"):
-        plan.PlanConfig(utilisation=0.0).check()
-    with pytest.raises(UserError, match=r"free=1\.0"):
-        plan.PlanConfig(free=1.0).check()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e308])
+@pytest.mark.parametrize("key", [one.name for one in dataclasses.fields(plan.PlanConfig)])
+def test_a_card_that_cannot_be_is_refused(key, value):
+    with pytest.raises(UserError, match=rf"card\.{key}=.*: it must be"):
+        plan.PlanConfig(**{key: value}).check()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("card_gib", 0.0), ("card_tflops", 0.0), ("utilisation", 0.0), ("free", 1.0)],
+)
+def test_a_card_has_something(key, value):
+    with pytest.raises(UserError, match=rf"card\.{key}={value}: it must be .*0"):
+        plan.PlanConfig(**{key: value}).check()
+
+
+@pytest.mark.parametrize("on_paper", [True, False])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"cdm": {"heads": 5}}, "heads=5: it must be a divisor of cdm.width=768"),
+        ({"cdm": {"heads": 0}}, "heads=0: it must be"),
+        ({"cdm": {"width": 0}}, "width=0: it must be an even number above 0"),
+        ({"cdm": {"width": 3, "heads": 1}}, "width=3: it must be an even number above 0"),
+        ({"cdm": {"depth": 0}}, "depth=0: it must be 1 or more"),
+        ({"prediction": "v"}, "prediction=v: it must be epsilon, v_prediction or sample"),
+        ({"drop": 2.0}, "drop=2.0: it must be 0 to 1"),
+        ({"drop": float("nan")}, "drop=nan"),
+        ({"region": "foo", "summarizer": {"kind": "vector"}}, "region=foo: .*vectors-DIGEST"),
+        ({"region": "vectors-1"}, "region=vectors-1: .*kind=vector alone"),
+        ({"summarizer": {"kind": "gru"}}, "summarizer.kind=gru: it must be vit, cnn or vector"),
+        ({"summarizer": {"width": 0}}, "summarizer.width=0: it must be 1 or more"),
+        ({"summarizer": {"layers": 0}}, "summarizer.layers=0: it must be 1 or more"),
+        ({"summarizer": {"heads": 3}}, "summarizer.heads=3: it must be a divisor of the width 64"),
+        ({"summarizer": {"heads": 0}}, "summarizer.heads=0"),
+        ({"unet": {"channels": []}}, r"unet.channels=\[\]: it must be one or more widths"),
+        ({"unet": {"channels": [-8, 16]}}, r"unet.channels=\[-8,16\]: it must be .* above 0"),
+        ({"unet": {"attention": [True]}}, r"unet.attention=\[true\]: .* channels=\[32,64\]"),
+        ({"unet": {"layers": 0}}, "unet.layers=0: it must be 1 or more"),
+        ({"unet": {"groups": 3}}, r"unet.groups=3: it must be a divisor of .*\[32,64\]"),
+        ({"unet": {"groups": 0}}, "unet.groups=0"),
+        ({"unet": {"heads": 3}}, r"unet.heads=3: it must be a divisor of .*\[64\] that attend"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(change, says, on_paper):
+    model = "cdm" if "cdm" in change else "ldm"
+    places = {"data": "", "out": "", "plan": True} if on_paper else {}
+    with pytest.raises(UserError, match=f"^{model}.{says}"):
+        checked(config_of(model, **{model: change.get("cdm", change)}, **places))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prediction": "sample", "drop": 1.0},
+        {"summarizer": {"kind": "cnn", "heads": 3}},
+        {"summarizer": {"kind": "vector"}, "region": "vectors-1"},
+        {"unet": {"channels": [30, 60], "groups": 6, "heads": 4}},
+    ],
+)
+def test_a_diffusion_model_that_can_be_is_taken(change):
+    config = checked(config_of(ldm=change))
+    assert config == checked(config)
+    plan.on_meta(ldm.build, config, FACTS)

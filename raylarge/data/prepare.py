@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from raylarge import report, storage
+from raylarge.config import require_place
 from raylarge.data import caption, embed, encode, features, shard, text_embed, tile
 from raylarge.data.candidates import Tile
 from raylarge.data.caption import Caption
@@ -61,8 +62,7 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
     """
     if config.on_error not in ("stop", "skip"):
         raise UserError(f"on_error={config.on_error}: it must be stop or skip.")
-    if not config.out:
-        raise UserError("out= is empty; name the folder or the s3:// URL of the data.")
+    require_place("out", config.out)
     root = storage.absolute(config.out)
     crew = Crew(workers=config.workers, skip=config.on_error == "skip")
     done: dict[str, dict[str, Any]] = {}
@@ -99,6 +99,7 @@ def _run(verb: str, root: str, config: Prepare, crew: Crew) -> dict[str, Any]:
     if not config.bundle:
         wrote = "model=vae" if verb == "encode" else "model=ldm"
         raise UserError(f"{verb} needs bundle=, the folder that jobs/train.py {wrote} wrote.")
+    require_place("bundle", config.bundle)
     bundle = storage.absolute(config.bundle)
     if verb == "encode":
         return encode.run(root, bundle, config.encode, crew)

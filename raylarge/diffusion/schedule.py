@@ -18,6 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+"""What a network may give; `sample` is x_0."""
+
 
 class Step(NamedTuple):
     """One step of a sampler: from timestep t, at `abar`, down to `abar_prev`.
@@ -35,7 +38,7 @@ class Step(NamedTuple):
 class Schedule:
     """A named schedule; everything about it follows from its name and length.
 
-    `prediction` is what a network gives: `epsilon`, `v_prediction` or `sample` (x_0).
+    `prediction` is what a network gives: one of `PREDICTIONS`.
     """
 
     name: str = "scaled_linear"
@@ -45,8 +48,9 @@ class Schedule:
     prediction: str = "epsilon"
 
     def __post_init__(self) -> None:
-        if self.prediction not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"prediction '{self.prediction}' is not epsilon, v_prediction, sample")
+        if self.prediction not in PREDICTIONS:
+            known = ", ".join(PREDICTIONS)
+            raise ValueError(f"prediction '{self.prediction}' is not {known}")
 
     @cached_property
     def betas(self) -> Float[Tensor, "T"]:

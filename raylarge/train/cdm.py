@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from raylarge.config import require
 from raylarge.diffusion.loss import draws, learned_range, per_sample
 from raylarge.models import bundle as bundles
 from raylarge.models.cdm import CDM
@@ -40,6 +41,20 @@ class CdmConfig:
     heads: int = 12
     learn_sigma: bool = True
     standardised: bool = False  # by scale; raw as published
+
+    def check(self) -> None:
+        """Refuse values that no network can be made of.
+
+        Raises:
+            UserError: naming the key, its value and what it may be.
+        """
+        even = self.width >= 2 and self.width % 2 == 0  # half sines, half cosines
+        divides = self.heads >= 1 and self.width % self.heads == 0
+        require(
+            ("cdm.width", self.width, even, "an even number above 0"),
+            ("cdm.depth", self.depth, self.depth >= 1, "1 or more"),
+            ("cdm.heads", self.heads, divides, f"a divisor of cdm.width={self.width}"),
+        )
 
 
 class _Network(nn.Module):

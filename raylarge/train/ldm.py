@@ -8,6 +8,7 @@ table are the embeddings of the patches' regions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from raylarge.config import require, shown
 from raylarge.diffusion.loss import draws, per_sample
-from raylarge.diffusion.schedule import Schedule
+from raylarge.diffusion.schedule import PREDICTIONS, Schedule
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models import published, weights
@@ -32,6 +34,8 @@ from raylarge.train.watch.sheets import Painter, ldm_sheet
 
 if TYPE_CHECKING:
     from raylarge.train.launch import Train
+
+KINDS = ("vit", "cnn", "vector")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,66 @@ class LdmConfig:
     region: str = ""
     average_summarizer: bool = False
     init: str = ""
+
+    def check(self) -> None:
+        """Refuse values that no network can be made of.
+
+        Raises:
+            UserError: naming the key, its value and what it may be.
+        """
+        tokens, vector = self.summarizer, self.summarizer.kind == "vector"
+        divides = tokens.kind != "vit" or _divides(tokens.heads, [tokens.width])
+        table = vector and self.region.startswith("vectors-")
+        rules = (
+            ("prediction", self.prediction, self.prediction in PREDICTIONS, _any(PREDICTIONS)),
+            ("drop", self.drop, 0 <= self.drop <= 1, "0 to 1"),
+            ("summarizer.kind", tokens.kind, tokens.kind in KINDS, _any(KINDS)),
+            ("summarizer.width", tokens.width, tokens.width >= 1, "1 or more"),
+            ("summarizer.layers", tokens.layers, tokens.layers >= 1, "1 or more"),
+            ("summarizer.heads", tokens.heads, divides, f"a divisor of the width {tokens.width}"),
+            (
+                "region",
+                self.region,
+                not self.region or table,
+                "a table vectors-DIGEST, for ldm.summarizer.kind=vector alone",
+            ),
+        )
+        require(*((f"ldm.{key}", *rest) for key, *rest in rules))
+        _check_unet(self.unet)
+
+
+def _check_unet(config: UNetConfig) -> None:
+    """Raises UserError: sizes that no U-Net has."""
+    channels = config.channels
+    on = {c for c, attends in zip(channels, config.attention, strict=False) if attends}
+    attending = sorted(on.union(channels[-1:]))  # the middle has the last level's
+    widths, groups = shown(channels), config.groups
+    rules = (
+        ("channels", channels, min(channels, default=0) >= 1, "one or more widths above 0"),
+        (
+            "attention",
+            config.attention,
+            len(config.attention) == len(channels),
+            f"one of true and false for each of channels={widths}",
+        ),
+        ("layers", config.layers, config.layers >= 1, "1 or more"),
+        ("groups", groups, _divides(groups, channels), f"a divisor of all of channels={widths}"),
+        (
+            "heads",
+            config.heads,
+            _divides(config.heads, attending),
+            f"a divisor of the channels {shown(attending)} that attend",
+        ),
+    )
+    require(*((f"ldm.unet.{key}", *rest) for key, *rest in rules))
+
+
+def _divides(count: int, widths: Iterable[int]) -> bool:
+    return count >= 1 and not any(width % count for width in widths)
+
+
+def _any(choices: Sequence[str]) -> str:
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 class _Network(nn.Module):
@@ -175,31 +239,19 @@ def initialise(unet: UNet, path: str, heads: int) -> None:
 
 
 def _conditioner(config: SummarizerConfig, facts: Facts) -> nn.Module:
-    """The network that makes context tokens of embeddings.
-
-    Raises:
-        UserError: no such kind.
-    """
+    """The network that makes context tokens of embeddings."""
     known = {"channels": facts.channels, "width": config.width, "scales": max(facts.scales) + 1}
     if config.kind == "vit":
         return Summarizer(layers=config.layers, heads=config.heads, **known)
-    if config.kind not in ("cnn", "vector"):
-        raise UserError(f"ldm.summarizer.kind '{config.kind}' is not vit, cnn or vector.")
     if config.kind == "cnn":
         return ConvSummarizer(**known)
     return VectorEmbedder(region=facts.vector, **known)
 
 
 def source(config: Train, split: str = "train") -> Ingest:
-    """Latents of the bundle's autoencoder with their grids, and vectors of their regions.
-
-    Raises:
-        UserError: a region's vectors for a Summarizer that reads none.
-    """
+    """Latents of the bundle's autoencoder with their grids, and vectors of their regions."""
     columns = {latents_table(config.data, config.out): ("latent", "grid")}
     if config.ldm.region:
-        if config.ldm.summarizer.kind != "vector":
-            raise UserError("ldm.region= is read by ldm.summarizer.kind=vector alone; give both.")
         columns[config.ldm.region] = ("vector",)
     return Ingest(config.data, columns, config, split)
 

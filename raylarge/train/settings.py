@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from raylarge.train.ldm import LdmConfig
 from raylarge.train.mil import MilConfig
 from raylarge.train.paper.plan import PlanConfig
 from raylarge.train.prior import PriorConfig
+from raylarge.train.sequence import DEAL
 from raylarge.train.task import Recipe
 from raylarge.train.vae import VaeConfig
 from raylarge.train.watch.trackers import TRACKERS
@@ -48,6 +50,9 @@ BOUNDS = (
     ("validate", 0, False),
     ("sheet_every", 0, False),
     ("checkpoint_minutes", 0, False),
+    ("max_failures", 0, False),
+    ("resize_s", 0, False),
+    ("sheet_gpus", 0, False),
 )
 """What a value must be at least, or above."""
 ONE_OR_MORE = ("steps", "batch", "checkpoint_every", "keep", "log_every", "patience", "super_block")
@@ -99,20 +104,13 @@ def checked(config: Train) -> Train:
     """The config with absolute paths.
 
     Raises:
-        UserError: a value that is not among the choices, or a batch that cannot be divided.
+        UserError: a value that cannot be, no place for what is made, a network that cannot be
+            built, or a batch that cannot be divided.
     """
-    for key, choices in CHOICES.items():
-        value = getattr(config, key)
-        if value not in choices:
-            known = ", ".join(str(choice) for choice in choices)
-            raise UserError(f"{key}={value} is not known; choose one of: {known}.")
-    for key in ONE_OR_MORE:
-        if getattr(config, key) < 1:
-            raise UserError(f"{key}={getattr(config, key)} must be 1 or more.")
-    for key, least, above in BOUNDS:
-        value = getattr(config, key)
-        if value is not None and not (value > least if above else value >= least):
-            raise UserError(f"{key}={value} must be {'above' if above else 'at least'} {least:g}.")
+    _check_recipe(config)
+    _check_places(config)
+    if config.model in ("ldm", "cdm"):
+        getattr(config, config.model).check()
     if not 0 <= config.min_workers <= config.workers:
         raise UserError(
             f"min_workers={config.min_workers} must be from 0 to workers={config.workers}."
@@ -132,5 +130,52 @@ def checked(config: Train) -> Train:
     return configuration.build(Train, configuration.plain(config), whole)
 
 
+def _check_recipe(config: Train) -> None:
+    """Raises UserError: a number or a word of the training that cannot be."""
+    configuration.require(*_finite(configuration.plain(config)))
+    for key, choices in CHOICES.items():
+        value = getattr(config, key)
+        if value not in choices:
+            known = ", ".join(str(choice) for choice in choices)
+            raise UserError(f"{key}={value} is not known; choose one of: {known}.")
+    for key in ONE_OR_MORE:
+        if getattr(config, key) < 1:
+            raise UserError(f"{key}={getattr(config, key)} must be 1 or more.")
+    for key, least, above in BOUNDS:
+        value = getattr(config, key)
+        if value is not None and not (value > least if above else value >= least):
+            raise UserError(f"{key}={value} must be {'above' if above else 'at least'} {least:g}.")
+    betas, weights, seed = config.betas, config.scale_weights, config.seed
+    summed = math.isfinite(DEAL * sum(map(abs, weights)))
+    configuration.require(
+        ("seed", seed, 0 <= seed < 1 << 63, "from 0 to 2^63 - 1"),
+        ("betas", betas, all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1"),
+        ("scale_weights", weights, summed, "small enough to be added, such as shares of 1"),
+    )
+
+
+def _finite(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, bool, str]]:
+    """A rule for every key: that its numbers are finite."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _finite(value, f"{prefix}{key}.")
+        else:
+            some = value if isinstance(value, list | tuple) else [value]
+            fine = all(math.isfinite(one) for one in some if isinstance(one, float))
+            yield f"{prefix}{key}", value, fine, "finite"
+
+
+def _check_places(config: Train) -> None:
+    """Raises UserError: no folder for the data or the bundle; a plan may do without.
+
+    What is planned without data needs no bundle either; vae and ldm need none at all for it.
+    """
+    bare = config.plan and (not config.data or config.model in ("vae", "ldm"))
+    for key, needed in (("data", not config.plan), ("out", not bare)):
+        path = getattr(config, key)
+        if needed or path:
+            configuration.require_place(key, path)
+
+
 def _absolute(path: str | None) -> str | None:
-    return os.path.abspath(path) if path and storage.is_local(path) else path
+    return storage.absolute(path) if path else path

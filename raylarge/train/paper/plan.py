@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from raylarge import report
-from raylarge.errors import UserError
+from raylarge.config import require
 from raylarge.models.cells import SIDE, SLOTS
 from raylarge.train.paper.held import Part, States, fixed_bytes, parts, states
 from raylarge.train.paper.memory import Activations, activations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from raylarge.train.settings import Train
 
 GIB = 1 << 30
+_LEAST, _MOST = 1e-6, 1e9  # of what a card can be said to have
 LATE = 1 << 40
 """Index of an example's first sample: what joins a training only later on counts, too."""
 
@@ -68,10 +69,15 @@ class PlanConfig:
             UserError: naming the key, its value and what it may be.
         """
         for key in ("card_tflops", "card_tflops_fp32", "card_gib", "utilisation"):
-            if getattr(self, key) <= 0:
-                raise UserError(f"card.{key}={getattr(self, key)}: it must be above 0.")
-        if not 0 <= self.free < 1:
-            raise UserError(f"card.free={self.free}: it must be 0 or more and below 1.")
+            value = getattr(self, key)
+            most = 1 if key == "utilisation" else _MOST
+            wish = f"above 0: from {_LEAST:g} to {most:g}"
+            require((f"card.{key}", value, _LEAST <= value <= most, wish))
+        free, dollars = self.free, self.dollars_per_hour
+        require(
+            ("card.free", free, 0 <= free < 1, "0 or more and below 1"),
+            ("card.dollars_per_hour", dollars, 0 <= dollars <= _MOST, f"from 0 to {_MOST:g}"),
+        )
 
 
 @dataclass(frozen=True)
