@@ -14,6 +14,7 @@ from raylarge import images, schema, storage, tables
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models.light import LightAutoencoder
+from raylarge.train import ldm
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.ingest import Ingest
 from raylarge.train.launch import Train, run_folder, train
@@ -81,6 +82,13 @@ def test_parts_of_another_latent_or_encoder_do_not_mix(tmp_path):
     storage.write_json(path, manifest)
     with pytest.raises(UserError, match="latents of several shapes"):
         Ingest(str(tmp_path), LATENTS, RECIPE)
+
+
+def test_latents_that_the_autoencoder_does_not_make_are_refused(tiny_bundle, tmp_path):
+    toy.write_latents(tmp_path, name=f"latents-{bundles.digest(tiny_bundle, ('vae',))}")
+    config = Train(model="ldm", data=str(tmp_path), out=tiny_bundle)
+    with pytest.raises(UserError, match=r"of shape \(3, 4, 4\), the autoencoder .* makes \(3, 2"):
+        ldm.build(config, ldm.source(config).facts)
 
 
 def lacking(*keys):
@@ -202,9 +210,9 @@ def test_more_held_out_samples_than_there_are_is_all_of_them(config):
     assert facts["best_step"] in (2, 4)
 
 
-def test_parts_that_stand_on_a_replaced_one_are_named(bundle_folder, tmp_path):
+def test_parts_that_stand_on_a_replaced_one_are_named(tiny_bundle, tmp_path):
     out = str(tmp_path / "bundle")
-    shutil.copytree(bundle_folder, out)
+    shutil.copytree(tiny_bundle, out)
     for model, part in bundles.MADE.items():
         if model != "controlnet":
             on = bundles.digest(out, bundles.ON[model])
@@ -213,7 +221,7 @@ def test_parts_that_stand_on_a_replaced_one_are_named(bundle_folder, tmp_path):
     assert bundles.strangers(out) == {}
     bundles.save(out, {"vae": LightAutoencoder(width=8, blocks=1)}, {})
     assert set(bundles.strangers(out)) == {"unet"}
-    with pytest.raises(UserError, match="unet in .* was trained on another vae than there is now"):
+    with pytest.raises(UserError, match=r"unet in .* was trained on another vae than there is now"):
         bundles.load(out)
 
 
@@ -226,7 +234,7 @@ def test_what_a_model_is_trained_on_stays_while_it_trains(config):
             path.write_text(json.dumps(json.loads(path.read_text()) | {"on": "another"}))
             return super().__call__(its_config, facts)
 
-    with pytest.raises(UserError, match="vae in .*: not what .* was trained on"):
+    with pytest.raises(UserError, match=r"vae in .*: not what .* was trained on"):
         train(config, Replacing())
     assert not Path(config.out, "toy").exists()
 
@@ -238,7 +246,7 @@ def test_a_full_disk_while_a_part_is_written_is_a_sentence(tmp_path, monkeypatch
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
     monkeypatch.setattr(LightAutoencoder, "save_pretrained", full)
-    with pytest.raises(UserError, match="vae could not be written .*No space left.*; make room"):
+    with pytest.raises(UserError, match=r"vae could not be written .*No space left.*; make room"):
         bundles.save(str(tmp_path / "b"), {"vae": LightAutoencoder(width=8, blocks=1)}, {})
 
 

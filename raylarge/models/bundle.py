@@ -186,14 +186,7 @@ def load(
     """
     folder = files.local(folder)
     index = files.index(folder)
-    missing = [name for name in NEEDED if name not in index]
-    if missing:
-        raise UserError(
-            f"the bundle {folder} lacks {', '.join(missing)}; train it with "
-            f"python jobs/train.py model={'vae' if 'vae' in missing else 'ldm'} out={folder}."
-        )
-    if problems := [said for name, said in strangers(folder).items() if name not in without]:
-        raise UserError(problems[0])
+    _check(folder, index, without)
     parts: dict[str, Any] = {
         name: files.part(folder, name, dtype) if name in index.keys() - without else None
         for name in PARTS
@@ -210,6 +203,18 @@ def load(
         device=device,
         base_mpp=facts(folder).get("base_mpp"),
     )
+
+
+def _check(folder: str, index: dict[str, Any], without: Set[str]) -> None:
+    """Refuse a bundle that is not whole, or whose parts do not belong together."""
+    missing = [name for name in NEEDED if name not in index]
+    if missing:
+        raise UserError(
+            f"the bundle {folder} lacks {', '.join(missing)}; train it with "
+            f"python jobs/train.py model={'vae' if 'vae' in missing else 'ldm'} out={folder}."
+        )
+    if problems := [said for name, said in strangers(folder).items() if name not in without]:
+        raise UserError(problems[0])
 
 
 def strangers(folder: str) -> dict[str, str]:

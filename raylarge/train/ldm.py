@@ -257,8 +257,19 @@ def source(config: Train, split: str = "train") -> Ingest:
 
 
 def build(config: Train, facts: Facts) -> LdmTask:
-    """The task, its weights drawn from the training's seed."""
+    """The task, its weights drawn from the training's seed.
+
+    Raises:
+        UserError: latents of a shape that the bundle's autoencoder does not make.
+    """
     torch.manual_seed(config.seed)
     found = bundles.facts(config.out)
     vae = bundles.load_autoencoder(config.out) if found.get("digests", {}).get("vae") else None
+    if vae is not None:
+        made = (vae.channels, *(side // vae.factor for side in facts.image[1:]))
+        if facts.latent != made:
+            raise UserError(
+                f"the latents in {config.data} are of shape {facts.latent}, the autoencoder of "
+                f"{config.out} makes {made}; encode the examples again with it."
+            )
     return LdmTask(config.ldm, facts, config.seed, vae)
