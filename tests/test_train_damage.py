@@ -214,7 +214,7 @@ def test_parts_that_stand_on_a_replaced_one_are_named(tiny_bundle, tmp_path):
     out = str(tmp_path / "bundle")
     shutil.copytree(tiny_bundle, out)
     for model, part in bundles.MADE.items():
-        if model != "controlnet":
+        if part in storage.read_json(f"{out}/model_index.json"):
             on = bundles.digest(out, bundles.ON[model])
             bundles.save(out, {}, {model: {"on": on}})
             assert part in bundles.load(out).__dict__

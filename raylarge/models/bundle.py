@@ -31,9 +31,14 @@ from raylarge.models.parts import PARTS, digest
 
 __all__ = ["PARTS", "Bundle", "digest", "facts", "load", "load_autoencoder", "patch_of", "save"]
 NEEDED = ("vae", "unet", "summarizer")
-ON = {"ldm": ("vae",), "cdm": ("summarizer",), "controlnet": ("unet", "summarizer")}
+ON = {
+    "vae_small": ("vae",),
+    "ldm": ("vae",),
+    "cdm": ("summarizer",),
+    "controlnet": ("unet", "summarizer"),
+}
 """By trained model, the parts that it was trained on; its facts tell their digest as `on`."""
-MADE = {"ldm": "unet", "cdm": "cdm", "controlnet": "controlnet"}
+MADE = {"vae_small": "vae_small", "ldm": "unet", "cdm": "cdm", "controlnet": "controlnet"}
 """By trained model, the part that it is known by."""
 _MAKING = ".part-"
 """How the folders begin in which parts are made; a killed run leaves one behind."""
@@ -228,7 +233,7 @@ def strangers(folder: str) -> dict[str, str]:
         if on != digest(folder, ON[model]):
             said[part] = (
                 f"{part} in {folder} was trained on another {' and '.join(ON[model])} than there "
-                f"is now; bring the old back, or train model={model} again after removing "
+                f"is now; bring the old back, or train it again after removing "
                 f"{storage.join(folder, '.train', model)}."
             )
     return said

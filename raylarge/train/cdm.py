@@ -143,7 +143,7 @@ def build(config: Train, facts: Facts) -> CdmTask:
     Raises:
         UserError: the bundle `out` holds no trained Summarizer yet.
     """
-    bundle = bundles.load(config.out, without={"cdm", "controlnet"})
+    bundle = bundles.load(config.out, without={"cdm", "controlnet", "vae_small"})
     check_conditioner(bundle.summarizer, facts, config.out)
     torch.manual_seed(config.seed)
     task = CdmTask(config.cdm, bundle, config.seed)

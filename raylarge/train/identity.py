@@ -78,9 +78,8 @@ def stands_on(config: Train) -> str:
 
 def _ground(config: Train) -> tuple[str, ...]:
     """Parts of the bundle that a model is trained on."""
-    if config.model == "vae":
-        return ("vae",) if config.vae.distill else ()
-    return bundles.ON.get(config.model, ())
+    small = config.model == "vae" and config.vae.distill
+    return bundles.ON.get("vae_small" if small else config.model, ())
 
 
 def _replaced(config: Train, root: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed
@@ -36,6 +37,8 @@ class RayContext:
         self.device = ray.train.torch.get_device()
         self.status = status_path(root)
         self.told = 0.0
+        self.teller = ThreadPoolExecutor(1, thread_name_prefix="status")  # a store takes its time
+        self.telling: Future[None] | None = None
 
     def use_cores(self) -> None:
         """Share the node's cores evenly among the workers on it."""
@@ -65,10 +68,19 @@ class RayContext:
         return ray.train.get_preemption_info() is not None
 
     def tell(self, status: Status) -> None:
-        """Rank 0 leaves a small file beside the checkpoints, which the driver looks at."""
-        if self.rank == 0 and time.monotonic() - self.told >= TELL_SECONDS:
-            self.told = time.monotonic()
-            storage.write_json(self.status, status)
+        """Rank 0 leaves a small file beside the checkpoints, which the driver looks at.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        if self.rank or time.monotonic() - self.told < TELL_SECONDS:
+            return
+        if (before := self.telling) is not None and not before.done():
+            return
+        self.told = time.monotonic()
+        self.telling = self.teller.submit(storage.write_json, self.status, status)
+        if before is not None:
+            before.result()
 
 
 def status_path(root: str) -> str:

@@ -232,7 +232,7 @@ class VaeTask:
         if averaged is not None:
             codec.load_state_dict(averaged)
         if isinstance(self.network, _Distilled):
-            known = {"vae_small": {**facts, "teacher": self.network.taught}}
+            known = {"vae_small": {**facts, "on": self.network.taught}}
             bundles.save(bundle, {"vae_small": codec.cpu()}, known)
             return
         if self.config.kind == "kl":
