@@ -25,7 +25,7 @@ from raylarge.images import Pixels
 from raylarge.models import bundle as bundles
 from raylarge.models.cells import SLOTS
 from raylarge.train.rows import Group, RowGroup, Table, manifest_groups, mirrored
-from raylarge.train.sequence import Block, Place, Sequencer
+from raylarge.train.sequence import Place, Sequencer
 from raylarge.train.task import Batch, Facts, Recipe
 
 CACHE_BYTES = 1 << 30  # of row groups that no super-block needs at present
@@ -109,7 +109,7 @@ class Ingest:
         """
         with self._turn:
             places = [self._sequence.place(sample) for sample in samples]
-            self._fetch({place.block for place in places})
+            self._fetch(places)
             found = [(self._cache[self._groups[p.block.scale][p.group]], p.row) for p in places]
         batch = {
             "sample": torch.tensor(list(samples), dtype=torch.int64),
@@ -155,16 +155,17 @@ class Ingest:
             ) from error
         return image if group.flip is None else mirrored(image, int(group.flip[place.row]))
 
-    def _fetch(self, blocks: set[Block]) -> None:
-        """Have the row groups of super-blocks read, and after them those that come next."""
+    def _fetch(self, places: Sequence[Place]) -> None:
+        """Have row groups read: of some rows, of their super-blocks, of those that come next."""
+        blocks = {place.block for place in places}
         ahead = {self._sequence.after(block) for block in blocks}
-        wanted = [
+        wanted = [self._groups[place.block.scale][place.group] for place in places] + [
             self._groups[block.scale][group]
             for some in (sorted(blocks), sorted(ahead))
             for block in some
             for group in self._sequence.groups(block)
         ]
-        self._cache.want(wanted)
+        self._cache.want(list(dict.fromkeys(wanted)))
 
     def _facts(self, classes: tuple[str, ...]) -> Facts:
         made = self._tables[0].made

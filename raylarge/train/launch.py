@@ -29,7 +29,7 @@ from raylarge.train.journal import HISTORY
 from raylarge.train.paper import plan as plans
 from raylarge.train.ray_context import RayContext
 from raylarge.train.settings import Train, checked, run_folder
-from raylarge.train.task import Build
+from raylarge.train.task import Build, Source
 from raylarge.train.watch import line
 from raylarge.train.work import module_of, work
 
@@ -57,7 +57,10 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
     facts = identity.finished(config, root, source.digest)
     if facts is None:
         with line.progress(config.model) as show:
-            facts = (_on_ray if config.workers else _here)(config, build, show)
+            if config.workers:
+                facts = _on_ray(config, build, show)
+            else:
+                facts = _here(config, build, show, source)
         facts |= {"bundle": config.out, "loss_csv": storage.join(root, HISTORY)}
         facts |= {"seconds_total": round(time.monotonic() - began, 2)}
         storage.write_json(storage.join(root, "facts.json"), facts)
@@ -93,10 +96,12 @@ def train_folds(config: Train) -> list[dict[str, Any]]:
     return [train(replace(config, mil=replace(config.mil, fold=fold))) for fold in folds]
 
 
-def _here(config: Train, build: Build | None, show: Callable[[Status], None]) -> dict[str, Any]:
+def _here(
+    config: Train, build: Build | None, show: Callable[[Status], None], source: Source
+) -> dict[str, Any]:
     context = LocalContext(show)
     with context.listening():
-        return work(config, build, context)
+        return work(config, build, context, source)
 
 
 def _on_ray(config: Train, build: Build | None, show: Callable[[Status], None]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -79,9 +79,8 @@ class Table:
         return rows
 
 
-@dataclass(frozen=True)
-class RowGroup:
-    """A row group of the table that leads.
+class RowGroup(NamedTuple):
+    """A row group of the table that leads; large tables have hundreds of thousands.
 
     Attributes:
         of: how many its part has.
@@ -223,11 +222,11 @@ def manifest_groups(
         table.parts = [part for _, part in sorted(zip(its, table.parts, strict=True), key=_name)]
     groups: dict[int, list[RowGroup]] = {}
     for number, part in enumerate(lead.parts):
-        for at, (k, its_split, rows) in enumerate(part.get("groups", ())):
+        of = len(part["groups"])
+        for at, (k, its_split, rows) in enumerate(part["groups"]):
             if its_split == split and rows > 0 and (scales is None or k in scales):
-                groups.setdefault(int(k), []).append(
-                    RowGroup(number, at, int(rows), int(k), its_split, len(part["groups"]))
-                )
+                group = RowGroup(number, at, rows, k, its_split, of)
+                groups.setdefault(k, []).append(group)
     if missing := sorted(set(scales or ()) - groups.keys()):
         raise NoRows(
             f"scale {missing[0]} has no row of the split '{split}' in {lead.root}; prepare the "
@@ -270,13 +269,9 @@ def _unfit(made: dict[str, Any]) -> str:
             return name
     for part in made["parts"]:
         groups = part.get("groups")
-        if not isinstance(groups, list) or any(not _is_group(one) for one in groups):
+        if not isinstance(groups, list) or any(len(one) != 3 for one in groups):
             return f"groups of {part['part']}"
     return ""
-
-
-def _is_group(one: Any) -> bool:
-    return isinstance(one, list) and [type(value) for value in one] == [int, str, int]
 
 
 def _name(pair: tuple[str, dict[str, Any]]) -> str:

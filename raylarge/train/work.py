@@ -24,6 +24,7 @@ from raylarge.train.ingest import Ingest
 from raylarge.train.journal import HISTORY
 from raylarge.train.loop import Work, fit
 from raylarge.train.paper.memory import training_flops
+from raylarge.train.paper.plan import example
 from raylarge.train.rows import NoRows
 from raylarge.train.settings import Train, run_folder
 from raylarge.train.task import Build, Source, Task
@@ -44,8 +45,16 @@ def module_of(config: Train) -> Any:
     return importlib.import_module(f"raylarge.train.{config.model}")
 
 
-def work(config: Train, build: Build | None, context: Context) -> dict[str, Any]:
+def work(
+    config: Train, build: Build | None, context: Context, source: Source | None = None
+) -> dict[str, Any]:
     """Train, and on rank 0 write the parts of the bundle.
+
+    Args:
+        config: what to train on what.
+        build: makes the task; by default that of the model.
+        context: this worker's.
+        source: of the training samples, where it is open already.
 
     Raises:
         UserError: what a user can mend; the same on every rank.
@@ -55,7 +64,8 @@ def work(config: Train, build: Build | None, context: Context) -> dict[str, Any]
     problem = ""
     attempt = context.words(secrets.token_hex(4))[0]
     try:
-        made = _set_up(config, build, context, attempt)
+        source = source or module_of(config).source(config)
+        made = _set_up(config, build, context, attempt, source)
     except UserError as error:
         problem = str(error)
     said = [words for words in context.words(problem) if words]
@@ -88,14 +98,15 @@ def _trained(config: Train, made: Work, context: Context) -> dict[str, Any]:
     return facts
 
 
-def _set_up(config: Train, build: Build | None, context: Context, attempt: str) -> Work:
+def _set_up(
+    config: Train, build: Build | None, context: Context, attempt: str, source: Source
+) -> Work:
     """Everything but the engine.
 
     Raises:
         UserError: data, a bundle or settings that do not fit.
     """
     module, root = module_of(config), run_folder(config)
-    source: Source = module.source(config)
     task = (build or module.build)(config, source.facts)
     held = _held(config, module)
     watcher = _watcher(config, task, source, context)
@@ -122,8 +133,9 @@ def _watcher(config: Train, task: Task, source: Source, context: Context) -> Wat
         name = f"{config.model} {config.out.rstrip('/').rsplit('/', 1)[-1]}"
         begin = partial(_track, config, name)
         if config.track != "none":
-            batch = task.draw(source.batch(range(2)))
-            flops = training_flops(task.network, batch, config.checkpointing)
+            shaped = isinstance(source, Ingest)  # without a look at rows that come much later
+            batch = example(source.facts, 2) if shaped else source.batch(range(2))
+            flops = training_flops(task.network, task.draw(batch), config.checkpointing)
     meter = Meter(context.device, context.world_size, config.precision, flops)
     length = getattr(getattr(task.network, "schedule", None), "length", 1000)
     return Watcher(run_folder(config), Bins(source.facts.scales, length=length), meter, begin)
