@@ -115,7 +115,8 @@ class Featuring(Maker):
                 f"the bundle {bundle} changed while features were taken; run the same command "
                 "again."
             )
-        self._bundle = bundles.load(bundle, config.device, DTYPES[config.dtype])
+        dtype, rest = DTYPES[config.dtype], bundles.PARTS.keys() - set(_PARTS)
+        self._bundle = bundles.load(bundle, config.device, dtype, without=rest)
         length, count = self._bundle.schedule.length, _blocks(self._bundle.unet)
         if config.t >= length:
             raise UserError(f"features.t={config.t}: {bundle} has timesteps 0 to {length - 1}.")

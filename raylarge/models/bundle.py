@@ -227,7 +227,8 @@ def strangers(folder: str) -> dict[str, str]:
     index = files.index(folder) if files.there(folder) else {}
     known, said = index.get("raylarge", {}), {}
     for model, part in MADE.items():
-        on = known.get(model, {}).get("on")
+        its = known.get(model)
+        on = its.get("on") if isinstance(its, dict) else None
         if not on or part not in index or not index.keys() >= set(ON[model]):
             continue
         if on != digest(folder, ON[model]):
