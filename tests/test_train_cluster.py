@@ -164,4 +164,5 @@ def test_a_notice_of_departure_is_answered_with_a_checkpoint(nodes, config, tmp_
     assert len(found) == 3
     done, again = max(found[0][-1], found[1][-1]), min(found[2])
     assert running.facts["resumed_from"] == again // BATCH
-    assert done // BATCH - again // BATCH <= 5.0 / 0.2 + 2  # what was done after the last look
+    # What was done after the last look before the time was over, at most 7 s earlier.
+    assert done // BATCH - again // BATCH <= 7.5 / 0.2 + 2

@@ -10,7 +10,7 @@ import toy
 
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.train import loop
+from raylarge.train import launch, loop
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.launch import Train, run_folder, train
 from raylarge.train.ldm import LdmConfig
@@ -249,3 +249,19 @@ def test_a_broken_checkpoint_is_passed_over(config):
 def test_a_config_that_cannot_be_is_refused_at_once(config, change, message):
     with pytest.raises(UserError, match=message):
         train(replace(config, **change), toy.Toy())
+
+
+def test_a_notice_is_heeded_at_once_and_before_its_time_is_over(config, monkeypatch):
+    left = [float("inf")] * 3 + [20.0, 15.0, 12.0, 0.5, 0.2, 0.0] + [float("inf")] * 3 + [9.0]
+
+    class Leaving(launch.LocalContext):
+        may_go = False
+
+        def leaving(self):
+            return left.pop(0) if left else 9.0
+
+    monkeypatch.setattr(loop, "NOTICE_S", 0.0)
+    monkeypatch.setattr(launch, "LocalContext", Leaving)
+    train(replace(config, checkpoint_every=1000, keep=100), toy.Toy())
+    names = sorted(path.name for path in Path(run_folder(config)).glob("step-*"))
+    assert [int(name.split("-")[1]) for name in names] == [3, 6, 12, STEPS]

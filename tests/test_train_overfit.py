@@ -45,7 +45,7 @@ def test_conditions_are_learned_by_heart(study):
 def test_the_cdm_draws_tokens_like_the_summarizers(study):
     """Five times nearer than standard noise, by the Frechet distance, at every scale."""
     out = study.learned("conditional", steps=500, ldm={"drop": 0.1})
-    study.learned("conditional", "cdm", steps=300)
+    study.learned("conditional", "cdm", steps=900)
     rows, short = train_conditioning.drawn_tokens(bundles.load(out), study.data, 48, seed=0)
     assert short == []
     assert [row[0] for row in rows] == [str(k) for k in range(SCALES)]

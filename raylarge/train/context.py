@@ -7,6 +7,7 @@ is; it knows neither Ray nor process groups. Every rank makes the same calls in 
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,8 @@ class Context(Protocol):
         """What each rank says, rank 0 first, on every rank."""
         ...
 
-    def leaving(self) -> bool:
-        """Whether somebody has said that this process or its machine must go soon."""
+    def leaving(self) -> float:
+        """Seconds until the machine must go: inf without a notice, 0 where it says no time."""
         ...
 
     def tell(self, status: Status) -> None:
@@ -65,9 +66,9 @@ class LocalContext:
         """A monologue."""
         return [mine]
 
-    def leaving(self) -> bool:
-        """Whether SIGTERM came, as batch systems and clouds send it before they kill."""
-        return self.told_to_go
+    def leaving(self) -> float:
+        """0 after SIGTERM, which batch systems and clouds send before they kill."""
+        return 0.0 if self.told_to_go else math.inf
 
     def tell(self, status: Status) -> None:
         """Straight to the progress line."""

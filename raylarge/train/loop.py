@@ -9,6 +9,7 @@ machine that must go) is added up over the ranks before each step, so all do the
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -89,7 +90,8 @@ class _Loop:
         self.looked = 0.0
         self.held: Batch | None = None
         self.troubles: set[str] = set()  # with what is beside training
-        self.noticed = False  # that the machine must go
+        self.heeded = 0  # of a notice that the machine must go: checkpoints made for it
+        self.leave_s = 0.0  # that the last of these took
 
     def restore(self) -> int | None:
         """Go on from the newest whole checkpoint; its step."""
@@ -209,10 +211,7 @@ class _Loop:
             raise UserError(said[0])
         if seconds - self.looked >= NOTICE_S:
             self.looked = seconds
-            leaving = self.context.total([float(self.context.leaving())])[0]
-            if leaving and not self.noticed:
-                self._leave()
-            self.noticed = bool(leaving)
+            self._heed(self.context.leaving())
 
     def _step(self, batch: Batch, waited: float) -> None:
         lr = rate(self.recipe, self.journal.step, self.clock.fraction(self.journal.step))
@@ -257,6 +256,17 @@ class _Loop:
     def _await(self) -> None:
         """Until what is being written stands, on all ranks."""
         self._together(self.saver.wait)
+
+    def _heed(self, left: float) -> None:
+        """Save when a machine must go, and once more at the last look before it does."""
+        last = left <= NOTICE_S + 1 + 2 * self.leave_s
+        told = self.context.total([float(left < math.inf), float(last)])
+        due = sum(bool(count) for count in told)
+        if due > self.heeded:
+            began = time.monotonic()
+            self._leave()
+            self.leave_s = time.monotonic() - began
+        self.heeded = due
 
     def _leave(self) -> None:
         """Save at once; who is nobody's worker goes."""

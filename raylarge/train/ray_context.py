@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -61,11 +62,14 @@ class RayContext:
         torch.distributed.all_gather_object(said, mine)
         return said
 
-    def leaving(self) -> bool:
-        """Whether Ray has notice that a node of ours will be taken; a barrier."""
+    def leaving(self) -> float:
+        """Seconds until the first node of ours is taken, of which Ray has notice; a barrier."""
         import ray.train
 
-        return ray.train.get_preemption_info() is not None
+        info = ray.train.get_preemption_info()
+        if info is None:
+            return math.inf
+        return 0.0 if info.deadline_ms is None else max(0.0, info.deadline_ms / 1000 - time.time())
 
     def tell(self, status: Status) -> None:
         """Rank 0 leaves a small file beside the checkpoints, which the driver looks at.
