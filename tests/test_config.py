@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import re
+
 import pytest
 from omegaconf import MISSING
 
@@ -90,6 +92,15 @@ def test_what_must_be_given_is_named():
         parse(Placed, ["data=x"], {})
 
 
+def refusal(path):
+    """What is said against a place; nothing where it will do."""
+    try:
+        require_place("out", path)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize(
     ("path", "says"),
     [
@@ -101,10 +112,9 @@ def test_what_must_be_given_is_named():
     ],
 )
 def test_a_place_that_is_none_is_refused(path, says):
-    with pytest.raises(UserError, match=says):
-        require_place("out", path)
+    assert re.search(says, refusal(path))
 
 
 @pytest.mark.parametrize("path", ["a", "/a", "s3://b", "s3://b/c", "file:///a", "owner/name"])
 def test_a_place_is_taken(path):
-    require_place("out", path)
+    assert refusal(path) == ""

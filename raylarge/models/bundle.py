@@ -38,7 +38,7 @@ ON = {
     "controlnet": ("unet", "summarizer"),
 }
 """By trained model, the parts that it was trained on; its facts tell their digest as `on`."""
-MADE = {"vae_small": "vae_small", "ldm": "unet", "cdm": "cdm", "controlnet": "controlnet"}
+MADE = {"ldm": "unet", **{name: name for name in ("vae_small", "cdm", "prior", "controlnet")}}
 """By trained model, the part that it is known by."""
 _MAKING = ".part-"
 """How the folders begin in which parts are made; a killed run leaves one behind."""
@@ -226,14 +226,14 @@ def strangers(folder: str) -> dict[str, str]:
     """By part, what is to be said of those that were trained on others than there are now."""
     index = files.index(folder) if files.there(folder) else {}
     known, said = index.get("raylarge", {}), {}
-    for model, part in MADE.items():
-        its = known.get(model)
+    for model, ground in ON.items():
+        its, part = known.get(model), MADE[model]
         on = its.get("on") if isinstance(its, dict) else None
-        if not on or part not in index or not index.keys() >= set(ON[model]):
+        if not on or part not in index or not index.keys() >= set(ground):
             continue
-        if on != digest(folder, ON[model]):
+        if on != digest(folder, ground):
             said[part] = (
-                f"{part} in {folder} was trained on another {' and '.join(ON[model])} than there "
+                f"{part} in {folder} was trained on another {' and '.join(ground)} than there "
                 f"is now; bring the old back, or train it again after removing "
                 f"{storage.join(folder, '.train', model)}."
             )

@@ -98,9 +98,9 @@ class CDM(ModelMixin, ConfigMixin):
     With `learn_sigma`, as published, a second half of the output channels interpolates the
     variance's logarithm; only the training loss reads it. `hidden` is the width inside the
     blocks' perceptrons; 0 is four times `width`. `standardised` (ours): it works in units in
-    which every value of a scale's tokens has mean 0 and deviation 1, set by `standardise`; raw
-    tokens, as published, differ in variance between scales by a hundred times and more, and the
-    loss sees the loudest scale alone.
+    which every value of a scale's tokens has mean 0 and deviation 1, set by `standardise`. Raw
+    tokens, as published, may differ in variance between scales (18 times in a young model), and
+    the loss follows the loudest.
     """
 
     @register_to_config

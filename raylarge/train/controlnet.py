@@ -104,15 +104,11 @@ class _Network(nn.Module):
 class ControlnetTask:
     """Trains a ControlNet on a bundle."""
 
-    def __init__(self, config: ControlnetConfig, bundle: Bundle, seed: int, on: str) -> None:
-        """A ControlNet that adds nothing yet.
-
-        Args:
-            on: digest of the U-Net and the Summarizer that it belongs to.
-        """
+    def __init__(self, config: ControlnetConfig, bundle: Bundle, seed: int) -> None:
+        """A ControlNet that adds nothing yet."""
         controlnet = controlnets.build(bundle.unet, bundle.patch.factor)
         self.network, self.averaged = _Network(controlnet, bundle, config.drop), controlnet
-        self.bundle, self.factors, self.seed, self.on = bundle, config.factors, seed, on
+        self.bundle, self.factors, self.seed = bundle, config.factors, seed
 
     def draw(self, batch: Batch) -> Batch:
         """The batch with timesteps, noise, the coin that drops embeddings, and controls."""
@@ -155,8 +151,7 @@ class ControlnetTask:
         """Write `controlnet/` (averaged)."""
         if averaged is not None:
             self.network.controlnet.load_state_dict(averaged)
-        known = {"controlnet": {**facts, "on": self.on}}
-        bundles.save(bundle, {"controlnet": self.network.controlnet.cpu()}, known)
+        bundles.save(bundle, {"controlnet": self.network.controlnet.cpu()}, {"controlnet": facts})
 
     def _factors(self, samples: Tensor) -> list[int]:
         """Each sample's factor, drawn at its address."""
@@ -210,6 +205,5 @@ def build(config: Train, facts: Facts) -> ControlnetTask:
         bundle.unet.to(memory_format=torch.channels_last)
     if config.checkpointing:  # the gradient passes through it to the residuals
         bundle.unet.enable_gradient_checkpointing()
-    on = bundles.digest(config.out, ("unet", "summarizer"))
     torch.manual_seed(config.seed)  # here: loading draws weights, too, of whatever there is
-    return ControlnetTask(config.controlnet, bundle, config.seed, on)
+    return ControlnetTask(config.controlnet, bundle, config.seed)

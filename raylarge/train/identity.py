@@ -26,8 +26,6 @@ FREE |= {"checkpointing", "channels_last", "validate", "sheet_every", "sheet_gpu
 
 CONFIG = "config.json"
 _NEEDED = {"step", "seconds", "skipped", "loss", "data_digest", "config"}
-PARTS = {"ldm": "unet", "cdm": "cdm", "prior": "prior", "controlnet": "controlnet"}
-"""The part that a model becomes."""
 
 
 def told(config: Train) -> dict[str, Any]:
@@ -131,7 +129,7 @@ def finished(config: Train, root: str, data: str) -> dict[str, Any] | None:
         return None
     if facts["config"].get("result", config.result) != config.result:
         return None
-    part = PARTS.get(config.model, "")
+    part = bundles.MADE.get(config.model, "")
     if part and not _stands(config.out, part):
         return None
     over = config.minutes is not None and facts["seconds"] >= config.minutes * 60

@@ -268,10 +268,18 @@ def _unfit(made: dict[str, Any]) -> str:
         if not isinstance(made.get(name), kind):
             return name
     for part in made["parts"]:
-        groups = part.get("groups")
-        if not isinstance(groups, list) or any(len(one) != 3 for one in groups):
+        if not _are_groups(part.get("groups")):
             return f"groups of {part['part']}"
     return ""
+
+
+def _are_groups(groups: Any) -> bool:
+    """Whether they are rows of [scale, split, rows]; column by column, as they may be many."""
+    try:
+        columns = list(zip(*groups, strict=True))
+    except (TypeError, ValueError):
+        return False
+    return not columns or [set(map(type, column)) for column in columns] == [{int}, {str}, {int}]
 
 
 def _name(pair: tuple[str, dict[str, Any]]) -> str:

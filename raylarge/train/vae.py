@@ -155,7 +155,7 @@ class _Distilled(nn.Module):
         self.gradient = config.gradient
         size = {"factor": teacher.factor, "latent_channels": teacher.channels}
         self.codec = Autoencoder(LightAutoencoder(width=config.width, blocks=config.blocks, **size))
-        self.teacher, self.taught = _Beside(teacher), teacher.digest
+        self.teacher = _Beside(teacher)
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """|ẑ - z|² + |D(z) - image of the teacher| + |D(z) - image|, of each sample.
@@ -232,8 +232,7 @@ class VaeTask:
         if averaged is not None:
             codec.load_state_dict(averaged)
         if isinstance(self.network, _Distilled):
-            known = {"vae_small": {**facts, "on": self.network.taught}}
-            bundles.save(bundle, {"vae_small": codec.cpu()}, known)
+            bundles.save(bundle, {"vae_small": codec.cpu()}, {"vae_small": facts})
             return
         if self.config.kind == "kl":
             device, present = codec.network.device, codec.network.config.scaling_factor
