@@ -6,6 +6,7 @@ later run of the same command adds to it.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from raylarge import storage
+from raylarge import interrupts, storage
 from raylarge.errors import UserError
 
 
@@ -43,18 +44,43 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def entry(job: Callable[[list[str]], None]) -> NoReturn:
     """Run a job's main function on the command line's words; end with its exit status.
 
-    A `UserError` becomes one sentence on stderr and status 2; Ctrl-C becomes status 130.
+    A `UserError` becomes one sentence on stderr and status 2. Ctrl-C, SIGTERM and SIGHUP become a
+    sentence and 128 + the signal's number (130, 143, 129).
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    with interrupts.handled() as received:
+        try:
+            status = _status_of(job)
+        except BaseException:
+            if not received:
+                raise
+            status = 0  # whatever failed on the way out, the signal was the cause
+        if received:
+            status = 128 + received[0]
+            _tell(f"stopped by {received[0].name}; run the same command again to go on")
+    sys.exit(status)
+
+
+def _status_of(job: Callable[[list[str]], None]) -> int:
     try:
         job(sys.argv[1:])
     except UserError as error:
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
-        sys.exit(2)
+        _tell(f"{sys.argv[0]}: {error}")
+        return 2
+    except interrupts.Interrupted:
+        return 0
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        _tell("interrupted; run the same command again to go on")
+        return 130
+    return 0
+
+
+def _tell(line: str) -> None:
+    """Print a line on stderr, which is gone when a terminal was closed."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - flushed at exit
 
 
 class Report:

@@ -92,7 +92,12 @@ def test_an_order_becomes_marked_files(words, law_order, law_image, tmp_path, ca
     assert "nothing is left to do" in capsys.readouterr().out
     assert (tmp_path / "image.png").stat().st_mtime_ns == before
 
-    job.main([*words, f"out={tmp_path}", "order.seed=1"])
+    with pytest.raises(
+        UserError, match=r"order\.seed=0, not 1.*choose another out=.*overwrite=true"
+    ):
+        job.main([*words, f"out={tmp_path}", "order.seed=1"])
+    assert (tmp_path / "image.png").stat().st_mtime_ns == before
+    job.main([*words, f"out={tmp_path}", "order.seed=1", "overwrite=true"])
     assert (pixels(tmp_path) != law_image).any()
 
 
@@ -193,6 +198,67 @@ def test_law_4_killed_and_run_again(words, law_image, tmp_path):
     done = json.loads((tmp_path / "report.json").read_text())["stages"]["sample"]
     assert done["resumed"] >= 8
     assert done["requests"] == 21 - done["resumed"]
+
+
+def stopped_half_way(words, out, number, ready):
+    """Start the job, send it a signal at a moment, and return what it says on stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "jobs/sample.py", *words, f"out={out}"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    ready(process)
+    offspring = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + number, errors
+    last = errors.strip().splitlines()[-1].strip()
+    assert last == f"stopped by {number.name}; run the same command again to go on"
+    for trace in ("Traceback", "Check failed", "*** SIG", "core_worker"):
+        assert trace not in errors
+    assert not (out / "image.png").exists()
+    assert not (out / ".lock").exists()
+    assert psutil.wait_procs(offspring, timeout=30)[1] == []
+
+
+def until_ray_starts(process):
+    parent, deadline = psutil.Process(process.pid), time.monotonic() + 300
+    while not any("gcs_server" in child.name() for child in parent.children(recursive=True)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_a_job_that_can_be_resumed(words, law_image, tmp_path, number):
+    stopped_half_way(words, tmp_path, number, lambda job: wait_for_replies(tmp_path, job, 4))
+    job.main([*words, f"out={tmp_path}"])
+    np.testing.assert_array_equal(pixels(tmp_path), law_image)
+    assert json.loads((tmp_path / "report.json").read_text())["stages"]["sample"]["resumed"] >= 4
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_actors_in_order(words, tmp_path, number):
+    more = [*words, "workers=2", "order.sampler.steps=20"]
+    stopped_half_way(more, tmp_path, number, lambda job: wait_for_replies(tmp_path, job, 4))
+
+
+@pytest.mark.ray
+def test_a_signal_while_ray_starts_ends_it_in_order(words, tmp_path):
+    stopped_half_way([*words, "workers=2"], tmp_path, signal.SIGTERM, until_ray_starts)
+
+
+def test_two_commands_do_not_share_a_folder(words, tmp_path):
+    command = [sys.executable, "jobs/sample.py", *words, "order.sampler.steps=40"]
+    process = subprocess.Popen([*command, f"out={tmp_path}"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for_replies(tmp_path, process, 1)
+    for seed in (0, 1):
+        with pytest.raises(UserError, match=r"is in use: sample .*give another out="):
+            job.main([*words, f"out={tmp_path}", f"order.seed={seed}"])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    with pytest.raises(UserError, match="holds an unfinished result of another order"):
+        job.main([*words, f"out={tmp_path}", "order.seed=1"])
 
 
 @pytest.mark.ray

@@ -27,8 +27,8 @@ from raylarge import order as orders
 from raylarge.errors import UserError
 from raylarge.fleet import result
 from raylarge.fleet.facts import Facts
-from raylarge.fleet.ledger import Ledger
 from raylarge.fleet.means import Means
+from raylarge.fleet.output import Output
 from raylarge.fleet.reference import region
 from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
@@ -69,6 +69,7 @@ class Sample:
         negative: what it should not show.
         text_encoder: card of the encoder that the prior was trained with (`models/text.py`).
         text_weights: its folder, where it does not come with a package or from the hub.
+        overwrite: replace what `out` holds of another order, or files that are not raylarge's.
         dry_run: only say what the order costs.
         tflops: the rate, in 10^12 FLOP/s per GPU, that the price is told at; the default is a
             fifth of an H100's bf16 peak.
@@ -89,6 +90,7 @@ class Sample:
     negative: str = ""
     text_encoder: str = "minilm"
     text_weights: str = ""
+    overwrite: bool = False
     dry_run: bool = False
     tflops: float = 200.0
 
@@ -119,14 +121,14 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     if config.dry_run:
         _say_price(config, folder, order, plan)
         return {}
-    known = log.facts
-    wanted = (order.digest, facts.digest, means.name)
-    same = (known.get("order"), known.get("bundle"), known.get("means", "")) == wanted
-    if same and all(storage.exists(path) for path in known["files"].values()):
-        report.say("this order was carried out before; nothing is left to do")
-        return dict(known["files"])
-    carry_out = _on_ray if config.workers else _here
-    return carry_out(config, folder, _Run(config, order, facts, plan, log))
+    output = Output(storage.absolute(config.out), order, facts.digest, means.name)
+    with storage.exclusive(output.folder, "sample"):
+        replaced = output.replaced(log.facts, config.overwrite)
+        if (files := output.finished(log.facts)) and not replaced:
+            report.say("this order was carried out before; nothing is left to do")
+            return files
+        carry_out = _on_ray if config.workers else _here
+        return carry_out(config, folder, _Run(means, output, facts, plan, log, replaced))
 
 
 def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
@@ -152,16 +154,17 @@ class _Run:
 
     def __init__(
         self,
-        config: Sample,
-        order: Order,
+        means: Means,
+        output: Output,
         facts: Facts,
         plan: Plan,
         log: report.Report,
+        replaced: list[str],
     ) -> None:
-        self.out, self.means = storage.absolute(config.out), config.means
-        self.order, self.facts, self.plan, self.log = order, facts, plan, log
-        log.facts = {"stages": {}}  # of an earlier order, whose files this one replaces
-        self.ledger = Ledger(self.out, order, facts.digest + self.means.name)
+        self.means, self.output, self.replaced = means, output, replaced
+        self.order, self.facts, self.plan, self.log = output.order, facts, plan, log
+        log.facts = {"stages": {}, **output.facts}
+        self.ledger = output.ledger
         self.resumed = self.ledger.resume(plan)
         self.phases: dict[str, float] = {}
         self.costs: cost.Costs | None = None
@@ -201,12 +204,11 @@ class _Run:
 
     def write(self, made: Any) -> dict[str, str]:
         """Write the files, then the report; then the ledger has had its use."""
+        self.output.remove(self.replaced)
         with self.log.stage("write"):
-            files, measured = result.write(self.out, self.order, self.facts, made, pyramid=True)
+            made_by = self.order, self.facts, made
+            files, measured = result.write(self.output.folder, *made_by, pyramid=True)
         self.log.add(
-            order=self.order.digest,
-            bundle=self.facts.digest,
-            means=self.means.name,
             seed=self.order.seed,
             versions={name: version(name) for name in VERSIONS},
             files=files,

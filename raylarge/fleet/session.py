@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from raylarge.interrupts import postponed
+
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # One line instead of a page for every worker that dies: whoever asked it says what follows.
@@ -40,16 +42,18 @@ def session(workers: int, logs: str = "") -> Iterator[None]:
         return
     with _native_stderr(logs):
         own = None
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level="error")
-        else:
-            own = _start(workers)
         try:
+            with postponed():
+                if os.environ.get("RAY_ADDRESS"):
+                    ray.init(log_to_driver=False, logging_level="error")
+                else:
+                    own = _start(workers)
             yield
         finally:
-            ray.shutdown()
-            if own is not None and logs:
-                keep_logs(own, logs)
+            with postponed():
+                ray.shutdown()
+                if own is not None and logs:
+                    keep_logs(own, logs)
 
 
 @contextmanager
