@@ -323,7 +323,9 @@ def told(checks: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run the stages that are not done yet."""
-    Thread(configuration.parse(Demo, arguments, {})).run()
+    config = configuration.parse(Demo, arguments, {})
+    storage.require_writable("out", config.out)
+    Thread(config).run()
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_a_job_ends_with_one_sentence_and_the_signals_status(name, cleanup):
 def test_ctrl_c_stays_as_it_was():
     process = started(JOB.format(cleanup="pass"))
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == "interrupted; run the same command again to go on\n"
 
@@ -85,28 +85,35 @@ def test_a_terminal_that_has_gone_is_no_traceback():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_waits_for_the_end_of_what_must_not_be_cut(number):
     steps = []
-    with interrupts.handled() as received:
-        with pytest.raises(interrupts.Interrupted):
-            with interrupts.postponed():
-                os.kill(os.getpid(), number)
-                time.sleep(0.05)
-                steps.append("whole")
-                signal.signal(signal.SIGTERM, lambda *_: steps.append("another handler"))
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.05)
-                steps.append("still whole")
-            steps.append("not reached")
+
+    def work():
+        with interrupts.postponed():
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+            steps.append("whole")
+            signal.signal(signal.SIGTERM, lambda *_: steps.append("another handler"))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+            steps.append("still whole")
+        steps.append("not reached")
+
+    with interrupts.handled() as received, pytest.raises(interrupts.Interrupted):
+        work()
     assert steps == ["whole", "still whole"]
     assert received == [number]
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_a_second_ctrl_c_does_not_wait():
-    with pytest.raises(KeyboardInterrupt), interrupts.postponed():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(30)
+    def work():
+        with interrupts.postponed():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 

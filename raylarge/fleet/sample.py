@@ -122,6 +122,7 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
         _say_price(config, folder, order, plan)
         return {}
     output = Output(storage.absolute(config.out), order, facts.digest, means.name)
+    storage.require_writable("out", output.folder)
     with storage.exclusive(output.folder, "sample"):
         replaced = output.replaced(log.facts, config.overwrite)
         if (files := output.finished(log.facts)) and not replaced:

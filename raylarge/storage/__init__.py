@@ -29,6 +29,7 @@ from raylarge.storage.lock import exclusive
 from raylarge.storage.objects import read_range
 from raylarge.storage.parquet import read_metadata, read_rows, read_table, write_table
 from raylarge.storage.patience import is_local, patiently
+from raylarge.storage.writable import require_writable
 
 __all__ = [
     "absolute",
@@ -54,6 +55,7 @@ __all__ = [
     "read_table",
     "remove",
     "remove_all",
+    "require_writable",
     "sizes",
     "write_bytes",
     "write_json",

@@ -52,6 +52,7 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
     began = time.monotonic()
     config = checked(config)
     root = run_folder(config)
+    storage.require_writable("out", config.out)
     identity.refuse_mixing(config, root)
     source = module_of(config).source(config)  # what is missing is said before any worker starts
     facts = identity.finished(config, root, source.digest)
