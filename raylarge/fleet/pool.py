@@ -31,6 +31,7 @@ from torch import Tensor
 from raylarge.errors import UserError
 from raylarge.fleet.facts import Facts
 from raylarge.fleet.means import Means
+from raylarge.fleet.room import Room, require_room
 from raylarge.fleet.worker import Worker
 from raylarge.report import say
 from raylarge.sampling.plan import Reply
@@ -134,6 +135,8 @@ class ActorPool:
         means = means or Means()
         some = float(ray.cluster_resources().get("GPU", 0) > 0)
         gpus = some if means.gpus < 0 else means.gpus
+        self._room = Room("a worker", means.threads, gpus)
+        require_room(self._room)
         actor = ray.remote(PooledWorker).options(
             num_cpus=means.threads, num_gpus=gpus, max_restarts=-1
         )
@@ -141,7 +144,6 @@ class ActorPool:
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self._shelf = Shelf()
         self._coming: set[asyncio.Task[None]] = set()
-        self._wanted = f"{means.threads} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
     async def start(self) -> None:
         """Call the actors to work, and wait for the first; the others join as they come.
@@ -156,7 +158,7 @@ class ActorPool:
         except (asyncio.TimeoutError, TimeoutError):
             has = ray.cluster_resources()
             room = f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs"
-            say(f"waiting for a worker: each wants {self._wanted} of the cluster's {room}")
+            say(f"waiting for a worker: each wants {self._room.each} of the cluster's {room}")
             first = await self._next()
         self._idle.put_nowait(first)
 

@@ -24,6 +24,9 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+_own: list[Path] = []
+"""The folder of the logs of the Ray that this process has started."""
+
 
 @contextmanager
 def session(workers: int, logs: str = "") -> Iterator[None]:
@@ -41,19 +44,32 @@ def session(workers: int, logs: str = "") -> Iterator[None]:
         yield
         return
     with _native_stderr(logs):
-        own = None
         try:
             with postponed():
                 if os.environ.get("RAY_ADDRESS"):
                     ray.init(log_to_driver=False, logging_level="error")
                 else:
-                    own = _start(workers)
+                    _own.append(_start(workers))
             yield
         finally:
             with postponed():
                 ray.shutdown()
-                if own is not None and logs:
-                    keep_logs(own, logs)
+                while _own:
+                    keep_logs(_own.pop(), logs)
+
+
+def may_grow() -> bool:
+    """Return whether nodes may join the Ray in use: a Ray of our own has one node for ever.
+
+    A cluster whose autoscaler has said nothing counts as one that may grow if it has one.
+    """
+    from ray._private.state import state
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if _own:
+        return False
+    reported = state.get_max_resources_from_cluster_config()
+    return bool(reported) or _internal_kv_get(b"__autoscaling_status") is not None
 
 
 @contextmanager
@@ -90,7 +106,9 @@ def _start(workers: int) -> Path:
 
 
 def keep_logs(made: Path, logs: str) -> None:
-    """Copy what Ray logged to a folder."""
+    """Copy what Ray logged to a folder, if one is given."""
+    if not logs:
+        return
     shutil.copytree(
         made, logs, dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns("*.sock*")
     )
