@@ -8,7 +8,6 @@ whether it is novel or derived from a real image.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -37,7 +36,7 @@ def marks(order: Order, facts: Facts) -> dict[str, str]:
     document["condition"]["data"] = document["source"]["image"] = ""
     derived = order.condition.kind == "embeddings" or order.algorithm == "superres"
     return {
-        "Order": json.dumps(document, sort_keys=True),
+        "Order": storage.as_json(document),
         "OrderDigest": order.digest,
         "Bundle": facts.digest,
         "Origin": "derived from a real image" if derived else "novel",

@@ -11,6 +11,7 @@ are a UserError with the path and the cure, in all of these, and docstrings do n
 """
 
 from raylarge.storage.files import (
+    as_json,
     digest,
     digest_file,
     digest_pieces,
@@ -33,6 +34,7 @@ from raylarge.storage.writable import require_writable
 
 __all__ = [
     "absolute",
+    "as_json",
     "children",
     "digest",
     "digest_file",
