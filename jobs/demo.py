@@ -323,7 +323,7 @@ def told(checks: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run the stages that are not done yet."""
-    Thread(configuration.parse(Demo, arguments, {})).run()
+    Thread(configuration.parse(Demo, arguments, {}, __doc__)).run()
 
 
 if __name__ == "__main__":

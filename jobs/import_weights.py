@@ -12,7 +12,7 @@ from raylarge.models.imported import Import, import_bundle
 
 def main(arguments: list[str]) -> None:
     """Import and print what was found."""
-    config = parse(Import, arguments, {})
+    config = parse(Import, arguments, {}, __doc__)
     counts = import_bundle(config)
     rows = [[name, f"{count:,}"] for name, count in counts.items()]
     report.say(report.table(["part", "parameters"], rows))

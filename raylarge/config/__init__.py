@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from raylarge.config import help as _help
 from raylarge.config.building import build, plain, require
-from raylarge.config.fields import check_fields, choice, leaves, near, number
+from raylarge.config.fields import check_fields, choice, free, leaves, near, number, whole_numbers
 from raylarge.config.places import check_places, require_place
-from raylarge.config.words import MISSING, shown
+from raylarge.config.words import MISSING, shown, typed
 from raylarge.errors import UserError
 
 T = TypeVar("T")
@@ -27,6 +27,7 @@ __all__ = [
     "build",
     "check_fields",
     "choice",
+    "free",
     "near",
     "number",
     "parse",
@@ -35,7 +36,9 @@ __all__ = [
     "require_place",
     "shown",
     "show_help",
+    "typed",
     "wants_help",
+    "whole_numbers",
 ]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, get_type_hints
 
-from raylarge.config.words import shown
+from raylarge.config.words import shown, typed
 from raylarge.errors import UserError
 
 _NEAR, _ALMOST_SAME = 0.7, 0.87
@@ -47,8 +47,8 @@ class Key(NamedTuple):
         if "choices" in about:
             return f"one of: {', '.join(map(shown, about['choices']))}"
         if "least" in about:
-            above = "above " if about["above"] else ""
-            return f"{above}{about['least']:.12g} to {about['most']:.12g}"
+            least, most = shown(about["least"]), shown(about["most"])
+            return f"above {least}, at most {most}" if about["above"] else f"from {least} to {most}"
         return ""
 
     def allows(self, value: Any) -> bool:
@@ -62,7 +62,7 @@ class Key(NamedTuple):
         return True
 
 
-def number(default: float, least: float, most: float, above: bool = False) -> Any:
+def number(default: int | float, least: int | float, most: int | float, above: bool = False) -> Any:
     """A field of a dataclass that holds a number from `least` (or above it) to `most`."""
     bounds = {"least": least, "most": most, "above": above}
     return dataclasses.field(default=default, metadata=bounds)
@@ -73,6 +73,11 @@ def choice(default: str, choices: Sequence[str]) -> Any:
     return dataclasses.field(default=default, metadata={"choices": tuple(choices)})
 
 
+def free(default: Any, kind: str) -> Any:
+    """A field of a dataclass of several forms, which its class reads; `kind` names them."""
+    return dataclasses.field(default=default, metadata={"kind": kind})
+
+
 def check_fields(config: Any) -> None:
     """Refuse values of a dataclass that its fields' bounds and choices exclude.
 
@@ -81,6 +86,21 @@ def check_fields(config: Any) -> None:
     """
     for key in keys(type(config)):
         refuse(key, key.name, getattr(config, key.name))
+
+
+def whole_numbers(key: str, value: Any, such: str, least: int, most: int) -> tuple[int, ...]:
+    """A list of whole numbers within bounds, from a list or its word `[a,b]`.
+
+    Raises:
+        UserError: the value is none; `such` says what it should be.
+    """
+    try:
+        numbers: tuple[int, ...] = typed(tuple[int, ...], value)
+    except ValueError as error:
+        raise UserError(f"{key} {shown(value)} is not {such}.") from error
+    if not all(least <= number <= most for number in numbers):
+        raise UserError(f"{key} {shown(value)} is not {such}, from {least} to at most {most}.")
+    return numbers
 
 
 def refuse(key: Key, name: str, value: Any) -> None:

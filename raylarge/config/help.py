@@ -85,7 +85,7 @@ def _head(name: str, key: fields.Key) -> str:
 
 def _kind(key: fields.Key) -> str:
     kind = words.wanted(key.hint)
-    kind = "value" if kind == "another value" else kind.split(" such as")[0]
+    kind = key.field.metadata.get("kind") or kind.split(" such as")[0]
     null = " or null" if words.wanted(key.hint).endswith(" or null") else ""
     kind += null if not kind.endswith(null) else ""
     rule = key.rule

@@ -76,7 +76,7 @@ class Sample:
 
     bundle: str = MISSING
     out: str = MISSING
-    order: dict[str, Any] = field(default_factory=dict)
+    order: dict[str, Any] = field(default_factory=dict, metadata={"keys": Order})
     workers: int = 0
     threads: int = 1
     dtype: str = "float32"
@@ -292,7 +292,7 @@ def _with_image(config: Sample) -> dict[str, Any]:
     """The order's values with the image that is made larger, and the size that follows."""
     content = storage.read_bytes(storage.absolute(config.image))
     values = {"algorithm": "superres", **config.order}
-    source = {"octaves": orders.Source.octaves, **values.get("source", {})}
+    source = {"octaves": orders.Source().octaves, **values.get("source", {})}
     source["image"] = base64.b64encode(content).decode()
     rows, columns = images.from_bytes(content).shape[:2]
     factor = 1 << max(0, int(source["octaves"]))
