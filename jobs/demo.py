@@ -72,6 +72,7 @@ class Demo:
 
     Attributes:
         slides: paths or patterns, separated by commas; left out: a small real slide.
+            Example: a.svs,b.tif.
         out: where everything goes.
         minutes: of training, all three models together.
         size: side of the large images in pixels.

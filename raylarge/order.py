@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from raylarge import config, storage
-from raylarge.config import choice, free, number, shown, typed
+from raylarge.config import choice, number, shown, typed
 from raylarge.errors import UserError
 from raylarge.geometry import Patch, Scale, guide_scale
 
@@ -29,9 +29,12 @@ LIMIT_PX = 1 << 17
 LIMIT_BATCH = 1024
 MOST_STEPS = 999
 """Steps that a schedule of 1,000 timesteps has room for."""
-LIMIT_GUIDANCE = 100.0
+LIMIT_GUIDANCE = 100
 """Far beyond use; larger factors leave the range of half precision, and then of float32."""
 LIMIT_SCALE = 30
+SIZE = "a number of pixels such as 4096 or 4096x6144"
+LEVELS = "a list of scales such as 6,4,2,0"
+SHAPE = "a list of sides such as [2,2,384]"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Sampler:
     clamp: bool = False
     derivative: str = choice("jvp", ("jvp", "difference"))
     step: float = number(0.005, 0, 1, above=True)
-    interval: Any = free(ALWAYS, "two shares [from,to]")
+    interval: Any = field(default=ALWAYS, metadata={"kind": "two shares [from,to]"})
     every: int = number(1, 1, MOST_STEPS)
     small: bool = False
 
@@ -116,10 +119,11 @@ class Condition:
         fine: under `cdm`, what conditions the fine windows: `null`, `independent` draws of the
             CDM, the `inversion` of the finished guide, or a draw of the `prior`.
         draw: how the CDM draws: `paper` (50 steps of DDIM) or `released` (200 respaced steps).
-        data: base64 of little-endian float16 values in row-major order.
+        data: base64 of little-endian float16 values in row-major order. Example: AAAAPA==.
         shape: (rows, columns, channels), with the number of patches in front for patches; of a
             vector its width alone. Without one a fine `prior` draws unconditionally.
-        negative: the vector that the prior is led away from, packed as `data`.
+            Example: [1,1,2].
+        negative: the vector that the prior is led away from, packed as `data`. Example: AAAAPA==.
         prior_guidance: w of the prior's u + w (c - u).
         prior_steps: of the prior's DDIM.
         iterations: of an inversion, under kind `inverted` or fine `inversion`.
@@ -129,7 +133,7 @@ class Condition:
     fine: str = choice("null", tuple(FINE))
     draw: str = choice("paper", tuple(RECIPES))
     data: str = ""
-    shape: Any = free((), "a list of sides such as [2,2,384]")
+    shape: Any = field(default=(), metadata={"kind": SHAPE})
     negative: str = ""
     prior_guidance: float = number(1.0, 0, LIMIT_GUIDANCE)
     prior_steps: int = number(50, 1, MOST_STEPS)
@@ -137,8 +141,8 @@ class Condition:
 
     def __post_init__(self) -> None:
         config.check_fields(self)
-        such = "a list of sides such as [2,2,384]"
-        object.__setattr__(self, "shape", config.whole_numbers("condition.shape", self.shape, such, 1, 1 << 31))
+        sides = config.whole_numbers("condition.shape", self.shape, SHAPE, 1, 1 << 31)
+        object.__setattr__(self, "shape", sides)
 
     @classmethod
     def of(cls, grid: np.ndarray) -> Condition:
@@ -210,7 +214,7 @@ class Source:
     """The image that `algorithm: superres` makes larger.
 
     Attributes:
-        image: base64 of a PNG.
+        image: base64 of a PNG. Example: iVBORw0KGgo....
         octaves: n of 2^n.
         control: by the bundle's ControlNet (the baseline) in place of the constraint.
     """
@@ -239,7 +243,7 @@ class Order:
     """One request for an image.
 
     Attributes:
-        size: side in pixels, or (rows, columns); also written `4096x6144`.
+        size: side in pixels, or (rows, columns); also written `4096x6144`. Example: 4096x6144.
         count: 0 for one large image; n for n separate patches at `scale`.
         scale: the scale whose pixels are wanted (0 is the base).
         seed: all randomness follows from it.
@@ -249,10 +253,11 @@ class Order:
             whose size is that of the source times 2^octaves.
         refine: remove the seams between the patches of a joint image, in six more steps.
         levels: scales from the guide's down to `scale`, such as 6,4,2,0; by default these two.
+            Example: 6,4,2,0.
         recipe: the name the sampler's settings started from.
     """
 
-    size: Any = free(0, "pixels: 4096, 4096x6144 or [4096,6144]")
+    size: Any = field(default=0, metadata={"kind": SIZE})
     count: int = number(0, 0, 1 << 31)
     scale: int = number(0, 0, LIMIT_SCALE)
     seed: int = number(0, 0, (1 << 64) - 1)
@@ -260,7 +265,7 @@ class Order:
     chunk: int = number(10, 1, 1 << 20)
     algorithm: str = choice("joint", ("joint", "strided", "superres"))
     refine: bool = False
-    levels: Any = free("", "a list of scales: 6,4,2,0 or [6,4,2,0]")
+    levels: Any = field(default="", metadata={"kind": LEVELS})
     recipe: str = choice("paper", tuple(RECIPES))
     sampler: Sampler = field(default_factory=Sampler)
     strided: Strided = field(default_factory=Strided)
@@ -331,15 +336,14 @@ def _interval(value: Any) -> tuple[float, ...]:
 
 def _levels(value: Any) -> tuple[int, ...]:
     parts = value.split(",") if isinstance(value, str) and "[" not in value else value
-    such = "a list of scales such as 6,4,2,0"
-    return config.whole_numbers("levels", [] if parts == [""] else parts, such, 0, LIMIT_SCALE)
+    parts = [] if parts == [""] else parts
+    return config.whole_numbers("levels", parts, LEVELS, 0, LIMIT_SCALE)
 
 
 def _size(value: Any) -> tuple[int, int]:
     parts = value.split("x") if isinstance(value, str) and "[" not in value else value
     parts = [parts] if isinstance(parts, int) else parts
-    such = "a number of pixels such as 4096 or 4096x6144"
-    sides = config.whole_numbers("size", parts, such, 0, LIMIT_PX)
+    sides = config.whole_numbers("size", parts, SIZE, 0, LIMIT_PX)
     if len(sides) not in (1, 2):
-        raise UserError(f"size {shown(value)} is not {such}.")
+        raise UserError(f"size {shown(value)} is not {SIZE}.")
     return sides[0], sides[-1]

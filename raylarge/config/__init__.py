@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from raylarge.config import help as _help
 from raylarge.config.building import build, plain, require
-from raylarge.config.fields import check_fields, choice, free, leaves, near, number, whole_numbers
+from raylarge.config.fields import check_fields, choice, leaves, near, number, whole_numbers
 from raylarge.config.places import check_places, require_place
 from raylarge.config.words import MISSING, shown, typed
 from raylarge.errors import UserError
@@ -27,15 +27,14 @@ __all__ = [
     "build",
     "check_fields",
     "choice",
-    "free",
     "near",
     "number",
     "parse",
     "plain",
     "require",
     "require_place",
-    "shown",
     "show_help",
+    "shown",
     "typed",
     "wants_help",
     "whole_numbers",
@@ -85,8 +84,12 @@ def wants_help(arguments: Sequence[str]) -> bool:
     return "--help" in arguments or "-h" in arguments
 
 
-def show_help(about: str, schemas: Mapping[str, type], presets: Sequence[str] | Mapping[str, Any],
-              leave_out: Sequence[str] = ()) -> None:
+def show_help(
+    about: str,
+    schemas: Mapping[str, type],
+    presets: Sequence[str] | Mapping[str, Any],
+    leave_out: Sequence[str] = (),
+) -> None:
     """Print the description of a job's keys and end with status 0.
 
     Args:

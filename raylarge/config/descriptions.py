@@ -14,12 +14,12 @@ import ast
 import inspect
 import re
 import textwrap
-from functools import lru_cache
+from functools import cache
 
 _EXAMPLE = re.compile(r"\s*Example: (.+?)\.?$")
 
 
-@lru_cache(maxsize=None)
+@cache
 def descriptions(schema: type) -> dict[str, str]:
     """Name of a field -> its description; fields of base classes are included."""
     texts: dict[str, str] = {}

@@ -1,6 +1,7 @@
 """The keys of a dataclass: its fields, their types, bounds and choices, and misspelt ones.
 
-A field whose metadata has `keys` is a mapping that holds some keys of another dataclass.
+A field's metadata may have `keys` (a dataclass: the field is a mapping that holds some of its
+keys), `choices`, bounds (`least`, `most`, `above`), or `kind` (the forms that its class reads).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
 from raylarge.config.words import shown, typed
@@ -73,11 +74,6 @@ def choice(default: str, choices: Sequence[str]) -> Any:
     return dataclasses.field(default=default, metadata={"choices": tuple(choices)})
 
 
-def free(default: Any, kind: str) -> Any:
-    """A field of a dataclass of several forms, which its class reads; `kind` names them."""
-    return dataclasses.field(default=default, metadata={"kind": kind})
-
-
 def check_fields(config: Any) -> None:
     """Refuse values of a dataclass that its fields' bounds and choices exclude.
 
@@ -109,7 +105,7 @@ def refuse(key: Key, name: str, value: Any) -> None:
         raise UserError(f"{name}={shown(value)}: it must be {key.rule}.")
 
 
-@lru_cache(maxsize=None)
+@cache
 def keys(schema: type) -> tuple[Key, ...]:
     """The fields of a dataclass in their order."""
     hints = get_type_hints(schema)

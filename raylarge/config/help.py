@@ -33,7 +33,7 @@ def text(
     parts = [about.strip()] if about else []
     parts.append(textwrap.fill(_RULES, width))
     if presets:
-        values = ["one of: " + ", ".join(presets), "values that other words may override"]
+        values = ["One of: " + ", ".join(presets), "values that other words may override"]
         parts.append(_entry("preset=NAME", *values, f"preset={presets[0]}", width))
     for heading, schema in schemas.items():
         parts += [f"{heading}\n{'-' * len(heading)}"] if heading else []
@@ -56,13 +56,14 @@ def _section(schema: type, prefix: str, leave_out: Sequence[str], width: int) ->
         else:
             example = example or _example(key)
             example = f"{name}={example}" if example else ""
-            shell = f"'{example}'" if set(example) & set(" *#[]{}()|&;<>$\\\"?") else example
+            shell = f"'{example}'" if set(example) & set(' *#[]{}()|&;<>$\\"?') else example
             parts.append(_entry(_head(name, key), _kind(key), meaning, shell, width))
     return parts
 
 
 def _entry(head: str, kind: str, meaning: str, example: str, width: int) -> str:
-    lines = [head, _filled(f"{kind}. {meaning}".strip(), width, "    ")]
+    meaning = f"{meaning}." if meaning and meaning[-1] not in ".?!" else meaning
+    lines = [head, _filled(f"{kind}. {meaning[:1].upper()}{meaning[1:]}".strip(), width, "    ")]
     lines += [f"    example: {example}"] if example else []
     return "\n".join(lines)
 
@@ -100,9 +101,10 @@ def _example(key: fields.Key) -> str:
         return words.shown((others or choices)[0])
     if key.hint is bool:
         return words.shown(not key.default)
-    if not _required(key) and key.default not in (None, "", ()) and key.default != []:
-        return words.shown(key.default)
-    return words.such(key.hint)
+    plain = words.such(key.hint)
+    if _required(key) or key.default in (None, "", (), 0) or key.default == []:
+        return plain if not plain or key.allows(words.typed(key.hint, plain)) else ""
+    return words.shown(key.default)
 
 
 def _required(key: fields.Key) -> bool:

@@ -33,9 +33,7 @@ def require_place(key: str, path: str) -> None:
     if not path.removeprefix("file://").strip():
         raise UserError(f"{key}={shown(path)} is empty; name a folder or an s3:// URL.")
     if re.match(r"(?!file:)\w+://(/|$)", path):
-        raise UserError(
-            f"{key}={shown(path)} names no bucket; give one as in s3://BUCKET/FOLDER."
-        )
+        raise UserError(f"{key}={shown(path)} names no bucket; give one as in s3://BUCKET/FOLDER.")
     _refuse_temporary(key, path)
 
 

@@ -1,10 +1,10 @@
 """Words of the command line as values of a field's type. Nothing is read as YAML.
 
-    text    the word as it stands: `img #2`, `2024_01`, `012`, `on`, quotes and spaces too
-    number  a plain decimal number: 3, -0.5, 1e-4; not 1_000, 0x10, 012, 1:30, inf or nan
-    flag    true or false
-    list    [a,b]: the items stand between commas, each read by these rules; [] is empty
-    null    no value, where a field that is no text may have none
+text    the word as it stands: `img #2`, `2024_01`, `012`, `on`, quotes and spaces too
+number  a plain decimal number: 3, -0.5, 1e-4; not 1_000, 0x10, 012, 1:30, inf or nan
+flag    true or false
+list    [a,b]: the items stand between commas, each read by these rules; [] is empty
+null    no value, where a field that is no text may have none
 """
 
 from __future__ import annotations
@@ -68,7 +68,10 @@ def such(hint: Any) -> str:
     kinds = [kind for kind in get_args(hint) or [hint] if kind is not type(None)]
     if get_origin(hint) in (list, tuple):
         return f"[{','.join(_SUCH.get(kind, 'a') for kind in kinds if kind is not ...)}]"
-    return "" if kinds[0] is str else _SUCH.get(kinds[0], "") or (such(kinds[0]) if get_args(kinds[0]) else "")
+    first = kinds[0]
+    if get_args(first):
+        return such(first)
+    return "" if first is str else _SUCH.get(first, "")
 
 
 def shown(value: Any) -> str:
