@@ -72,6 +72,7 @@ class Demo:
 
     Attributes:
         slides: paths or patterns, separated by commas; left out: a small real slide.
+            Example: a.svs,b.tif.
         out: where everything goes.
         minutes: of training, all three models together.
         size: side of the large images in pixels.
@@ -323,7 +324,7 @@ def told(checks: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run the stages that are not done yet."""
-    config = configuration.parse(Demo, arguments, {})
+    config = configuration.parse(Demo, arguments, {}, __doc__)
     storage.require_writable("out", config.out)
     Thread(config).run()
 

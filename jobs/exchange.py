@@ -12,16 +12,26 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from raylarge import report, storage
-from raylarge.config import parse
+from raylarge.config import parse, show_help, wants_help
 from raylarge.data.exchange import h5, h5_embed, h5_features, published
 from raylarge.data.exchange.layouts import LAYOUTS
 from raylarge.errors import UserError
 
 T = TypeVar("T")
+HELP: dict[str, type] = {
+    "export=trident or export=clam": h5.Export,
+    "export=features": h5_features.Features,
+    "import=trident or import=clam": h5_embed.Import,
+    "import=tissue": h5.Outlines,
+    f"import=one of {', '.join(LAYOUTS)}": published.Published,
+}
+"""What the words `export=` and `import=` may name, and the keys that go with it."""
 
 
 def main(arguments: list[str]) -> None:
     """Export or import, as the first of the words says, and print what came of it."""
+    if wants_help(arguments):
+        show_help(__doc__, HELP, (), ("format",))
     words = dict(word.split("=", 1) for word in arguments if "=" in word)
     way = "import" if "import" in words else "export"
     name = words.get(way, "")

@@ -12,7 +12,7 @@ from raylarge.models.imported import Import, import_bundle
 
 def main(arguments: list[str]) -> None:
     """Import and print what was found."""
-    config = parse(Import, arguments, {})
+    config = parse(Import, arguments, {}, __doc__)
     if config.out.strip():
         storage.require_writable("out", config.out)
     counts = import_bundle(config)

@@ -19,7 +19,7 @@ from raylarge.fleet.sample import Sample, sample
 
 def main(arguments: list[str]) -> None:
     """Carry out the order and print its files and figures."""
-    config = parse(Sample, arguments, {})
+    config = parse(Sample, arguments, {}, __doc__)
     require_place("bundle", config.bundle)
     require_place("out", config.out)
     log = report.Report(storage.join(config.out, "report.json"))

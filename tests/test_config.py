@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import re
 
 import pytest
-from omegaconf import MISSING
+from raylarge.config import MISSING
 
 from raylarge.config import build, parse, plain, require_place
 from raylarge.errors import UserError
@@ -63,13 +63,13 @@ def test_a_value_may_look_like_anything(value):
         (["inner.rat=3"], r"unknown key 'inner.rat'; did you mean 'inner.rate'\?"),
         (["rate=3"], r"unknown key 'rate'; did you mean 'inner.rate'\?"),
         (["inner.steps=3"], r"unknown key 'inner.steps'; did you mean 'steps'\?"),
-        (["iner.rate=3"], r"unknown key 'iner'; did you mean 'inner'\?"),
+        (["iner.rate=3"], r"unknown key 'iner.rate'; did you mean 'inner.rate'\?"),
         (["zzz=3"], r"unknown key 'zzz'; the keys there are: steps, slides, limit, inner\."),
         (["inner.zzz=3"], r"'inner.zzz'; the keys there are: rate, names, ends, flags\."),
-        (["steps=many"], r"^steps=many does not fit; give a whole number\.$"),
-        (["steps=[1]"], r"^steps=\[1\] does not fit; give a whole number\.$"),
-        (["steps=???"], r"^steps=\?\?\? is no value; give one, or leave steps out"),
-        (["limit=x"], r"^limit=x does not fit; give a whole number or null\.$"),
+        (["steps=many"], r"^steps=many does not fit; give a whole number such as 3\.$"),
+        (["steps=[1]"], r"^steps=\[1\] does not fit; give a whole number such as 3\.$"),
+        (["steps=???"], r"^steps=\?\?\? does not fit; give a whole number such as 3\.$"),
+        (["limit=x"], r"^limit=x does not fit; give a whole number such as 3 or null\.$"),
         (["inner.names={a: 1}"], r"^inner.names=.* does not fit; give a list such as \[a\]\.$"),
         (["inner.flags=[x,y]"], r"^inner.flags=\[x,y\] does not fit; give a list such as \[true\]"),
         (["limit=4", "inner.ends=[0.5]"], r"^inner.ends=\[0.5\] does not fit; give a list of 2 "),

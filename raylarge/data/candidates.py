@@ -27,28 +27,32 @@ _COARSEST = 12
 class Tile:
     """What counts as an example, and who may train on it."""
 
-    patch_px: int = 256
+    patch_px: int = 256  # side of an example in pixels, at every scale
     scales: list[int] = field(default_factory=lambda: list(range(8)))
+    """0: the base; each further one halves the pixels."""
     tissue: list[float] = field(default_factory=lambda: [0.5, 0.4, 0.3, 0.2, 0.1])
     """Least share of tissue per scale; coarser scales than listed take the last."""
     mask: str = ""
-    """Where tissue is: "" by colour; `all`; or a pattern such as `masks/{name}.geojson` (.png)."""
+    """Where tissue is: "" by colour; `all`; or a pattern such as `masks/{name}.geojson` (.png).
+    Example: masks/{name}.geojson."""
     border: str = "drop"
     """Regions over the right and lower edge: `drop`, or `pad` them with white."""
     crops: int = 0
     """Random tile-aligned candidates per slide and coarse scale, beside the regular grid."""
     split: str = "patient"
     """`patient`: whole patients are held out; `band`: the lowest rows of each slide; or a file."""
-    val_fraction: float = 0.1
-    test_fraction: float = 0.0
+    val_fraction: float = 0.1  # share held out for validation
+    test_fraction: float = 0.0  # share held out for tests
     patient: str = ""
-    """Regular expression on the file name whose first group is the patient; empty: the slide."""
+    """Regular expression on the file name whose first group is the patient; empty: the slide.
+    Example: (.*)-[0-9]+."""
     table: str = ""
-    """A CSV or parquet of the slides: `slide`, and patient, split, mpp (`roster.py`)."""
+    """A CSV or parquet of the slides: `slide`, and patient, split, mpp (`roster.py`).
+    Example: slides.csv."""
     labels: list[str] = field(default_factory=list)
     """Columns of the table that go into the examples; mind what they tell of a patient."""
-    mpp: float | None = None
-    base_mpp: float = BASE_MPP
+    mpp: float | None = None  # µm per pixel of the slides whose files do not say it
+    base_mpp: float = BASE_MPP  # µm per pixel of scale 0
     icc: bool = True
     """Convert pixels to sRGB where the file has a colour profile."""
     block_tiles: int = 1024
@@ -56,7 +60,7 @@ class Tile:
     salt: str = "raylarge"
     """Of the pseudonyms. It is written nowhere: give your own, and keep it. Everybody knows this
     one, and finds a slide's name by trying names."""
-    seed: int = 0
+    seed: int = 0  # of crops and of the split
 
     def check(self) -> None:
         """Refuse values that make no sense.

@@ -28,7 +28,7 @@ from raylarge.geometry import batches
 class Encode(Means):
     """How the autoencoder is fed."""
 
-    batch: int = 32
+    batch: int = 32  # images of one pass
     flips: bool = False
     """Rows for the image mirrored left to right, upside down, and both, too."""
 

@@ -31,16 +31,17 @@ VERBS = ("tile", "embed", "shard", "encode", "caption", "text_embed", "features"
 class Prepare:
     """What `jobs/prepare.py` understands."""
 
-    out: str = MISSING
+    out: str = MISSING  # the data folder, for all tables. Example: data
     slides: str = ""
-    """Paths or patterns, separated by commas."""
+    """Paths or patterns, separated by commas. Example: slides/*.svs,b.tif."""
     verbs: str = "tile,embed,shard"
+    """what to do: tile, embed, shard, encode, caption, text_embed, features."""
     workers: int | None = None
     """Ray workers of one CPU each; absent: this process."""
     on_error: str = "stop"
     """At a slide that cannot be read: `stop`, or `skip` it and say so in failed.parquet."""
     bundle: str = ""
-    """Whose autoencoder `encode` uses, and whose U-Net `features`."""
+    """Whose autoencoder `encode` uses, and whose U-Net `features`. Example: bundle."""
     tile: Tile = field(default_factory=Tile)
     embed: Embed = field(default_factory=Embed)
     shard: Shard = field(default_factory=Shard)

@@ -53,8 +53,8 @@ class Sample:
     """What `jobs/sample.py` understands.
 
     Attributes:
-        bundle: the folder of the models.
-        out: the folder to write into.
+        bundle: the folder of the models. Example: bundle.
+        out: the folder to write into. Example: image.
         order: the keys of `order.Order`, such as `order.size=512 order.recipe=released`.
         workers: Ray actors; 0 samples in this process.
         threads: CPU threads of each worker; like the two below they decide the last bits of
@@ -62,13 +62,16 @@ class Sample:
         dtype: of the networks: float32, bfloat16 or float16.
         compile: compile the networks where no derivative is taken: slow to start, faster then.
         gpus: GPUs of each worker; 0 is the CPU, -1 is one if there is any.
-        reference: `DATA` or `DATA:slide_id`, whose embeddings condition the image.
+        reference: `DATA` or `DATA:slide_id`, whose embeddings condition the image. Example: data.
         at: `row,column` of the region's first base tile; left out: the first that has them all.
+            Example: 3,5.
         image: a PNG to make larger by `order.source.octaves` (`order.algorithm` superres).
-        text: what the image should show, for the bundle's grid prior.
-        negative: what it should not show.
+            Example: small.png.
+        text: what the image should show, for the bundle's grid prior. Example: tumour nests.
+        negative: what it should not show. Example: blur.
         text_encoder: card of the encoder that the prior was trained with (`models/text.py`).
         text_weights: its folder, where it does not come with a package or from the hub.
+            Example: minilm/.
         overwrite: replace what `out` holds of another order, or files that are not raylarge's.
         dry_run: only say what the order costs.
         tflops: the rate, in 10^12 FLOP/s per GPU, that the price is told at; the default is a
@@ -77,7 +80,7 @@ class Sample:
 
     bundle: str = MISSING
     out: str = MISSING
-    order: dict[str, Any] = field(default_factory=dict)
+    order: dict[str, Any] = field(default_factory=dict, metadata={"keys": Order})
     workers: int = 0
     threads: int = 1
     dtype: str = "float32"
@@ -295,7 +298,7 @@ def _with_image(config: Sample) -> dict[str, Any]:
     """The order's values with the image that is made larger, and the size that follows."""
     content = storage.read_bytes(storage.absolute(config.image))
     values = {"algorithm": "superres", **config.order}
-    source = {"octaves": orders.Source.octaves, **values.get("source", {})}
+    source = {"octaves": orders.Source().octaves, **values.get("source", {})}
     source["image"] = base64.b64encode(content).decode()
     rows, columns = images.from_bytes(content).shape[:2]
     factor = 1 << max(0, int(source["octaves"]))

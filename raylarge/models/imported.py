@@ -31,11 +31,12 @@ class Import:
     """Which files become which bundle.
 
     Attributes:
-        checkpoint: of ZoomLDM or of Graikos et al.
-        cdm: the CDM's own checkpoint, if there is one.
-        out: the bundle, a folder or a URL, where there is none yet.
+        checkpoint: of ZoomLDM or of Graikos et al. Example: weights.ckpt.
+        cdm: the CDM's own checkpoint, if there is one. Example: cdm.pt.
+        out: the bundle, a folder or a URL, where there is none yet. Example: bundle.
         patch_px: side of the images that the model was trained on.
         encoder: card of the encoder that embedded for it; found by width where it is published.
+            Example: uni.
         ema: take the U-Net's average, as the published samplers do.
         heads: attention heads of the U-Net, the Summarizer and the CDM, which no tensor tells.
     """

@@ -57,12 +57,12 @@ class Patches(NamedTuple):
 class Export:
     """What goes out, and where to."""
 
-    data: str = MISSING
-    out: str = MISSING
-    format: str = "trident"
+    data: str = MISSING  # the data folder. Example: data
+    out: str = MISSING  # where the files go. Example: trident
+    format: str = "trident"  # trident or clam
     cells: str = "valid"
     """`valid`: every tile with an embedding; `kept`: those that are examples of scale 0."""
-    workers: int | None = None
+    workers: int | None = None  # Ray workers; null: this process
 
     def check(self) -> None:
         """Refuse values that make no sense.
@@ -304,8 +304,8 @@ class Outlines:
     """Whose patches become tissue masks."""
 
     source: str = MISSING
-    """A folder of h5 files with coords, such as TRIDENT's `patches`."""
-    out: str = MISSING
+    """A folder of h5 files with coords, such as TRIDENT's `patches`. Example: trident/patches."""
+    out: str = MISSING  # where the masks go. Example: masks
 
 
 def outlines(config: Outlines) -> Facts:

@@ -42,20 +42,21 @@ class Import:
     """Whose vectors come in."""
 
     data: str = MISSING
-    """The data folder, where `tile` has run."""
+    """The data folder, where `tile` has run. Example: data."""
     source: str = MISSING
     """The folder of the h5 files with features, or of CLAM's `h5_files`. They are named like the
-    slides' files, or by pseudonym."""
+    slides' files, or by pseudonym. Example: features_uni."""
     encoder: str = MISSING
-    """That made them."""
-    format: str = "trident"
+    """That made them. Example: uni."""
+    format: str = "trident"  # trident or clam
     patches: str = ""
-    """The folder of the h5 files that tell patch_size, where those with features do not."""
+    """The folder of the h5 files that tell patch_size, where those with features do not.
+    Example: patches."""
     fill: bool = False
     """Embed the tiles that the files lack here; it takes the encoder's weights."""
     embed: Embed = field(default_factory=Embed)
     """By what means; its `encoder` is the one above."""
-    workers: int | None = None
+    workers: int | None = None  # Ray workers; null: this process
     on_error: str = "stop"
     """At a slide whose file does not fit: `stop`, or `skip` it and say so in failed.parquet."""
 

@@ -35,9 +35,9 @@ class Features:
     """What `jobs/exchange.py export=features` understands.
 
     Attributes:
-        data: the data folder.
-        table: `features-<digest>`.
-        out: where the files go; a path or a URL.
+        data: the data folder. Example: data.
+        table: `features-<digest>`. Example: features-0123abcd.
+        out: where the files go; a path or a URL. Example: features.
         scale: whose examples; another scale goes to another folder.
     """
 
