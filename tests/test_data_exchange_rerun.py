@@ -63,7 +63,8 @@ def test_gaps_open_the_slide(tmp_path):
     procedural.write(str(slide), (512, 384), 3)
     root = str(tmp_path / "data")
     prepared(root, str(slide), "tile", mask="all")
-    write(tmp_path / "h5" / "slide.h5", [(SIDE, 0)], np.ones((1, 32)))
+    layout = {"patch_size_level0": SIDE}
+    write(tmp_path / "h5" / "slide.h5", [(SIDE, 0)], np.ones((1, 32)), layout)
     slide.rename(tmp_path / "away.tif")
     with pytest.raises(UserError, match=name_of(root)) as error:
         imported(root, tmp_path / "h5", fill=True)
