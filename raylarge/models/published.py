@@ -37,7 +37,8 @@ from raylarge.models.ldm_names import (
 )
 from raylarge.models.summarizer import Summarizer
 from raylarge.models.unet import UNet, build
-from raylarge.models.weights import Checked, check, tensors, without
+from raylarge.models.weights import Checked, check, without
+from raylarge.models.wrappers import tensors
 
 State = Mapping[Any, Any]
 """What a file holds: tensors or arrays by name, perhaps in wrappers, and anything beside."""
