@@ -113,10 +113,14 @@ def require_mode(mode: str) -> None:
         )
 
 
-def from_picture(picture: Image.Image) -> Rgb:
+def from_picture(picture: Image.Image, value_range: Sequence[float] = ()) -> Rgb:
     """Return the pixels of a Pillow image as 8-bit RGB, over white where they are transparent.
 
     Pillow itself reduces 16-bit RGB to its upper byte, at most one level from the rule.
+
+    Args:
+        picture: loaded or not.
+        value_range: of 16-bit grey, what becomes 0 and 255; empty: the rule of the module.
 
     Raises:
         PixelFormatError: see `require_mode`.
@@ -124,7 +128,7 @@ def from_picture(picture: Image.Image) -> Rgb:
     require_mode(picture.mode)
     if picture.mode in _DEEP:
         deep = np.asarray(picture)
-        grey = to_8_bits(deep.astype(np.uint16, copy=False))
+        grey = to_8_bits(deep.astype(np.uint16, copy=False), value_range=value_range)
         if isinstance(picture.info.get("transparency"), int):
             grey[deep == picture.info["transparency"]] = 255
         return repeated(grey[..., None])
