@@ -7,6 +7,7 @@ function of (seed, slide_id, scale).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from raylarge.diffusion.noise import generator
 from raylarge.errors import UserError
 from raylarge.geometry import spans
+from raylarge.slides.protocol import ReadOptions
 from raylarge.slides.reader import BASE_MPP
 
 Grid = Float[np.ndarray, "grid_rows grid_columns"]
@@ -55,6 +57,14 @@ class Tile:
     base_mpp: float = BASE_MPP  # µm per pixel of scale 0
     icc: bool = True
     """Convert pixels to sRGB where the file has a colour profile."""
+    scene: str = ""
+    """Which image of a file with several: its name, or its number from 0; empty: the largest."""
+    bands: list[int] = field(default_factory=list)
+    """Numbers from 1 of red, green and blue (or of grey alone) in GeoTIFF and TIFF, such as
+    [3,2,1]; empty: what the file says."""
+    value_range: list[float] = field(default_factory=list)
+    """The values that become 0 and 255 in samples of more than 8 bits, such as [0,3000]; empty:
+    all of an unsigned type, and floating point is refused."""
     block_tiles: int = 1024
     """Base tiles (about) per part of the later tables."""
     salt: str = "raylarge"
@@ -84,12 +94,29 @@ class Tile:
             ("test_fraction", self.split != "band" or not self.test_fraction, "0 with split=band"),
             ("split", bool(self.split), "patient, band, or a file with the splits"),
             ("seed", 0 <= self.seed < 1 << 64, "0 or more"),
+            ("bands", _bands(self.bands), "one band or three, by numbers from 1"),
+            ("value_range", _range(self.value_range), "two different numbers, [low,high]"),
             ("block_tiles", self.block_tiles >= 1, "1 or more"),
             ("crops", self.crops >= 0, "0 or more"),
             ("labels", not self.labels or bool(self.table), "empty without tile.table"),
         ):
             if not fine:
                 raise UserError(f"tile.{key}={getattr(self, key)}: it must be {wish}.")
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """What the readers of slides are told."""
+        return ReadOptions(self.scene, tuple(self.bands), tuple(map(float, self.value_range)))
+
+
+def _bands(bands: Sequence[int]) -> bool:
+    return len(bands) in (0, 1, 3) and all(band >= 1 for band in bands)
+
+
+def _range(values: Sequence[float]) -> bool:
+    if not values:
+        return True
+    return len(values) == 2 and all(map(math.isfinite, values)) and values[0] != values[1]
 
 
 def _ascending(scales: Sequence[int]) -> bool:

@@ -55,7 +55,11 @@ class TileGrid:
             self.close()
             config = self._config
             self._slide = open_slide(
-                unit["path"], unit["mpp_override"], config.base_mpp, config.icc
+                unit["path"],
+                unit["mpp_override"],
+                config.base_mpp,
+                config.icc,
+                config.read_options,
             )
             self._path = unit["path"]
         return self._slide

@@ -39,6 +39,8 @@ from raylarge.slides.reader import Slide, open_slide
 from raylarge.slides.tissue import tissue_fraction, tissue_mask
 
 _MASK_CELLS = 8
+_NAMED = 3
+"""So many slides are named that have one note."""
 
 
 def section(config: Tile) -> dict[str, Any]:
@@ -46,6 +48,9 @@ def section(config: Tile) -> dict[str, Any]:
     known = plain(config)
     for name in ("table", "labels", "mpp"):
         known.pop(name)
+    for name in ("scene", "bands", "value_range"):  # unset, they leave older folders as they are
+        if not known[name]:
+            known.pop(name)
     known["salt"] = roster.trace(config.salt)
     known["split"] = "file" if roster.is_file(config.split) else config.split
     known["mask"] = "file" if "{name}" in config.mask else config.mask
@@ -66,6 +71,7 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew) -> Facts:
     units = _units(known, sections, config)
     built = parts.build(root, units, partial(Tiling, root, config), crew, "tile")
     _tell_of_others(root, {unit["slide_id"] for unit in units})
+    _say_notes(built.facts)
     write_page(root, built.facts, built.failed)
     if not any(one["counts"] for one in built.facts):
         best = max((one["most_tissue"] for one in built.facts), default=0.0)
@@ -77,6 +83,17 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew) -> Facts:
     rows = [one["slide"] for one in built.facts]
     storage.write_json(storage.join(root, "slides.json"), {"slides": rows})
     return parts.finish(root, "tile", built, sections, patch_px=config.patch_px)
+
+
+def _say_notes(facts: Sequence[Facts]) -> None:
+    """Say once what readers chose, of the slides that were read just now."""
+    slides: dict[str, list[str]] = {}
+    for one in facts:
+        for note in one["slide"].get("notes", []) if one["made"] else []:
+            slides.setdefault(note, []).append(one["slide"]["slide_id"])
+    for note, names in sorted(slides.items()):
+        more = f" and {len(names) - _NAMED} others" if len(names) > _NAMED else ""
+        report.say(f"slide {', '.join(names[:_NAMED])}{more}: {note}")
 
 
 def slides_of(root: str) -> list[dict[str, Any]]:
@@ -162,7 +179,9 @@ class Tiling(Maker):
         config = self._config
         with (
             about(unit),
-            open_slide(unit["path"], unit["mpp"], config.base_mpp, config.icc) as slide,
+            open_slide(
+                unit["path"], unit["mpp"], config.base_mpp, config.icc, config.read_options
+            ) as slide,
         ):
             tissue = tissue_grid(slide, config, unit["mask"])
             table = pa.concat_tables([self._scale(unit, k, slide, tissue) for k in config.scales])
@@ -176,6 +195,7 @@ class Tiling(Maker):
                 "mpp": slide.mpp,
                 "georeference": slide.georeference,
                 "mpp_override": unit["mpp"],
+                "notes": slide.notes,
             }
             sheet = drawn(slide, table, config.patch_px)
         path = storage.join(self._root, "qc", f"{unit['slide_id']}.png")
@@ -235,7 +255,7 @@ def tissue_grid(slide: Slide, config: Tile, mask_path: str = "") -> Grid:
     downscale = max(1, config.patch_px // _MASK_CELLS)
     shape = tuple(-(-side // downscale) for side in slide.size_px)
     if mask_path:
-        mask = masks.read(mask_path, slide.size_l0, (shape[0], shape[1]))
+        mask = masks.read(mask_path, slide.size_l0, (shape[0], shape[1]), slide.notes)
     elif config.mask == "all":
         mask = np.ones(shape, bool)
     else:

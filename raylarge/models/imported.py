@@ -18,7 +18,7 @@ from torch import nn
 
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.models import bundle, parts, published, ssl, weights
+from raylarge.models import bundle, parts, published, published_schedule, ssl, weights
 from raylarge.models.autoencoder import Autoencoder
 from raylarge.models.weights import Checked
 
@@ -68,7 +68,7 @@ def import_bundle(config: Import) -> dict[str, int]:
         raise UserError("checkpoint= and out= are needed: the file, and the bundle to write.")
     state = weights.content(config.checkpoint)
     found = _parts(state, config)
-    schedule = published.schedule_from_published(state)
+    schedule = published_schedule.schedule_from_published(state)
     _check_fit(found, config.patch_px)
     facts = {"patch_px": config.patch_px, **_encoder_facts(config.encoder, found["summarizer"])}
     facts["source"] = _source(config)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from raylarge.errors import UserError
-from raylarge.models import weights
+from raylarge.models import weights, wrappers
 
 SMALLEST = 16
 """The least side of an image in px: VGG16 halves it four times."""
@@ -69,7 +69,7 @@ def _package() -> Any:
         ) from error
 
 
-def _from_torchvision() -> weights.State:
+def _from_torchvision() -> wrappers.State:
     from torchvision.models import VGG16_Weights
 
     try:

@@ -59,6 +59,20 @@ class Hint(NamedTuple):
     mpp_x: float
 
 
+class ReadOptions(NamedTuple):
+    """What the user says about the content of files; each is empty where nothing is said."""
+
+    scene: str = ""
+    """Which image of a file with several: its name, or its number from 0."""
+    bands: tuple[int, ...] = ()
+    """Numbers from 1 of red, green and blue, or of grey alone."""
+    value_range: tuple[float, ...] = ()
+    """The values that become 0 and 255, in samples of more than 8 bits."""
+
+
+AS_STORED = ReadOptions()
+
+
 class Georeference(TypedDict):
     """Where level 0 lies on the ground."""
 
@@ -90,6 +104,11 @@ class Pyramid(Protocol):
     @property
     def georeference(self) -> Georeference | None:
         """Where the image lies on the ground; None for what a microscope saw."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Choices that the reader made and a user may want otherwise; they name no file."""
         ...
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:

@@ -136,6 +136,7 @@ def _controls(splits: Sequence[str], count: int) -> str:
         ("area -1", "largest"),
     ]
     tags = [("", "all"), ("failed", "failed"), ("empty", "nothing kept"), ("hand", "µm/px by hand")]
+    tags.append(("note", "with a note"))
     numbers = [("kept", "kept, at least", 1), ("low", "µm/px from", "any"), ("high", "to", "any")]
     fields = [
         '<label>Name or label<input id="words" type="search" autocomplete="off"></label>',
@@ -176,11 +177,12 @@ def _card(one: Facts, scales: Sequence[int]) -> str:
     slide, kept = one["slide"], _kept(one)
     by_hand = slide["mpp_override"] is not None
     labels = [f"{key}: {value}" for key, value in slide["labels"].items()]
+    notes = slide.get("notes", [])
     rows, columns = slide["size_px"]
     data = {
-        "text": " ".join([slide["slide_id"], slide["patient_id"], *labels]).lower(),
+        "text": " ".join([slide["slide_id"], slide["patient_id"], *labels, *notes]).lower(),
         "splits": _splits(one),
-        "tags": ["empty"] * (not kept) + ["hand"] * by_hand,
+        "tags": ["empty"] * (not kept) + ["hand"] * by_hand + ["note"] * bool(notes),
         "kept": kept,
         "mpp": slide["mpp"],
         "area": rows * columns,
@@ -200,6 +202,7 @@ def _card(one: Facts, scales: Sequence[int]) -> str:
         f"<p>{' · '.join(told)}</p>"
         f'<p class="soft">patient {escape(slide["patient_id"])}</p>'
         + (f"<p>{escape(' · '.join(labels))}</p>" if labels else "")
+        + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
         + _table("", ["scale", *map(str, scales)], counts)
         + "</article>"
     )

@@ -52,6 +52,7 @@ _MOST_LAYERS = 12
 _INK: Ink = (32, 33, 36)
 _SOFT: Ink = (105, 108, 114)
 _LINE: Ink = (205, 208, 213)
+_NOTE: Ink = (0, 114, 178)
 _READ_PX = 1 << 23
 """Most base pixels of an example in memory at once, where a slide has a single level."""
 
@@ -118,6 +119,8 @@ class _Sheet:
         ]
         self._write((_MARGIN_PX, 18), slide_id, 30)
         self._write((_MARGIN_PX, 58), "   ·   ".join(facts), 17, _SOFT)
+        if slide.notes:
+            self._write((_MARGIN_PX, 78), _cut("   ·   ".join(slide.notes), 13), 13, _NOTE)
 
     def _overview(self, top: int) -> int:
         """The bare slide, its finest scale, the legend, the tissue; where they end."""
@@ -267,6 +270,16 @@ def _named(counts: Mapping[tuple[str, bool], int], kept: bool) -> list[str]:
     """The splits of kept ones, or the reasons of others."""
     names = [name for name, whether in counts if whether == kept]
     return in_order(names, SPLITS if kept else REASONS)
+
+
+def _cut(text: str, size: int) -> str:
+    """As much of a line as a sheet has room for."""
+    wide = SIDE_PX - 2 * _MARGIN_PX
+    if _font(size).getlength(text) <= wide:
+        return text
+    while _font(size).getlength(f"{text}...") > wide:
+        text = text[:-1]
+    return f"{text}..."
 
 
 def _fitted(picture: Image.Image, box: Place) -> Image.Image:
