@@ -24,6 +24,7 @@ from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.train import driver, identity
+from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.context import LocalContext, Status
 from raylarge.train.journal import HISTORY
 from raylarge.train.paper import plan as plans
@@ -56,6 +57,8 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
     source = module_of(config).source(config)  # what is missing is said before any worker starts
     facts = identity.finished(config, root, source.digest)
     if facts is None:
+        for sentence in Checkpoints(root, config.keep).damage():
+            report.say(sentence)
         with line.progress(config.model) as show:
             if config.workers:
                 facts = _on_ray(config, build, show)
