@@ -3,6 +3,7 @@
     files     bytes, JSON, whole folders        parquet   tables, by row groups too
     folders   what stands where                 objects   one object over HTTP
     patience  what becomes of a failure         cache     what a node fetched or made once
+    lock      one command at a time writes to a folder
 
 Every write is whole or absent. A path is a local path or a URL such as `s3://bucket/key`. What
 may pass is tried again for a while (`patience.PATIENCE_S`); other failures of disk or store
@@ -24,6 +25,7 @@ from raylarge.storage.files import (
     write_json,
 )
 from raylarge.storage.folders import absolute, children, entries, exists, join, listing, sizes
+from raylarge.storage.lock import exclusive
 from raylarge.storage.objects import read_range
 from raylarge.storage.parquet import read_metadata, read_rows, read_table, write_table
 from raylarge.storage.patience import is_local, patiently
@@ -35,6 +37,7 @@ __all__ = [
     "digest_file",
     "digest_pieces",
     "entries",
+    "exclusive",
     "exists",
     "is_local",
     "join",
