@@ -87,7 +87,8 @@ def save(
     Before anything is replaced the index ceases to list all that will be, and its digests; it
     lists each part again as soon as that is whole. So who opens the bundle meanwhile, or after
     a kill, finds parts that belong together or is told which are missing. What a killed run
-    left is removed. A bundle of an older format is brought up to date first.
+    left is removed. A bundle of an older format is brought up to date first. Processes that save
+    into one bundle wait for each other.
 
     Args:
         folder: a local folder or a URL such as `s3://bucket/bundle`.
@@ -106,6 +107,13 @@ def save(
     if "unet" in parts:
         walk = DDIMScheduler(**_scheduler_config(schedule or Schedule()))
         parts = {"scheduler": walk, **parts}  # first: a U-Net never stands without its own
+    with files.saving(folder):
+        _save(folder, parts, facts, near)
+
+
+def _save(folder: str, parts: dict[str, Any], facts: dict[str, Any], near: str | None) -> None:
+    for left in Path(near).glob(f"{_MAKING}*") if near else ():
+        shutil.rmtree(left, ignore_errors=True)
     index, before = _without(folder, parts.keys())
     digests = dict(before.get("digests", {}))
     known = {**before, **facts, "format": files.FORMAT, "digests": digests}
@@ -132,7 +140,7 @@ def _without(folder: str, names: Set[str]) -> tuple[dict[str, Any], dict[str, An
 
 
 def _begun(folder: str, names: Set[str]) -> str | None:
-    """Make a folder, clear it of what a killed run left, and give its local path, if it has one.
+    """Make a folder, and return its local path, if it has one.
 
     Raises:
         UserError: parts that no bundle has, or a file in the folder's place.
@@ -151,8 +159,6 @@ def _begun(folder: str, names: Set[str]) -> str | None:
         raise UserError(
             f"{folder} cannot be a bundle: a file stands there; name a folder."
         ) from error
-    for left in Path(near).glob(f"{_MAKING}*"):
-        shutil.rmtree(left, ignore_errors=True)
     return near
 
 

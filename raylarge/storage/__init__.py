@@ -26,13 +26,14 @@ from raylarge.storage.files import (
     write_json,
 )
 from raylarge.storage.folders import absolute, children, entries, exists, join, listing, sizes
-from raylarge.storage.lock import exclusive
+from raylarge.storage.lock import InUse, exclusive
 from raylarge.storage.objects import read_range
 from raylarge.storage.parquet import read_metadata, read_rows, read_table, write_table
 from raylarge.storage.patience import is_local, patiently
 from raylarge.storage.writable import require_writable
 
 __all__ = [
+    "InUse",
     "absolute",
     "as_json",
     "children",

@@ -43,6 +43,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 logger = logging.getLogger(__name__)
 
 
+class InUse(UserError):
+    """Another live process writes to a folder."""
+
+
 @contextmanager
 def exclusive(folder: str, purpose: str) -> Iterator[Callable[[], None]]:
     """Keep other commands out of a folder while the block runs.
@@ -57,7 +61,8 @@ def exclusive(folder: str, purpose: str) -> Iterator[Callable[[], None]]:
         end of the block.
 
     Raises:
-        UserError: another live process writes to the folder, or it cannot be created.
+        InUse: another live process writes to the folder.
+        UserError: the folder cannot be created.
     """
     path, holder = join(absolute(folder), NAME), _holder(purpose)
     with _file_lock(path, holder) if is_local(folder) else _lease(path, holder) as check:
@@ -282,10 +287,10 @@ def _folder_of(path: str) -> str:
     return path.rsplit("/", 1)[0]
 
 
-def _in_use(path: str, other: dict[str, Any], cure: str) -> UserError:
+def _in_use(path: str, other: dict[str, Any], cure: str) -> InUse:
     who = other.get("purpose", "another command")
     process = f"process {other.get('process', '?')} on {other.get('host', '?')}"
-    return UserError(
+    return InUse(
         f"{_folder_of(path)} is in use: {who} has been writing to it since "
         f"{other.get('since', 'just now')} ({process}); wait until it ends, stop it, or give "
         f"another out=.{cure}"

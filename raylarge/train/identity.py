@@ -2,6 +2,10 @@
 
 What shapes the result stands in ROOT/config.json. Engines and numbers of workers do not: a
 checkpoint belongs to none of them (`state.py`).
+
+A record of another version may lack keys and have keys that are gone: a key that is absent means
+its default at that time (`ABSENT`, else today's default: a new key's default is the behaviour
+before it), and a key that is gone must have the value of today's behaviour (`REMOVED`).
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from raylarge import config as configuration
 from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
-from raylarge.train.checkpoint import Checkpoints
+from raylarge.train.checkpoint import Checkpoints, document
 from raylarge.train.journal import HISTORY
 from raylarge.train.settings import MODELS, Train
 
@@ -23,6 +27,15 @@ FREE |= {"resize_s", "strategy", "zero", "offload", "max_failures", "track", "pl
 FREE |= {"checkpointing", "channels_last", "validate", "sheet_every", "sheet_gpus", "result"}
 """Keys that a resumed run may change."""
 
+ABSENT: dict[str, Any] = {}
+"""Dotted keys whose default has changed -> the default that records without the key mean.
+
+`tests/data/train_defaults.json` holds the first default of every key; a test compares.
+"""
+REMOVED: dict[str, Any] = {}
+"""Dotted keys that no longer exist -> their value under which training was as it is now."""
+RENAMED: dict[str, str] = {}
+"""Dotted keys of older records -> the keys that have their values now."""
 
 CONFIG = "config.json"
 _NEEDED = {"step", "seconds", "skipped", "loss", "data_digest", "config"}
@@ -47,14 +60,48 @@ def refuse_mixing(config: Train, root: str) -> None:
         before = _before(path)
         if before["on"] != now["on"]:
             raise UserError(_replaced(config, root))
-        old, new = _leaves(before), _leaves(now)
-        for key in sorted({*old, *new}):
-            if old.get(key) != new.get(key):
-                raise UserError(
-                    f"{root} was trained with {key}={old.get(key)}, not {new.get(key)}; give "
-                    f"the old value to go on, another out=, or remove that folder to begin anew."
-                )
+        if difference := _difference(_recorded(before, config.model), _leaves(now)):
+            raise UserError(
+                f"{root} was trained {difference} to go on, another out=, or remove that folder "
+                f"to begin anew."
+            )
     storage.write_json(path, now)
+
+
+def absent(key: str) -> Any:
+    """Return the value that a record without a dotted key means, as JSON holds it."""
+    if key in ABSENT:
+        return ABSENT[key]
+    return _leaves(json.loads(json.dumps(configuration.plain(Train())))).get(key)
+
+
+def _recorded(before: dict[str, Any], model: str) -> dict[str, Any]:
+    """The dotted keys of a record under their names of today, without those that are free."""
+    others = {name for name in MODELS if name != model}
+    leaves = {RENAMED.get(key, key): value for key, value in _leaves(before).items()}
+    return {k: v for k, v in leaves.items() if k.split(".")[0] not in FREE | others}
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first key by which two trainings differ, with the cure; empty where none does.
+
+    Args:
+        old: dotted keys of a record that may be of another version.
+        new: those of the command.
+    """
+    shown = configuration.shown
+    for key in sorted({*old, *new} - {"model"}):  # the folder's name says the model
+        if key not in new:
+            if key not in REMOVED or REMOVED[key] != old[key]:
+                return f"with {key}={shown(old[key])}, which this version lacks; give that version"
+        elif key in old and old[key] != new[key]:
+            return f"with {key}={shown(old[key])}, not {shown(new[key])}; give the old value"
+        elif key not in old and (then := absent(key)) != new[key]:
+            meant = f"{key}={shown(then)}"
+            return (
+                f"without the key {key}, which means {meant}, not {shown(new[key])}; give {meant}"
+            )
+    return ""
 
 
 def refuse_replaced(config: Train, root: str) -> None:
@@ -93,7 +140,7 @@ def _before(path: str) -> dict[str, Any]:
     Raises:
         UserError: nobody knows.
     """
-    before = storage.read_json(path) if storage.exists(path) else None
+    before = document(path) if storage.exists(path) else None
     if not isinstance(before, dict) or "on" not in before:
         raise UserError(
             f"{path} does not say what the checkpoints beside it were trained with; bring it back, "
@@ -121,7 +168,7 @@ def finished(config: Train, root: str, data: str) -> dict[str, Any] | None:
     path = storage.join(root, "facts.json")
     if not storage.exists(path):
         return None
-    facts = storage.read_json(path)
+    facts = document(path)
     if not isinstance(facts, dict) or not facts.keys() >= _NEEDED:
         return None
     newest = Checkpoints(root, config.keep).newest()
