@@ -28,21 +28,21 @@ ROOT = Path(__file__).parents[1]
     ],
 )
 def test_how_many_workers_fit_on_a_node(node, need, places):
-    assert _places(*node, Room("a worker", *need, fewest=9)) == places
+    assert _places(*map(float, node), Room("a worker", *map(float, need), fewest=9)) == places
 
 
 @pytest.mark.ray
 def test_a_ray_that_cannot_grow_refuses_at_once(ray_session, monkeypatch):
     monkeypatch.setattr(session, "_own", [Path("logs")])
-    require_room(Room("a worker", 4, 0))
-    require_room(Room("training", 1, 0, fewest=4))
+    require_room(Room("a worker", 4.0, 0.0))
+    require_room(Room("training", 1.0, 0.0, fewest=4))
     for room, says in (
         (
-            Room("a worker", 1, 1),
+            Room("a worker", 1.0, 1.0),
             "a worker needs 1 CPUs and 1 GPUs and the largest of 1 nodes has 4 CPUs",
         ),
-        (Room("a worker", 5, 0), "a worker needs 5 CPUs and the largest"),
-        (Room("training", 1, 0, fewest=5), "training needs 5 times 1 CPUs"),
+        (Room("a worker", 5.0, 0.0), "a worker needs 5 CPUs and the largest"),
+        (Room("training", 1.0, 0.0, fewest=5), "training needs 5 times 1 CPUs"),
     ):
         with pytest.raises(UserError, match=f"{says}.*RAY_ADDRESS"):
             require_room(room)
@@ -55,13 +55,13 @@ def test_a_cluster_with_an_autoscaler_is_waited_for(ray_session, capsys):
     key = b"__autoscaling_status"
     _internal_kv_put(key, b"{}")
     try:
-        require_room(Room("a worker", 1, 1))
+        require_room(Room("a worker", 1.0, 1.0))
         assert "waiting for more nodes" in capsys.readouterr().out
     finally:
         _internal_kv_del(key)
     if not session.may_grow():  # Ray has written no status of its own since
         with pytest.raises(UserError, match="the largest of 1 nodes"):
-            require_room(Room("a worker", 1, 1))
+            require_room(Room("a worker", 1.0, 1.0))
 
 
 @pytest.mark.ray

@@ -110,7 +110,7 @@ def test_patches_become_a_mosaic(tiny_bundle, tmp_path):
     assert not (tmp_path / "guide.png").exists()
 
 
-def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path):
+def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path, capsys):
     words = [f"bundle={tiny_bundle}", "order.size=128x192", "order.sampler.steps=1"]
 
     def grid(*more, at):
@@ -120,6 +120,10 @@ def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path):
         return parse(json.loads((out / "order.json").read_text())).condition.grid()
 
     first = grid(f"reference={prepared}", at="first")
+    says = capsys.readouterr().out
+    assert "reference: slide s-1, at=3,3 (2 x 3 base tiles; its right neighbour is at=3,6)" in says
+    kept = json.loads((tmp_path / "first" / "report.json").read_text())["reference"]
+    assert kept == {"slide": "s-1", "row": 3, "column": 3, "rows": 2, "columns": 3}
     assert first.shape == (2, 3, 8)
     np.testing.assert_array_equal(first[0, 0], [3, 3, 1, 2, 3, 4, 5, 6])
     placed = grid(f"reference={prepared}:s-1", "at=6,4", at="placed")
@@ -142,7 +146,10 @@ def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path):
         (["workers=-1"], "workers starts at 0"),
         (["reference={data}:other"], "has no slide 'other'; it has: s-1"),
         (["reference={data}/nothing"], "there are no embeddings yet; run python jobs/prepare.py"),
-        (["reference={data}", "order.size=512"], "nowhere has 8 x 8 embedded base tiles"),
+        (
+            ["reference={data}", "order.size=512"],
+            "nowhere has 8 x 8 embedded.*gives order.size=320; or",
+        ),
         (["reference={data}", "at=3,2"], "no embeddings for all of the 2 x 3 base tiles"),
         (["reference={data}", "at=here"], "at=here is not a row and a column"),
         (["reference={data}", "order.condition.kind=cdm"], "leave out order.condition"),

@@ -135,7 +135,7 @@ class ActorPool:
         means = means or Means()
         some = float(ray.cluster_resources().get("GPU", 0) > 0)
         gpus = some if means.gpus < 0 else means.gpus
-        self._room = Room("a worker", means.threads, gpus)
+        self._room = Room("a worker", float(means.threads), float(gpus))
         require_room(self._room)
         actor = ray.remote(PooledWorker).options(
             num_cpus=means.threads, num_gpus=gpus, max_restarts=-1

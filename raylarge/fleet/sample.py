@@ -29,7 +29,7 @@ from raylarge.fleet import result
 from raylarge.fleet.facts import Facts
 from raylarge.fleet.means import Means
 from raylarge.fleet.output import Output
-from raylarge.fleet.reference import region
+from raylarge.fleet.reference import Region, find_region
 from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import Patch
@@ -63,8 +63,9 @@ class Sample:
         compile: compile the networks where no derivative is taken: slow to start, faster then.
         gpus: GPUs of each worker; 0 is the CPU, -1 is one if there is any.
         reference: `DATA` or `DATA:slide_id`, whose embeddings condition the image. Example: data.
-        at: `row,column` of the region's first base tile; left out: the first that has them all.
-            Example: 3,5.
+        at: `row,column` of the region's first base tile, of `patch` pixels at scale 0; left out:
+            the first place that has them all. The job prints the region that it takes, and its
+            right neighbour. Example: 3,5.
         image: a PNG to make larger by `order.source.octaves` (`order.algorithm` superres).
             Example: small.png.
         text: what the image should show, for the bundle's grid prior. Example: tumour nests.
@@ -118,9 +119,11 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     means = config.means
     folder = storage.absolute(config.bundle)
     facts = Facts.read(folder)
-    order = _order(config, facts.patch)
+    order, region = _order(config, facts.patch)
     plan = joint.plan(order, facts.patch)
     facts.check(order)
+    if region:
+        report.say(f"reference: {region}")
     if config.dry_run:
         _say_price(config, folder, order, plan)
         return {}
@@ -132,7 +135,10 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
             report.say("this order was carried out before; nothing is left to do")
             return files
         carry_out = _on_ray if config.workers else _here
-        return carry_out(config, folder, _Run(means, output, facts, plan, log, replaced))
+        this = _Run(means, output, facts, plan, log, replaced)
+        if region:
+            log.facts["reference"] = region.facts
+        return carry_out(config, folder, this)
 
 
 def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
@@ -272,26 +278,23 @@ async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
         pool.close()
 
 
-def _order(config: Sample, patch: Patch) -> Order:
-    """The order of a configuration, with the embeddings of its reference, if it names one.
+def _order(config: Sample, patch: Patch) -> tuple[Order, Region | None]:
+    """The order of a configuration, and the region that its reference names, if it names one.
 
     Raises:
         UserError: an order that cannot be read, or a reference beside another condition.
     """
     order = orders.parse(_with_image(config) if config.image else config.order)
     if config.text:
-        return replace(order, condition=_said(config, order.condition))
+        return replace(order, condition=_said(config, order.condition)), None
     if not config.reference:
-        return order
+        return order, None
     if "condition" in config.order or order.count:
         raise UserError(
             "reference= conditions one large image: leave out order.condition.kind and order.count."
         )
-    tiles = [(length << order.scale) // patch.side_px for length in order.size]
-    if min(tiles) < 1:
-        raise UserError(f"order.size {order.size} is smaller than a patch of the bundle.")
-    grid = region(storage.absolute(config.reference), _place(config.at), (tiles[0], tiles[1]))
-    return replace(order, condition=Condition.of(grid))
+    region = find_region(storage.absolute(config.reference), _place(config.at), order, patch)
+    return replace(order, condition=Condition.of(region.grid)), region
 
 
 def _with_image(config: Sample) -> dict[str, Any]:

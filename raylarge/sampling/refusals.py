@@ -66,7 +66,8 @@ def _check_canvas(order: Order, patch: Patch) -> None:
         largest = side << max(0, patch.scales - 1 - order.scale)
         raise UserError(
             f"order.size {order.size} at scale {order.scale} needs a guide at scale {top}, but "
-            f"the bundle knows scales 0 to {patch.scales - 1}; the largest side is {largest}."
+            f"the bundle knows scales 0 to {patch.scales - 1}; the largest side is {largest}, and "
+            f"any under order.algorithm=strided, which has no guide."
         )
     levels = order.levels_of(patch)
     if levels[0] != top or levels[-1] != order.scale or list(levels) != sorted({*levels})[::-1]:
