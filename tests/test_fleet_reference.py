@@ -53,7 +53,7 @@ def test_a_region_says_where_it_lies_and_its_neighbour_can_be_asked_for(data):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"size": 512}, 
+        ({"size": 512},
          r"nowhere has 8 x 8 .*order\.size=320 with order\.algorithm=strided, or order\.size=256 "),
         ({"size": 512, "algorithm": "strided"}, r"largest square gives order\.size=320; or choose"),
         ({"size": 256, "scale": 1}, r"nowhere has 8 x 8 .*gives order\.size=128; or choose"),
