@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 		--editable ".[test,dev,text,geo,dicom,h5]" --constraint constraints.txt
 	@touch $@
 
-demo: $(STAMP)  ## slide to served image; SLIDES='a.svs b.svs' MINUTES=20 ARGS='key=value'
+demo: $(STAMP)  ## slide to served image; SLIDES='a.svs,b.tif' MINUTES=20 ARGS='key=value'
 	@$(BIN)/python jobs/demo.py $(if $(SLIDES),slides='$(SLIDES)') \
 		$(if $(MINUTES),minutes=$(MINUTES)) $(ARGS)
 

@@ -122,3 +122,31 @@ def test_absent_keys_mean_their_first_default():
     known = {k for k, v in told.items() if k.split(".")[0] not in identity.FREE and v != "???"}
     assert known == DEFAULTS.keys() - identity.REMOVED.keys() - identity.RENAMED.keys()
     assert {key: identity.absent(key) for key in known} == {key: DEFAULTS[key] for key in known}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "cdm"}, r"model=cdm is trained on summarizer, which .* not have; .* model=ldm"),
+        ({"model": "controlnet"}, r"on unet and summarizer, which .*; run .* model=ldm out="),
+        ({"model": "vae", "vae": {"distill": True}}, r"model=vae is trained on vae, .* model=vae"),
+    ],
+)
+def test_models_in_the_wrong_order_are_refused_and_leave_nothing(config, change, said):
+    other = config_of.build(Train, config_of.plain(config), change)
+    with pytest.raises(UserError, match=said):
+        train(other)
+    assert not Path(config.out).exists()
+
+
+def test_a_diffusion_model_before_its_autoencoder_knows_it_still(config, capsys):
+    identity.refuse_lacking(config)
+    assert "has no autoencoder: model=ldm is trained on latents-0 of" in capsys.readouterr().out
+    assert identity.stands_on(config) == "0"
+    path = f"{run_folder(config)}/config.json"
+    train(config, toy.Toy())
+    storage.write_json(path, storage.read_json(path) | {"on": ""})  # as older versions wrote it
+    identity.refuse_mixing(config, run_folder(config))
+    storage.write_json(path, storage.read_json(path) | {"on": "1"})
+    with pytest.raises(UserError, match=r"not what .* was trained on"):
+        identity.refuse_mixing(config, run_folder(config))

@@ -14,10 +14,11 @@ import json
 from typing import Any
 
 from raylarge import config as configuration
-from raylarge import storage
+from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.train.checkpoint import Checkpoints, document
+from raylarge.train.ingest import latents_table
 from raylarge.train.journal import HISTORY
 from raylarge.train.settings import MODELS, Train
 
@@ -37,7 +38,7 @@ REMOVED: dict[str, Any] = {}
 RENAMED: dict[str, str] = {}
 """Dotted keys of older records -> the keys that have their values now."""
 
-CONFIG = "config.json"
+CONFIG, LATENTS = "config.json", "latents-"
 _NEEDED = {"step", "seconds", "skipped", "loss", "data_digest", "config"}
 
 
@@ -58,8 +59,9 @@ def refuse_mixing(config: Train, root: str) -> None:
     now |= {"on": stands_on(config)}
     if Checkpoints(root, config.keep).newest() is not None:
         before = _before(path)
-        if before["on"] != now["on"]:
+        if before["on"] and before["on"] != now["on"]:
             raise UserError(_replaced(config, root))
+        before["on"] = now["on"]  # older records do not name the latents' autoencoder
         if difference := _difference(_recorded(before, config.model), _leaves(now)):
             raise UserError(
                 f"{root} was trained {difference} to go on, another out=, or remove that folder "
@@ -117,8 +119,40 @@ def refuse_replaced(config: Train, root: str) -> None:
 def stands_on(config: Train) -> str:
     """The digest of the bundle's parts that a model is trained on, which stay as they are."""
     parts = _ground(config)
-    whole = all(storage.exists(storage.join(config.out, name, "config.json")) for name in parts)
-    return bundles.digest(config.out, parts) if parts and whole else ""
+    if parts and not lacking(config):
+        return bundles.digest(config.out, parts)
+    return latents_table(config.data, config.out)[len(LATENTS) :] if config.model == "ldm" else ""
+
+
+def lacking(config: Train) -> list[str]:
+    """Parts that the model is trained on and the bundle does not have."""
+    paths = {name: storage.join(config.out, name, "config.json") for name in _ground(config)}
+    return [name for name, path in paths.items() if not storage.exists(path)]
+
+
+def refuse_lacking(config: Train) -> None:
+    """Refuse to train a model before those that it is trained on.
+
+    A diffusion model may come first, on latents that are there already: which autoencoder made
+    them is recorded, and one line says what the bundle needs.
+
+    Raises:
+        UserError: naming the parts and the commands that make them.
+    """
+    missing = lacking(config)
+    if config.model == "ldm" and missing:
+        table = latents_table(config.data, config.out)
+        report.say(
+            f"{config.out} has no autoencoder: model=ldm is trained on {table} of {config.data}, "
+            f"and samples only once that autoencoder is in {storage.join(config.out, 'vae')}."
+        )
+    elif missing:
+        first = "vae" if missing == ["vae"] else "ldm"
+        raise UserError(
+            f"model={config.model} is trained on {' and '.join(missing)}, which {config.out} does "
+            f"not have; run python jobs/train.py model={first} out={config.out} first, or give "
+            f"the bundle that has it as out=."
+        )
 
 
 def _ground(config: Train) -> tuple[str, ...]:

@@ -54,6 +54,8 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
     began = time.monotonic()
     config = checked(config)
     root = run_folder(config)
+    if build is None:
+        identity.refuse_lacking(config)
     storage.require_writable("out", config.out)
     source = module_of(config).source(config)  # what is missing is said before any worker starts
     with storage.exclusive(root, f"the training of model={config.model}"):
