@@ -151,4 +151,5 @@ async def _body(request: Request, limit: int) -> dict[str, Any]:
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, 422)
+    detail = str(error).encode("utf-8", "backslashreplace").decode()  # lone surrogates are no UTF-8
+    return JSONResponse({"detail": detail}, 422)
