@@ -65,6 +65,16 @@ def pixels(folder):
     return images.read_png(str(folder / "image.png"))[0]
 
 
+def test_words_stand_as_they_are(tiny_bundle, tmp_path):
+    few = [f"bundle={tiny_bundle}", "order.count=1", "order.sampler.steps=1"]
+    few += ["order.condition.kind=null"]
+    for seed in (1, 2):
+        job.main([*few, f"order.seed={seed}", f"out={tmp_path}/img #{seed}"])
+    for seed in (1, 2):
+        order = json.loads((tmp_path / f"img #{seed}" / "order.json").read_text())
+        assert (order["seed"], order["condition"]["kind"]) == (seed, "null")
+
+
 def test_an_order_becomes_marked_files(words, law_order, law_image, tmp_path, capsys):
     job.main([*words, f"out={tmp_path}"])
     image, text = images.read_png(str(tmp_path / "image.png"))
@@ -139,7 +149,20 @@ def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path, capsy
         (["out="], "out= is empty"),
         (["out=s3://"], "out=s3:// names no bucket"),
         (["order.size=100"], "multiples of the patch side 64"),
-        (["order.sampler.stepz=3"], "did you mean 'sampler.step"),
+        (["order.sampler.stepz=3"], "did you mean 'order.sampler.step"),
+        (["sampler.steps=3"], r"unknown key 'sampler.steps'; did you mean 'order.sampler.steps'\?"),
+        (
+            ["order.source.octaves=two"],
+            "order.source.octaves=two does not fit; give a whole number",
+        ),
+        (["order.scale=-1"], "order.scale=-1: it must be from 0 to 30"),
+        (["order.levels=[1e999]"], r"levels \[1e999\] is not a list of scales"),
+        (["order.seed=" + "9" * 400], "order.seed=9+… .400 characters. does not fit"),
+        (
+            ["order.sampler.guidance=1e308"],
+            "order.sampler.guidance=1e.308: it must be from 0 to 100",
+        ),
+        (["order.sampler.rate=1e308"], "order.sampler.rate=1e.308: it must be from 0 to 100"),
         (["order.sampler=3"], "sampler=3 does not fit; give its keys one by one"),
         (["order.size=${{oc.env:HOME}}"], "plain values|not a number"),
         (["seed=3"], "unknown key 'seed'"),
