@@ -6,6 +6,7 @@ later run of the same command adds to it.
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 import warnings
@@ -16,12 +17,12 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from raylarge import storage
-from raylarge.errors import UserError
+from raylarge.errors import UserError, printable
 
 
 def say(line: str) -> None:
-    """Print one line for the user, above any progress bar."""
-    tqdm.write(line, file=sys.stdout)
+    """Print one line (or a table) for the user, above any progress bar."""
+    tqdm.write("\n".join(printable(one, "\t") for one in line.split("\n")), file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -33,7 +34,7 @@ def progress(items: Iterable[Any] | None, title: str, **options: Any) -> tqdm[An
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Rows under a header as aligned text."""
-    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    cells = [[printable(str(cell)) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -46,10 +47,13 @@ def entry(job: Callable[[list[str]], None]) -> NoReturn:
     A `UserError` becomes one sentence on stderr and status 2; Ctrl-C becomes status 130.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is escaped, no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         job(sys.argv[1:])
     except UserError as error:
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        print(f"{printable(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -63,7 +67,12 @@ class Report:
     def __init__(self, path: str) -> None:
         """Open the report at a path, with what an earlier run left there."""
         self.path = path
-        self.facts: dict[str, Any] = storage.read_json(path) if storage.exists(path) else {}
+        self.facts: dict[str, Any] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Read the file again, which another command may have written meanwhile."""
+        self.facts = storage.read_json(self.path) if storage.exists(self.path) else {}
         self.facts.setdefault("stages", {})
 
     @contextmanager

@@ -41,6 +41,9 @@ class Tile:
     """`patient`: whole patients are held out; `band`: the lowest rows of each slide; or a file."""
     val_fraction: float = 0.1
     test_fraction: float = 0.0
+    unlisted: str = "refuse"
+    """Slides without a split, where `table` has a column `split` or `split` is a file: `refuse`;
+    `skip` leaves them out, `hash` holds out patients as `split=patient` does."""
     patient: str = ""
     """Regular expression on the file name whose first group is the patient; empty: the slide."""
     table: str = ""
@@ -79,6 +82,7 @@ class Tile:
             ),
             ("test_fraction", self.split != "band" or not self.test_fraction, "0 with split=band"),
             ("split", bool(self.split), "patient, band, or a file with the splits"),
+            ("unlisted", self.unlisted in ("refuse", "skip", "hash"), "refuse, skip or hash"),
             ("seed", 0 <= self.seed < 1 << 64, "0 or more"),
             ("block_tiles", self.block_tiles >= 1, "1 or more"),
             ("crops", self.crops >= 0, "0 or more"),
