@@ -178,10 +178,10 @@ def _compare(
         who = "slides" if what == "table" else "slides and patients"
         cure = hint or "write the names of the files there"
         raise UserError(f"{named.title} names none of the {who}; {cure}.")
-    for who, names in (("rows mean no slide", unused), ("slides have no row", without)):
+    for who, names in (("rows without a slide", unused), ("slides without a row", without)):
         if names:
             listed = some([file_name(name) for name in names])
-            found.lines.append(f"{named.title}: {len(names):,} {who}: {listed}")
+            found.lines.append(f"{named.title}: {who}: {len(names):,} ({listed})")
     if hint:
         found.lines.append(f"{named.title}: {hint}")
     found.counts[what] = {
@@ -250,8 +250,8 @@ def _place_unlisted(known: dict[str, Entry], config: Tile, found: SlideIndex) ->
         drawn = by_hash(patient, config.val_fraction, config.test_fraction)
         known[path] = replace(known[path], split=of_patient.get(patient, drawn))
     if without:
-        how = "are left out" if config.unlisted == "skip" else "are split by hash of the patient"
-        found.lines.append(f"{len(without):,} slides have no split in {source} and {how}")
+        how = "left out" if config.unlisted == "skip" else "split by hash of the patient"
+        found.lines.append(f"{source}: slides without a split, {how}: {len(without):,}")
     found.counts["unlisted"] = len(without)
 
 
