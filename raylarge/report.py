@@ -6,6 +6,7 @@ later run of the same command adds to it.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -17,12 +18,12 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from raylarge import interrupts, storage
-from raylarge.errors import UserError
+from raylarge.errors import UserError, printable
 
 
 def say(line: str) -> None:
-    """Print one line for the user, above any progress bar."""
-    tqdm.write(line, file=sys.stdout)
+    """Print one line (or a table) for the user, above any progress bar."""
+    tqdm.write("\n".join(printable(one, "\t") for one in line.split("\n")), file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -34,7 +35,7 @@ def progress(items: Iterable[Any] | None, title: str, **options: Any) -> tqdm[An
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Rows under a header as aligned text."""
-    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    cells = [[printable(str(cell)) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -48,6 +49,9 @@ def entry(job: Callable[[list[str]], None]) -> NoReturn:
     sentence and 128 + the signal's number (130, 143, 129).
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is escaped, no error
+            stream.reconfigure(errors="backslashreplace")
     with interrupts.handled() as received:
         try:
             status = _status_of(job)
@@ -65,7 +69,7 @@ def _status_of(job: Callable[[list[str]], None]) -> int:
     try:
         job(sys.argv[1:])
     except UserError as error:
-        _tell(f"{sys.argv[0]}: {error}")
+        _tell(f"{printable(sys.argv[0])}: {error}")
         return 2
     except interrupts.Interrupted:
         return 0
@@ -89,7 +93,12 @@ class Report:
     def __init__(self, path: str) -> None:
         """Open the report at a path, with what an earlier run left there."""
         self.path = path
-        self.facts: dict[str, Any] = storage.read_json(path) if storage.exists(path) else {}
+        self.facts: dict[str, Any] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Read the file again, which another command may have written meanwhile."""
+        self.facts = storage.read_json(self.path) if storage.exists(self.path) else {}
         self.facts.setdefault("stages", {})
 
     @contextmanager

@@ -45,6 +45,9 @@ class Tile:
     """`patient`: whole patients are held out; `band`: the lowest rows of each slide; or a file."""
     val_fraction: float = 0.1  # share held out for validation
     test_fraction: float = 0.0  # share held out for tests
+    unlisted: str = "refuse"
+    """Slides without a split, where `table` has a column `split` or `split` is a file: `refuse`;
+    `skip` leaves them out, `hash` holds out patients as `split=patient` does."""
     patient: str = ""
     """Regular expression on the file name whose first group is the patient; empty: the slide.
     Example: (.*)-[0-9]+."""
@@ -93,6 +96,7 @@ class Tile:
             ),
             ("test_fraction", self.split != "band" or not self.test_fraction, "0 with split=band"),
             ("split", bool(self.split), "patient, band, or a file with the splits"),
+            ("unlisted", self.unlisted in ("refuse", "skip", "hash"), "refuse, skip or hash"),
             ("seed", 0 <= self.seed < 1 << 64, "0 or more"),
             ("bands", _bands(self.bands), "one band or three, by numbers from 1"),
             ("value_range", _range(self.value_range), "two different numbers, [low,high]"),

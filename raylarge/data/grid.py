@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 
 from raylarge.data import roster
 from raylarge.data.candidates import Tile
-from raylarge.errors import SlideError, UserError
+from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.reader import Slide, open_slide
 
 _CACHE_BYTES = 256 << 20
@@ -155,9 +155,12 @@ def about(unit: Mapping[str, Any]) -> Iterator[None]:
         yield
     except UserError as error:
         text, slide_id = str(error), unit["slide_id"]
-        for path in filter(None, (unit["path"], unit.get("mask"))):
+        files = [path for path in (unit["path"], unit.get("mask")) if path]
+        for path in dict.fromkeys([*files, *map(printable, files)]):  # messages escape names
             text = text.replace(path, slide_id)
-            for name in roster.stems(path):  # as names of files: a stem may be a word, too
+            for name in filter(
+                None, roster.stems(path)
+            ):  # as names of files: a stem may be a word, too
                 text = re.sub(rf"(?<=/){re.escape(name)}|{re.escape(name)}(?=\.\w)", slide_id, text)
         kind = SlideError if isinstance(error, SlideError) else UserError
         raise kind(f"{text} (names.json says which file {slide_id} is)") from error

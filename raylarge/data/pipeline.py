@@ -108,7 +108,8 @@ def run(units: Sequence[Unit], work: Callable[[], Work], crew: Crew, title: str)
         title: of the progress bar.
 
     Raises:
-        UserError: what a unit raised.
+        SlideError: a slide cannot be read, and the crew does not skip it.
+        UserError: what else a unit raised.
         RuntimeError: any other failure of a unit, naming it.
     """
     if not units:
@@ -124,8 +125,10 @@ def run(units: Sequence[Unit], work: Callable[[], Work], crew: Crew, title: str)
         for answer in answers:
             index, again = answer["index"], answer.get("again", 0)
             skipped = crew.skip and units[index].get("slide_id")
-            if "error" in answer or ("failed" in answer and not skipped):
-                raise UserError(answer.get("error") or answer["failed"])
+            if "error" in answer:
+                raise UserError(answer["error"])
+            if "failed" in answer and not skipped:
+                raise SlideError(answer["failed"])
             if "failure" in answer:
                 raise RuntimeError(f"{title} failed at {answer['failure']}")
             facts = {"failed": answer["failed"]} if "failed" in answer else answer["facts"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from raylarge.data.embed import Embed
 from raylarge.data.encode import Encode
 from raylarge.data.features import Features
 from raylarge.data.pipeline import Crew
+from raylarge.data.roster import with_names
 from raylarge.data.shard import Shard
 from raylarge.data.text_embed import TextEmbed
 from raylarge.errors import UserError
@@ -40,6 +42,9 @@ class Prepare:
     """Ray workers of one CPU each; absent: this process."""
     on_error: str = "stop"
     """At a slide that cannot be read: `stop`, or `skip` it and say so in failed.parquet."""
+    names: bool = False
+    """Name the files of slides in the terminal, the QC page and report.json, not only by
+    pseudonyms."""
     bundle: str = ""
     """Whose autoencoder `encode` uses, and whose U-Net `features`. Example: bundle."""
     tile: Tile = field(default_factory=Tile)
@@ -66,9 +71,24 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
     require_place("out", config.out)
     root = storage.absolute(config.out)
     crew = Crew(workers=config.workers, skip=config.on_error == "skip")
+    try:
+        with storage.exclusive(root, "prepare") as check:
+            log.read()
+            return _run_all(root, config, log, crew, check)
+    except UserError as error:
+        if not config.names:
+            raise
+        raise type(error)(with_names(str(error), tile.file_names(root))) from error
+
+
+def _run_all(
+    root: str, config: Prepare, log: report.Report, crew: Crew, check: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    """The verbs one after the other, as long as the folder is ours (`check`)."""
     done: dict[str, dict[str, Any]] = {}
     with nullcontext() if config.workers is None else session(config.workers + 1):
         for verb in _verbs(config):
+            check()
             with log.stage(verb) as facts:
                 start = time.monotonic()
                 facts.update(_run(verb, root, config, crew))
@@ -76,7 +96,19 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
                     facts["tiles_per_s"] = round(facts["tiles"] / (time.monotonic() - start), 1)
             done[verb] = dict(facts)
             report.say(_line(verb, facts))
+            if facts["failed"]:
+                _say_failures(root, verb, config.names)
     return done
+
+
+def _say_failures(root: str, verb: str, names: bool) -> None:
+    """A line for each slide that failed; by pseudonym, and by file name where that is wanted."""
+    files = tile.file_names(root) if names else {}
+    for row in storage.read_table(storage.join(root, "failed.parquet")).to_pylist():
+        if row["verb"] == verb:
+            report.say(f"  {with_names(row['reason'], files)}")
+    if not names:
+        report.say("  (names=true shows the names of their files here)")
 
 
 def _line(verb: str, facts: dict[str, Any]) -> str:
@@ -88,7 +120,7 @@ def _line(verb: str, facts: dict[str, Any]) -> str:
 
 def _run(verb: str, root: str, config: Prepare, crew: Crew) -> dict[str, Any]:
     if verb == "tile":
-        return tile.run(root, find_slides(config.slides), config.tile, crew)
+        return tile.run(root, find_slides(config.slides), config.tile, crew, config.names)
     if verb == "embed":
         return embed.run(root, config.tile, config.embed, crew)
     if verb == "shard":

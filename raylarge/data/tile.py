@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from raylarge import images, report, schema, storage
 from raylarge.config import plain
-from raylarge.data import parts, roster
+from raylarge.data import name_table, parts, readable, roster
 from raylarge.data.candidates import (
     Grid,
     Tile,
@@ -46,7 +46,7 @@ _NAMED = 3
 def section(config: Tile) -> dict[str, Any]:
     """What of the config all slides depend on: no salt, and no file that may grow."""
     known = plain(config)
-    for name in ("table", "labels", "mpp"):
+    for name in ("table", "labels", "mpp", "unlisted"):
         known.pop(name)
     for name in ("scene", "bands", "value_range"):  # unset, they leave older folders as they are
         if not known[name]:
@@ -57,8 +57,15 @@ def section(config: Tile) -> dict[str, Any]:
     return known
 
 
-def run(root: str, slides: Sequence[str], config: Tile, crew: Crew) -> Facts:
+def run(root: str, slides: Sequence[str], config: Tile, crew: Crew, names: bool = False) -> Facts:
     """Find the candidates of all slides, and write `slides.json`, `names.json` and `tile.json`.
+
+    Args:
+        root: the data folder.
+        slides: paths or URLs.
+        config: what counts as an example.
+        crew: who does it.
+        names: whether the QC page and the facts may name files.
 
     Raises:
         UserError: a slide that cannot be read, two of one name, or none with a kept tile.
@@ -66,14 +73,22 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew) -> Facts:
     config.check()
     sections = {"tile": section(config)}
     parts.refuse_mixing(root, sections)
-    known = roster.entries(slides, config)
-    _remember(root, known)
-    units = _units(known, sections, config)
-    built = parts.build(root, units, partial(Tiling, root, config), crew, "tile")
+    index = roster.index(slides, config)
+    for line in index.lines:
+        report.say(line)
+    _remember(root, index.entries)
+    shown = file_names(root) if names else {}
+    units = _units(index.entries, sections, config)
+    try:
+        built = parts.build(root, units, partial(Tiling, root, config), crew, "tile")
+    except SlideError as error:
+        raise readable.refuse_all(root, units, config, crew, shown) or error from error
     _tell_of_others(root, {unit["slide_id"] for unit in units})
     _say_notes(built.facts)
-    write_page(root, built.facts, built.failed)
+    write_page(root, built.facts, built.failed, shown)
     if not any(one["counts"] for one in built.facts):
+        for one in built.failed:
+            report.say(f"  {roster.with_names(one['reason'], shown)}")
         best = max((one["most_tissue"] for one in built.facts), default=0.0)
         raise UserError(
             f"no tile of {len(units)} slides is kept ({len(built.failed)} of them could not be "
@@ -82,7 +97,9 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew) -> Facts:
         )
     rows = [one["slide"] for one in built.facts]
     storage.write_json(storage.join(root, "slides.json"), {"slides": rows})
-    return parts.finish(root, "tile", built, sections, patch_px=config.patch_px)
+    facts = parts.finish(root, "tile", built, sections, patch_px=config.patch_px)
+    tables = roster.account(index, config.salt, names)
+    return {**facts, "user_tables": tables} if tables else facts
 
 
 def _say_notes(facts: Sequence[Facts]) -> None:
@@ -118,6 +135,11 @@ def _tell_of_others(root: str, slides: set[str]) -> None:
             f"{len(others)} slides of earlier runs are left out; what was made of them stays in "
             f"{root}/tiles, embeddings and qc until you remove it"
         )
+
+
+def file_names(root: str) -> dict[str, str]:
+    """The file name of each slide by its pseudonym."""
+    return {slide_id: name_table.file_name(path) for slide_id, path in _names(root).items()}
 
 
 def _names(root: str) -> dict[str, str]:

@@ -68,15 +68,18 @@ def sheet(slide: Slide, table: pa.Table, patch_px: int) -> Pixels:
     return _Sheet(slide, layers(table, patch_px)).draw(str(table["slide_id"][0]), patch_px)
 
 
-def write_page(root: str, facts: list[Facts], failed: list[dict[str, Any]]) -> None:
+def write_page(
+    root: str, facts: list[Facts], failed: list[dict[str, Any]], names: Mapping[str, str]
+) -> None:
     """Write `qc/index.html`, all slides of a data folder beside their numbers.
 
     Args:
         root: the data folder.
         facts: of the parts of TILES.
         failed: slide_id, part and reason of each slide that could not be read.
+        names: file names by pseudonym, where the page shall have them.
     """
-    page = pages.render(facts, failed)
+    page = pages.render(facts, failed, names)
     storage.write_bytes(storage.join(root, "qc", "index.html"), page.encode())
 
 
