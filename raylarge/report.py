@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from raylarge import storage
 from raylarge.errors import UserError
+from raylarge.storage.web import scrubbed
 
 
 def say(line: str) -> None:
@@ -49,7 +50,7 @@ def entry(job: Callable[[list[str]], None]) -> NoReturn:
     try:
         job(sys.argv[1:])
     except UserError as error:
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        print(scrubbed(f"{sys.argv[0]}: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

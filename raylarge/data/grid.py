@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from raylarge import storage
 from raylarge.data import roster
 from raylarge.data.candidates import Tile
 from raylarge.errors import SlideError, UserError
 from raylarge.slides.reader import Slide, open_slide
+from raylarge.storage.web import scrubbed
 
 _CACHE_BYTES = 256 << 20
 _STRIP_BYTES = 3 << 20
@@ -154,8 +156,8 @@ def about(unit: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text, slide_id = str(error), unit["slide_id"]
-        for path in filter(None, (unit["path"], unit.get("mask"))):
+        text, slide_id = scrubbed(str(error)), unit["slide_id"]
+        for path in map(storage.shown, filter(None, (unit["path"], unit.get("mask")))):
             text = text.replace(path, slide_id)
             for name in roster.stems(path):  # as names of files: a stem may be a word, too
                 text = re.sub(rf"(?<=/){re.escape(name)}|{re.escape(name)}(?=\.\w)", slide_id, text)

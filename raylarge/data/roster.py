@@ -24,6 +24,7 @@ from raylarge import storage
 from raylarge.data.candidates import Tile
 from raylarge.errors import SlideError, UserError
 from raylarge.slides.fetch import companions
+from raylarge.storage import web
 
 _PEEK_BYTES = 1 << 20
 _T = TypeVar("_T")
@@ -74,7 +75,7 @@ def entries(paths: Sequence[str], config: Tile) -> list[Entry]:
 
 
 def _entry(path: str, config: Tile, row: Mapping[str, str], listed: Mapping[str, str]) -> Entry:
-    name = path.rstrip("/").rsplit("/", 1)[-1]
+    name = storage.name_of(path)
     patient = row.get("patient") or _patient(name, config.patient)
     patient_id = pseudonym(config.salt, patient)
     split = row.get("split") or config.split
@@ -101,7 +102,7 @@ def is_file(split: str) -> bool:
 
 def stems(path: str) -> tuple[str, str, str]:
     """The names by which a table may know a slide, the most exact first."""
-    name = path.rstrip("/").rsplit("/", 1)[-1]
+    name = storage.name_of(path)
     return name, name.rsplit(".", 1)[0], name.split(".", 1)[0]
 
 
@@ -129,11 +130,13 @@ def fingerprint(path: str) -> str:
 
 def _ends(path: str) -> bytes:
     try:
+        if web.is_web(path):
+            return storage.patiently(path, lambda fs, root: web.ends(fs, root, _PEEK_BYTES))
         size = storage.patiently(path, lambda fs, root: int(fs.size(root)))
         ends = [(0, min(size, _PEEK_BYTES)), (max(0, size - _PEEK_BYTES), size)]
         content = [storage.read_range(path, *end) if size else b"" for end in ends]
     except FileNotFoundError as error:
-        raise SlideError(f"slide {path} does not exist; check the path.") from error
+        raise SlideError(f"slide {storage.shown(path)} does not exist; check the path.") from error
     except UserError as error:
         raise (SlideError(str(error)) if storage.is_local(path) else error) from error
     return f"{size} ".encode() + b"".join(content)

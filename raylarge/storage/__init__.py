@@ -3,6 +3,7 @@
     files     bytes, JSON, whole folders        parquet   tables, by row groups too
     folders   what stands where                 objects   one object over HTTP
     patience  what becomes of a failure         cache     what a node fetched or made once
+    web       addresses without their secrets
 
 Every write is whole or absent. A path is a local path or a URL such as `s3://bucket/key`. What
 may pass is tried again for a while (`patience.PATIENCE_S`); other failures of disk or store
@@ -27,6 +28,7 @@ from raylarge.storage.folders import absolute, children, entries, exists, join, 
 from raylarge.storage.objects import read_range
 from raylarge.storage.parquet import read_metadata, read_rows, read_table, write_table
 from raylarge.storage.patience import is_local, patiently
+from raylarge.storage.web import name_of, shown
 
 __all__ = [
     "absolute",
@@ -39,6 +41,7 @@ __all__ = [
     "is_local",
     "join",
     "listing",
+    "name_of",
     "patiently",
     "pieces",
     "put_file",
@@ -51,6 +54,7 @@ __all__ = [
     "read_table",
     "remove",
     "remove_all",
+    "shown",
     "sizes",
     "write_bytes",
     "write_json",
