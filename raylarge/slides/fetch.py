@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylarge import storage
-from raylarge.errors import UserError
 from raylarge.slides.protocol import Refusal
-from raylarge.storage import cache
+from raylarge.storage import cache, web
 from raylarge.storage.cache import Held
 from raylarge.storage.patience import Unmet
 from raylarge.storage.web import shown
@@ -89,7 +88,10 @@ def companions(path: str) -> list[str]:
     """Sorted paths of the other files of a slide: a MIRAX slide's folder, a folder's instances.
 
     What lies beside one DICOM instance is not listed: only its content tells what belongs to it.
+    Web addresses have none: their servers list nothing.
     """
+    if path.startswith(_WEB):
+        return []
     mirax = path.lower().endswith(_MIRAX)
     return sorted(_files(path.rpartition(".")[0] if mirax else path.rstrip("/")))
 
@@ -105,7 +107,7 @@ def _files(folder: str) -> Iterator[str]:
 
 def _objects(path: str, fs: Any, root: str) -> tuple[str, dict[str, _Object]]:
     """What of the fetched files is opened, and every file to fetch, by its name there."""
-    info = _info(fs, root)
+    info = web.facts(fs, root)
     name = storage.name_of(root) or "slide"
     if info["type"] == "directory":
         found = fs.find(root, detail=True)
@@ -127,23 +129,6 @@ def _objects(path: str, fs: Any, root: str) -> tuple[str, dict[str, _Object]]:
         above = folder.rpartition("/")[0]
         objects |= {one.removeprefix(above).lstrip("/"): _object(fs, beside[one]) for one in beside}
     return name, objects
-
-
-def _info(fs: Any, root: str) -> dict[str, Any]:
-    """What stands at a URL; fsspec takes a web server that is away for one without the file."""
-    try:
-        info: dict[str, Any] = fs.info(root)
-    except FileNotFoundError as error:
-        cause, status = error.__cause__, getattr(error.__cause__, "status", 0)
-        if cause is None or isinstance(cause, FileNotFoundError) or status in (404, 410):
-            raise
-        if 400 <= status < 500:
-            raise UserError(
-                f"{shown(root)}: the server answers {status}; check the address, and that it lets "
-                "you in (a presigned address may have run out: give slides= anew, with its query)."
-            ) from error
-        raise cause from error
-    return info
 
 
 def _object(fs: Any, info: dict[str, Any]) -> _Object:

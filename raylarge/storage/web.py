@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from raylarge.errors import UserError
+
 _SCHEMES = ("http://", "https://")
 _SECRET = re.compile(r"(https?://)(?:[^\s/?#'\"@]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?")
 _queries: dict[str, str] = {}
@@ -49,6 +51,32 @@ def whole(path: str) -> str:
     return _queries.get(path, path)
 
 
+def facts(fs: Any, root: str) -> dict[str, Any]:
+    """What stands at a URL; fsspec takes a web server that is away for one without the file.
+
+    Raises:
+        FileNotFoundError: nothing stands there.
+        UserError: the server refuses.
+    """
+    try:
+        info: dict[str, Any] = fs.info(root)
+    except FileNotFoundError as error:
+        cause, status = error.__cause__, getattr(error.__cause__, "status", 0)
+        if cause is None or isinstance(cause, FileNotFoundError) or status in (404, 410):
+            raise
+        if 400 <= status < 500:
+            raise _refused(root, status) from error
+        raise cause from error
+    return info
+
+
+def _refused(url: str, status: int) -> UserError:
+    return UserError(
+        f"{shown(url)}: the server answers {status}; check the address, and that it lets you in (a "
+        "presigned address may have run out: give slides= anew, with its query)."
+    )
+
+
 def ends(fs: Any, url: str, count: int) -> bytes:
     """The size, and the first and last bytes of a file at a web address.
 
@@ -57,17 +85,18 @@ def ends(fs: Any, url: str, count: int) -> bytes:
 
     Raises:
         FileNotFoundError: nothing stands there.
+        UserError: the server refuses.
     """
     from fsspec.asyn import sync
 
-    facts = fs.info(url)
-    size = facts["size"]
+    info = facts(fs, url)
+    size = info["size"]
     first, partial = sync(fs.loop, _range, fs, url, 0, count)
     if partial and size is not None:
         last, partial = sync(fs.loop, _range, fs, url, max(0, size - count), size)
         if partial:
             return f"{size} ".encode() + first + last
-    version = [facts.get(key) for key in ("ETag", "Last-Modified", "Content-MD5", "Digest")]
+    version = [info.get(key) for key in ("ETag", "Last-Modified", "Content-MD5", "Digest")]
     return f"{size} {version} ".encode() + first
 
 
@@ -79,6 +108,8 @@ async def _range(fs: Any, url: str, start: int, stop: int) -> tuple[bytes, bool]
     async with session.get(fs.encode_url(url), headers=headers) as answer:
         if answer.status == 416:  # an empty file
             return b"", False
+        if answer.status in (401, 403):
+            raise _refused(url, answer.status)
         fs._raise_not_found_for_status(answer, url)
         while count < stop - start and (piece := await answer.content.read(stop - start - count)):
             pieces.append(piece)
