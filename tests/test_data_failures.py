@@ -12,6 +12,7 @@ import pytest
 import tifffile
 
 from raylarge import pyramid, storage, tables
+from raylarge.data.grid import about
 from raylarge.data.prepare import prepare
 from raylarge.errors import UserError
 from raylarge.report import Report
@@ -244,3 +245,23 @@ def test_no_name_is_in_any_output_but_the_private_one(tiny_slide, tmp_path, bad)
     assert [p.name for p in told] == ["names.json"]
     assert not [p for p in out.rglob("*") if p.is_file() and b'"mine"' in p.read_bytes()]
     assert len(list((out / "qc").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("/s/a.tif", "mask /m/m_a.png is no image", "mask ID is no image"),
+        ("/s/a.tif", "slide /s/a.tif: data.parquet, /t/a.svs", "slide ID: data.parquet, /t/ID.svs"),
+        ("/s/a.tif", "slide /s/a.tif and /s/ab/x, a", "slide ID and /s/ab/x, a"),
+        (
+            "http://h/a.tif?k=1",
+            "slide http://h/a.tif?k=1 and http://u:p@h/b?k=2",
+            "slide ID and http://h/b",
+        ),
+    ],
+)
+def test_a_slides_own_names_are_replaced_once_and_no_others(path, text, expected):
+    unit = {"slide_id": "ID", "path": path, "mask": "/m/m_a.png"}
+    with pytest.raises(UserError) as told, about(unit):
+        raise UserError(text)
+    assert str(told.value) == f"{expected} (names.json says which file ID is)"

@@ -156,10 +156,12 @@ def about(unit: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text, slide_id = scrubbed(str(error)), unit["slide_id"]
-        for path in map(storage.shown, filter(None, (unit["path"], unit.get("mask")))):
-            text = text.replace(path, slide_id)
-            for name in roster.stems(path):  # as names of files: a stem may be a word, too
-                text = re.sub(rf"(?<=/){re.escape(name)}|{re.escape(name)}(?=\.\w)", slide_id, text)
+        slide_id, names = unit["slide_id"], []
+        paths = [storage.shown(path) for path in (unit["path"], unit.get("mask")) if path]
+        for path in paths:
+            for name in map(re.escape, roster.stems(path)):  # as files: a stem may be a word, too
+                names.append(rf"(?<=/){name}(?![^\W_])|(?<![^\W_]){name}(?=\.\w)")
+        private = "|".join([*map(re.escape, paths), *names])
+        text = re.sub(private, slide_id, scrubbed(str(error)))
         kind = SlideError if isinstance(error, SlideError) else UserError
         raise kind(f"{text} (names.json says which file {slide_id} is)") from error
