@@ -152,7 +152,17 @@ def test_a_broken_slide_stops_the_run_by_its_pseudonym(shared_data, tiny_prepare
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("patch_px", 2), ("scales", []), ("split", "half"), ("val_fraction", 1.0), ("tissue", [])],
+    [
+        ("bands", [1, 2]),
+        ("bands", [0]),
+        ("value_range", [3]),
+        ("value_range", [1, 1]),
+        ("patch_px", 2),
+        ("scales", []),
+        ("split", "half"),
+        ("val_fraction", 1.0),
+        ("tissue", []),
+    ],
 )
 def test_senseless_values_name_their_key(tiny_prepare, run, key, value):
     with pytest.raises(UserError, match=rf"tile\.{key}=.*must be"):

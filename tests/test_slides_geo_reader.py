@@ -204,7 +204,8 @@ def test_deep_samples_are_scaled_by_their_declared_bits(tmp_path, image):
     pixels, notes = whole(path)
     assert (pixels == image[..., :3]).all()
     assert notes == [
-        "16-bit samples: 0 to 65535 became 0 to 255 (tile.value_range=[low,high] sets another range)"
+        "16-bit samples: 0 to 65535 became 0 to 255 (tile.value_range=[low,high] sets another "
+        "range)"
     ]
     path = write(tmp_path / "twelve.tif", deep * 16, photometric="rgb", NBITS=12)
     assert np.abs(whole(path)[0].astype(int) - image[..., :3]).max() <= 1

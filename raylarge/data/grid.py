@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from raylarge import storage
 from raylarge.data import roster
 from raylarge.data.candidates import Tile
 from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.reader import Slide, open_slide
+from raylarge.storage.web import scrubbed
 
 _CACHE_BYTES = 256 << 20
 _STRIP_BYTES = 3 << 20
@@ -154,13 +156,14 @@ def about(unit: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text, slide_id = str(error), unit["slide_id"]
-        files = [path for path in (unit["path"], unit.get("mask")) if path]
-        for path in dict.fromkeys([*files, *map(printable, files)]):  # messages escape names
-            text = text.replace(path, slide_id)
-            for name in filter(
-                None, roster.stems(path)
-            ):  # as names of files: a stem may be a word, too
-                text = re.sub(rf"(?<=/){re.escape(name)}|{re.escape(name)}(?=\.\w)", slide_id, text)
+        slide_id, names = unit["slide_id"], []
+        files = [storage.shown(path) for path in (unit["path"], unit.get("mask")) if path]
+        paths = list(dict.fromkeys([*files, *map(printable, files)]))  # messages escape names
+        for path in paths:
+            for name in filter(None, map(re.escape, roster.stems(path))):
+                # as names of files: a stem may be a word, too
+                names.append(rf"(?<=/){name}(?![^\W_])|(?<![^\W_]){name}(?=\.\w)")
+        private = "|".join([*map(re.escape, paths), *names])
+        text = re.sub(private, slide_id, scrubbed(str(error)))
         kind = SlideError if isinstance(error, SlideError) else UserError
         raise kind(f"{text} (names.json says which file {slide_id} is)") from error

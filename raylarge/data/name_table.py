@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
+from raylarge import storage
 from raylarge.data.text_table import tidy
 from raylarge.errors import UserError
 
@@ -26,7 +27,7 @@ def file_name(path: str) -> str:
 
 def stems(path: str) -> tuple[str, str, str]:
     """The names of a file: whole, without its last ending, without all of them."""
-    name = path.rstrip("/").rsplit("/", 1)[-1]
+    name = storage.name_of(path)
     return name, name.rsplit(".", 1)[0], name.split(".", 1)[0]
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from glob import has_magic
 from typing import Any
 
 from omegaconf import MISSING
@@ -25,6 +26,7 @@ from raylarge.data.shard import Shard
 from raylarge.data.text_embed import TextEmbed
 from raylarge.errors import UserError
 from raylarge.fleet.session import session
+from raylarge.storage import web
 
 VERBS = ("tile", "embed", "shard", "encode", "caption", "text_embed", "features")
 
@@ -71,6 +73,9 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
     require_place("out", config.out)
     root = storage.absolute(config.out)
     crew = Crew(workers=config.workers, skip=config.on_error == "skip")
+    if config.slides and "tile" not in _verbs(config):  # queries of web addresses are not stored
+        for path in find_slides(config.slides):
+            web.remember(path)
     try:
         with storage.exclusive(root, "prepare") as check:
             log.read()
@@ -150,7 +155,8 @@ def find_slides(slides: str) -> list[str]:
         paths = storage.listing(storage.absolute(word))
         if not paths:
             raise UserError(f"no slide fits {word}; check the path (a pattern needs quotes).")
-        folders = [path for path in paths if storage.is_local(word) and os.path.isdir(path)]
+        named = storage.is_local(word) and not has_magic(word)
+        folders = [path for path in paths if named and os.path.isdir(path)]
         if any(not storage.children(folder, "*.dcm") for folder in folders):
             raise UserError(
                 f"{folders[0]} is a folder; name the slides in it: slides='{folders[0]}/*.svs'."

@@ -23,6 +23,7 @@ from raylarge.data.name_table import SOME, NameTable, file_name, some, stems
 from raylarge.data.split_table import WORDS
 from raylarge.errors import SlideError, UserError
 from raylarge.slides.fetch import companions
+from raylarge.storage import web
 
 _PEEK_BYTES = 1 << 20
 _NUMBER = re.compile(r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -284,11 +285,13 @@ def fingerprint(path: str) -> str:
 
 def _ends(path: str) -> bytes:
     try:
+        if web.is_web(path):
+            return storage.patiently(path, lambda fs, root: web.ends(fs, root, _PEEK_BYTES))
         size = storage.patiently(path, lambda fs, root: int(fs.size(root)))
         ends = [(0, min(size, _PEEK_BYTES)), (max(0, size - _PEEK_BYTES), size)]
         content = [storage.read_range(path, *end) if size else b"" for end in ends]
     except FileNotFoundError as error:
-        raise SlideError(f"slide {path} does not exist; check the path.") from error
+        raise SlideError(f"slide {storage.shown(path)} does not exist; check the path.") from error
     except UserError as error:
         raise (SlideError(str(error)) if storage.is_local(path) else error) from error
     return f"{size} ".encode() + b"".join(content)

@@ -37,6 +37,7 @@ from raylarge.errors import SlideError, UserError
 from raylarge.slides import masks
 from raylarge.slides.reader import Slide, open_slide
 from raylarge.slides.tissue import tissue_fraction, tissue_mask
+from raylarge.storage import web
 
 _MASK_CELLS = 8
 _NAMED = 3
@@ -123,7 +124,7 @@ def slides_of(root: str) -> list[dict[str, Any]]:
             f"{root}/names.json does not say which files {len(unknown)} of {len(slides)} slides "
             "are; run verbs=tile with slides= and the same tile.salt= again."
         )
-    return [{**slide, "path": names[slide["slide_id"]]} for slide in slides]
+    return [{**slide, "path": web.whole(names[slide["slide_id"]])} for slide in slides]
 
 
 def _tell_of_others(root: str, slides: set[str]) -> None:
@@ -151,7 +152,7 @@ def _names(root: str) -> dict[str, str]:
 
 def _remember(root: str, known: Sequence[roster.Entry]) -> None:
     """Add to what is known of the files: a slide that is left out may come back."""
-    names = {**_names(root), **{entry.slide_id: entry.path for entry in known}}
+    names = {**_names(root), **{entry.slide_id: web.remember(entry.path) for entry in known}}
     storage.write_json(storage.join(root, "names.json"), names)
 
 
@@ -182,8 +183,10 @@ def _fingerprint(path: str) -> str:
     """A slide's fingerprint; none of one that cannot be read, which its own unit will say."""
     try:
         return roster.fingerprint(path)
-    except SlideError:
-        return ""
+    except UserError as error:
+        if isinstance(error, SlideError) or storage.is_local(path):
+            return ""
+        raise
 
 
 class Tiling(Maker):

@@ -35,7 +35,8 @@ def open_folder(path: str, scene: str = "") -> Pyramid:
         Refusal: the folder holds no slide, or several and none is named.
         Lack: wsidicom is missing.
     """
-    _wsidicom("is a folder, and may be DICOM")
+    if any(map(_is_dicom, _inside(Path(path)))):
+        _wsidicom("is a folder, and may be DICOM")
     series = {}
     for file in reversed(_inside(Path(path))):
         if (uid := _volume_series(file)) is not None:
@@ -124,12 +125,20 @@ def _inside(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
 
 
+def _is_dicom(file: Path) -> bool:
+    """Whether a file has the mark of DICOM."""
+    if not file.is_file():
+        return False
+    with damage(), file.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
 def _volume_series(file: Path) -> str | None:
     """The series of a file, where it is a VOLUME instance of a whole slide."""
+    if not _is_dicom(file):
+        return None
     import pydicom
 
-    if not file.is_file():
-        return None
     tags = ["SOPClassUID", "ImageType", "SeriesInstanceUID"]
     with damage(Exception):
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -59,6 +60,9 @@ def read(
 
 
 def _content(path: str) -> bytes:
+    local = storage.absolute(path)
+    if storage.is_local(path) and os.path.exists(local) and not os.path.isfile(local):
+        raise Refusal("is no file but a folder, pipe or device; name a mask's file.")
     try:
         return storage.read_bytes(path)
     except UserError as error:
@@ -66,8 +70,6 @@ def _content(path: str) -> bytes:
             raise Refusal("does not exist; check the path.") from error
         if isinstance(error.__cause__, PermissionError):
             raise Refusal("may not be read; check its permissions.") from error
-        if isinstance(error.__cause__, IsADirectoryError):
-            raise Refusal("is a folder; name a mask's file.") from error
         raise
 
 

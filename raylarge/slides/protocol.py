@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from raylarge.errors import Lack, SlideError, UserError
+from raylarge.storage import shown
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 
@@ -131,9 +132,9 @@ def speaking_of(path: str, what: str = "slide") -> Iterator[None]:
     try:
         yield
     except Refusal as refusal:
-        raise SlideError(f"{what} {path} {refusal}") from refusal
+        raise SlideError(f"{what} {shown(path)} {refusal}") from refusal
     except Lack as lack:
-        raise UserError(f"{what} {path} {lack}") from lack
+        raise UserError(f"{what} {shown(path)} {lack}") from lack
 
 
 @contextmanager

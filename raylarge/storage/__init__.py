@@ -4,6 +4,7 @@
     folders   what stands where                 objects   one object over HTTP
     patience  what becomes of a failure         cache     what a node fetched or made once
     lock      one command at a time writes to a folder
+    web       addresses without their secrets
 
 Every write is whole or absent. A path is a local path or a URL such as `s3://bucket/key`. What
 may pass is tried again for a while (`patience.PATIENCE_S`); other failures of disk or store
@@ -30,6 +31,7 @@ from raylarge.storage.lock import InUse, exclusive
 from raylarge.storage.objects import read_range
 from raylarge.storage.parquet import read_metadata, read_rows, read_table, write_table
 from raylarge.storage.patience import is_local, patiently
+from raylarge.storage.web import name_of, shown
 from raylarge.storage.writable import require_writable
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "is_local",
     "join",
     "listing",
+    "name_of",
     "patiently",
     "pieces",
     "put_file",
@@ -59,6 +62,7 @@ __all__ = [
     "remove",
     "remove_all",
     "require_writable",
+    "shown",
     "sizes",
     "write_bytes",
     "write_json",
