@@ -200,7 +200,7 @@ class Source:
     """The image that `algorithm: superres` makes larger.
 
     Attributes:
-        image: base64 of a PNG.
+        image: base64 of a PNG, JPEG or TIFF (`uploads.py`).
         octaves: n of 2^n.
         control: by the bundle's ControlNet (the baseline) in place of the constraint.
     """
@@ -210,7 +210,7 @@ class Source:
     control: bool = False
 
     def png(self) -> bytes:
-        """The PNG's bytes.
+        """Return the bytes of the image file.
 
         Raises:
             UserError: not base64.
@@ -218,7 +218,7 @@ class Source:
         try:
             return base64.b64decode(self.image, validate=True)
         except ValueError as error:
-            raise UserError("source.image is not the base64 of a PNG.") from error
+            raise UserError("source.image is not the base64 of a PNG, JPEG or TIFF.") from error
 
 
 @dataclass(frozen=True)
