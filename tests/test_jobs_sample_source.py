@@ -34,7 +34,7 @@ CLEAR = np.dstack([RGB // 2, np.zeros_like(GREY)])
 BROKEN = {
     "text": (b"no picture", "is no PNG, JPEG or TIFF image"),
     "cut": (png(RGB)[: len(png(RGB)) // 2], "is damaged or incomplete"),
-    "empty": (b"", "is no PNG"),
+    "blank": (b"\n", "is no PNG"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no PNG"),
 }
 
