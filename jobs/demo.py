@@ -37,6 +37,7 @@ from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import guide_scale
 from raylarge.metrics.consistency import cross_scale_error
+from raylarge.metrics.lines import window_lines
 from raylarge.metrics.seams import seam_ratio
 from raylarge.models import bundle as bundles
 from raylarge.order import Condition, parse
@@ -246,6 +247,7 @@ class Thread:
             found[name] = {
                 "cross_scale_error": round(cross_scale_error(whole, small), 4),
                 "seam_ratio": round(seam_ratio(whole, bundle.patch.side_px), 4),
+                "window_lines": round(window_lines(whole, bundle.patch.side_px), 2),
             }
             rows.append(
                 [
@@ -312,7 +314,8 @@ def told(checks: dict[str, Any]) -> str:
     rows = [
         ["cross-scale error, corrected", with_["cross_scale_error"]],
         ["cross-scale error, uncorrected", without["cross_scale_error"]],
-        ["seam ratio", with_["seam_ratio"]],
+        ["seam ratio (1: edges at borders as elsewhere)", with_["seam_ratio"]],
+        ["window lines (about 1: none, above 3: a grid)", with_["window_lines"]],
     ]
     for k, loss in checks["loss"].items():
         true, shuffled = loss["true"], loss["shuffled"]

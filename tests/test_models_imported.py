@@ -135,6 +135,7 @@ WRONG = {
     "a name of the autoencoder": {"first_stage_model.decoder.conv_in.bias": None},
     "the betas": {"betas": Schedule("squaredcos").betas},
     "the scale": {"scale_factor": torch.tensor(0.5)},
+    "an average that diverged": {"model_ema.diffusion_modelout0bias": torch.full((32,), torch.nan)},
     "a stranger": {"first_stage_model.alien": torch.ones(1)},
 }
 
@@ -143,7 +144,9 @@ WRONG = {
 def test_a_refused_checkpoint_leaves_nothing(parity, tmp_path, what):
     words = [checkpoint(parity, tmp_path / "w.ckpt", state(parity, "summarizer"))]
     changed(tmp_path / "w.ckpt", **WRONG[what])
-    with pytest.raises(UserError, match=r"missing|neither scaled_linear|scale_factor|unexpected"):
+    with pytest.raises(
+        UserError, match=r"missing|neither scaled_linear|scale_factor|unexpected|hold NaN"
+    ):
         import_weights.main([*words, f"out={tmp_path}/b", "heads=[1,4,4]"])
     assert not (tmp_path / "b").exists()
 

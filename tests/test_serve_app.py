@@ -127,6 +127,8 @@ def test_a_single_patch_has_no_guide(worker):
          "does not hold"),
         ("[1]", 422, "an order is a JSON object"),
         ("{", 422, "the body is not JSON"),
+        ('{"size": 64, "sampler": {"guidance": NaN}}', 422, "the body is not JSON"),
+        ('{"size": 64, "sampler": {"rate": -Infinity}}', 422, "the body is not JSON"),
         ("[" * 3000, 422, "the body is not JSON"),
         ("\xff", 422, "the body is not JSON"),
         ('{"a": "' + "x" * 5000 + '"}', 413, "at most 4096 bytes"),

@@ -142,6 +142,15 @@ def test_the_newest_whole_checkpoint_is_found_after_any_kill(tmp_path):
     assert not list(tmp_path.glob(".beside-*"))
 
 
+def test_a_state_that_is_not_finite_is_refused_by_name(tmp_path):
+    tensors = {"weights/a": torch.ones(3), "weights/b": torch.tensor([1.0, torch.nan])}
+    State(tensors, updates=1).write(tmp_path, rank=0)
+    stored = Stored(tmp_path)
+    assert stored["weights/a"].tolist() == [1, 1, 1]
+    with pytest.raises(UserError, match=r"weights/b holds NaN .*remove that folder to go on from"):
+        stored["weights/b"]
+
+
 def test_checkpoints_in_s3(s3_bucket):
     root = f"{s3_bucket}/runs/one"
     checkpoints = opened(root, keep=2)

@@ -76,7 +76,7 @@ class PartWork:
         table = schema.check(table, self._maker.kind)
         known = {key: unit[key] for key in ("part", "stamp", "tiles") if key in unit}
         facts = {**facts, **known, **_counts(table)}
-        metadata = {**table.schema.metadata, "facts": json.dumps(facts, sort_keys=True)}
+        metadata = {**table.schema.metadata, "facts": storage.as_json(facts)}
         table = table.replace_schema_metadata(metadata)
         groups = [rows for _, _, rows in facts["groups"]] if "groups" in facts else None
         storage.write_table(storage.join(self._root, unit["part"]), table, groups)

@@ -269,6 +269,17 @@ def matched(root: str, unit: Unit, given: Given) -> tuple[pa.Table, picked.Group
 
 
 def _made(table: pa.Table, vectors: Vectors, groups: picked.Groups) -> tuple[pa.Table, Facts]:
+    """Return the VECTORS of a part and its facts.
+
+    Raises:
+        UserError: a vector that is not finite.
+    """
+    if not np.isfinite(vectors).all():
+        key = table["key"][int((~np.isfinite(vectors)).any(axis=1).argmax())].as_py()
+        raise UserError(
+            f"the vector of example {key} holds NaN or infinity; look at its text or image, or "
+            f"choose another text_embed.model."
+        )
     count, width = vectors.shape
     offsets = np.arange(count + 1, dtype=np.int32) * width
     column = pa.ListArray.from_arrays(offsets, pa.array(vectors.ravel()))

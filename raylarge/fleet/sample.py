@@ -212,6 +212,7 @@ class _Run:
             files=files,
             **self.work(),
             **measured,
+            meaning={name: result.MEANING[name] for name in measured},
         )
         self.ledger.remove()
         return files

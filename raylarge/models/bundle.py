@@ -25,6 +25,7 @@ from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
 from raylarge.geometry import Patch
 from raylarge.models import parts as files
+from raylarge.models import weights
 from raylarge.models.autoencoder import Autoencoder, sizes
 from raylarge.models.denoiser import Denoiser, NetworkDenoiser
 from raylarge.models.parts import PARTS, digest
@@ -96,8 +97,11 @@ def save(
         schedule: the U-Net's; the published one if left out.
 
     Raises:
-        UserError: a part that no bundle has, a folder that is a file, or a damaged bundle.
+        UserError: a part that no bundle has or that is not finite, a folder that is a file, or a
+            damaged bundle. Nothing is replaced then.
     """
+    for name, part in parts.items():
+        weights.check_finite(part.state_dict(), f"{storage.join(folder, name)} is not written")
     near = _begun(folder, parts.keys())
     if "unet" in parts:
         walk = DDIMScheduler(**_scheduler_config(schedule or Schedule()))

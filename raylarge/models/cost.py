@@ -73,7 +73,11 @@ class Counts:
 
 
 def on_meta(network: Network) -> Network:
-    """A copy of a network on the meta device: all of its shapes and none of its weights."""
+    """Return a float32 copy of a network on the meta device: its shapes without its weights.
+
+    FLOPs do not depend on the precision, so a network in half precision is counted like any
+    other, with inputs in float32.
+    """
     tensors = [*network.parameters(), *network.buffers()]
     memo: dict[int, Any] = {
         id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=tensor.requires_grad)
@@ -81,7 +85,9 @@ def on_meta(network: Network) -> Network:
         else tensor.to("meta")
         for tensor in tensors
     }
-    return copy.deepcopy(network, memo)
+    copied = copy.deepcopy(network, memo)
+    nn.Module.float(copied)  # diffusers' own `float` warns of modules that it keeps in float32
+    return copied
 
 
 def forward_flops(network: nn.Module | Callable[..., Any], *inputs: Tensor) -> int:

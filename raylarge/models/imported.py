@@ -59,8 +59,9 @@ def import_bundle(config: Import) -> dict[str, int]:
         Parameters of each part, the CDM's fixed table of positions counted as published.
 
     Raises:
-        UserError: a file that cannot be opened or is no such checkpoint, parts that do not fit
-            each other, or a bundle at `out` already; nothing is written then.
+        UserError: a file that cannot be opened or is no such checkpoint, weights that are not
+            finite, parts that do not fit each other, or a bundle at `out` already; nothing is
+            written then.
     """
     if not (config.checkpoint.strip() and config.out.strip()):
         raise UserError("checkpoint= and out= are needed: the file, and the bundle to write.")
@@ -71,6 +72,8 @@ def import_bundle(config: Import) -> dict[str, int]:
     facts = {"patch_px": config.patch_px, **_encoder_facts(config.encoder, found["summarizer"])}
     facts["source"] = _source(config)
     _check_place(config.out, facts["source"])
+    for checked in found.values():
+        weights.check_finite(checked.state, checked.whose)
     del state
     counts: dict[str, int] = {}
     for name in list(found):

@@ -190,15 +190,22 @@ def part(folder: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A part with its weights, in evaluation mode, on the CPU; tiny autoencoders in float32.
 
     Raises:
-        UserError: a class that no bundle holds, a damaged file, or tensors that are missing or
-            unknown.
+        UserError: a class that no bundle holds, a damaged file, tensors that are missing or
+            unknown, or values that are NaN, infinite, or too large for the precision.
     """
     made = PARTS[name][kind(folder, name)]
     with torch.device("meta"):
         module = made.from_config(config(folder, name))
     filled = weights.fill(module, _tensors(folder, name), f"{folder}: {name}")
     dtype = torch.float32 if isinstance(filled, AutoencoderTiny) else dtype
-    return nn.Module.to(filled, dtype)  # diffusers' own `to` warns of what does not concern it
+    nn.Module.to(filled, dtype)  # diffusers' own `to` warns of what does not concern it
+    large = [name for name, value in filled.state_dict().items() if not weights.is_finite(value)]
+    if large:
+        raise UserError(
+            f"{folder}: {name}: values of {large[0]} are too large for "
+            f"{str(dtype).removeprefix('torch.')}; choose dtype=bfloat16 or float32."
+        )
+    return filled
 
 
 def digest(folder: str, names: tuple[str, ...] = ()) -> str:

@@ -137,8 +137,8 @@ def fill(network: Module, state: Mapping[str, Tensor], whose: str) -> Module:
     """Copy tensors into a network (which may be on the meta device), as float32 and strictly.
 
     Raises:
-        UserError: names or shapes differ, or integers stand where fractions belong; tells the
-            first ones.
+        UserError: names or shapes differ, integers stand where fractions belong, or values are
+            NaN or infinite; tells the first ones.
     """
     wanted = network.state_dict()
     compare(wanted, state, whose)
@@ -148,8 +148,40 @@ def fill(network: Module, state: Mapping[str, Tensor], whose: str) -> Module:
         if tensor.is_floating_point() != wanted[name].is_floating_point()
     ]
     refuse(whose, mistyped=mistyped)
-    network.load_state_dict({name: _own(tensor) for name, tensor in state.items()}, assign=True)
+    own = {name: _own(tensor) for name, tensor in state.items()}
+    check_finite(own, whose)
+    network.load_state_dict(own, assign=True)
     return network.float().eval().requires_grad_(False)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no value of a tensor is NaN or infinite: one pass without temporaries.
+
+    A tensor on the meta device has no values.
+    """
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return True
+    low, high = torch.aminmax(tensor.detach())  # NaN if any value is
+    return bool(low.isfinite() and high.isfinite())
+
+
+def check_finite(state: Mapping[str, Tensor], whose: str) -> None:
+    """Refuse tensors that hold NaN or infinity; a network would compute black pictures of them.
+
+    This is checked whenever weights are loaded, not once per digest: a file may change after its
+    digest was written, and the pass takes a few per cent of the time of loading.
+
+    Raises:
+        UserError: names the first such tensors.
+    """
+    broken = [name for name, tensor in state.items() if not is_finite(tensor)]
+    if broken:
+        some = f"{', '.join(broken[:3])}{', …' if len(broken) > 3 else ''}"
+        raise UserError(
+            f"{whose}: {len(broken)} of {len(state)} tensors hold NaN or infinite values ({some}); "
+            f"the weights are damaged or come from a training that diverged: use an earlier "
+            f"checkpoint, or copy the file again."
+        )
 
 
 def compare(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], whose: str) -> None:
@@ -178,12 +210,14 @@ def fill_transformers(
     Tensors under old names are renamed by transformers itself.
 
     Raises:
-        UserError: names or shapes differ; tells the first ones.
+        UserError: names or shapes differ, or values are NaN or infinite; tells the first ones.
     """
+    own = {name: _own(tensor) for name, tensor in state.items()}
+    check_finite(own, whose)
     network, info = kind.from_pretrained(
         None,
         config=config,
-        state_dict={name: _own(tensor) for name, tensor in state.items()},
+        state_dict=own,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # told below, by name
         **options,

@@ -142,12 +142,16 @@ async def _body(request: Request, limit: int) -> dict[str, Any]:
         if len(content) > limit:
             raise HTTPException(413, f"an order has at most {limit} bytes.")
     try:
-        values = json.loads(content)
+        values = json.loads(content, parse_constant=_refuse_constant)
     except (RecursionError, ValueError) as error:
         raise UserError("the body is not JSON; post an order such as {'size': 512}.") from error
     if not isinstance(values, dict):
         raise UserError("an order is a JSON object such as {'size': 512}.")
     return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:

@@ -10,6 +10,7 @@ are a UserError with the path and the cure, in all of these, and docstrings do n
 """
 
 from raylarge.storage.files import (
+    as_json,
     digest,
     digest_file,
     digest_pieces,
@@ -30,6 +31,7 @@ from raylarge.storage.patience import is_local, patiently
 
 __all__ = [
     "absolute",
+    "as_json",
     "children",
     "digest",
     "digest_file",

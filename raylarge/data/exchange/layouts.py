@@ -89,14 +89,15 @@ def grid(
     """An item's raw embeddings by row and column, pooled where larger than 8 x 8.
 
     Raises:
-        Unfit: no such file, a damaged one, or not one cell per base tile.
+        Unfit: no such file, a damaged one, not one cell per base tile, or values that are not
+            finite.
         UserError: see `cells`.
     """
     found = cells(_array(folder, layout.grid.format(i=i)), width, layout.axes)
     side = math.isqrt(len(found))
     if side**2 != len(found) or side not in (1 << scale, min(1 << scale, GRID_SIDE)):
         raise Unfit(f"a grid of {len(found)} cells at scale {scale}")
-    return pooled(found.reshape(side, side, width).astype(np.float16))
+    return pooled(_half(found.reshape(side, side, width), "grid"))
 
 
 def cells(
@@ -131,12 +132,12 @@ def latent(layout: Layout, folder: str, i: int) -> Float16[np.ndarray, "3 64 64"
     """An item's latent: as the encoder of VQ-f4 gives it, before quantisation.
 
     Raises:
-        Unfit: no such file, a damaged one, or of another shape.
+        Unfit: no such file, a damaged one, of another shape, or with values that are not finite.
     """
     found = _array(folder, layout.latent.format(i=i))
     if found.shape != LATENT:
         raise Unfit(f"a latent of shape {found.shape}, not {LATENT}")
-    return found.astype(np.float16)
+    return _half(found, "latent")
 
 
 def image(layout: Layout, folder: str, i: int) -> bytes:
@@ -156,6 +157,19 @@ def image(layout: Layout, folder: str, i: int) -> bytes:
     if size != (PATCH_PX, PATCH_PX):
         raise Unfit(f"an image of {size[0]} x {size[1]} px, not {PATCH_PX}")
     return content
+
+
+def _half(values: np.ndarray, name: str) -> Float16[np.ndarray, "..."]:
+    """Return values as float16, which must hold them.
+
+    Raises:
+        Unfit: NaN, infinity, or a value beyond float16.
+    """
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise Unfit(f"a {name} with NaN or values beyond float16")
+    return half
 
 
 def _array(folder: str, name: str) -> np.ndarray:
