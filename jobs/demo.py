@@ -36,6 +36,7 @@ from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import guide_scale
 from raylarge.metrics.consistency import cross_scale_error
+from raylarge.metrics.lines import window_lines
 from raylarge.metrics.seams import seam_ratio
 from raylarge.models import bundle as bundles
 from raylarge.order import Condition, parse
@@ -253,6 +254,7 @@ class Thread:
             found[name] = {
                 "cross_scale_error": round(cross_scale_error(whole, small), 4),
                 "seam_ratio": round(seam_ratio(whole, bundle.patch.side_px), 4),
+                "window_lines": round(window_lines(whole, bundle.patch.side_px), 2),
             }
             rows.append(
                 [

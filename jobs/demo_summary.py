@@ -20,7 +20,8 @@ def summary(checks: dict[str, Any]) -> str:
     rows = [
         ["cross-scale error, corrected", corrected["cross_scale_error"]],
         ["cross-scale error, uncorrected", without["cross_scale_error"]],
-        ["seam ratio", corrected["seam_ratio"]],
+        ["seam ratio (1: edges at borders as elsewhere)", corrected["seam_ratio"]],
+        ["window lines (about 1: none, above 3: a grid)", corrected["window_lines"]],
     ]
     header = ["held-out loss at scale", "true condition", "shuffled", "no condition"]
     losses = checks["loss"]

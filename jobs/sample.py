@@ -33,9 +33,8 @@ def main(arguments: list[str]) -> None:
     rows = [[name, os.path.relpath(path)] for name, path in files.items()]
     report.say(report.table(["file", "path"], [*rows, ["report.json", log.path]]))
     report.say(f"{made}{again}")
-    for name in ("cross_scale_error", "seam_ratio"):
-        if name in facts:
-            report.say(f"{name.replace('_', ' ')}: {facts[name]:.3f}")
+    for name, meaning in facts["meaning"].items():
+        report.say(f"{name.replace('_', ' ')}: {facts[name]:.3f} ({meaning})")
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ class Source:
     """The image that `algorithm: superres` makes larger.
 
     Attributes:
-        image: base64 of a PNG. Example: iVBORw0KGgo....
+        image: base64 of a PNG, JPEG or TIFF (`uploads.py`). Example: iVBORw0KGgo....
         octaves: n of 2^n.
         control: by the bundle's ControlNet (the baseline) in place of the constraint.
     """
@@ -227,7 +227,7 @@ class Source:
         config.check_fields(self)
 
     def png(self) -> bytes:
-        """The PNG's bytes.
+        """Return the bytes of the image file.
 
         Raises:
             UserError: not base64.
@@ -235,7 +235,7 @@ class Source:
         try:
             return base64.b64decode(self.image, validate=True)
         except ValueError as error:
-            raise UserError("source.image is not the base64 of a PNG.") from error
+            raise UserError("source.image is not the base64 of a PNG, JPEG or TIFF.") from error
 
 
 @dataclass(frozen=True)

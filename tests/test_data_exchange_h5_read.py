@@ -123,7 +123,7 @@ def test_coords_of_another_run_do_not_tell_the_side(tmp_path):
 
 
 def test_damage_of_any_kind_is_a_sentence(tmp_path):
-    path = file_of(tmp_path / "a.h5", features=np.ones((3, 8)))
+    file_of(tmp_path / "a.h5", features=np.ones((3, 8)))
     raw = (tmp_path / "a.h5").read_bytes()
     draw = np.random.default_rng(0)
     changed = [b"", b"no h5", *(raw[:size] for size in range(1, len(raw) - 1, len(raw) // 12))]

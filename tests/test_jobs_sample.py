@@ -16,6 +16,7 @@ import pytest
 from jobs import sample as job
 from raylarge import images, schema, storage
 from raylarge.errors import UserError
+from raylarge.metrics.lines import window_lines
 from raylarge.order import parse
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +92,7 @@ def test_an_order_becomes_marked_files(words, law_order, law_image, tmp_path, ca
     assert {"start", "write"} < report["stages"].keys()
     assert 0 < report["cross_scale_error"] < 10
     assert report["seam_ratio"] > 0
+    assert report["meaning"].keys() == {"cross_scale_error", "seam_ratio"}  # 2 x 3 windows
     assert {"raylarge", "torch"} < report["versions"].keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "guide.png", "image.png", "image.tif", "order.json", "report.json",
@@ -109,6 +111,18 @@ def test_an_order_becomes_marked_files(words, law_order, law_image, tmp_path, ca
     assert (tmp_path / "image.png").stat().st_mtime_ns == before
     job.main([*words, f"out={tmp_path}", "order.seed=1", "overwrite=true"])
     assert (pixels(tmp_path) != law_image).any()
+
+
+def test_window_lines_stand_beside_the_seam_ratio(tiny_bundle, tmp_path, capsys):
+    words = ["order.size=256x64", "order.sampler.steps=1", f"out={tmp_path}"]
+    job.main([f"bundle={tiny_bundle}", *words])
+    report = json.loads((tmp_path / "report.json").read_text())
+    image = images.to_float(pixels(tmp_path))
+    assert report["window_lines"] == pytest.approx(window_lines(image, 64), rel=1e-9)
+    assert "above 3" in report["meaning"]["window_lines"]
+    said = capsys.readouterr().out
+    assert f"window lines: {report['window_lines']:.3f} (a grid of windows in rows" in said
+    assert f"seam ratio: {report['seam_ratio']:.3f} (gradients across window borders" in said
 
 
 def test_patches_become_a_mosaic(tiny_bundle, tmp_path):

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from omegaconf import MISSING
 
-from raylarge import images, report, storage
 from raylarge import order as orders
+from raylarge import report, storage, uploads
 from raylarge.errors import UserError
 from raylarge.fleet import result
 from raylarge.fleet.facts import Facts
@@ -224,6 +224,7 @@ class _Run:
             files=files,
             **self.work(),
             **measured,
+            meaning={name: result.MEANING[name] for name in measured},
         )
         self.ledger.remove()
         return files
@@ -303,8 +304,8 @@ def _with_image(config: Sample) -> dict[str, Any]:
     values = {"algorithm": "superres", **config.order}
     source = {"octaves": orders.Source().octaves, **values.get("source", {})}
     source["image"] = base64.b64encode(content).decode()
-    rows, columns = images.from_bytes(content).shape[:2]
-    factor = 1 << max(0, int(source["octaves"]))
+    rows, columns = uploads.read(content, f"image={config.image}").shape[:2]
+    factor = 1 << min(30, max(0, orders.parse({"source": source}).source.octaves))
     return {"size": f"{rows * factor}x{columns * factor}", **values, "source": source}
 
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from raylarge import uploads
 from raylarge.errors import UserError
 from raylarge.geometry import Patch
 from raylarge.order import LIMIT_PX, Order
@@ -122,6 +123,7 @@ def _check_superres(order: Order, patch: Patch) -> None:
         raise UserError(
             "superres takes no refine, and a condition that is null, embeddings or inverted."
         )
+    uploads.source_of(order)
     cells = 1 << order.scale
     _check_condition(order, tuple(length // side * cells for length in order.size))
 
