@@ -138,7 +138,8 @@ def refuse_mixing(
     for verb in verbs:
         begun = _manifest(root, verb).get("config", {})
         for section in sections.keys() & begun.keys():
-            old, new = begun[section], json.loads(json.dumps(sections[section]))
+            new = storage.without_places(json.loads(json.dumps(sections[section])))
+            old = storage.without_places(begun[section])
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) != new.get(key):
                     what = root if verb in ("tile", "embed") else f"{root}/{verb}.json"
@@ -161,7 +162,7 @@ def finish(
     document = {
         "verb": verb,
         "version": schema.VERSION,
-        "config": config,
+        "config": storage.without_places(config),
         "rows": sum(one["rows"] for one in facts),
         "counts": counts,
         "digest": stamp(parts),

@@ -73,7 +73,8 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
                 facts.update(_run(verb, root, config, crew))
                 if facts["tiles"]:
                     facts["tiles_per_s"] = round(facts["tiles"] / (time.monotonic() - start), 1)
-            done[verb] = dict(facts)
+                done[verb] = dict(facts)
+                facts.update(storage.without_places(done[verb]))  # the report goes with the data
             report.say(_line(verb, facts))
     return done
 

@@ -122,9 +122,12 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     known = log.facts
     wanted = (order.digest, facts.digest, means.name)
     same = (known.get("order"), known.get("bundle"), known.get("means", "")) == wanted
-    if same and all(storage.exists(path) for path in known["files"].values()):
+    files = {
+        name: storage.join(storage.absolute(config.out), name) for name in known.get("files", ())
+    }
+    if same and all(storage.exists(path) for path in files.values()):
         report.say("this order was carried out before; nothing is left to do")
-        return dict(known["files"])
+        return files
     carry_out = _on_ray if config.workers else _here
     return carry_out(config, folder, _Run(config, order, facts, plan, log))
 
@@ -209,7 +212,7 @@ class _Run:
             means=self.means.name,
             seed=self.order.seed,
             versions={name: version(name) for name in VERSIONS},
-            files=files,
+            files=sorted(files),
             **self.work(),
             **measured,
             meaning={name: result.MEANING[name] for name in measured},

@@ -24,7 +24,16 @@ from raylarge.storage.files import (
     write_bytes,
     write_json,
 )
-from raylarge.storage.folders import absolute, children, entries, exists, join, listing, sizes
+from raylarge.storage.folders import (
+    absolute,
+    children,
+    entries,
+    exists,
+    join,
+    listing,
+    sizes,
+    without_places,
+)
 from raylarge.storage.objects import read_range
 from raylarge.storage.parquet import read_metadata, read_rows, read_table, write_table
 from raylarge.storage.patience import is_local, patiently
@@ -54,6 +63,7 @@ __all__ = [
     "remove",
     "remove_all",
     "sizes",
+    "without_places",
     "write_bytes",
     "write_json",
     "write_table",

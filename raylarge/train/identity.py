@@ -13,6 +13,7 @@ from raylarge import config as configuration
 from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
+from raylarge.models import parts
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.journal import HISTORY
 from raylarge.train.settings import MODELS, Train
@@ -32,6 +33,13 @@ def told(config: Train) -> dict[str, Any]:
     """The config as JSON holds it, without the other models' parts."""
     values = json.loads(json.dumps(configuration.plain(config)))
     return {k: v for k, v in values.items() if k not in MODELS or k == config.model}
+
+
+def shareable(config: Train) -> dict[str, Any]:
+    """Return the config for the facts of a bundle: it tells no place where things lay."""
+    values = {key: value for key, value in told(config).items() if key not in parts.PLACES}
+    named: dict[str, Any] = storage.without_places(values)
+    return named
 
 
 def refuse_mixing(config: Train, root: str) -> None:
@@ -69,9 +77,9 @@ def refuse_replaced(config: Train, root: str) -> None:
 
 def stands_on(config: Train) -> str:
     """The digest of the bundle's parts that a model is trained on, which stay as they are."""
-    parts = _ground(config)
-    whole = all(storage.exists(storage.join(config.out, name, "config.json")) for name in parts)
-    return bundles.digest(config.out, parts) if parts and whole else ""
+    ground = _ground(config)
+    whole = all(storage.exists(storage.join(config.out, name, "config.json")) for name in ground)
+    return bundles.digest(config.out, ground) if ground and whole else ""
 
 
 def _ground(config: Train) -> tuple[str, ...]:
