@@ -2,7 +2,8 @@
 
 An order is carried out for several seeds. Its figures: the cross-scale error, both with A
 inside each window and across their borders; the seam ratio and window lines; the kernel
-distance (KID) of its patches to real tiles, in the features of the encoder that made the bundle's embeddings.
+distance (KID) of its patches to real tiles, in the features of the encoder that made the
+bundle's embeddings.
 """
 
 from __future__ import annotations

@@ -144,7 +144,8 @@ def refuse_mixing(
             before, file = storage.read_json(path), path.rsplit("/", 1)[-1]
         begun = before.get("config", {})
         for section in sections.keys() & begun.keys():
-            old, new = begun[section], json.loads(json.dumps(sections[section]))
+            new = storage.without_places(json.loads(json.dumps(sections[section])))
+            old = storage.without_places(begun[section])
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) != new.get(key):
                     what = root if verb in ("tile", "embed") else f"{root}/{file}"
@@ -167,7 +168,7 @@ def finish(
     document = {
         "verb": verb,
         "version": schema.VERSION,
-        "config": config,
+        "config": storage.without_places(config),
         "rows": sum(one["rows"] for one in facts),
         "counts": counts,
         "digest": stamp(parts),

@@ -99,7 +99,8 @@ def _run_all(
                 facts.update(_run(verb, root, config, crew))
                 if facts["tiles"]:
                     facts["tiles_per_s"] = round(facts["tiles"] / (time.monotonic() - start), 1)
-            done[verb] = dict(facts)
+                done[verb] = dict(facts)
+                facts.update(storage.without_places(done[verb]))  # the report goes with the data
             report.say(_line(verb, facts))
             if facts["failed"]:
                 _say_failures(root, verb, config.names)

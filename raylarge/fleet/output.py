@@ -59,7 +59,8 @@ class Output:
 
     def finished(self, report: Mapping[str, Any]) -> dict[str, str]:
         """Return name and path of the files of a whole result of this order, else nothing."""
-        files: dict[str, str] = dict(report.get("files", {})) if self._reports(report) else {}
+        names = report.get("files", ()) if self._reports(report) else ()
+        files = {name: storage.join(self.folder, name) for name in names}
         return files if all(storage.exists(path) for path in files.values()) else {}
 
     def replaced(self, report: Mapping[str, Any], overwrite: bool) -> list[str]:

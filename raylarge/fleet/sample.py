@@ -221,7 +221,7 @@ class _Run:
         self.log.add(
             seed=self.order.seed,
             versions={name: version(name) for name in VERSIONS},
-            files=files,
+            files=sorted(files),
             **self.work(),
             **measured,
             meaning={name: result.MEANING[name] for name in measured},

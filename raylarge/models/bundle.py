@@ -173,6 +173,7 @@ def _put(part: Any, target: str, near: str | None) -> str:
             raise UserError(
                 f"{target} could not be written ({error}); make room, then run the same again."
             ) from error
+        files.forget_place(str(made))
         for path in made.iterdir():  # safetensors lets only the owner read what it writes
             path.chmod(made.stat().st_mode & 0o666)
         digest = files.computed_digest(str(made))

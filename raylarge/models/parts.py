@@ -60,6 +60,8 @@ PARTS: dict[str, dict[str, Any]] = {
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PLACES = ("data", "out", "logs")
+"""Keys of a training that say where things lay, and nothing about its result."""
 CONFIGS = {"scheduler": "scheduler_config.json"}
 """What stands beside the parts and has no weights."""
 
@@ -137,8 +139,17 @@ def kind(folder: str, name: str) -> str:
 
 
 def write_index(folder: str, entries: dict[str, Any], known: dict[str, Any]) -> None:
-    """Write the list of parts and the facts, atomically."""
-    storage.write_json(storage.join(folder, INDEX), {**entries, "raylarge": {**known}})
+    """Write the list of parts and the facts, without paths of this machine, atomically."""
+    facts = {name: _without_places(value) for name, value in known.items()}
+    storage.write_json(storage.join(folder, INDEX), {**entries, "raylarge": facts})
+
+
+def _without_places(facts: Any) -> Any:
+    """Return the facts of a training without where its data lay; others as they are."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+        return facts
+    kept = {key: value for key, value in facts["config"].items() if key not in PLACES}
+    return {**facts, "config": storage.without_places(kept)}
 
 
 @contextmanager
@@ -212,6 +223,7 @@ def config(folder: str, name: str) -> dict[str, Any]:
         UserError: there is none, or a damaged one.
     """
     values = _mapping(storage.join(folder, name, "config.json"))
+    values.pop("_name_or_path", None)  # where diffusers once loaded the part from
     for version in range(int(index(folder)["raylarge"]["format"]), FORMAT):
         values = _MIGRATIONS[version](name, values)
     return values
@@ -278,6 +290,14 @@ def computed_digest(folder: str) -> str:
     return storage.digest_pieces(
         piece for name in names for piece in _content(storage.join(folder, name))
     )
+
+
+def forget_place(folder: str) -> None:
+    """Remove from a part's config where diffusers loaded it from, a path of this machine."""
+    for path in storage.children(folder, "*.json"):
+        values = _mapping(path)
+        if values.pop("_name_or_path", None) is not None:
+            storage.write_json(path, values)
 
 
 def _content(path: str) -> Iterator[bytes]:

@@ -26,7 +26,16 @@ from raylarge.storage.files import (
     write_bytes,
     write_json,
 )
-from raylarge.storage.folders import absolute, children, entries, exists, join, listing, sizes
+from raylarge.storage.folders import (
+    absolute,
+    children,
+    entries,
+    exists,
+    join,
+    listing,
+    sizes,
+    without_places,
+)
 from raylarge.storage.lock import InUse, exclusive
 from raylarge.storage.objects import read_range
 from raylarge.storage.parquet import read_metadata, read_rows, read_table, write_table
@@ -64,6 +73,7 @@ __all__ = [
     "require_writable",
     "shown",
     "sizes",
+    "without_places",
     "write_bytes",
     "write_json",
     "write_table",

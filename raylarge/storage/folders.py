@@ -37,6 +37,20 @@ def absolute(path: str) -> str:
     return os.path.abspath(path.removeprefix("file://")) if is_local(path) else path
 
 
+def without_places(document: Any) -> Any:
+    """Return a JSON document in which absolute paths and URLs are their last names.
+
+    What is meant to be shared must not tell where it was made: user names, machines, buckets.
+    """
+    if isinstance(document, dict):
+        return {key: without_places(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [without_places(value) for value in document]
+    if isinstance(document, str) and (document.startswith(("/", "~")) or "://" in document):
+        return document.rstrip("/").rsplit("/", 1)[-1]
+    return document
+
+
 def exists(path: str) -> bool:
     """Whether a file, an object or a folder stands at a path (never from a stale listing)."""
     if is_local(path):

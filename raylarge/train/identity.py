@@ -17,6 +17,7 @@ from raylarge import config as configuration
 from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
+from raylarge.models import parts
 from raylarge.train.checkpoint import Checkpoints, document
 from raylarge.train.ingest import latents_table
 from raylarge.train.journal import HISTORY
@@ -46,6 +47,13 @@ def told(config: Train) -> dict[str, Any]:
     """The config as JSON holds it, without the other models' parts."""
     values = json.loads(json.dumps(configuration.plain(config)))
     return {k: v for k, v in values.items() if k not in MODELS or k == config.model}
+
+
+def shareable(config: Train) -> dict[str, Any]:
+    """Return the config for the facts of a bundle: it tells no place where things lay."""
+    values = {key: value for key, value in told(config).items() if key not in parts.PLACES}
+    named: dict[str, Any] = storage.without_places(values)
+    return named
 
 
 def refuse_mixing(config: Train, root: str) -> None:
@@ -118,9 +126,9 @@ def refuse_replaced(config: Train, root: str) -> None:
 
 def stands_on(config: Train) -> str:
     """The digest of the bundle's parts that a model is trained on, which stay as they are."""
-    parts = _ground(config)
-    if parts and not lacking(config):
-        return bundles.digest(config.out, parts)
+    ground = _ground(config)
+    if ground and not lacking(config):
+        return bundles.digest(config.out, ground)
     return latents_table(config.data, config.out)[len(LATENTS) :] if config.model == "ldm" else ""
 
 
