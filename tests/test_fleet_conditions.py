@@ -181,7 +181,7 @@ def test_a_text_becomes_a_picture(tiny_bundle, tmp_path, capsys):
             "prior_steps 0",
         ),
         ({"size": 128, "shape": (1, 5)}, "takes one vector"),
-        ({"size": 128, "iterations": 0}, "condition.iterations 0 starts at 1"),
+        ({"size": 128, "iterations": 0}, "iterations=0: it must be from 1 to"),
     ],
 )
 def test_bad_prior_orders_are_refused(imagining, values, told):
