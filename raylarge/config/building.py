@@ -100,8 +100,9 @@ def _missing(schema: type, values: Mapping[str, Any], prefix: str) -> Iterator[s
 
 def _instance(schema: type[T], values: Mapping[str, Any], base: Any) -> T:
     """An object of a dataclass: values, and what they leave open from `base` or the defaults."""
-    filled = {}
-    for key in fields.keys(schema):
+    filled: dict[str, Any] = {}
+    owner: Any = schema
+    for key in fields.keys(owner):
         default = key.default if base is None else getattr(base, key.name)
         if dataclasses.is_dataclass(key.hint):
             inner = default if _is_instance(default) else None

@@ -30,10 +30,11 @@ class Key(NamedTuple):
     @property
     def section(self) -> type | None:
         """The dataclass whose fields are the keys below this one; None for a single value."""
-        section: type | None = self.field.metadata.get("keys")
-        if section is None and dataclasses.is_dataclass(self.hint):
-            section = self.hint
-        return section
+        hint: Any = self.hint
+        section: Any = self.field.metadata.get("keys")
+        if section is None and dataclasses.is_dataclass(hint):
+            section = hint
+        return section if isinstance(section, type) else None
 
     @property
     def default(self) -> Any:
@@ -81,7 +82,8 @@ def check_fields(config: Any) -> None:
     Raises:
         UserError: naming the field, its value and what it must be.
     """
-    for key in keys(type(config)):
+    schema: Any = type(config)
+    for key in keys(schema):
         refuse(key, key.name, getattr(config, key.name))
 
 
@@ -119,7 +121,7 @@ def refuse(key: Key, name: str, value: Any) -> None:
 
 
 @cache
-def keys(schema: type) -> tuple[Key, ...]:
+def keys(schema: Any) -> tuple[Key, ...]:
     """The fields of a dataclass in their order."""
     hints = get_type_hints(schema)
     return tuple(Key(one.name, hints[one.name], one) for one in dataclasses.fields(schema))
@@ -163,7 +165,7 @@ def unknown(schema: type, name: str) -> str:
 
 def _misspelt(name: str, names: Sequence[str]) -> list[str]:
     """The keys whose end, from any of their sections on, is almost the same as a name."""
-    ends = {}
+    ends: dict[str, str] = {}
     for full in names:
         parts = full.split(".")
         ends |= {".".join(parts[start:]): full for start in range(len(parts))}

@@ -33,8 +33,16 @@ def text(
     parts = [about.strip()] if about else []
     parts.append(textwrap.fill(_RULES, width))
     if presets:
-        values = ["One of: " + ", ".join(presets), "values that other words may override"]
-        parts.append(_entry("preset=NAME", *values, f"preset={presets[0]}", width))
+        names = f"One of: {', '.join(presets)}"
+        parts.append(
+            _entry(
+                "preset=NAME",
+                names,
+                "Values that other words may override",
+                f"preset={presets[0]}",
+                width,
+            )
+        )
     for heading, schema in schemas.items():
         parts += [f"{heading}\n{'-' * len(heading)}"] if heading else []
         parts += _section(schema, "", leave_out, width)

@@ -115,7 +115,10 @@ def _sequence(hint: Any, value: Any) -> list[Any] | tuple[Any, ...]:
     if len(items) != len(value):
         raise ValueError(f"{len(value)} items")
     pairs = zip(items, value, strict=True)
-    return kind(typed(item, _trimmed(item, one)) for item, one in pairs)  # type: ignore[no-any-return]
+    result: list[Any] | tuple[Any, ...] = kind(
+        typed(item, _trimmed(item, one)) for item, one in pairs
+    )
+    return result
 
 
 def _trimmed(hint: Any, value: Any) -> Any:
