@@ -275,7 +275,8 @@ class Order:
     def __post_init__(self) -> None:
         config.check_fields(self)
         object.__setattr__(self, "size", _size(self.size))
-        object.__setattr__(self, "levels", _levels(self.levels))
+        levels = config.whole_numbers("levels", self.levels, LEVELS, 0, LIMIT_SCALE)
+        object.__setattr__(self, "levels", levels)
 
     def guide(self, patch: Patch) -> Scale:
         """The scale of the guide: the one at which a single patch covers the canvas."""
@@ -334,16 +335,8 @@ def _interval(value: Any) -> tuple[float, ...]:
     return low, high
 
 
-def _levels(value: Any) -> tuple[int, ...]:
-    parts = value.split(",") if isinstance(value, str) and "[" not in value else value
-    parts = [] if parts == [""] else parts
-    return config.whole_numbers("levels", parts, LEVELS, 0, LIMIT_SCALE)
-
-
 def _size(value: Any) -> tuple[int, int]:
-    parts = value.split("x") if isinstance(value, str) and "[" not in value else value
-    parts = [parts] if isinstance(parts, int) else parts
-    sides = config.whole_numbers("size", parts, SIZE, 0, LIMIT_PX)
+    sides = config.whole_numbers("size", value, SIZE, 0, LIMIT_PX, "x")
     if len(sides) not in (1, 2):
         raise UserError(f"size {shown(value)} is not {SIZE}.")
     return sides[0], sides[-1]

@@ -17,6 +17,7 @@ from raylarge.errors import UserError
 
 _NEAR, _ALMOST_SAME = 0.7, 0.87
 """Similarity (`difflib`) from which a name beside a misspelt one, or elsewhere, is meant."""
+_LONGEST_NAME = 200
 
 
 class Key(NamedTuple):
@@ -84,14 +85,26 @@ def check_fields(config: Any) -> None:
         refuse(key, key.name, getattr(config, key.name))
 
 
-def whole_numbers(key: str, value: Any, such: str, least: int, most: int) -> tuple[int, ...]:
-    """A list of whole numbers within bounds, from a list or its word `[a,b]`.
+def whole_numbers(
+    key: str, value: Any, such: str, least: int, most: int, between: str = ","
+) -> tuple[int, ...]:
+    """Whole numbers within bounds, from one number, a list, its word `[a,b]` or the word `a,b`.
+
+    Args:
+        key: names the value in a refusal.
+        value: what was given.
+        such: says what it should be.
+        least, most: bounds of each number.
+        between: what stands between the numbers of a word without brackets.
 
     Raises:
-        UserError: the value is none; `such` says what it should be.
+        UserError: the value is none of these.
     """
+    parts = [value] if isinstance(value, int) else value
+    if isinstance(value, str) and not value.startswith("["):
+        parts = value.split(between) if value else []
     try:
-        numbers: tuple[int, ...] = typed(tuple[int, ...], value)
+        numbers: tuple[int, ...] = typed(tuple[int, ...], parts)
     except ValueError as error:
         raise UserError(f"{key} {shown(value)} is not {such}.") from error
     if not all(least <= number <= most for number in numbers):
@@ -128,6 +141,8 @@ def described(schema: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
 
 def near(word: str, names: Iterable[str], least: float = _NEAR) -> str | None:
     """Which of some names a misspelt one may stand for."""
+    if len(word) > _LONGEST_NAME:
+        return None
     return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=least)), None)
 
 

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
 
 MISSING: Any = "???"
@@ -77,7 +77,10 @@ def such(hint: Any) -> str:
 def shown(value: Any) -> str:
     """A value as one writes it on the command line; long ones are cut, odd characters escaped."""
     if isinstance(value, list | tuple):
-        text = f"[{','.join(map(shown, value))}]"
+        flat = ("[...]" if isinstance(one, list | tuple) else shown(one) for one in value[:_SHOWN])
+        text = f"[{','.join(flat)}]"
+    elif isinstance(value, Mapping):
+        text = "{...}"
     elif isinstance(value, bool):
         text = str(value).lower()
     elif isinstance(value, int) and value.bit_length() > 400:
