@@ -82,4 +82,4 @@ def test_a_job_on_its_own_ray_does_not_wait_for_a_gpu(words, tiny_bundle, small_
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "1 GPUs and the largest of 1 nodes has" in done.stderr
-    assert done.stderr.strip().count("\n") == 0
+    assert "Traceback" not in done.stderr

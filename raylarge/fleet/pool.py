@@ -143,6 +143,7 @@ class ActorPool:
         self._actors = [actor.remote(bundle, means) for _ in range(workers)]
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self._shelf = Shelf()
+        self._closed = False
         self._coming: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -167,8 +168,14 @@ class ActorPool:
         held = [self._shelf.hold(reply) for reply in inputs]
         return await persist(lambda: self._ask(task, held), _name(task))
 
+    async def shut_down(self) -> None:
+        """End the actors, and what waits for them."""
+        self.close()
+        await asyncio.gather(*self._coming, return_exceptions=True)
+
     def close(self) -> None:
         """End the actors."""
+        self._closed = True
         for waiting in self._coming:
             waiting.cancel()
         for actor in self._actors:
@@ -196,6 +203,8 @@ class ActorPool:
         return actor
 
     def _await(self, actor: Any) -> None:
+        if self._closed:
+            return
         waiting = asyncio.ensure_future(self._until_ready(actor))
         self._coming.add(waiting)
         waiting.add_done_callback(self._coming.discard)

@@ -276,7 +276,7 @@ async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
             made = await arun(this.plan, answer, watch, most=2 * config.workers)
         return this.write(made)
     finally:
-        pool.close()
+        await pool.shut_down()
 
 
 def _order(config: Sample, patch: Patch) -> tuple[Order, Region | None]:
