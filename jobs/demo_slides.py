@@ -29,7 +29,7 @@ def separated(slides: str) -> str:
     """
     paths: list[str] = []
     for piece in filter(None, map(str.strip, slides.split(","))):
-        whole = "://" in piece or glob.glob(piece) or Path(piece).exists()
+        whole = glob.glob(piece) or Path(piece).exists()
         paths += [piece] if whole else piece.split()
     return ",".join(paths)
 

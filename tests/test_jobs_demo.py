@@ -19,7 +19,7 @@ def test_slides_are_separated_by_commas_or_spaces(tmp_path):
     assert separated(" a.svs ,  b.tif,") == "a.svs,b.tif"
     assert separated(f"{spaced},b.tif") == f"{spaced},b.tif"
     assert separated(f"{tmp_path}/my*.tif b.tif").split(",") == [f"{tmp_path}/my*.tif", "b.tif"]
-    assert separated("s3://bucket/a b.svs") == "s3://bucket/a b.svs"
+    assert separated("s3://b/a.svs s3://b/*.tif") == "s3://b/a.svs,s3://b/*.tif"
 
 
 def test_the_closing_table_compares_with_no_condition():

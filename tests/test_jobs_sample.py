@@ -366,6 +366,8 @@ def test_an_image_is_made_larger_and_the_price_is_told(tiny_bundle, tmp_path, ca
     said = capsys.readouterr().out
     assert "U-Net evaluations" in said
     assert "GPU-seconds at 200 TFLOP/s" in said
+    (line,) = (one for one in said.splitlines() if "expected on this machine" in one)
+    assert 0 < float(line.split()[-2]) < 600
     assert not (tmp_path / "priced").exists()
     job.main([*words, f"out={tmp_path / 'made'}"])
     image, text = images.read_png(str(tmp_path / "made" / "image.png"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -146,6 +147,7 @@ def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
     bundle = bundles.load(folder)
     counted = price.counts(plan, order, bundle.patch)
     costs = cost.of_bundle(bundle)
+    here = _seconds_here(config, bundle, counted, costs)
     named = zip(NETWORKS, dataclasses.astuple(counted), strict=True)
     rows = [
         ["requests", len(plan.requests)],
@@ -155,8 +157,24 @@ def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
             f"GPU-seconds at {config.tflops:g} TFLOP/s",
             f"{cost.seconds(counted, costs, config.tflops):.4g}",
         ],
+        [f"expected on this machine, {max(1, config.workers)} worker(s)", f"{here:.4g} s"],
     ]
     report.say(report.table(["what", "how much"], rows))
+
+
+def _seconds_here(
+    config: Sample, bundle: bundles.Bundle, counted: cost.Counts, costs: cost.Costs
+) -> float:
+    """Expected seconds on this machine's CPU, by a few timed evaluations of the U-Net."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        tflops = cost.measured_tflops(bundle, costs)
+    finally:
+        torch.set_num_threads(before)
+    cores = os.cpu_count() or 1
+    at_once = min(max(1, config.workers), max(1, cores // config.threads))
+    return cost.seconds(counted, costs, tflops * at_once)
 
 
 class _Run:

@@ -76,7 +76,7 @@ def _carried_out(config: Train, build: Build | None, source: Source) -> dict[str
     root = run_folder(config)
     for sentence in Checkpoints(root, config.keep).damage():
         report.say(sentence)
-    with line.progress(config.model) as show:
+    with line.progress(config.model, config.batch) as show:
         if config.workers:
             facts = _on_ray(config, build, show)
         else:
