@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from raylarge import storage
-from raylarge.data import roster
+from raylarge.data import name_table
 from raylarge.data.candidates import Tile
 from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.reader import Slide, open_slide
@@ -160,7 +160,7 @@ def about(unit: Mapping[str, Any]) -> Iterator[None]:
         files = [storage.shown(path) for path in (unit["path"], unit.get("mask")) if path]
         paths = list(dict.fromkeys([*files, *map(printable, files)]))  # messages escape names
         for path in paths:
-            for name in filter(None, map(re.escape, roster.stems(path))):
+            for name in filter(None, map(re.escape, name_table.stems(path))):
                 # as names of files: a stem may be a word, too
                 names.append(rf"(?<=/){name}(?![^\W_])|(?<![^\W_]){name}(?=\.\w)")
         private = "|".join([*map(re.escape, paths), *names])

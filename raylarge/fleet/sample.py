@@ -131,6 +131,7 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     output = Output(storage.absolute(config.out), order, facts.digest, means.name)
     storage.require_writable("out", output.folder)
     with storage.exclusive(output.folder, "sample"):
+        log.read()
         replaced = output.replaced(log.facts, config.overwrite)
         if (files := output.finished(log.facts)) and not replaced:
             report.say("this order was carried out before; nothing is left to do")

@@ -20,7 +20,7 @@ import numpy as np
 from omegaconf import MISSING
 
 from raylarge import storage
-from raylarge.data import embed, parts, pipeline, roster
+from raylarge.data import embed, name_table, parts, pipeline
 from raylarge.data.candidates import Tile, covered
 from raylarge.data.embed import Embed, Embedding
 from raylarge.data.exchange import h5, h5_read
@@ -156,7 +156,7 @@ def _with_files(
     coords = {name: path for folder in reversed(folders) for name, path in _named(folder).items()}
     units = []
     for slide in slides:
-        stems = (unicodedata.normalize("NFC", stem) for stem in roster.stems(slide["path"]))
+        stems = (unicodedata.normalize("NFC", stem) for stem in name_table.stems(slide["path"]))
         names = [slide["slide_id"], *stems]
         files = [next((of[name] for name in names if name in of), "") for of in (features, coords)]
         known = {key: slide[key] for key in ("slide_id", "path", "grid", "size_l0")}
@@ -200,9 +200,8 @@ class Looking:
             _check_width(layout, self._card)
             scale, cells = scale_and_cells(kept(self._root, unit["slide_id"]))
             rows, columns = unit["grid"]
-            needed = list(
-                map(tuple, np.argwhere(covered(scale, cells, (0, rows), columns)).tolist())
-            )
+            places = np.argwhere(covered(scale, cells, (0, rows), columns)).tolist()
+            needed = [(int(row), int(column)) for row, column in places]
             check_index(index, needed)
             missing = [cell for cell in needed if cell not in index]
             if missing and not self._fill:

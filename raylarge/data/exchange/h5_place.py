@@ -109,7 +109,7 @@ def _check_inside(layout: Patches, unit: Mapping[str, Any], side_l0: float) -> N
         outside: np.ndarray = (xy < -_OFF_PX).any(axis=1) | (xy >= (columns, rows)).any(axis=1)
         return outside
 
-    outside = beyond(layout.xy)
+    outside: np.ndarray = beyond(layout.xy)
     if outside.any():
         x, y = layout.xy[outside][0].tolist()
         height, width = unit["size_l0"]
