@@ -29,6 +29,7 @@ from raylarge.models import weights
 from raylarge.models.autoencoder import Autoencoder, sizes
 from raylarge.models.denoiser import Denoiser, NetworkDenoiser
 from raylarge.models.parts import PARTS, digest
+from raylarge.models.saving import saving
 
 __all__ = ["PARTS", "Bundle", "digest", "facts", "load", "load_autoencoder", "patch_of", "save"]
 NEEDED = ("vae", "unet", "summarizer")
@@ -84,21 +85,19 @@ def save(
 ) -> None:
     """Write parts and facts into a bundle, new or begun, part by part.
 
-    Before anything is replaced the index ceases to list all that will be, and its digests; it
-    lists each part again as soon as that is whole. So who opens the bundle meanwhile, or after
-    a kill, finds parts that belong together or is told which are missing. What a killed run
-    left is removed. A bundle of an older format is brought up to date first. Processes that save
-    into one bundle wait for each other.
+    Before anything is replaced the index ceases to list it; each part is listed again as soon as
+    it is whole, so whoever opens the bundle meanwhile, or after a kill, finds parts that belong
+    together or is told which are missing. What a killed run left is removed. An older format is
+    brought up to date first; other processes that save wait.
 
     Args:
         folder: a local folder or a URL such as `s3://bucket/bundle`.
         parts: some of `PARTS` by name.
-        facts: merged into what the bundle knows: `patch_px`, `encoder` (its card), `licence`,
-            the config of each training, digests of the data.
+        facts: merged into what the bundle knows: patch side, encoder, licence, trainings.
         schedule: the U-Net's; the published one if left out.
 
     Raises:
-        UserError: a part that no bundle has or that is not finite, a folder that is a file, or a
+        UserError: an unknown part, one that is not finite, a file in the folder's place, or a
             damaged bundle. Nothing is replaced then.
     """
     for name, part in parts.items():
@@ -107,7 +106,7 @@ def save(
     if "unet" in parts:
         walk = DDIMScheduler(**_scheduler_config(schedule or Schedule()))
         parts = {"scheduler": walk, **parts}  # first: a U-Net never stands without its own
-    with files.saving(folder):
+    with saving(folder):
         _save(folder, parts, facts, near)
 
 

@@ -10,9 +10,7 @@ for good before a part is added to it.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,6 @@ from raylarge.models.summarizer import ConvSummarizer, Summarizer
 from raylarge.models.unet import UNet
 
 FORMAT = 2
-SAVING_S = 1800.0
-"""How long one process waits for others to save their parts."""
-_LOOK_S, _SAVING = 0.2, ".saving"
 _CODECS: dict[str, Any] = {
     "LightAutoencoder": LightAutoencoder,
     "VQModel": VQModel,
@@ -150,32 +145,6 @@ def _without_places(facts: Any) -> Any:
         return facts
     kept = {key: value for key, value in facts["config"].items() if key not in PLACES}
     return {**facts, "config": storage.without_places(kept)}
-
-
-@contextmanager
-def saving(folder: str) -> Iterator[None]:
-    """Let one process at a time save into a bundle; wait for others for SAVING_S.
-
-    Two models that are trained into one bundle would else write each other's parts out of its
-    index. The folder below is locked, as a command may hold the lock of the bundle itself.
-
-    Raises:
-        InUse: another process does not come to an end.
-    """
-    until = time.monotonic() + SAVING_S
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(storage.exclusive(storage.join(folder, _SAVING), "saving"))
-                break
-            except storage.InUse:
-                if time.monotonic() > until:
-                    raise
-            time.sleep(_LOOK_S)
-        yield
-    if storage.is_local(folder):  # a killed process leaves it
-        with suppress(OSError):  # another process waits for its turn
-            Path(storage.absolute(folder), _SAVING).rmdir()
 
 
 def migrate(folder: str, beside: Collection[str]) -> dict[str, Any]:

@@ -106,10 +106,9 @@ def _check_inside(layout: Patches, unit: Mapping[str, Any], side_l0: float) -> N
     )
 
     def beyond(xy: Cells) -> np.ndarray:
-        outside: np.ndarray = (xy < -_OFF_PX).any(axis=1) | (xy >= (columns, rows)).any(axis=1)
-        return outside
+        return np.asarray((xy < -_OFF_PX).any(axis=1) | (xy >= (columns, rows)).any(axis=1))
 
-    outside: np.ndarray = beyond(layout.xy)
+    outside = beyond(layout.xy)
     if outside.any():
         x, y = layout.xy[outside][0].tolist()
         height, width = unit["size_l0"]

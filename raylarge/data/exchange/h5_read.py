@@ -120,12 +120,12 @@ def vectors(path: str, layout: Patches) -> Vectors:
         for start in range(0, len(array), _SLAB):
             rows = slice(start, start + _SLAB)
             array[rows] = dataset[0, rows] if len(dataset.shape) == 3 else dataset[rows]
-    bad: np.ndarray = ~np.isfinite(array).all(axis=1)
-    if bad.any():
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if len(bad):
         x, y = layout.xy[bad][0].tolist()
         raise SlideError(
-            f"its h5 holds features that are no finite half-precision numbers in {int(bad.sum())} "
-            f"of {len(bad)} patches, the first at x={x}, y={y}; compute them again (NaN or "
+            f"its h5 holds features that are no finite half-precision numbers in {len(bad)} "
+            f"of {len(array)} patches, the first at x={x}, y={y}; compute them again (NaN or "
             "infinity), or scale them below 65504"
         )
     return array
