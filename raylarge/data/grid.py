@@ -152,11 +152,11 @@ def about(unit: Mapping[str, Any]) -> Iterator[None]:
     except UserError as error:
         text, slide_id = str(error), unit["slide_id"]
         files = [path for path in (unit["path"], unit.get("mask")) if path]
-        for path in dict.fromkeys([*files, *map(printable, files)]):  # messages escape names
+        files += map(printable, files)  # messages escape names
+        for path in files:
             text = text.replace(path, slide_id)
-            for name in filter(
-                None, roster.stems(path)
-            ):  # as names of files: a stem may be a word, too
-                text = re.sub(rf"(?<=/){re.escape(name)}|{re.escape(name)}(?=\.\w)", slide_id, text)
+        names = {name for path in files for name in roster.stems(path) if name}
+        for name in sorted(names, key=len, reverse=True):  # as names of files: a stem may be a word
+            text = re.sub(rf"(?<=/){re.escape(name)}|{re.escape(name)}(?=\.\w)", slide_id, text)
         kind = SlideError if isinstance(error, SlideError) else UserError
         raise kind(f"{text} (names.json says which file {slide_id} is)") from error
