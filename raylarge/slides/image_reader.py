@@ -112,7 +112,7 @@ def _depth(picture: Image.Image, options: ReadOptions) -> list[str]:
         raise Refusal(f"{error}.") from error
     if picture.mode.startswith("I;16"):
         note = bands.require_depth("uint16", 16, options)
-    elif "16" not in str(picture.tile):
+    elif "16" not in str(getattr(picture, "tile", "")):
         note = ""
     elif options.value_range:
         raise Refusal(

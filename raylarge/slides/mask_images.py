@@ -94,7 +94,11 @@ def _tiled(file: tifffile.TiffFile, series: Any) -> Strip:
     )
     if level.transparent:
         raise Refusal("is a large TIFF with transparency; save it in grey or 1 bit.")
-    return lambda top, bottom: level.read(top, 0, bottom - top, level.size[1]).any(axis=-1)
+
+    def strip(top: int, bottom: int) -> Mask:
+        return np.asarray(level.read(top, 0, bottom - top, level.size[1]).any(axis=-1))
+
+    return strip
 
 
 def _strip(picture: Image.Image, top: int, bottom: int) -> Mask:
