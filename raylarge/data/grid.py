@@ -152,7 +152,7 @@ def about(unit: Mapping[str, Any]) -> Iterator[None]:
     except UserError as error:
         text, slide_id = str(error), unit["slide_id"]
         files = [path for path in (unit["path"], unit.get("mask")) if path]
-        files += map(printable, files)  # messages escape names
+        files += [printable(path) for path in files]  # messages escape names
         for path in files:
             text = text.replace(path, slide_id)
         names = {name for path in files for name in roster.stems(path) if name}
