@@ -6,7 +6,7 @@ A slide is opened once: its thumbnail tells where there is tissue, its candidate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -81,19 +81,27 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew, names: bool 
     _tell_of_others(root, {unit["slide_id"] for unit in units})
     write_page(root, built.facts, built.failed, shown)
     if not any(one["counts"] for one in built.facts):
-        for one in built.failed:
-            report.say(f"  {roster.with_names(one['reason'], shown)}")
-        best = max((one["most_tissue"] for one in built.facts), default=0.0)
-        raise UserError(
-            f"no tile of {len(units)} slides is kept ({len(built.failed)} of them could not be "
-            f"read): the most tissue in one is {best:.3g} and tile.tissue={config.tissue}; look "
-            f"at {root}/qc/index.html, lower tile.tissue= or give slides with tissue."
-        )
-    rows = [one["slide"] for one in built.facts]
-    storage.write_json(storage.join(root, "slides.json"), {"slides": rows})
+        raise _nothing_kept(root, built, config, shown)
+    slide_facts = {"slides": [one["slide"] for one in built.facts]}
+    storage.write_json(storage.join(root, "slides.json"), slide_facts)
     facts = parts.finish(root, "tile", built, sections, patch_px=config.patch_px)
     tables = roster.account(index, config.salt, names)
     return {**facts, "user_tables": tables} if tables else facts
+
+
+def _nothing_kept(
+    root: str, built: parts.Built, config: Tile, names: Mapping[str, str]
+) -> UserError:
+    """What to raise where no tile is kept; slides that failed are listed in the terminal."""
+    for one in built.failed:
+        report.say(f"  {roster.with_names(one['reason'], names)}")
+    best = max((one["most_tissue"] for one in built.facts), default=0.0)
+    count = len(built.facts) + len(built.failed)
+    return UserError(
+        f"no tile of {count} slides is kept ({len(built.failed)} of them could not be "
+        f"read): the most tissue in one is {best:.3g} and tile.tissue={config.tissue}; look "
+        f"at {root}/qc/index.html, lower tile.tissue= or give slides with tissue."
+    )
 
 
 def slides_of(root: str) -> list[dict[str, Any]]:
