@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from raylarge.data import roster
+from raylarge.data import name_table
 from raylarge.data.candidates import Tile
 from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.reader import Slide, open_slide
@@ -155,7 +155,7 @@ def about(unit: Mapping[str, Any]) -> Iterator[None]:
         files += [printable(path) for path in files]  # messages escape names
         for path in files:
             text = text.replace(path, slide_id)
-        names = {name for path in files for name in roster.stems(path) if name}
+        names = {name for path in files for name in name_table.stems(path) if name}
         for name in sorted(names, key=len, reverse=True):  # as names of files: a stem may be a word
             text = re.sub(rf"(?<=/){re.escape(name)}|{re.escape(name)}(?=\.\w)", slide_id, text)
         kind = SlideError if isinstance(error, SlideError) else UserError

@@ -80,7 +80,7 @@ def read(path: str) -> TextTable:
     missing: dict[str, Counter[str]] = {}
     rows = []
     for line in lines:
-        row = {}
+        row: dict[str, str] = {}
         for name, cell in zip(columns, line, strict=True):
             text = tidy(cell)
             if text.lower() in MISSING:

@@ -18,7 +18,7 @@ import numpy as np
 from omegaconf import MISSING
 
 from raylarge import storage
-from raylarge.data import embed, parts, pipeline, roster
+from raylarge.data import embed, name_table, parts, pipeline
 from raylarge.data.candidates import Tile, covered
 from raylarge.data.embed import Embed, Embedding
 from raylarge.data.exchange import h5
@@ -150,7 +150,7 @@ def _with_files(
     coords = {name: path for folder in reversed(folders) for name, path in _named(folder).items()}
     units = []
     for slide in slides:
-        names = [slide["slide_id"], *roster.stems(slide["path"])]
+        names = [slide["slide_id"], *name_table.stems(slide["path"])]
         files = [next((of[name] for name in names if name in of), "") for of in (features, coords)]
         known = {key: slide[key] for key in ("slide_id", "path", "grid")}
         known["zoom"] = zoom(slide["mpp"], tile.base_mpp)
