@@ -6,7 +6,7 @@ A slide is opened once: its thumbnail tells where there is tissue, its candidate
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
