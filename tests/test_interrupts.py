@@ -26,8 +26,14 @@ report.entry(job)
 """
 
 
+def by_default():
+    """Whatever started the tests (nohup, a shell's background) may have signals ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(code, **more):
-    more.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+    more.setdefault("preexec_fn", by_default)
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,
