@@ -1,8 +1,7 @@
 """Configuration: defaults < preset < overrides, and errors that help."""
 
-from dataclasses import dataclass, field
-
 import re
+from dataclasses import dataclass, field
 
 import pytest
 from omegaconf import MISSING

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from raylarge.diffusion.noise import generator
 from raylarge.errors import UserError
 from raylarge.geometry import spans
-from raylarge.slides.reader import BASE_MPP
+from raylarge.slides.reader import BASE_MPP, Slide
 
 Grid = Float[np.ndarray, "grid_rows grid_columns"]
 Cells = Int[np.ndarray, "n 2"]
@@ -37,6 +37,9 @@ class Tile:
     """Regions over the right and lower edge: `drop`, or `pad` them with white."""
     crops: int = 0
     """Random tile-aligned candidates per slide and coarse scale, beside the regular grid."""
+    views: int = 1
+    """How often each training slide is tiled: 1 as it is; each further view starts at another
+    pixel and is turned or mirrored (`slides/view.py`), with its own embeddings. For small data."""
     split: str = "patient"
     """`patient`: whole patients are held out; `band`: the lowest rows of each slide; or a file."""
     val_fraction: float = 0.1
@@ -82,10 +85,24 @@ class Tile:
             ("seed", 0 <= self.seed < 1 << 64, "0 or more"),
             ("block_tiles", self.block_tiles >= 1, "1 or more"),
             ("crops", self.crops >= 0, "0 or more"),
+            ("views", self.views >= 1, "1 or more"),
             ("labels", not self.labels or bool(self.table), "empty without tile.table"),
         ):
             if not fine:
                 raise UserError(f"tile.{key}={getattr(self, key)}: it must be {wish}.")
+
+    def require_one_view(self) -> Tile:
+        """Return itself, for formats that know one view of a slide.
+
+        Raises:
+            UserError: the slides are tiled more than once.
+        """
+        if self.views > 1:
+            raise UserError(
+                f"tile.views={self.views}: this works on tables of one view per slide; prepare "
+                "them with tile.views=1 into another out=."
+            )
+        return self
 
 
 def _ascending(scales: Sequence[int]) -> bool:
@@ -140,10 +157,31 @@ def splits(cells: Cells, k: int, rows: int, split: str, val_fraction: float) -> 
     """Each candidate's split; empty where it straddles the edge of the held-out band."""
     if split != "band":
         return [split] * len(cells)
-    held_out = max(1, round(val_fraction * rows)) if val_fraction else 0
-    edge = rows - held_out
+    edge = band_edge(rows, val_fraction)
     above, below = cells[:, 0] + (1 << k) <= edge, cells[:, 0] >= edge
     return [str(name) for name in np.select([above, below], ["train", "val"], "")]
+
+
+def band_edge(rows: int, val_fraction: float) -> int:
+    """Return the first row of the base grid that `split=band` holds out."""
+    return rows - (max(1, round(val_fraction * rows)) if val_fraction else 0)
+
+
+def view_splits(cells: Cells, k: int, slide: Slide, split: str, config: Tile) -> list[str]:
+    """Return each candidate's split in a view: train, or empty where it shows held-out rows."""
+    if split != "band":
+        return [split] * len(cells)
+    side = config.patch_px
+    edge_px = side * band_edge(_grid_rows(slide.whole_px[0], config), config.val_fraction)
+    boxes = [(int(r) * side, int(c) * side, side << k, side << k) for r, c in cells]
+    sources = [slide.view.source(box, slide.whole_px) for box in boxes]
+    return ["train" if top + height <= edge_px else "" for top, _, height, _ in sources]
+
+
+def _grid_rows(rows_px: int, config: Tile) -> int:
+    """Return how many rows of base tiles count for the held-out band."""
+    padded = config.border == "pad"
+    return -(-rows_px // config.patch_px) if padded else rows_px // config.patch_px
 
 
 def reason(

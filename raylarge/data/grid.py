@@ -22,9 +22,12 @@ from raylarge.data import roster
 from raylarge.data.candidates import Tile
 from raylarge.errors import SlideError, UserError
 from raylarge.slides.reader import Slide, open_slide
+from raylarge.slides.view import View
 
 _CACHE_BYTES = 256 << 20
 _STRIP_BYTES = 3 << 20
+_MASK_CELLS = 8
+"""Cells of a tissue mask along the side of a base tile."""
 _AHEAD = 8
 """Strips that are read before they are wanted."""
 Pixels = UInt8[np.ndarray, "P P 3"]
@@ -37,7 +40,7 @@ class TileGrid:
         """See `raylarge.data.candidates.Tile` for the fields that matter here."""
         self._config = config
         self.patch_px = config.patch_px
-        self._path: str | None = None
+        self._name: tuple[str, int] | None = None
         self._slide: Slide | None = None
         self._reader = ThreadPoolExecutor(1)  # one for all: each thread keeps memory of its own
         self._tiles: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
@@ -46,18 +49,23 @@ class TileGrid:
         self._wide = max(1, _STRIP_BYTES // side_bytes)
 
     def open(self, unit: Mapping[str, Any]) -> Slide:
-        """The slide of a unit (`path`, `mpp_override`), opened where it is not open yet.
+        """The slide of a unit (`path`, `mpp_override`, `view`), opened where it is not open yet.
 
         Raises:
             UserError: see `open_slide`.
         """
-        if self._slide is None or self._path != unit["path"]:
+        name = (unit["path"], unit.get("view", 0))
+        if self._slide is None or self._name != name:
             self.close()
             config = self._config
             self._slide = open_slide(
-                unit["path"], unit["mpp_override"], config.base_mpp, config.icc
+                unit["path"],
+                unit["mpp_override"],
+                config.base_mpp,
+                config.icc,
+                view_of(unit, config),
             )
-            self._path = unit["path"]
+            self._name = name
         return self._slide
 
     def close(self) -> None:
@@ -137,6 +145,21 @@ def runs(columns: Sequence[int], most: int) -> list[tuple[int, int]]:
         else:
             found.append((column, 1))
     return found
+
+
+def mask_cell_px(config: Tile) -> int:
+    """Return the side of a cell of tissue masks in base pixels."""
+    return max(1, config.patch_px // _MASK_CELLS)
+
+
+def view_of(unit: Mapping[str, Any], config: Tile) -> View:
+    """Return how a unit's slide is shifted, turned and mirrored."""
+    number = unit.get("view", 0)
+    return (
+        View.of(number, unit["slide_id"], config.patch_px, mask_cell_px(config), config.seed)
+        if number
+        else View()
+    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import pyarrow as pa
@@ -40,6 +40,7 @@ class Entry:
     split: str
     mpp: float | None
     labels: dict[str, str] = field(default_factory=dict)
+    view: int = 0
 
     @property
     def stem(self) -> str:
@@ -70,7 +71,21 @@ def entries(paths: Sequence[str], config: Tile) -> list[Entry]:
     if listed and all(entry.split == "unlisted" for entry in found.values()):
         raise UserError(f"tile.split={config.split} names none of the slides and patients.")
     _one_split_per_patient(found.values())
-    return [found[slide_id] for slide_id in sorted(found)]
+    views = [view for entry in found.values() for view in _views(entry, config)]
+    return sorted(views, key=lambda entry: entry.slide_id)
+
+
+def _views(entry: Entry, config: Tile) -> list[Entry]:
+    """Return a slide and, if it trains, its further views, each under a pseudonym of its own."""
+    numbers = range(1, config.views if entry.split in ("train", "band") else 1)
+    names = [f"{stems(entry.path)[0]} view {number}" for number in numbers]
+    return [
+        entry,
+        *(
+            replace(entry, slide_id=pseudonym(config.salt, name), view=number)
+            for number, name in zip(numbers, names, strict=True)
+        ),
+    ]
 
 
 def _entry(path: str, config: Tile, row: Mapping[str, str], listed: Mapping[str, str]) -> Entry:

@@ -27,8 +27,9 @@ from raylarge.data.candidates import (
     covered,
     reason,
     splits,
+    view_splits,
 )
-from raylarge.data.grid import about
+from raylarge.data.grid import about, mask_cell_px, view_of
 from raylarge.data.parts import Maker
 from raylarge.data.pipeline import Crew, Facts, Unit
 from raylarge.data.qc.sheet import sheet as drawn
@@ -38,8 +39,6 @@ from raylarge.slides import masks
 from raylarge.slides.reader import Slide, open_slide
 from raylarge.slides.tissue import tissue_fraction, tissue_mask
 
-_MASK_CELLS = 8
-
 
 def section(config: Tile) -> dict[str, Any]:
     """What of the config all slides depend on: no salt, and no file that may grow."""
@@ -47,6 +46,8 @@ def section(config: Tile) -> dict[str, Any]:
     for name in ("table", "labels", "mpp"):
         known.pop(name)
     known["salt"] = roster.trace(config.salt)
+    if config.views == 1:  # tables of before there were views stay valid
+        known.pop("views")
     known["split"] = "file" if roster.is_file(config.split) else config.split
     known["mask"] = "file" if "{name}" in config.mask else config.mask
     return known
@@ -124,7 +125,8 @@ def _units(known: Sequence[roster.Entry], sections: dict[str, Any], config: Tile
         drawn = list(pool.map(lambda path: path and _fingerprint(path), mask_paths))
     units: list[Unit] = []
     for entry, mark, mask, mask_mark in zip(known, prints, mask_paths, drawn, strict=True):
-        cells = parts.stamp(sections, mark, mask_mark, entry.mpp)
+        of_view = [entry.view] if entry.view else []
+        cells = parts.stamp(sections, mark, mask_mark, entry.mpp, *of_view)
         told = [entry.patient_id, entry.split, entry.labels]
         units.append(
             {
@@ -162,7 +164,9 @@ class Tiling(Maker):
         config = self._config
         with (
             about(unit),
-            open_slide(unit["path"], unit["mpp"], config.base_mpp, config.icc) as slide,
+            open_slide(
+                unit["path"], unit["mpp"], config.base_mpp, config.icc, view_of(unit, config)
+            ) as slide,
         ):
             tissue = tissue_grid(slide, config, unit["mask"])
             table = pa.concat_tables([self._scale(unit, k, slide, tissue) for k in config.scales])
@@ -176,6 +180,7 @@ class Tiling(Maker):
                 "mpp": slide.mpp,
                 "georeference": slide.georeference,
                 "mpp_override": unit["mpp"],
+                "view": unit["view"],
             }
             sheet = drawn(slide, table, config.patch_px)
         path = storage.join(self._root, "qc", f"{unit['slide_id']}.png")
@@ -188,7 +193,10 @@ class Tiling(Maker):
         shares = box_means(tissue, cells, 1 << k)
         grid = base_grid(slide.size_px, config)
         rows = -(-slide.size_px[0] // config.patch_px) if config.border == "pad" else grid[0]
-        named = splits(cells, k, rows, unit["split"], config.val_fraction)
+        if unit["view"]:
+            named = view_splits(cells, k, slide, unit["split"], config)
+        else:
+            named = splits(cells, k, rows, unit["split"], config.val_fraction)
         least = config.tissue[min(k, len(config.tissue) - 1)]
         reasons = [
             reason(cell, 1 << k, grid, name, share, least)
@@ -232,10 +240,12 @@ def scale_and_cells(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 def tissue_grid(slide: Slide, config: Tile, mask_path: str = "") -> Grid:
     """The share of tissue in every base tile, those over the right and lower edge included."""
-    downscale = max(1, config.patch_px // _MASK_CELLS)
+    downscale = mask_cell_px(config)
     shape = tuple(-(-side // downscale) for side in slide.size_px)
     if mask_path:
-        mask = masks.read(mask_path, slide.size_l0, (shape[0], shape[1]))
+        rows, columns = (-(-side // downscale) for side in slide.whole_px)
+        mask = masks.read(mask_path, slide.size_l0, (rows, columns))
+        mask = slide.view.of_whole(mask, downscale, slide.whole_px)
     elif config.mask == "all":
         mask = np.ones(shape, bool)
     else:
