@@ -22,11 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "raylarge needs Python 3.10 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv (several GB the first time, torch with CUDA among them) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check \
 		--editable ".[test,dev,text,geo,dicom,h5]" --constraint constraints.txt
 	@touch $@
 
-demo: $(STAMP)  ## slide to served image; SLIDES='a.svs b.svs' MINUTES=20 ARGS='key=value'
+demo: $(STAMP)  ## slide to served image; SLIDES='a.svs,b.tif' MINUTES=20 ARGS='key=value'
 	@$(BIN)/python jobs/demo.py $(if $(SLIDES),slides='$(SLIDES)') \
 		$(if $(MINUTES),minutes=$(MINUTES)) $(ARGS)
 

@@ -1,8 +1,9 @@
 """What choices of sampling do to pictures of a trained bundle: judged against real tiles.
 
 An order is carried out for several seeds. Its figures: the cross-scale error, both with A
-inside each window and across their borders; the seam ratio; the kernel distance (KID) of its
-patches to real tiles, in the features of the encoder that made the bundle's embeddings.
+inside each window and across their borders; the seam ratio and window lines; the kernel
+distance (KID) of its patches to real tiles, in the features of the encoder that made the
+bundle's embeddings.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from raylarge.geometry import windows
 from raylarge.images import to_float
 from raylarge.metrics.consistency import cross_scale_error, window_error
 from raylarge.metrics.kernel import kernel_distances
+from raylarge.metrics.lines import FEWEST, window_lines
 from raylarge.metrics.seams import seam_ratio
 from raylarge.models import bundle as bundles
 from raylarge.models import ssl
@@ -36,7 +38,14 @@ from raylarge.order import Condition, Order
 from raylarge.sampling import joint
 from raylarge.sampling.plan import run
 
-HEADER = ("seconds", "error in windows", "across borders", "seam ratio", "KID x 1000")
+HEADER = (
+    "seconds",
+    "error in windows",
+    "across borders",
+    "seam ratio",
+    "window lines",
+    "KID x 1000",
+)
 FINE = ("null", "independent", "inversion", "prior")
 PRIOR_SECONDS = 90
 
@@ -80,12 +89,14 @@ class Judge:
     def row(self, name: str, **values: Any) -> list[str]:
         """The figures of an order, the mean over its seeds."""
         found = [self._judged(self._order(values, seed)) for seed in range(self.seeds)]
-        seconds, inside, across, seam = (statistics.mean(one[i] for one in found) for i in range(4))
-        features = torch.cat([one[4] for one in found])
+        means = (statistics.mean(one[i] for one in found) for i in range(5))
+        seconds, inside, across, seam, lines = means
+        features = torch.cat([one[5] for one in found])
         kid, spread = kernel_distances(features, self.real, size=min(100, len(features)))
         errors = [f"{error:.3f}" if error >= 0 else "–" for error in (inside, across)]
         distance = f"{1000 * kid:.1f} ± {1000 * spread:.1f}"
-        return [name, f"{seconds:.1f}", *errors, f"{seam:.3f}", distance]
+        grid = f"{lines:.2f}" if lines >= 0 else "–"
+        return [name, f"{seconds:.1f}", *errors, f"{seam:.3f}", grid, distance]
 
     def _order(self, values: dict[str, Any], seed: int) -> Order:
         """An order; conditioned on the region with the (seed + 1)-th most tissue, if left open."""
@@ -97,7 +108,7 @@ class Judge:
             condition = Condition.of(regions[seed % len(regions)].grid)
         return dataclasses.replace(orders.parse(values), condition=condition)
 
-    def _judged(self, order: Order) -> tuple[float, float, float, float, Tensor]:
+    def _judged(self, order: Order) -> tuple[float, float, float, float, float, Tensor]:
         patch, began = self.bundle.patch, time.perf_counter()
         made = run(joint.plan(order, patch), Worker(self.bundle).answer)
         pixels = made.image
@@ -110,7 +121,8 @@ class Judge:
             [pixels[r : r + side, c : c + side] for r, c in windows(order.size, side, side)]
         )
         features = torch.from_numpy(self.encoder(cut)).float()
-        return seconds, inside, across, seam_ratio(image, side), features
+        lines = window_lines(image, side) if max(order.size) >= FEWEST * side else -1.0
+        return seconds, inside, across, seam_ratio(image, side), lines, features
 
     def train_prior(self, seconds: float) -> None:
         """Give the bundle a small grid prior, trained here on the grids of real regions."""

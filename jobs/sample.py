@@ -19,7 +19,7 @@ from raylarge.fleet.sample import Sample, sample
 
 def main(arguments: list[str]) -> None:
     """Carry out the order and print its files and figures."""
-    config = parse(Sample, arguments, {})
+    config = parse(Sample, arguments, {}, __doc__)
     require_place("bundle", config.bundle)
     require_place("out", config.out)
     log = report.Report(storage.join(config.out, "report.json"))
@@ -33,9 +33,8 @@ def main(arguments: list[str]) -> None:
     rows = [[name, os.path.relpath(path)] for name, path in files.items()]
     report.say(report.table(["file", "path"], [*rows, ["report.json", log.path]]))
     report.say(f"{made}{again}")
-    for name in ("cross_scale_error", "seam_ratio"):
-        if name in facts:
-            report.say(f"{name.replace('_', ' ')}: {facts[name]:.3f}")
+    for name, meaning in facts["meaning"].items():
+        report.say(f"{name.replace('_', ' ')}: {facts[name]:.3f} ({meaning})")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jobs.presets import overrides
+from jobs.presets import PRESETS, TRAIN, overrides
 from raylarge import report
-from raylarge.config import near, parse
+from raylarge.config import near, parse, show_help, wants_help
 from raylarge.errors import UserError
 from raylarge.train.launch import Train, plan, train, train_folds
 from raylarge.train.settings import MODELS
@@ -22,6 +22,8 @@ from raylarge.train.settings import MODELS
 
 def main(arguments: list[str]) -> None:
     """Train one model, or plan it, as the words say."""
+    if wants_help(arguments):
+        _help(arguments)
     words = dict(word.split("=", 1) for word in arguments if "=" in word)
     model, preset = words.get("model"), words.get("preset")
     if model not in MODELS:
@@ -29,7 +31,7 @@ def main(arguments: list[str]) -> None:
         hint = f"did you mean model={meant}? They are" if meant else "choose one of"
         given = "model= is not given" if model is None else f"there is no model '{model}'"
         raise UserError(f"{given}; {hint}: {', '.join(MODELS)}.")
-    if words.get("plan", "").lower() == "true":
+    if words.get("plan") == "true":
         arguments = [*(f"{key}=" for key in ("data", "out") if key not in words), *arguments]
     config = parse(Train, arguments, {} if preset is None else {preset: overrides(model, preset)})
     folds = model == "mil" and config.mil.fold < 0
@@ -39,6 +41,17 @@ def main(arguments: list[str]) -> None:
         train_folds(config)
     else:
         train(config)
+
+
+def _help(arguments: list[str]) -> None:
+    """Print the keys of one model, or those of all models and which models there are."""
+    model = next((word[6:] for word in arguments if word.startswith("model=")), "")
+    general = [name for name in MODELS if name != model]
+    if model in MODELS:
+        show_help(__doc__, {f"model={model}": Train}, TRAIN.get(model, {}), general)
+    head = f"{__doc__}\nThe models, each with keys of its own: "
+    listed = "\n".join(f"  python jobs/train.py model={name} --help" for name in MODELS)
+    show_help(f"{head}\n{listed}", {"": Train}, PRESETS, general)
 
 
 if __name__ == "__main__":

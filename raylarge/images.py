@@ -19,6 +19,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from raylarge import storage
+from raylarge.errors import UserError
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 _GAP_PX = 4
@@ -36,9 +37,24 @@ def to_float(
 def to_uint8(
     x: Float[Tensor, "*batch 3 rows columns"],
 ) -> UInt8[np.ndarray, "*batch rows columns 3"]:
-    """A network's image as pixels: round(127.5 (x + 1)), clamped to 0..255."""
+    """Return a network's image as pixels: round(127.5 (x + 1)), clamped to 0..255.
+
+    Raises:
+        UserError: NaN or infinity in it, which would become black or white pixels.
+    """
+    _require_finite(x)
     pixels = (x.detach().float() + 1.0).mul_(127.5).round_().clamp_(0, 255)  # one copy alone
     return pixels.to(torch.uint8).movedim(-3, -1).cpu().contiguous().numpy()
+
+
+def _require_finite(x: Tensor) -> None:
+    low, high = torch.aminmax(x.detach()) if x.numel() else (x.new_zeros(()),) * 2
+    if not (low.isfinite() and high.isfinite()):
+        bad = int((~x.isfinite()).sum())
+        raise UserError(
+            f"{bad} of {x.numel()} values of an image are NaN or infinite, so no picture is made "
+            "of it; use dtype=float32, or weights of an earlier checkpoint."
+        )
 
 
 def png_bytes(
@@ -72,7 +88,7 @@ def srgb() -> bytes:
 
 def from_bytes(content: bytes) -> Pixels:
     """An image from the bytes of a PNG (or JPEG) file."""
-    return np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+    return np.array(Image.open(io.BytesIO(content), formats=("PNG", "JPEG")).convert("RGB"))
 
 
 def marked(text: Mapping[str, str], *, synthetic: bool = True) -> dict[str, str]:
@@ -102,7 +118,7 @@ def read_png(path: str) -> tuple[Pixels, dict[str, str]]:
     Raises:
         UserError: nothing stands at the path.
     """
-    picture = Image.open(io.BytesIO(storage.read_bytes(path)))
+    picture = Image.open(io.BytesIO(storage.read_bytes(path)), formats=("PNG",))
     text = {key: str(value) for key, value in getattr(picture, "text", {}).items()}
     return np.array(picture.convert("RGB")), text
 

@@ -18,10 +18,23 @@ from typing import Any
 import numpy as np
 
 from raylarge import config, storage
+from raylarge.config import choice, number, shown, typed
 from raylarge.errors import UserError
 from raylarge.geometry import Patch, Scale, guide_scale
 
 ALWAYS = (0.0, 1.0)
+SOLVERS = ("ddim", "plms", "dpm++", "unipc")
+LIMIT_PX = 1 << 17
+"""Longest side of an image in pixels."""
+LIMIT_BATCH = 1024
+MOST_STEPS = 999
+"""Steps that a schedule of 1,000 timesteps has room for."""
+LIMIT_GUIDANCE = 100
+"""Far beyond use; larger factors leave the range of half precision, and then of float32."""
+LIMIT_SCALE = 30
+SIZE = "a number of pixels such as 4096 or 4096x6144"
+LEVELS = "a list of scales such as 6,4,2,0"
+SHAPE = "a list of sides such as [2,2,384]"
 
 
 @dataclass(frozen=True)
@@ -49,23 +62,24 @@ class Sampler:
         small: correct with the bundle's small autoencoder; saves, and changes the image.
     """
 
-    steps: int = 50
-    solver: str = "ddim"
-    eta: float = 0.0
-    guidance: float = 2.0
-    inner: int = 1
-    correction: str = "encoder"
-    constraint: str = "window"
-    rate: float = 0.5
+    steps: int = number(50, 1, MOST_STEPS)
+    solver: str = choice("ddim", SOLVERS)
+    eta: float = number(0.0, 0, 1)
+    guidance: float = number(2.0, 0, LIMIT_GUIDANCE)
+    inner: int = number(1, 0, 1000)
+    correction: str = choice("encoder", ("encoder", "backprop"))
+    constraint: str = choice("window", ("window", "mosaic"))
+    rate: float = number(0.5, 0, 100)
     unit: bool = False
     clamp: bool = False
-    derivative: str = "jvp"
-    step: float = 0.005
-    interval: Any = ALWAYS
-    every: int = 1
+    derivative: str = choice("jvp", ("jvp", "difference"))
+    step: float = number(0.005, 0, 1, above=True)
+    interval: Any = field(default=ALWAYS, metadata={"kind": "two shares [from,to]"})
+    every: int = number(1, 1, MOST_STEPS)
     small: bool = False
 
     def __post_init__(self) -> None:
+        config.check_fields(self)
         object.__setattr__(self, "interval", _interval(self.interval))
 
     @property
@@ -105,33 +119,30 @@ class Condition:
         fine: under `cdm`, what conditions the fine windows: `null`, `independent` draws of the
             CDM, the `inversion` of the finished guide, or a draw of the `prior`.
         draw: how the CDM draws: `paper` (50 steps of DDIM) or `released` (200 respaced steps).
-        data: base64 of little-endian float16 values in row-major order.
+        data: base64 of little-endian float16 values in row-major order. Example: AAAAPA==.
         shape: (rows, columns, channels), with the number of patches in front for patches; of a
             vector its width alone. Without one a fine `prior` draws unconditionally.
-        negative: the vector that the prior is led away from, packed as `data`.
+            Example: [1,1,2].
+        negative: the vector that the prior is led away from, packed as `data`. Example: AAAAPA==.
         prior_guidance: w of the prior's u + w (c - u).
         prior_steps: of the prior's DDIM.
         iterations: of an inversion, under kind `inverted` or fine `inversion`.
     """
 
-    kind: str = "null"
-    fine: str = "null"
-    draw: str = "paper"
+    kind: str = choice("null", KINDS)
+    fine: str = choice("null", tuple(FINE))
+    draw: str = choice("paper", tuple(RECIPES))
     data: str = ""
-    shape: Any = ()
+    shape: Any = field(default=(), metadata={"kind": SHAPE})
     negative: str = ""
-    prior_guidance: float = 1.0
-    prior_steps: int = 50
-    iterations: int = 200
+    prior_guidance: float = number(1.0, 0, LIMIT_GUIDANCE)
+    prior_steps: int = number(50, 1, MOST_STEPS)
+    iterations: int = number(200, 1, 100_000)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(side) for side in self.shape))
-        if self.kind not in KINDS:
-            raise UserError(f"condition.kind '{self.kind}' is not {', '.join(KINDS)}.")
-        if self.fine not in FINE:
-            raise UserError(f"condition.fine '{self.fine}' is not {', '.join(FINE)}.")
-        if self.draw not in RECIPES:
-            raise UserError(f"condition.draw '{self.draw}' is not {' or '.join(RECIPES)}.")
+        config.check_fields(self)
+        sides = config.whole_numbers("condition.shape", self.shape, SHAPE, 1, 1 << 31)
+        object.__setattr__(self, "shape", sides)
 
     @classmethod
     def of(cls, grid: np.ndarray) -> Condition:
@@ -190,9 +201,12 @@ class Strided:
         coarser: average the embeddings over n x n patches first (their figure 10).
     """
 
-    share: int = 4
-    average: str = "gaussian"
-    coarser: int = 1
+    share: int = number(4, 1, 1024)
+    average: str = choice("gaussian", ("gaussian", "uniform"))
+    coarser: int = number(1, 1, 1024)
+
+    def __post_init__(self) -> None:
+        config.check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -200,17 +214,20 @@ class Source:
     """The image that `algorithm: superres` makes larger.
 
     Attributes:
-        image: base64 of a PNG.
+        image: base64 of a PNG, JPEG or TIFF (`uploads.py`). Example: iVBORw0KGgo....
         octaves: n of 2^n.
         control: by the bundle's ControlNet (the baseline) in place of the constraint.
     """
 
     image: str = ""
-    octaves: int = 2
+    octaves: int = number(2, 1, LIMIT_SCALE)
     control: bool = False
 
+    def __post_init__(self) -> None:
+        config.check_fields(self)
+
     def png(self) -> bytes:
-        """The PNG's bytes.
+        """Return the bytes of the image file.
 
         Raises:
             UserError: not base64.
@@ -218,7 +235,7 @@ class Source:
         try:
             return base64.b64decode(self.image, validate=True)
         except ValueError as error:
-            raise UserError("source.image is not the base64 of a PNG.") from error
+            raise UserError("source.image is not the base64 of a PNG, JPEG or TIFF.") from error
 
 
 @dataclass(frozen=True)
@@ -226,7 +243,7 @@ class Order:
     """One request for an image.
 
     Attributes:
-        size: side in pixels, or (rows, columns); also written `4096x6144`.
+        size: side in pixels, or (rows, columns); also written `4096x6144`. Example: 4096x6144.
         count: 0 for one large image; n for n separate patches at `scale`.
         scale: the scale whose pixels are wanted (0 is the base).
         seed: all randomness follows from it.
@@ -236,27 +253,30 @@ class Order:
             whose size is that of the source times 2^octaves.
         refine: remove the seams between the patches of a joint image, in six more steps.
         levels: scales from the guide's down to `scale`, such as 6,4,2,0; by default these two.
+            Example: 6,4,2,0.
         recipe: the name the sampler's settings started from.
     """
 
-    size: Any = 0
-    count: int = 0
-    scale: int = 0
-    seed: int = 0
-    batch: int = 16
-    chunk: int = 10
-    algorithm: str = "joint"
+    size: Any = field(default=0, metadata={"kind": SIZE})
+    count: int = number(0, 0, 1 << 31)
+    scale: int = number(0, 0, LIMIT_SCALE)
+    seed: int = number(0, 0, (1 << 64) - 1)
+    batch: int = number(16, 1, LIMIT_BATCH)
+    chunk: int = number(10, 1, 1 << 20)
+    algorithm: str = choice("joint", ("joint", "strided", "superres"))
     refine: bool = False
-    levels: Any = ""
-    recipe: str = "paper"
+    levels: Any = field(default="", metadata={"kind": LEVELS})
+    recipe: str = choice("paper", tuple(RECIPES))
     sampler: Sampler = field(default_factory=Sampler)
     strided: Strided = field(default_factory=Strided)
     source: Source = field(default_factory=Source)
     condition: Condition = field(default_factory=Condition)
 
     def __post_init__(self) -> None:
+        config.check_fields(self)
         object.__setattr__(self, "size", _size(self.size))
-        object.__setattr__(self, "levels", _levels(self.levels))
+        levels = config.whole_numbers("levels", self.levels, LEVELS, 0, LIMIT_SCALE)
+        object.__setattr__(self, "levels", levels)
 
     def guide(self, patch: Patch) -> Scale:
         """The scale of the guide: the one at which a single patch covers the canvas."""
@@ -295,40 +315,28 @@ def parse(values: Mapping[str, Any]) -> Order:
     Raises:
         UserError: an unknown recipe, key or kind, or a value of the wrong type.
     """
-    if "${" in json.dumps(dict(values), default=str):  # would be resolved, environment included
-        raise UserError("an order holds plain values, no ${...} expressions.")
-    recipe = str(values.get("recipe", "paper"))
-    if recipe not in RECIPES:
-        raise UserError(f"there is no recipe '{recipe}'; choose one of: {', '.join(RECIPES)}.")
+    recipe = values.get("recipe", "paper")
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        known = ", ".join(RECIPES)
+        raise UserError(f"there is no recipe '{shown(recipe)}'; choose one of: {known}.")
     settings = {"sampler": RECIPES[recipe], "condition": {"draw": recipe}}
     return config.build(Order, settings, dict(values))
 
 
 def _interval(value: Any) -> tuple[float, ...]:
     try:
-        low, high = (float(share) for share in value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"interval {value} is not two shares such as [0.2,0.8].") from error
+        low, high = typed(tuple[float, float], value)
+    except ValueError as error:
+        raise UserError(
+            f"sampler.interval {shown(value)} is not two shares such as [0.2,0.8]."
+        ) from error
     if not 0 <= low <= high <= 1:
-        raise UserError(f"interval {value} does not rise between 0 and 1.")
+        raise UserError(f"sampler.interval {shown(value)} does not rise between 0 and 1.")
     return low, high
 
 
-def _levels(value: Any) -> tuple[int, ...]:
-    parts = value.split(",") if isinstance(value, str) else value
-    try:
-        return tuple(int(scale) for scale in parts if scale != "")
-    except (TypeError, ValueError) as error:
-        raise UserError(f"levels '{value}' is no list of scales such as 6,4,2,0.") from error
-
-
 def _size(value: Any) -> tuple[int, int]:
-    parts = value.split("x") if isinstance(value, str) else value
-    try:
-        sides = [int(side) for side in parts] if isinstance(parts, (list, tuple)) else [int(parts)]
-        rows, columns = sides * 2 if len(sides) == 1 else sides
-    except (OverflowError, TypeError, ValueError) as error:
-        raise UserError(
-            f"size '{value}' is not a number of pixels such as 4096 or 4096x6144."
-        ) from error
-    return rows, columns
+    sides = config.whole_numbers("size", value, SIZE, 0, LIMIT_PX, "x")
+    if len(sides) not in (1, 2):
+        raise UserError(f"size {shown(value)} is not {SIZE}.")
+    return sides[0], sides[-1]

@@ -106,7 +106,7 @@ def read_text(path: str | Path) -> dict[str, str]:
 
 def _description(text: Mapping[str, str]) -> str:
     """A sentence for people who look at the tags, then the fields (JSON in ASCII, as TIFF asks)."""
-    return f"Synthetic image made by raylarge.\n{json.dumps(marked(text), sort_keys=True)}"
+    return f"Synthetic image made by raylarge.\n{storage.as_json(marked(text))}"
 
 
 def _write_levels(

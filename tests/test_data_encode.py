@@ -71,6 +71,17 @@ def test_a_bundles_autoencoder_names_the_table(tiny_prepare, run, tiny_bundle):
     assert run(config)["encode"]["made"] == 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e5, float("-inf")])
+def test_latents_that_float16_cannot_hold_are_refused(tiny_prepare, run, monkeypatch, value):
+    autoencoder = Doubling()
+    autoencoder.encode = lambda x: torch.where(x[:, :, ::4, ::4] > 0, value, 0.0)
+    monkeypatch.setattr("raylarge.models.bundle.load_autoencoder", lambda path: autoencoder)
+    config = tiny_prepare(verbs="tile,embed,shard,encode", bundle="somewhere")
+    with pytest.raises(UserError, match=r"latents hold NaN or values beyond float16 among rows 0"):
+        run(config)
+    assert not storage.listing(f"{config.out}/latents-*/*.parquet")
+
+
 def test_a_new_autoencoder_means_new_latents_never_new_examples(tiny_prepare, run, monkeypatch):
     autoencoder = Doubling()
     monkeypatch.setattr("raylarge.models.bundle.load_autoencoder", lambda path: autoencoder)

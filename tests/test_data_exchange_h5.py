@@ -234,17 +234,25 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(data, tiled, triden
     shifted = [(x + 20, y) if i == 7 else (x, y) for i, (x, y) in enumerate(xy)]
     off = rf"x={xy[7][0] + 20}, y={xy[7][1]} does not lie on the grid of 64 .* \(1 of {len(xy)} do"
     wide = {**TOLD, "patch_size_level0": 128}
+    other = {**TOLD, "level0_width": 800, "level0_height": 660}
+    swapped, away = [(y, x) for x, y in xy], [(x - 6400, y) for x, y in xy]
+    rows = rf"{len(xy) - 1} rows of features for {len(xy)} coords"
     r, c = cells[0]
     lacks = rf"lacks 2 of the {len(cells)} tiles .* first at row {r}, column {c}; set fill=true"
     for points, some, told, why in (
         (shifted, vectors, TOLD, off),
         (xy, vectors, wide, r"128 level-0 pixels wide and our tiles 64; .* tile\.mpp=0\.25 if"),
-        (xy, vectors[:, :16], TOLD, r"shape \(\d+, 16\) for .* encoder=toy makes 32 channels"),
+        (xy, vectors[:, :16], TOLD, r"16 channels \(shape \(\d+, 16\).* encoder=toy makes 32 ch"),
+        (xy, vectors[:-1], TOLD, rows),
+        (xy, None, TOLD, "holds no dataset 'features'"),
+        (xy, vectors, other, r"of a slide of 800 x 660 level-0 pixels, and this one has 660 x 800"),
+        (swapped, vectors, TOLD, r"patches begin outside the slide of 660 x 800 .* look swapped"),
+        (away, vectors, TOLD, rf"^{len(xy)} of its {len(xy)} patches begin outside the slide"),
         (xy[2:], vectors[2:], TOLD, lacks),
     ):
         write(trident, points, some, told)
         with pytest.raises(UserError, match=why) as error:
-            imported(tiled, trident.parent)
+            imported(tiled, trident.parent, fill=why is not lacks)  # gaps are no excuse
         assert name in str(error.value)
         assert "tiny.h5" not in str(error.value)
     trident.write_bytes(b"no h5")
@@ -255,6 +263,28 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(data, tiled, triden
         imported(tiled, trident.parent)
     assert not Path(tiled, "embed.json").exists()
     assert not Path(tiled, "embeddings").exists()
+
+
+def test_arrays_of_one_number_and_a_leading_axis_are_read(data, tiled, trident):
+    cells, vectors = embedded(data)
+    told = {"patch_size": np.array([SIDE]), "patch_size_level0": np.array([SIDE])}
+    write(trident, [(c * SIDE, r * SIDE) for r, c in cells], vectors[None], told)
+    done = imported(tiled, trident.parent)
+    assert (done["imported"], done["unused"]) == (len(cells), 0)
+    for mine, theirs in zip(embedded(tiled), embedded(data), strict=True):
+        assert (np.array(mine) == np.array(theirs)).all()
+
+
+def test_vectors_that_are_no_numbers_are_counted(data, tiled, trident):
+    cells, vectors = embedded(data)
+    bad = vectors.astype(np.float32)
+    bad[3, 5], bad[7, 0] = np.nan, 1e5
+    write(trident, [(c * SIDE, r * SIDE) for r, c in cells], bad)
+    row, column = cells[3]
+    where = rf"in 2 of {len(cells)} patches, the first at x={column * SIDE}, y={row * SIDE}; "
+    with pytest.raises(UserError, match=where):
+        imported(tiled, trident.parent)
+    assert not Path(tiled, "embed.json").exists()
 
 
 def test_tiles_that_the_files_lack_are_embedded_here(data, tiled, trident):

@@ -226,13 +226,17 @@ def test_items_that_do_not_fit_are_left_out_and_named(run, tmp_path):
     put(tmp_path / "set/20x/0/1_vae.npy", np.zeros((3, 64, 63), np.float16))
     (tmp_path / "set/20x/0/2_vae.npy").unlink()
     (tmp_path / "set/20x/0/3_vae.npy").write_bytes(b"cut")
+    put(tmp_path / "set/20x/0/4_vae.npy", np.full((3, 64, 64), np.nan, np.float16))
+    put(tmp_path / "set/20x/0/5_uni_grid.npy", np.full(WIDTH, np.inf, np.float16))
     put(tmp_path / "set/10x/0/1_uni_grid.npy", np.zeros((WIDTH, 3), np.float16))
     done = run("brca", autoencoder="a")["latents-a"]
-    assert (done["rows"], done["rejected"]) == (4, 4)
+    assert (done["rows"], done["rejected"]) == (2, 6)
     parts = storage.read_json(f"{tmp_path}/data/encode-a.json")["parts"]
     told = {tuple(one) for part in parts for one in part["rejected"]}
     assert (1, "a latent of shape (3, 64, 63), not (3, 64, 64)") in told
     assert (2, "no 2_vae.npy") in told
+    assert (4, "a latent with NaN or values beyond float16") in told
+    assert (5, "a grid with NaN or values beyond float16") in told
     assert (1, "a grid of 3 cells at scale 1") in told
     assert any(i == 3 and "3_vae.npy is damaged" in why for i, why in told)
 

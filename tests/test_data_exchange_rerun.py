@@ -9,7 +9,7 @@ import test_data_exchange_h5
 from test_data_exchange_h5 import SIDE, embedded, exported, imported, name_of, prepared, write
 
 from raylarge import storage
-from raylarge.data.exchange import h5
+from raylarge.data.exchange import h5_read
 from raylarge.errors import UserError
 from raylarge.slides import procedural
 from raylarge.storage import objects
@@ -37,7 +37,7 @@ def stamps(root):
 
 def change(path, factor=2):
     """Other vectors in a file."""
-    with h5.library().File(path, "a") as file:
+    with h5_read.library().File(path, "a") as file:
         file["features"][:] = file["features"][:] * factor
 
 
@@ -63,7 +63,8 @@ def test_gaps_open_the_slide(tmp_path):
     procedural.write(str(slide), (512, 384), 3)
     root = str(tmp_path / "data")
     prepared(root, str(slide), "tile", mask="all")
-    write(tmp_path / "h5" / "slide.h5", [(SIDE, 0)], np.ones((1, 32)))
+    layout = {"patch_size_level0": SIDE}
+    write(tmp_path / "h5" / "slide.h5", [(SIDE, 0)], np.ones((1, 32)), layout)
     slide.rename(tmp_path / "away.tif")
     with pytest.raises(UserError, match=name_of(root)) as error:
         imported(root, tmp_path / "h5", fill=True)
@@ -131,7 +132,7 @@ def test_of_files_in_a_store_only_what_is_needed_is_read(data, tmp_path, s3_buck
         return read(path, start, stop, *more)
 
     monkeypatch.setattr(objects, "read_range", counted)
-    monkeypatch.setattr(h5, "_READ_BYTES", 1024)
+    monkeypatch.setattr(h5_read, "_READ_BYTES", 1024)
     assert exported(data, f"{s3_bucket}/rerun")["made"] == 0
     assert 0 < sum(fetched) < size / 2
 
@@ -140,6 +141,9 @@ def test_a_store_that_refuses_does_not_tell_the_file(monkeypatch):
     def refusing(path):
         raise UserError(f"{path}: access denied")
 
-    monkeypatch.setattr(h5, "Ranges", refusing)
-    with pytest.raises(UserError, match=r"^its h5: access denied"), h5.opened("s3://b/name.h5"):
+    monkeypatch.setattr(h5_read, "Ranges", refusing)
+    with (
+        pytest.raises(UserError, match=r"^its h5: access denied"),
+        h5_read.opened("s3://b/name.h5"),
+    ):
         pass

@@ -2,14 +2,17 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
 from raylarge import pyramid, storage, tables
+from raylarge.data.grid import about
 from raylarge.data.prepare import prepare
 from raylarge.errors import UserError
 from raylarge.report import Report
@@ -92,6 +95,80 @@ def test_bad_slides_are_rows_and_the_good_ones_go_on(tiny_prepare, run, tiny_sli
     assert failed(config.out) == rows
 
 
+@pytest.fixture
+def no_files(tmp_path):
+    """What a pattern matches and is no file of a slide."""
+    folder = tmp_path / "none"
+    folder.mkdir()
+    (folder / "dangling.tif").symlink_to("/not/mounted/b.tif")
+    (folder / "loop.tif").symlink_to(folder / "loop.tif")
+    (folder / "folder.tif").mkdir()
+    os.mkfifo(folder / "pipe.tif")
+    with socket.socket(socket.AF_UNIX) as one:
+        before = os.getcwd()
+        os.chdir(folder)  # such an address is short
+        one.bind("socket.tif")
+        os.chdir(before)
+    return folder
+
+
+NO_FILES = {
+    "dangling.tif": "does not exist",
+    "loop.tif": "does not exist",
+    "folder.tif": "is a folder that holds 0 DICOM slides",
+    "pipe.tif": "is no file but a pipe, socket or device",
+    "socket.tif": "is no file but a pipe, socket or device",
+}
+
+
+def test_what_is_no_file_is_a_row_and_never_left_out(tiny_prepare, run, tiny_slide, no_files):
+    config = tiny_prepare(slides=f"{tiny_slide},{no_files}/*.tif", on_error="skip", verbs="tile")
+    assert run(config)["tile"]["failed"] == len(NO_FILES)
+    names = storage.read_json(f"{config.out}/names.json")
+    reasons = {Path(names[row["slide_id"]]).name: row["reason"] for row in failed(config.out)}
+    assert set(reasons) == set(NO_FILES)
+    for name, words in NO_FILES.items():
+        assert words in reasons[name]
+    with pytest.raises(UserError, match=r"^slide [0-9a-f]{16} (is|does) [^\n]+$"):
+        run(tiny_prepare(slides=f"{no_files}/*.tif", verbs="tile"))
+
+
+def test_a_slide_named_by_a_link_to_nothing_is_a_row(tiny_prepare, run, tiny_slide, no_files):
+    slides = f"{tiny_slide},{no_files}/dangling.tif"
+    run(config := tiny_prepare(slides=slides, on_error="skip", verbs="tile"))
+    assert ["does not exist" in row["reason"] for row in failed(config.out)] == [True]
+
+
+def test_choices_of_readers_are_said_stored_and_shown(tiny_prepare, run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    image = rng.integers(90, 200, (300, 300, 3), np.uint8)
+    with tifffile.TiffWriter(tmp_path / "two.ome.tif") as writer:
+        for pixels in (image, 255 - image):
+            facts = {"axes": "YXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "Name": "Anna.svs"}
+            writer.write(pixels, photometric="rgb", tile=(256, 256), metadata=facts)
+    slides, tile = str(tmp_path / "two.ome.tif"), {"mask": "all"}
+    run(config := tiny_prepare(slides=slides, verbs="tile", tile=tile))
+    words = "the file holds 2 scenes (0 of 300 x 300 px, 1 of 300 x 300 px): scene 0, the first"
+    spoken = capsys.readouterr().out
+    assert spoken.count(words) == 1
+    facts = storage.read_json(f"{config.out}/slides.json")["slides"][0]
+    assert facts["notes"][0].startswith(words)
+    page = Path(config.out, "qc", "index.html").read_text()
+    assert words in page
+    assert "Anna" not in page + spoken + str(facts)
+    sheet = Path(config.out, "qc", f"{facts['slide_id']}.png").read_bytes()
+    again = tiny_prepare(
+        slides=slides, verbs="tile", out=f"{config.out}-1", tile={**tile, "scene": "1"}
+    )
+    run(again)
+    assert storage.read_json(f"{again.out}/slides.json")["slides"][0]["notes"] == [
+        "scene 1 of 2 was read"
+    ]
+    assert Path(again.out, "qc", f"{facts['slide_id']}.png").read_bytes() != sheet
+    with pytest.raises(UserError, match=r"out=.* was made with|was made with tile\.scene="):
+        run(tiny_prepare(slides=slides, verbs="tile", out=again.out, tile=tile))
+
+
 def test_a_mended_slide_joins_at_the_next_run(tiny_prepare, run, tiny_slide, tmp_path):
     other = tmp_path / "other.tif"
     other.write_bytes(b"")
@@ -168,3 +245,23 @@ def test_no_name_is_in_any_output_but_the_private_one(tiny_slide, tmp_path, bad)
     assert [p.name for p in told] == ["names.json"]
     assert not [p for p in out.rglob("*") if p.is_file() and b'"mine"' in p.read_bytes()]
     assert len(list((out / "qc").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("/s/a.tif", "mask /m/m_a.png is no image", "mask ID is no image"),
+        ("/s/a.tif", "slide /s/a.tif: data.parquet, /t/a.svs", "slide ID: data.parquet, /t/ID.svs"),
+        ("/s/a.tif", "slide /s/a.tif and /s/ab/x, a", "slide ID and /s/ab/x, a"),
+        (
+            "http://h/a.tif?k=1",
+            "slide http://h/a.tif?k=1 and http://u:p@h/b?k=2",
+            "slide ID and http://h/b",
+        ),
+    ],
+)
+def test_a_slides_own_names_are_replaced_once_and_no_others(path, text, expected):
+    unit = {"slide_id": "ID", "path": path, "mask": "/m/m_a.png"}
+    with pytest.raises(UserError) as told, about(unit):
+        raise UserError(text)
+    assert str(told.value) == f"{expected} (names.json says which file ID is)"

@@ -43,6 +43,7 @@ class Flat:
 
     mpp_hints = ()
     icc_profile = None
+    notes = ()
     georeference = None
 
     def __init__(self, size, factors):

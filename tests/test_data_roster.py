@@ -10,7 +10,7 @@ PATIENT = r"^(TCGA-..)"
 
 
 def known(**values):
-    return {e.path: e for e in roster.entries(SLIDES, Tile(patient=PATIENT, **values))}
+    return {e.path: e for e in roster.index(SLIDES, Tile(patient=PATIENT, **values)).entries}
 
 
 def write(path, text):
@@ -43,9 +43,15 @@ def test_folds_in_the_form_of_hipt_and_clam(tmp_path):
         tmp_path / "splits_0.csv",
         ",train,val,test\n0,TCGA-AA-1,TCGA-BB-1,TCGA-CC-1\n1,TCGA-AA-2,TCGA-BB-2,TCGA-CC-2\n",
     )
-    split = [entry.split for entry in known(split=folds).values()]
-    assert sorted(split) == sorted(["train", "val", "test", "unlisted"] * 2)
-    assert {e.split for path, e in known(split=folds).items() if "DD" in path} == {"unlisted"}
+    with pytest.raises(UserError, match=r"2 of 8 slides have no split in tile\.split=.*'TCGA-DD-1"):
+        known(split=folds)
+    found = known(split=folds, unlisted="skip")
+    assert [found[path].split for path in SLIDES[:6]] == [
+        s for s in ("train", "val", "test") for _ in range(2)
+    ]
+    assert len(found) == 6
+    hashed = known(split=folds, unlisted="hash", val_fraction=0.999)
+    assert [hashed[path].split for path in SLIDES[6:]] == ["val", "val"]
 
 
 def test_splits_by_patient_in_two_columns(tmp_path):
@@ -60,7 +66,7 @@ def test_splits_by_patient_in_two_columns(tmp_path):
 def test_splits_by_hash_are_near_their_fractions_and_by_patient_alone():
     paths = [f"TCGA-{i:04d}-{j}.svs" for i in range(1500) for j in "ab"]
     tile = Tile(patient=r"^(TCGA-....)", val_fraction=0.2, test_fraction=0.1)
-    entries = roster.entries(paths, tile)
+    entries = roster.index(paths, tile).entries
     shares = [sum(e.split == s for e in entries) / 3000 for s in ("train", "val", "test")]
     assert shares == pytest.approx([0.7, 0.2, 0.1], abs=0.03)
     assert len({(e.patient_id, e.split) for e in entries}) == 1500
@@ -69,7 +75,7 @@ def test_splits_by_hash_are_near_their_fractions_and_by_patient_alone():
 def test_what_does_not_fit_is_refused(tmp_path):
     mixed = write(tmp_path / "m.csv", "slide,split\nTCGA-AA-1,train\nTCGA-AA-2,val\n")
     with pytest.raises(UserError, match=r"is in (train|val) and .* of one patient; put both"):
-        known(split=mixed)
+        known(split=mixed, unlisted="skip")
     twice = write(tmp_path / "t.csv", "train,val\nTCGA-AA-1,TCGA-AA-1\n")
     with pytest.raises(UserError, match=r"has 'TCGA-AA-1' in train and in val"):
         known(split=twice)
@@ -89,8 +95,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
         known(table=write(tmp_path / "p.csv", "slide,mpp\nTCGA-AA-1,fine\n"))
     with pytest.raises(UserError, match=r"is no CSV or parquet table"):
         known(table=write(tmp_path / "x.parquet", "no table"))
+    with pytest.raises(UserError, match=r"tile\.unlisted=maybe: it must be refuse, skip or hash"):
+        Tile(unlisted="maybe").check()
     with pytest.raises(UserError, match=r"have one file name"):
-        roster.entries(["a/x.svs", "b/x.svs"], Tile())
+        roster.index(["a/x.svs", "b/x.svs"], Tile())
 
 
 def test_a_salt_changes_every_pseudonym_and_no_name_stays():

@@ -8,10 +8,10 @@ import pytest
 from raylarge import images, pyramid, schema, storage, tables
 from raylarge.data import roster, tile
 from raylarge.data.candidates import Tile, candidates
-from raylarge.data.grid import view_of
 from raylarge.data.pipeline import Crew
 from raylarge.data.prepare import find_slides, prepare
 from raylarge.data.tile import slides_of
+from raylarge.data.views import view_of, with_views
 from raylarge.errors import UserError
 from raylarge.models import ssl
 from raylarge.report import Report
@@ -155,7 +155,17 @@ def test_a_broken_slide_stops_the_run_by_its_pseudonym(shared_data, tiny_prepare
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("patch_px", 2), ("scales", []), ("split", "half"), ("val_fraction", 1.0), ("tissue", [])],
+    [
+        ("bands", [1, 2]),
+        ("bands", [0]),
+        ("value_range", [3]),
+        ("value_range", [1, 1]),
+        ("patch_px", 2),
+        ("scales", []),
+        ("split", "half"),
+        ("val_fraction", 1.0),
+        ("tissue", []),
+    ],
 )
 def test_senseless_values_name_their_key(tiny_prepare, run, key, value):
     with pytest.raises(UserError, match=rf"tile\.{key}=.*must be"):
@@ -217,9 +227,8 @@ def test_views_show_no_held_out_pixel_and_embed_their_own(tiny_prepare, run):
 
 def test_held_out_patients_have_one_view(tiny_slide, tmp_path):
     slides = [shutil.copy(tiny_slide, tmp_path / f"{name}.tif") for name in "abcdef"]
-    entries = roster.entries(
-        list(map(str, slides)), Tile(split="patient", val_fraction=0.5, views=3)
-    )
+    config = Tile(split="patient", val_fraction=0.5, views=3)
+    entries = with_views(roster.index(list(map(str, slides)), config).entries, config)
     views = {
         split: {one.view for one in entries if one.split == split} for split in ("train", "val")
     }

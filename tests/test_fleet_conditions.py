@@ -166,9 +166,9 @@ def test_a_text_becomes_a_picture(tiny_bundle, tmp_path, capsys):
     [
         ({"size": 128, "scale": 1}, "for one large image at order.scale 0"),
         ({"count": 2}, "for one large image"),
-        ({"size": 128, "prior_steps": 0}, "prior_steps 0 lies from 1"),
-        ({"size": 128, "prior_steps": 1000}, "prior_steps 1000 lies from 1 to 999"),
-        ({"size": 128, "prior_guidance": float("nan")}, "prior_guidance nan"),
+        ({"size": 128, "prior_steps": 0}, "prior_steps=0: it must be from 1"),
+        ({"size": 128, "prior_steps": 1000}, "prior_steps=1000: it must be from 1 to 999"),
+        ({"size": 128, "prior_guidance": float("nan")}, "prior_guidance=nan"),
         (
             {
                 "size": 128,
@@ -178,17 +178,21 @@ def test_a_text_becomes_a_picture(tiny_bundle, tmp_path, capsys):
                 "data": "",
                 "prior_steps": 0,
             },
-            "prior_steps 0",
+            "prior_steps=0",
         ),
         ({"size": 128, "shape": (1, 5)}, "takes one vector"),
-        ({"size": 128, "iterations": 0}, "condition.iterations 0 starts at 1"),
+        ({"size": 128, "iterations": 0}, "iterations=0: it must be from 1 to"),
     ],
 )
 def test_bad_prior_orders_are_refused(imagining, values, told):
     of = {k: values.pop(k) for k in CONDITION if k in values}
-    order = an_order(dataclasses.replace(Condition.of_vector(LABEL), **of), **values)
-    with pytest.raises(UserError, match=told):
+
+    def plan():
+        order = an_order(dataclasses.replace(Condition.of_vector(LABEL), **of), **values)
         joint.plan(order, bundles.patch_of(imagining))
+
+    with pytest.raises(UserError, match=told):
+        plan()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageCms
 
 from raylarge import images
+from raylarge.errors import UserError
 
 
 @pytest.fixture
@@ -68,3 +69,13 @@ def test_a_sheet_holds_every_image_and_its_labels(picture):
     left = page[:, : width - 2 * 132 - 4]
     assert (left[:140] < 100).any()  # ink of both row labels
     assert (left[150:] < 100).any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite_become_no_pixels(value, kind):
+    x = torch.zeros(2, 3, 4, 4, dtype=kind)
+    assert images.to_uint8(x).shape == (2, 4, 4, 3)
+    x[1, 2, 3, 0] = value
+    with pytest.raises(UserError, match=r"^1 of 96 values of an image are NaN or infinite"):
+        images.to_uint8(x)

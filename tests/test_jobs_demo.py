@@ -6,8 +6,29 @@ import sys
 
 import pytest
 
+from jobs.demo_slides import separated
+from jobs.demo_summary import captions, summary
 from raylarge import images, order
 from raylarge.slides import procedural
+
+
+def test_slides_are_separated_by_commas_or_spaces(tmp_path):
+    spaced = tmp_path / "my slide.tif"
+    spaced.touch()
+    assert separated("a.svs,b.tif") == separated("a.svs b.tif") == "a.svs,b.tif"
+    assert separated(" a.svs ,  b.tif,") == "a.svs,b.tif"
+    assert separated(f"{spaced},b.tif") == f"{spaced},b.tif"
+    assert separated(f"{tmp_path}/my*.tif b.tif").split(",") == [f"{tmp_path}/my*.tif", "b.tif"]
+    assert separated("s3://b/a.svs s3://b/*.tif") == "s3://b/a.svs,s3://b/*.tif"
+
+
+def test_the_closing_table_compares_with_no_condition():
+    image = {"cross_scale_error": 0.2, "seam_ratio": 1.1}
+    loss = {"3": {"true": 0.5766, "shuffled": 0.6573, "null": 0.5675}}
+    text = summary({"images": {"reference": image, "uncorrected": image}, "loss": loss})
+    assert "0.6573 (+14.0%)  0.5675 (-1.6%)" in text
+    assert "scale 3: no condition at all does better than the true one" in text
+    assert (captions(2, 0.5), captions(0, None)) == ("scale 2, 2 um/px", "scale 0")
 
 
 @pytest.mark.ray
@@ -35,6 +56,10 @@ def test_the_thread_from_slide_to_served_images(tmp_path):
     corrected, plain = (errors[n]["cross_scale_error"] for n in ("reference", "uncorrected"))
     assert 0 < corrected != plain > 0
     assert {"true", "shuffled", "null"} <= facts["stages"]["check"]["loss"]["0"].keys()
+    assert facts["seconds_total"] > 0
+    assert facts["peak_memory_bytes"] > 100 << 20
+    for words in ("no condition", "all stages together: ", "peak memory of this process"):
+        assert words in first.stdout
     assert (out / "logs").is_dir()
 
     before = (out / "images" / "novel" / "image.png").stat().st_mtime_ns

@@ -178,7 +178,7 @@ def test_of_two_presets_the_last_counts(monkeypatch):
 
 
 def test_a_model_without_a_preset_is_told_which_have_one():
-    with pytest.raises(UserError, match="nothing of model=cdm; of the presets: tiny, small, brca"):
+    with pytest.raises(UserError, match="nothing of model=cdm; those that do: tiny, small, brca"):
         overrides("cdm", "graikos_brca")
-    with pytest.raises(UserError, match="nothing of model=mil; of the presets: none does"):
+    with pytest.raises(UserError, match="nothing of model=mil; leave preset= out, as none does"):
         overrides("mil", "brca")

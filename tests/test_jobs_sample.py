@@ -16,6 +16,7 @@ import pytest
 from jobs import sample as job
 from raylarge import images, schema, storage
 from raylarge.errors import UserError
+from raylarge.metrics.lines import window_lines
 from raylarge.order import parse
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +66,16 @@ def pixels(folder):
     return images.read_png(str(folder / "image.png"))[0]
 
 
+def test_words_stand_as_they_are(tiny_bundle, tmp_path):
+    few = [f"bundle={tiny_bundle}", "order.count=1", "order.sampler.steps=1"]
+    few += ["order.condition.kind=null"]
+    for seed in (1, 2):
+        job.main([*few, f"order.seed={seed}", f"out={tmp_path}/img #{seed}"])
+    for seed in (1, 2):
+        order = json.loads((tmp_path / f"img #{seed}" / "order.json").read_text())
+        assert (order["seed"], order["condition"]["kind"]) == (seed, "null")
+
+
 def test_an_order_becomes_marked_files(words, law_order, law_image, tmp_path, capsys):
     job.main([*words, f"out={tmp_path}"])
     image, text = images.read_png(str(tmp_path / "image.png"))
@@ -81,6 +92,7 @@ def test_an_order_becomes_marked_files(words, law_order, law_image, tmp_path, ca
     assert {"start", "write"} < report["stages"].keys()
     assert 0 < report["cross_scale_error"] < 10
     assert report["seam_ratio"] > 0
+    assert report["meaning"].keys() == {"cross_scale_error", "seam_ratio"}  # 2 x 3 windows
     assert {"raylarge", "torch"} < report["versions"].keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "guide.png", "image.png", "image.tif", "order.json", "report.json",
@@ -92,8 +104,25 @@ def test_an_order_becomes_marked_files(words, law_order, law_image, tmp_path, ca
     assert "nothing is left to do" in capsys.readouterr().out
     assert (tmp_path / "image.png").stat().st_mtime_ns == before
 
-    job.main([*words, f"out={tmp_path}", "order.seed=1"])
+    with pytest.raises(
+        UserError, match=r"order\.seed=0, not 1.*choose another out=.*overwrite=true"
+    ):
+        job.main([*words, f"out={tmp_path}", "order.seed=1"])
+    assert (tmp_path / "image.png").stat().st_mtime_ns == before
+    job.main([*words, f"out={tmp_path}", "order.seed=1", "overwrite=true"])
     assert (pixels(tmp_path) != law_image).any()
+
+
+def test_window_lines_stand_beside_the_seam_ratio(tiny_bundle, tmp_path, capsys):
+    words = ["order.size=256x64", "order.sampler.steps=1", f"out={tmp_path}"]
+    job.main([f"bundle={tiny_bundle}", *words])
+    report = json.loads((tmp_path / "report.json").read_text())
+    image = images.to_float(pixels(tmp_path))
+    assert report["window_lines"] == pytest.approx(window_lines(image, 64), rel=1e-9)
+    assert "above 3" in report["meaning"]["window_lines"]
+    said = capsys.readouterr().out
+    assert f"window lines: {report['window_lines']:.3f} (a grid of windows in rows" in said
+    assert f"seam ratio: {report['seam_ratio']:.3f} (gradients across window borders" in said
 
 
 def test_patches_become_a_mosaic(tiny_bundle, tmp_path):
@@ -105,7 +134,7 @@ def test_patches_become_a_mosaic(tiny_bundle, tmp_path):
     assert not (tmp_path / "guide.png").exists()
 
 
-def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path):
+def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path, capsys):
     words = [f"bundle={tiny_bundle}", "order.size=128x192", "order.sampler.steps=1"]
 
     def grid(*more, at):
@@ -115,6 +144,10 @@ def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path):
         return parse(json.loads((out / "order.json").read_text())).condition.grid()
 
     first = grid(f"reference={prepared}", at="first")
+    says = capsys.readouterr().out
+    assert "reference: slide s-1, at=3,3 (2 x 3 base tiles; its right neighbour is at=3,6)" in says
+    kept = json.loads((tmp_path / "first" / "report.json").read_text())["reference"]
+    assert kept == {"slide": "s-1", "row": 3, "column": 3, "rows": 2, "columns": 3}
     assert first.shape == (2, 3, 8)
     np.testing.assert_array_equal(first[0, 0], [3, 3, 1, 2, 3, 4, 5, 6])
     placed = grid(f"reference={prepared}:s-1", "at=6,4", at="placed")
@@ -130,14 +163,30 @@ def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path):
         (["out="], "out= is empty"),
         (["out=s3://"], "out=s3:// names no bucket"),
         (["order.size=100"], "multiples of the patch side 64"),
-        (["order.sampler.stepz=3"], "did you mean 'sampler.step"),
+        (["order.sampler.stepz=3"], "did you mean 'order.sampler.step"),
+        (["sampler.steps=3"], r"unknown key 'sampler.steps'; did you mean 'order.sampler.steps'\?"),
+        (
+            ["order.source.octaves=two"],
+            "order.source.octaves=two does not fit; give a whole number",
+        ),
+        (["order.scale=-1"], "order.scale=-1: it must be from 0 to 30"),
+        (["order.levels=[1e999]"], r"levels \[1e999\] is not a list of scales"),
+        (["order.seed=" + "9" * 400], "order.seed=9+… .400 characters. does not fit"),
+        (
+            ["order.sampler.guidance=1e308"],
+            "order.sampler.guidance=1e.308: it must be from 0 to 100",
+        ),
+        (["order.sampler.rate=1e308"], "order.sampler.rate=1e.308: it must be from 0 to 100"),
         (["order.sampler=3"], "sampler=3 does not fit; give its keys one by one"),
         (["order.size=${{oc.env:HOME}}"], "plain values|not a number"),
         (["seed=3"], "unknown key 'seed'"),
         (["workers=-1"], "workers starts at 0"),
         (["reference={data}:other"], "has no slide 'other'; it has: s-1"),
         (["reference={data}/nothing"], "there are no embeddings yet; run python jobs/prepare.py"),
-        (["reference={data}", "order.size=512"], "nowhere has 8 x 8 embedded base tiles"),
+        (
+            ["reference={data}", "order.size=512"],
+            "nowhere has 8 x 8 embedded.*gives order.size=320; or",
+        ),
         (["reference={data}", "at=3,2"], "no embeddings for all of the 2 x 3 base tiles"),
         (["reference={data}", "at=here"], "at=here is not a row and a column"),
         (["reference={data}", "order.condition.kind=cdm"], "leave out order.condition"),
@@ -193,6 +242,67 @@ def test_law_4_killed_and_run_again(words, law_image, tmp_path):
     done = json.loads((tmp_path / "report.json").read_text())["stages"]["sample"]
     assert done["resumed"] >= 8
     assert done["requests"] == 21 - done["resumed"]
+
+
+def stopped_half_way(words, out, number, ready):
+    """Start the job, send it a signal at a moment, and return what it says on stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "jobs/sample.py", *words, f"out={out}"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    ready(process)
+    offspring = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + number, errors
+    last = errors.strip().splitlines()[-1].strip()
+    assert last == f"stopped by {number.name}; run the same command again to go on"
+    for trace in ("Traceback", "Check failed", "*** SIG", "core_worker"):
+        assert trace not in errors
+    assert not (out / "image.png").exists()
+    assert not (out / ".lock").exists()
+    assert psutil.wait_procs(offspring, timeout=30)[1] == []
+
+
+def until_ray_starts(process):
+    parent, deadline = psutil.Process(process.pid), time.monotonic() + 300
+    while not any("gcs_server" in child.name() for child in parent.children(recursive=True)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_a_job_that_can_be_resumed(words, law_image, tmp_path, number):
+    stopped_half_way(words, tmp_path, number, lambda job: wait_for_replies(tmp_path, job, 4))
+    job.main([*words, f"out={tmp_path}"])
+    np.testing.assert_array_equal(pixels(tmp_path), law_image)
+    assert json.loads((tmp_path / "report.json").read_text())["stages"]["sample"]["resumed"] >= 4
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_actors_in_order(words, tmp_path, number):
+    more = [*words, "workers=2", "order.sampler.steps=20"]
+    stopped_half_way(more, tmp_path, number, lambda job: wait_for_replies(tmp_path, job, 4))
+
+
+@pytest.mark.ray
+def test_a_signal_while_ray_starts_ends_it_in_order(words, tmp_path):
+    stopped_half_way([*words, "workers=2"], tmp_path, signal.SIGTERM, until_ray_starts)
+
+
+def test_two_commands_do_not_share_a_folder(words, tmp_path):
+    command = [sys.executable, "jobs/sample.py", *words, "order.sampler.steps=40"]
+    process = subprocess.Popen([*command, f"out={tmp_path}"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for_replies(tmp_path, process, 1)
+    for seed in (0, 1):
+        with pytest.raises(UserError, match=r"is in use: sample .*give another out="):
+            job.main([*words, f"out={tmp_path}", f"order.seed={seed}"])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    with pytest.raises(UserError, match="holds an unfinished result of another order"):
+        job.main([*words, f"out={tmp_path}", "order.seed=1"])
 
 
 @pytest.mark.ray
@@ -256,6 +366,8 @@ def test_an_image_is_made_larger_and_the_price_is_told(tiny_bundle, tmp_path, ca
     said = capsys.readouterr().out
     assert "U-Net evaluations" in said
     assert "GPU-seconds at 200 TFLOP/s" in said
+    (line,) = (one for one in said.splitlines() if "expected on this machine" in one)
+    assert 0 < float(line.split()[-2]) < 600
     assert not (tmp_path / "priced").exists()
     job.main([*words, f"out={tmp_path / 'made'}"])
     image, text = images.read_png(str(tmp_path / "made" / "image.png"))

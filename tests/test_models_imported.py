@@ -87,6 +87,18 @@ def test_a_checkpoint_becomes_a_bundle_that_samples(parity, tmp_path, capsys, on
     assert str(tmp_path) not in json.dumps(facts)
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_checkpoint_wholly_in_half_precision_imports(parity, tmp_path, kind):
+    word = checkpoint(parity, tmp_path / "w.ckpt", state(parity, "summarizer"))
+    content = torch.load(tmp_path / "w.ckpt", weights_only=True)
+    half = {k: v.to(kind) if v.is_floating_point() else v for k, v in content.items()}
+    torch.save(half, tmp_path / "w.ckpt")
+    import_weights.main([word, f"out={tmp_path / 'b'}"])
+    loaded = bundle.load(str(tmp_path / "b"))
+    assert loaded.schedule == Schedule()
+    assert {x.dtype for x in loaded.unet.parameters()} == {torch.float32}
+
+
 def test_the_layout_of_graikos_imports_too(parity, tmp_path):
     shapes = {"patch_fc.weight": (32, 384), "patch_fc.bias": (32,)}
     shapes |= {"region_fc.weight": (32, 768), "region_fc.bias": (32,)}
@@ -123,6 +135,7 @@ WRONG = {
     "a name of the autoencoder": {"first_stage_model.decoder.conv_in.bias": None},
     "the betas": {"betas": Schedule("squaredcos").betas},
     "the scale": {"scale_factor": torch.tensor(0.5)},
+    "an average that diverged": {"model_ema.diffusion_modelout0bias": torch.full((32,), torch.nan)},
     "a stranger": {"first_stage_model.alien": torch.ones(1)},
 }
 
@@ -131,7 +144,9 @@ WRONG = {
 def test_a_refused_checkpoint_leaves_nothing(parity, tmp_path, what):
     words = [checkpoint(parity, tmp_path / "w.ckpt", state(parity, "summarizer"))]
     changed(tmp_path / "w.ckpt", **WRONG[what])
-    with pytest.raises(UserError, match=r"missing|neither scaled_linear|scale_factor|unexpected"):
+    with pytest.raises(
+        UserError, match=r"missing|neither scaled_linear|scale_factor|unexpected|hold NaN"
+    ):
         import_weights.main([*words, f"out={tmp_path}/b", "heads=[1,4,4]"])
     assert not (tmp_path / "b").exists()
 

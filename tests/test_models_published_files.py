@@ -10,7 +10,7 @@ from published import figures, filled, kl_of, state
 
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
-from raylarge.models import published, weights
+from raylarge.models import published, published_schedule, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NETWORK = 2e-5
@@ -220,19 +220,19 @@ def test_heads_that_do_not_divide_are_refused(tensors, heads):
 
 def test_schedules_of_both_kinds_are_known_and_others_refused():
     for schedule in (Schedule(), Schedule("linear", 1000, 1e-4, 0.02), Schedule(length=2)):
-        found = published.schedule_from_published({"betas": schedule.betas.float()})
+        found = published_schedule.schedule_from_published({"betas": schedule.betas.float()})
         assert found == schedule
-    assert published.schedule_from_published({}) == Schedule()
+    assert published_schedule.schedule_from_published({}) == Schedule()
     for betas in (torch.tensor([]), torch.tensor(0.1), torch.tensor([0.1]), torch.ones(2, 2)):
         with pytest.raises(UserError, match=r"betas have the shape \["):
-            published.schedule_from_published({"betas": betas})
+            published_schedule.schedule_from_published({"betas": betas})
     for betas in (
         Schedule("squaredcos").betas,
         torch.tensor([-0.1, 0.1]),
         torch.full((9,), np.nan),
     ):
         with pytest.raises(UserError, match="neither scaled_linear nor linear"):
-            published.schedule_from_published({"betas": betas})
+            published_schedule.schedule_from_published({"betas": betas})
 
 
 def test_a_tiny_autoencoder_however_its_files_are_wrapped(every):

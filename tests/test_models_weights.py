@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from raylarge.errors import UserError
-from raylarge.models import weights
+from raylarge.models import weights, wrappers
 
 
 def network():
@@ -83,8 +83,8 @@ def test_wrappers_without_tensors_are_passed_over():
         ({"student": other, "teacher": named}, named),
         ({7: torch.ones(1), "note": np.array(["a"]), "object": np.array([None]), **named}, named),
     ]:
-        assert torch.equal(weights.tensors(found)["w"], wanted["w"])
-        assert list(weights.tensors(found)) == ["w"]
+        assert torch.equal(wrappers.tensors(found)["w"], wanted["w"])
+        assert list(wrappers.tensors(found)) == ["w"]
 
 
 def test_a_network_owns_its_tensors():
@@ -123,6 +123,26 @@ def test_other_precisions_become_float32_and_integers_are_refused():
     whole = {name: tensor.to(torch.int64) for name, tensor in state.items()}
     with pytest.raises(UserError, match=r"6 mistyped \(0\.weight torch\.int64"):
         weights.fill(on_meta(), whole, "a network")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value):
+    state = {name: tensor.clone() for name, tensor in network().state_dict().items()}
+    state["1.running_var"][1] = value
+    with pytest.raises(UserError, match=r"a network: 1 of 7 tensors hold NaN .*1\.running_var"):
+        weights.fill(on_meta(), state, "a network")
+    state["0.weight"] = state["0.weight"].bfloat16().fill_(value)
+    with pytest.raises(UserError, match=r"2 of 7 tensors hold NaN .*\(0\.weight, 1\.running_var\)"):
+        weights.fill(on_meta(), state, "a network")
+
+
+def test_finite_is_every_value_that_is_a_number():
+    for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        largest = torch.tensor([torch.finfo(kind).max, -torch.finfo(kind).max], dtype=kind)
+        assert weights.is_finite(largest)
+        assert not weights.is_finite(2 * largest)
+    assert weights.is_finite(torch.empty(0))
+    assert weights.is_finite(torch.arange(3))
 
 
 def test_networks_of_transformers_own_their_tensors_too():

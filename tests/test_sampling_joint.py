@@ -271,7 +271,7 @@ def test_patches_by_every_solver_come_closer_than_ddim(solver):
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"count": 2, "sampler": {"solver": "euler"}}, "solver 'euler' is not ddim, plms"),
+        ({"count": 2, "sampler": {"solver": "euler"}}, "solver=euler: it must be one of: ddim"),
         ({"size": 64, "sampler": {"solver": "plms"}}, "solver plms is for separate patches"),
         ({"count": 2, "sampler": {"solver": "plms", "eta": 1.0}}, "with eta 0"),
     ],

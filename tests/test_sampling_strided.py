@@ -252,11 +252,14 @@ def test_seams_are_fewer_after_refinement(tiny_bundle):
         ({"size": 31}, "must be multiples of 2 from the patch side 32"),
         ({"size": 16}, "from the patch side 32"),
         ({"strided": {"share": 3}}, "strided.share 3 must divide the 16 latent cells"),
-        ({"strided": {"average": "mean"}}, "strided.average 'mean' is gaussian or uniform"),
-        ({"strided": {"coarser": 0}}, "strided.coarser 0 starts at 1"),
+        (
+            {"strided": {"average": "mean"}},
+            "strided.average=mean: it must be one of: gaussian, uniform",
+        ),
+        ({"strided": {"coarser": 0}}, "strided.coarser=0: it must be from 1 to"),
         ({"condition": {"kind": "cdm"}}, "the CDM draws no embeddings to interpolate"),
         ({"scale": 9}, "order.scale 9 is not one of 0 to 3"),
-        ({"algorithm": "magic"}, "order.algorithm 'magic' is not joint, strided or superres"),
+        ({"algorithm": "magic"}, "algorithm=magic: it must be one of: joint, strided, superres"),
     ],
 )
 def test_bad_strided_orders_are_refused(values, told):

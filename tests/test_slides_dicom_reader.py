@@ -8,6 +8,7 @@ from PIL import Image, ImageCms
 from raylarge.errors import SlideError, UserError
 from raylarge.slides.dicom_reader import DicomPyramid
 from raylarge.slides.openslide_reader import OpenSlidePyramid
+from raylarge.slides.protocol import ReadOptions
 from raylarge.slides.reader import open_slide
 
 pydicom = pytest.importorskip("pydicom", reason="the extra raylarge[dicom] is not installed")
@@ -183,6 +184,17 @@ def test_several_slides_in_a_folder_are_refused(tmp_path, image):
         write_instance(tmp_path / f"{name}.dcm", image, "VOLUME", 0.5, series)
     with pytest.raises(SlideError, match=r"is a folder that holds 2 DICOM slides; name a slide's"):
         open_slide(str(tmp_path))
+
+
+def test_a_series_of_a_folder_is_a_scene(tmp_path, image):
+    series = sorted(uid.generate_uid()[:50] for _ in range(2))
+    for name, one, pixels in zip("ab", series, (image, 255 - image), strict=True):
+        write_instance(tmp_path / f"{name}.dcm", pixels, "VOLUME", 0.5, one)
+    for scene, expected in (("0", image), ("1", 255 - image), (series[1], 255 - image)):
+        with open_slide(str(tmp_path), options=ReadOptions(scene=scene)) as slide:
+            assert (slide.read(0, 0, 200, 260) == expected).all()
+    with pytest.raises(SlideError, match=r"holds 2 DICOM slides; .*tile\.scene="):
+        open_slide(str(tmp_path), options=ReadOptions(scene="2"))
 
 
 @pytest.mark.parametrize("syntax", ["plain", "jpeg-ls"])

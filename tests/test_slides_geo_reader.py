@@ -6,6 +6,7 @@ from PIL import Image
 
 from raylarge.errors import SlideError, UserError
 from raylarge.slides.geo_reader import GeoPyramid
+from raylarge.slides.protocol import ReadOptions
 from raylarge.slides.reader import open_slide
 
 rasterio = pytest.importorskip("rasterio", reason="the extra raylarge[geo] is not installed")
@@ -143,27 +144,138 @@ def test_pixels_that_are_no_squares_are_made_square(tmp_path, image):
         assert abs(slide.size_px[0] - 600) <= 2
 
 
-def test_what_is_not_8_bit_rgb_is_refused(tmp_path, image):
-    path = write(tmp_path / "deep.tif", image.astype(np.uint16))
-    with pytest.raises(
-        SlideError, match=r"deep\.tif holds uint16 pixels, not 8-bit .*gdal_translate"
-    ):
-        open_slide(path, base_mpp=1e6)
+def whole(path, **options):
+    with open_slide(path, base_mpp=1e6, options=ReadOptions(**options)) as slide:
+        return slide.read(0, 0, *slide.size_px), slide.notes
+
+
+def labelled(path, image, *names, **options):
+    """A GeoTIFF whose bands have these colour interpretations."""
+    path = write(path, image, **options)
+    with rasterio.open(path, "r+") as file:
+        file.colorinterp = [rasterio.enums.ColorInterp[name] for name in names]
+    return path
+
+
+def test_bands_are_those_that_the_file_calls_red_green_and_blue(tmp_path, image):
+    path = labelled(tmp_path / "bgrn.tif", image, "blue", "green", "red", "undefined")
+    pixels, notes = whole(path)
+    assert (pixels == image[..., [2, 1, 0]]).all()
+    assert notes == ["red, green and blue are bands 3, 2, 1, as the file says"]
+    pixels, notes = whole(path, bands=(4, 1, 1))
+    assert (pixels == image[..., [3, 0, 0]]).all()
+    assert (whole(path, bands=(2,))[0] == image[..., 1:2]).all()
+    with pytest.raises(SlideError, match=r"has 4 bands, and tile\.bands=\[5, 1, 2\] names others"):
+        whole(path, bands=(5, 1, 2))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_bands_are_chosen_where_an_image_is_warped_too(tmp_path, image, turned):
+    place = (557_699, 3_648_377)
+    transform = rasterio.Affine(0, 1, place[0], 1, 0, place[1]) if turned else None
+    options = {"transform": transform, "photometric": "rgb", "alpha": "yes", "overviews": (2,)}
+    path = write(tmp_path / "false.tif", image, **options)
+    pixels, notes = whole(path, bands=(4, 1, 2))  # near infrared, labelled alpha
+    assert "band 4 is labelled alpha but varies" in notes[0]
+    expected = image[..., [3, 0, 1]]
+    expected = np.rot90(expected) if turned else expected
+    inner = (slice(20, 280), slice(20, 280))
+    assert np.abs(pixels[inner].astype(int) - expected[inner]).mean() < (4 if turned else 0.01)
+
+
+def test_unnamed_bands_are_taken_in_order_and_said_or_refused(tmp_path, image):
+    path = labelled(tmp_path / "plain.tif", image[..., :3], "gray", "undefined", "undefined")
+    pixels, notes = whole(path)
+    assert (pixels == image[..., :3]).all()
+    assert "does not say which bands are its colours: bands 1, 2, 3" in notes[0]
+    wide = np.concatenate([image, image], axis=-1)
+    path = labelled(tmp_path / "eight.tif", wide, "gray", *["undefined"] * 7)
+    with pytest.raises(SlideError, match=r"has 8 bands and does not say .* set tile\.bands="):
+        whole(path)
+    assert (whole(path, bands=(6, 5, 7))[0] == wide[..., [5, 4, 6]]).all()
+    path = labelled(tmp_path / "half.tif", image[..., :3], "red", "undefined", "undefined")
+    with pytest.raises(SlideError, match="bands of red, undefined, undefined, not all of red"):
+        whole(path)
+
+
+def test_deep_samples_are_scaled_by_their_declared_bits(tmp_path, image):
+    deep = image[..., :3].astype(np.uint16)
+    path = write(tmp_path / "deep.tif", deep * 257, photometric="rgb")
+    pixels, notes = whole(path)
+    assert (pixels == image[..., :3]).all()
+    assert notes == [
+        "16-bit samples: 0 to 65535 became 0 to 255 (tile.value_range=[low,high] sets another "
+        "range)"
+    ]
+    path = write(tmp_path / "twelve.tif", deep * 16, photometric="rgb", NBITS=12)
+    assert np.abs(whole(path)[0].astype(int) - image[..., :3]).max() <= 1
+    pixels, notes = whole(
+        write(tmp_path / "low.tif", deep, photometric="rgb"), value_range=(0.0, 255.0)
+    )
+    assert (pixels == image[..., :3]).all()
+    assert notes == ["uint16 samples: 0 became 0, and 255 became 255"]
+
+
+def test_floating_point_needs_a_range_and_nan_is_white(tmp_path, image):
+    reflectance = (image[..., :3] / 255).astype(np.float32)
+    reflectance[:9, :9] = np.nan
+    path = write(tmp_path / "float.tif", reflectance, photometric="rgb")
+    with pytest.raises(SlideError, match=r"holds float32 samples, .*tile\.value_range="):
+        whole(path)
+    pixels, _ = whole(path, value_range=(0.0, 1.0))
+    assert (pixels[:9, :9] == 255).all()
+    assert (pixels[9:] == image[9:, :, :3]).all()
+
+
+def test_a_palette_is_expanded(tmp_path, image):
+    indices = (image[..., :1] > 128).astype(np.uint8)
+    path = write(tmp_path / "classes.tif", indices)
+    with rasterio.open(path, "r+") as file:
+        file.write_colormap(1, {0: (1, 2, 3, 255), 1: (250, 20, 120, 255)})
+    pixels, _ = whole(path)
+    assert (pixels == np.array([[1, 2, 3], [250, 20, 120]], np.uint8)[indices[..., 0]]).all()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_true_transparency_lies_on_white(tmp_path, image, turned):
+    image = image.copy()
+    image[..., :3], image[..., 3] = 100, 255
+    image[:100, :, 3] = 0
+    image[100:104, :, 3] = 51
+    place = (557_699, 3_648_377)
+    transform = rasterio.Affine(0, 1, place[0], 1, 0, place[1]) if turned else None
+    options = {"photometric": "rgb", "alpha": "yes", "transform": transform}
+    pixels, notes = whole(write(tmp_path / "alpha.tif", image, **options))
+    assert notes == []
+    pixels = np.rot90(pixels, -1) if turned else pixels
+    assert (pixels[5:97, 5:-5] == 255).all()
+    assert (pixels[107:-5, 5:-5] == 100).all()
+    assert (pixels[102, 5:-5] == 224).all()
+
+
+def test_pages_of_a_geotiff_are_scenes(tmp_path, image):
+    write(tmp_path / "pages.tif", image[..., :3])
     with rasterio.open(
-        tmp_path / "classes.tif",
+        tmp_path / "pages.tif",
         "w",
         driver="GTiff",
         height=300,
         width=400,
-        count=1,
-        dtype=np.uint8,
+        count=3,
+        dtype="uint8",
         crs=UTM_NORTH,
         transform=rasterio.Affine(1, 0, 557_699, 0, -1, 3_648_377),
+        APPEND_SUBDATASET="YES",
     ) as file:
-        file.write(image[..., :1].T.swapaxes(1, 2))
-        file.write_colormap(1, {0: (1, 2, 3, 255)})
-    with pytest.raises(SlideError, match=r"classes\.tif holds a palette"):
-        open_slide(str(tmp_path / "classes.tif"), base_mpp=1e6)
+        file.write(np.moveaxis(255 - image[..., :3], -1, 0))
+    path = str(tmp_path / "pages.tif")
+    with rasterio.open(path) as file:
+        if len(file.subdatasets) < 2:
+            pytest.skip("this GDAL does not append subdatasets")
+    pixels, notes = whole(path)
+    assert "holds 2 scenes" in notes[0]
+    assert (pixels == image[..., :3]).all()
+    assert (whole(path, scene="1")[0] == 255 - image[..., :3]).all()
 
 
 def test_an_image_below_one_base_pixel_is_refused(tmp_path, image):

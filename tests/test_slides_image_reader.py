@@ -1,12 +1,14 @@
 import subprocess
 import sys
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
 
 from raylarge.errors import SlideError
 from raylarge.slides import image_reader, tiff_reader
+from raylarge.slides.protocol import ReadOptions
 from raylarge.slides.reader import open_slide
 
 
@@ -50,6 +52,29 @@ def test_grey_palette_bits_and_alpha_become_rgb(tmp_path, smooth):
         Image.fromarray(np.concatenate([bands, alpha], axis=-1), mode).save(tmp_path / "a.png")
         expected = bands * (alpha / 255) + 255 * (1 - alpha / 255)
         assert np.abs(whole(tmp_path / "a.png") - expected).max() <= 1
+
+
+def test_deep_images_are_scaled(tmp_path, smooth):
+    grey = smooth[..., 0].astype(np.uint16)
+    Image.fromarray(grey * 257).save(tmp_path / "grey.png")
+    assert (whole(tmp_path / "grey.png") == smooth[..., :1]).all()
+    options = ReadOptions(value_range=(0.0, 255.0))
+    Image.fromarray(grey).save(tmp_path / "dark.png")
+    with open_slide(str(tmp_path / "dark.png"), 0.5, options=options) as slide:
+        assert (slide.read(0, 0, *slide.size_px) == smooth[..., :1]).all()
+        assert slide.notes == ["uint16 samples: 0 became 0, and 255 became 255"]
+    deep = imagecodecs.png_encode(smooth.astype(np.uint16) * 257)
+    (tmp_path / "colour.png").write_bytes(deep)
+    assert (whole(tmp_path / "colour.png") == smooth).all()
+    with pytest.raises(SlideError, match=r"16-bit colours in a PNG, .* convert it to a 16-bit RGB"):
+        open_slide(str(tmp_path / "colour.png"), 0.5, options=options)
+
+
+@pytest.mark.parametrize("options", [ReadOptions(scene="1"), ReadOptions(bands=(3, 2, 1))])
+def test_options_that_an_image_does_not_have_are_refused(tmp_path, smooth, options):
+    Image.fromarray(smooth).save(tmp_path / "plain.png")
+    with pytest.raises(SlideError, match=r"tile\.(scene|bands)="):
+        open_slide(str(tmp_path / "plain.png"), 0.5, options=options)
 
 
 def test_rows_and_columns_are_the_stored_ones(tmp_path, smooth):
@@ -117,6 +142,7 @@ def test_a_real_section_is_read_piece_by_piece(shared_data, cache):
     path = str(shared_data / "he_large/5714_HE_BT_D1.jpg")
     code = f"""
 import resource
+from raylarge.slides.protocol import ReadOptions
 from raylarge.slides.reader import open_slide
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with open_slide({path!r}, 0.7, 0.7) as slide:

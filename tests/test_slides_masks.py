@@ -5,10 +5,11 @@ import time
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageDraw
 
 from raylarge.errors import SlideError
-from raylarge.slides import masks
+from raylarge.slides import mask_images, masks
 
 SIZE = (800, 1000)
 
@@ -47,7 +48,8 @@ def shown(tmp_path):
 
     def read(picture, shape, name="mask.png"):
         picture.save(tmp_path / name)
-        return masks.read(str(tmp_path / name), SIZE, shape)
+        size_l0 = (10 * picture.height, 10 * picture.width)
+        return masks.read(str(tmp_path / name), size_l0, shape)
 
     return read
 
@@ -103,7 +105,6 @@ def test_heights_count_for_nothing(drawn):
 
 def test_what_lies_over_the_edge_is_cut_off(drawn):
     assert (drawn(polygon(square(-100, 700, 300))) == cells((70, 80, 0, 20, True))).all()
-    assert not drawn(polygon(square(5000, 100, 300))).any()
 
 
 def test_polygons_alone_are_drawn_as_on_the_whole_page(drawn):
@@ -141,6 +142,115 @@ def test_another_json_is_one_sentence(tmp_path, text):
     (tmp_path / "a.geojson").write_text(text, encoding="latin-1")
     with pytest.raises(SlideError, match=r"^mask \S+a\.geojson is no GeoJSON of polygons [^\n]+$"):
         masks.read(str(tmp_path / "a.geojson"), SIZE, (8, 10))
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("NaN", "a coordinate that is no number of pixels: nan"),
+        ("Infinity", "no number of pixels: inf"),
+        ("1e300", "no number of pixels: 1e[+]300"),
+        ('"12"', "no number of pixels: 12"),
+        ("true", "no number of pixels: True"),
+    ],
+)
+def test_a_coordinate_that_is_no_number_is_one_sentence(tmp_path, place, reason):
+    rest = "2], [300, 4], [50, 600]]]}"
+    text = f'{{"type": "Polygon", "coordinates": [[[{place}, {rest}'
+    (tmp_path / "a.geojson").write_text(text)
+    with pytest.raises(SlideError, match=reason):
+        masks.read(str(tmp_path / "a.geojson"), SIZE, (80, 100))
+
+
+def test_points_and_lines_are_left_out_and_counted(tmp_path, drawn):
+    box = polygon(square(100, 200, 300))
+    points = [{"type": "Point", "coordinates": [30, 40]}] * 2
+    line = {"type": "LineString", "coordinates": [[0, 0], [9, 9]]}
+    bare = [{"type": "Feature", "geometry": one} for one in (*points, box, line)]
+    notes = []
+    (tmp_path / "bare.geojson").write_text(json.dumps(bare))
+    mask = masks.read(str(tmp_path / "bare.geojson"), SIZE, (80, 100), notes)
+    assert (mask == drawn(box)).all()
+    assert notes == ["the mask's 1 LineString, 2 Point have no area: they were left out"]
+    with pytest.raises(SlideError, match="it holds 2 Point, which have no area"):
+        drawn(features(*points))
+
+
+def test_an_empty_mask_an_open_ring_and_one_off_the_slide_are_said(tmp_path):
+    def notes_of(node):
+        notes = []
+        (tmp_path / "a.geojson").write_text(json.dumps(node))
+        masks.read(str(tmp_path / "a.geojson"), SIZE, (80, 100), notes)
+        return notes
+
+    inside, outside = square(100, 100, 200), square(5000, 100, 300)
+    assert notes_of(features()) == ["the mask shows no tissue at all"]
+    assert notes_of(polygon(inside[:-1])) == [
+        "1 rings of the mask are not closed: their ends were joined"
+    ]
+    assert notes_of(features(polygon(inside), polygon(outside))) == [
+        "1 of the mask's 2 polygons lie off the slide"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ring", "words"),
+    [
+        ([[-76.5, 38.9], [-76.4, 38.9], [-76.4, 39.0]], "off the slide .* look like degrees"),
+        ([[9.5, 48.9], [9.51, 48.9], [9.51, 48.95]], "in a speck of the slide .* like degrees"),
+        ([[4e5, 43e5], [4.1e5, 43e5], [4e5, 43.1e5]], "off the slide .*x 400000 to 410000"),
+        (square(5000, 100, 300), "off the slide .* and the slide is 2000 x 1600"),
+    ],
+)
+def test_polygons_of_another_place_are_refused(tmp_path, ring, words):
+    (tmp_path / "a.geojson").write_text(json.dumps(features(polygon(ring))))
+    with pytest.raises(SlideError, match=rf"has all of its 1 polygons {words}.*level-0 pixels"):
+        masks.read(str(tmp_path / "a.geojson"), (1600, 2000), (80, 100))
+
+
+def test_a_mask_of_another_shape_is_refused(shown, tmp_path):
+    Image.new("L", (80, 100), 255).save(tmp_path / "turned.png")
+    with pytest.raises(
+        SlideError, match=r"is 100 rows x 80 columns, and its slide 800 x 1000: .* transposed"
+    ):
+        masks.read(str(tmp_path / "turned.png"), SIZE, (80, 100))
+    for size in ((99, 79), (101, 80), (333, 266)):  # rounding
+        Image.new("L", size, 255).save(tmp_path / "near.png")
+        assert masks.read(str(tmp_path / "near.png"), SIZE, (80, 100)).all()
+
+
+def test_a_large_mask_is_read_without_a_word(tmp_path, recwarn):
+    mask = np.zeros((9400, 9600), bool)  # Pillow warns at 89 Mpx
+    mask[:4700] = True
+    Image.fromarray(mask).save(tmp_path / "large.png")
+    read = masks.read(str(tmp_path / "large.png"), (9400, 9600), (10, 10))
+    assert (read == (np.arange(10) < 5)[:, None]).all()
+    assert not [one for one in recwarn if "bomb" in str(one.message).lower()]
+
+
+@pytest.mark.parametrize("kind", [np.bool_, np.uint8, np.uint16, np.int32, np.float32])
+def test_a_large_tiff_mask_is_read_tile_by_tile(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(mask_images, "WHOLE_PX", 1000)
+    lit = np.random.default_rng(0).random((160, 200)) > 0.5
+    labels = lit.astype(kind) * kind(0.01 if kind is np.float32 else 1)
+    options = {"tile": (64, 64), "compression": "zlib", "photometric": "minisblack"}
+    tifffile.imwrite(tmp_path / "large.tif", labels, **options)
+    assert (masks.read(str(tmp_path / "large.tif"), SIZE, (160, 200)) == lit).all()
+
+
+def test_the_limit_of_a_format_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(mask_images, "DECODE_PX", 5000)
+    Image.new("L", (100, 80), 255).save(tmp_path / "large.png")
+    with pytest.raises(SlideError, match=r"claims 80 x 100 pixels, .*convert it to a tiled TIFF"):
+        masks.read(str(tmp_path / "large.png"), SIZE, (80, 100))
+
+
+def test_strips_do_not_change_a_mask(shown, monkeypatch):
+    picture = Image.fromarray(np.random.default_rng(3).random((320, 400)) > 0.5)
+    whole = [shown(picture, shape) for shape in ((80, 100), (640, 800), (77, 93))]
+    monkeypatch.setattr(mask_images, "_STRIP_PX", 1)
+    for one, most in zip(whole, (0, 0, 0.01), strict=True):  # a pixel's middle may lie on an edge
+        assert (shown(picture, one.shape) != one).mean() <= most
 
 
 @pytest.mark.parametrize("ending", ["png", "tif", "bmp"])
@@ -194,7 +304,9 @@ def test_what_is_no_image_is_one_sentence(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").write_bytes(b"")
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 9, (99, 99), np.uint8)).save(buffer, "png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 9, (80, 100), np.uint8)).save(
+        buffer, "png"
+    )
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:800])
     reasons = {"text": "is no image", "empty": "is no image", "cut": "is damaged or incomplete"}
     for name, reason in reasons.items():

@@ -11,6 +11,7 @@ class Source:
 
     sizes = ((1, 1),)
     icc_profile = None
+    notes = ()
 
     def __init__(self, hints, ground):
         self.mpp_hints, self.georeference = hints, ground

@@ -2,7 +2,9 @@ import numpy as np
 import openslide
 import pytest
 
+from raylarge.slides import openslide_reader
 from raylarge.slides.openslide_reader import OpenSlidePyramid, vendor
+from raylarge.slides.protocol import Refusal
 from raylarge.slides.reader import open_slide
 
 PART = (1500, 1000, 200, 300)
@@ -69,6 +71,29 @@ def test_transparent_pixels_lie_on_white(cmu):
     assert (region[:4, :4] == 255).all()
     assert (region[:4, 4:] == (224, 204, 244)).all()
     assert (region[4:] == (10, 20, 30)).all()
+
+
+def test_a_region_of_a_scan_is_a_scene(cmu, monkeypatch):
+    whole = OpenSlidePyramid(cmu)
+    fields = ("y", "x", "height", "width")
+    regions = [(0, 0, 500, 600), (700, 900, 300, 400)]
+    facts = {
+        f"openslide.region[{i}].{name}": str(value)
+        for i, region in enumerate(regions)
+        for name, value in zip(fields, region, strict=True)
+    }
+    original = openslide_reader._regions
+    monkeypatch.setattr(openslide_reader, "_regions", lambda found: original({**found, **facts}))
+    everything = OpenSlidePyramid(cmu)
+    assert everything.sizes == whole.sizes
+    assert "has 2 regions, which were read as one image" in everything.notes[0]
+    one = OpenSlidePyramid(cmu, "1")
+    assert one.sizes[0] == (300, 400)
+    assert one.notes == ["scene 1 of 2 was read"]
+    expected = whole.read_level(0, 710, 920, 100, 200)
+    assert (one.read_level(0, 10, 20, 100, 200) == expected).all()
+    with pytest.raises(Refusal, match=r"holds no scene tile\.scene=2, but 2"):
+        OpenSlidePyramid(cmu, "2")
 
 
 def test_vendors(cmu, tmp_path):

@@ -22,6 +22,7 @@ class Levels:
         self.sizes = [level.shape[:2] for level in levels]
         self.mpp_hints = []
         self.icc_profile = self.georeference = None
+        self.notes = []
         self.read = []
 
     def read_level(self, level, top, left, rows, columns):
@@ -149,8 +150,11 @@ def files_that_are_not_right(folder, smooth, slides):
     (folder / "bomb.png").write_bytes(
         b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + check + b"\0\1\0\0IDAT"
     )
-    tifffile.imwrite(folder / "16-bit.tif", smooth.astype(np.uint16) << 8, photometric="rgb")
-    Image.fromarray(smooth[..., 0].astype(np.uint16) << 8).save(folder / "16-bit.png")
+    tifffile.imwrite(folder / "float.tif", smooth.astype(np.float32) / 255, photometric="rgb")
+    tifffile.imwrite(folder / "signed.tif", smooth.astype(np.int16), photometric="rgb")
+    grey = {"photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(folder / "two.tif", smooth[..., :2], **grey)
+    tifffile.imwrite(folder / "seven.tif", np.dstack([smooth, smooth, smooth[..., 0]]), **grey)
     Image.fromarray(smooth).convert("CMYK").save(folder / "cmyk.jpg")
     tifffile.imwrite(folder / "stack.tif", np.stack([smooth] * 3), photometric="rgb")
 
@@ -169,9 +173,11 @@ NOT_RIGHT = {
     "cut-whole.jpg": "is damaged or incomplete .* leave it out",
     "cut-whole.png": "is damaged or incomplete .* leave it out",
     "bomb.png": "claims 60000 x 60000 pixels, and more than 536,870,912 .*`vips tiffsave",
-    "16-bit.tif": "holds uint16 pixels, not 8-bit ones; convert it to 8-bit RGB",
-    "16-bit.png": "holds I;16 pixels; convert it to 8-bit RGB",
-    "cmyk.jpg": "holds CMYK pixels; convert it to 8-bit RGB",
+    "float.tif": r"holds float32 samples, .* or set tile\.value_range=\[low,high\]",
+    "signed.tif": r"holds int16 samples, .* or set tile\.value_range=\[low,high\]",
+    "two.tif": r"has 2 bands and does not say which are red, green and blue; set tile\.bands=",
+    "seven.tif": "has 7 bands and does not say which",
+    "cmyk.jpg": "holds CMYK pixels, .*; convert it to 8-bit RGB",
     "stack.tif": r"holds several planes \(axes .*save the one",
 }
 
@@ -186,7 +192,7 @@ def not_right(tmp_path_factory, smooth, shared_data):
 @pytest.mark.parametrize("name", NOT_RIGHT)
 def test_a_file_that_is_not_right_is_one_sentence_with_the_cure(not_right, name):
     path = str(not_right / name)
-    sentence = rf"^slide \S*{name} {NOT_RIGHT[name]}[^\n]*\.$"
+    sentence = rf"^slide \S*{name} (?:{NOT_RIGHT[name]})[^\n]*\.$"
     with pytest.raises(SlideError, match=sentence), open_slide(path, 0.5) as slide:
         slide.read(0, 0, *slide.size_px)
 

@@ -5,6 +5,7 @@ from PIL import Image
 
 from raylarge.errors import SlideError
 from raylarge.slides import openslide_reader, tiff_reader
+from raylarge.slides.protocol import ReadOptions
 from raylarge.slides.reader import open_slide
 from raylarge.slides.tiff_reader import TiffPyramid
 
@@ -119,6 +120,130 @@ def test_a_fourth_band_is_alpha_where_it_says_so(tmp_path, image, kind):
     tifffile.imwrite(tmp_path / "four.tif", np.dstack([stored, alpha]), **options)
     expected = image if kind == "unspecified" else image * share + 255 * (1 - share)
     assert np.abs(whole(tmp_path / "four.tif") - expected).max() <= 1
+
+
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_deep_samples_are_scaled(tmp_path, image, planar):
+    path, deep = tmp_path / "deep.tif", image.astype(np.uint16)
+    options = {"photometric": "rgb", "planarconfig": planar, "tile": (64, 64)}
+
+    def write(samples, **more):
+        samples = np.moveaxis(samples, -1, 0) if planar == "separate" else samples
+        tifffile.imwrite(path, samples, **options, **more)
+
+    write(deep * 257)
+    assert (whole(path) == image).all()
+    with open_slide(str(path), 0.5) as slide:
+        assert slide.notes[0].startswith("16-bit samples: 0 to 65535 became 0 to 255")
+    assert (whole(path, options=ReadOptions(bands=(3, 2, 1))) == image[..., ::-1]).all()
+    reflectance = (image / 255).astype(np.float32)
+    reflectance[:5] = np.nan
+    write(reflectance)
+    read = whole(path, options=ReadOptions(value_range=(0.0, 1.0)))
+    assert (read[:5] == 255).all()
+    assert (read[5:] == image[5:]).all()
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "expected"),
+    [
+        (np.arange(0, 65536, 257, np.uint16).reshape(16, 16), {}, np.arange(256)),
+        (np.arange(256, dtype=np.uint16).reshape(16, 16) * 16, {"bitspersample": 12}, None),
+        (np.full((16, 16), 65535, np.uint16), {"photometric": "miniswhite"}, np.zeros(256)),
+    ],
+)
+def test_deep_grey_is_scaled_by_its_bits(tmp_path, samples, options, expected):
+    tifffile.imwrite(tmp_path / "grey.tif", samples, **{"photometric": "minisblack", **options})
+    with open_slide(str(tmp_path / "grey.tif"), 0.5) as slide:
+        read = slide.read(0, 0, 16, 16)
+    expected = np.round(samples.ravel() * 255.0 / 4095) if expected is None else expected
+    assert (read == np.reshape(expected, (16, 16, 1))).all()
+
+
+def test_alpha_of_deep_and_grey_images_lies_on_white(tmp_path, image):
+    alpha = np.linspace(0, 65535, 400 * 520).reshape(400, 520, 1).astype(np.uint16)
+    share = alpha / 65535
+    for kind, colours in (("rgb", image), ("minisblack", image[..., :1])):
+        stored = np.dstack([colours.astype(np.uint16) * 257, alpha])
+        tifffile.imwrite(
+            tmp_path / "alpha.tif",
+            stored,
+            photometric=kind,
+            planarconfig="contig",
+            extrasamples=["unassalpha"],
+        )
+        expected = colours * share + 255 * (1 - share)
+        assert np.abs(whole(tmp_path / "alpha.tif") - expected).max() <= 1
+
+
+def test_unnamed_channels_are_said_and_can_be_chosen(tmp_path, image):
+    four = np.dstack([image, image[..., 0]])
+    grey = {"photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(tmp_path / "four.tif", four, **grey)
+    with open_slide(str(tmp_path / "four.tif"), 0.5) as slide:
+        assert "does not say which bands are its colours: bands 1, 2, 3 were" in slide.notes[0]
+        assert (slide.read(0, 0, 400, 520) == image).all()
+    assert (
+        whole(tmp_path / "four.tif", options=ReadOptions(bands=(4, 3, 2))) == four[..., [3, 2, 1]]
+    ).all()
+
+
+def test_raw_ycbcr_is_refused(tmp_path, image):
+    tifffile.imwrite(tmp_path / "raw.tif", image, photometric="rgb")
+    with tifffile.TiffFile(tmp_path / "raw.tif", mode="r+b") as file:
+        file.pages[0].tags["PhotometricInterpretation"].overwrite(6)
+    with pytest.raises(SlideError, match="holds YCbCr colours without JPEG; convert it"):
+        open_slide(str(tmp_path / "raw.tif"), 0.5)
+
+
+@pytest.fixture
+def two_scenes(tmp_path, image):
+    path = tmp_path / "two.ome.tif"
+    with tifffile.TiffWriter(path) as writer:
+        for name, pixels in (("left", image), ("right", 255 - image)):
+            writer.write(
+                pixels,
+                photometric="rgb",
+                tile=(64, 64),
+                metadata={"axes": "YXS", "Name": name, "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5},
+            )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("scene", "inverted"), [("", False), ("0", False), ("1", True), ("right", True)]
+)
+def test_a_scene_is_read_by_number_or_name(two_scenes, image, scene, inverted):
+    with open_slide(str(two_scenes), options=ReadOptions(scene=scene)) as slide:
+        assert (slide.read(0, 0, 400, 520) == (255 - image if inverted else image)).all()
+        notes = slide.notes
+    if scene:
+        assert notes == [f"scene {int(inverted)} of 2 was read"]
+    else:
+        assert notes == [
+            "the file holds 2 scenes (0 of 400 x 520 px, 1 of 400 x 520 px): scene 0, the first "
+            "of the largest, was read (tile.scene= names another)"
+        ]
+
+
+@pytest.mark.parametrize("scene", ["2", "-1", "middle", "²"])
+def test_a_scene_that_is_not_there_is_refused(two_scenes, scene):
+    with pytest.raises(
+        SlideError, match=rf"holds no scene tile\.scene={scene}, but 2: 0 of 400 x 520 px, 1 of"
+    ):
+        open_slide(str(two_scenes), options=ReadOptions(scene=scene))
+
+
+def test_series_of_other_sizes_are_scenes_and_the_largest_is_read(tmp_path, image):
+    with tifffile.TiffWriter(tmp_path / "label.tif") as writer:
+        writer.write(image[:100, :90], photometric="rgb")
+        writer.write(image, photometric="rgb", tile=(64, 64), subifds=1)
+        writer.write(image[::2, ::2], photometric="rgb", tile=(64, 64), subfiletype=1)
+    with open_slide(str(tmp_path / "label.tif"), 0.5) as slide:
+        assert slide._pyramid.sizes == [(400, 520), (200, 260)]
+        assert "scene 1, the largest, was read" in slide.notes[0]
+    with open_slide(str(tmp_path / "label.tif"), 0.5, options=ReadOptions(scene="0")) as slide:
+        assert (slide.read(0, 0, 100, 90) == image[:100, :90]).all()
 
 
 def test_tiles_that_a_sparse_file_leaves_out_are_white(tmp_path, image):

@@ -33,6 +33,25 @@ def test_a_document_that_is_no_json_is_named(tmp_path, content):
         storage.read_json(str(path))
 
 
+def test_json_holds_null_where_a_number_is_not_finite(tmp_path):
+    path = str(tmp_path / "report.json")
+    nan, inf = float("nan"), float("inf")
+    storage.write_json(path, {"a": [1.5, nan, (inf, -inf)], "b": {"c": nan, "d": "NaN"}, "e": 1})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    document = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert document == {"a": [1.5, None, [None, None]], "b": {"c": None, "d": "NaN"}, "e": 1}
+    assert storage.as_json({"b": nan, "a": 1}) == '{"a": 1, "b": null}'
+
+
+def test_numbers_that_older_versions_wrote_into_json_are_read_as_null(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": NaN, "b": [Infinity, -Infinity, 2.5]}')
+    document = storage.read_json(str(tmp_path / "a.json"))
+    assert document == {"a": None, "b": [None, None, 2.5]}
+
+
 def test_sizes_know_folders_of_any_name_and_files_behind_links(tmp_path):
     made = folder_of(tmp_path / "b [1]*", {"one": b"123", ".two": b""})
     (made / "below").mkdir()

@@ -142,6 +142,15 @@ def test_the_newest_whole_checkpoint_is_found_after_any_kill(tmp_path):
     assert not list(tmp_path.glob(".beside-*"))
 
 
+def test_a_state_that_is_not_finite_is_refused_by_name(tmp_path):
+    tensors = {"weights/a": torch.ones(3), "weights/b": torch.tensor([1.0, torch.nan])}
+    State(tensors, updates=1).write(tmp_path, rank=0)
+    stored = Stored(tmp_path)
+    assert stored["weights/a"].tolist() == [1, 1, 1]
+    with pytest.raises(UserError, match=r"weights/b holds NaN .*remove that folder to go on from"):
+        stored["weights/b"]
+
+
 def test_checkpoints_in_s3(s3_bucket):
     root = f"{s3_bucket}/runs/one"
     checkpoints = opened(root, keep=2)
@@ -235,6 +244,7 @@ def test_a_store_that_fails_for_good_leaves_the_last_checkpoint(store, tmp_path)
     with pytest.raises(UserError, match="see that the server"):
         train(config, down)
     store.line.up()
+    storage.remove(f"{run_folder(config)}/.lock")  # as if this process had ended without the store
     last = newest_step(Checkpoints(run_folder(config), 2))
     assert last in (5, 10)  # the one of step 10 was perhaps still being written
     assert train(config, toy.Toy(local=str(tmp_path)))["resumed_from"] == last

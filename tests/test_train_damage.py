@@ -1,6 +1,7 @@
 """What is damaged, foreign or replaced is one sentence that names it, and costs nothing else."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -298,3 +299,63 @@ def test_tables_read_whole_have_kinds_too(tmp_path):
     storage.write_table(part, table.replace_schema_metadata(schema.LATENTS.metadata))
     with pytest.raises(UserError, match=r"train-0\.parquet does not fit"):
         tables.rows(str(tmp_path), "latents-0")
+
+
+def break_commit(newest, content):
+    Path(newest, "checkpoint.json").write_bytes(content)
+
+
+def break_size(newest, _):
+    path = Path(newest, "state-0.safetensors")
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def lose_file(newest, _):
+    Path(newest, "skipped.csv").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "content", "said"),
+    [
+        (break_commit, b"", r"checkpoint\.json \(0 bytes\) is empty, cut short or no commit"),
+        (break_commit, b'{"step": 4, "fi', "cut short or no commit"),
+        (break_commit, b"\x00" * 300, "cut short or no commit"),
+        (break_commit, b'{"step": "x", "files": {"a": 1}}', "cut short or no commit"),
+        (break_commit, b'{"step": 4, "files": {}}', "cut short or no commit"),
+        (break_size, b"", r"state-0\.safetensors has \d+ bytes instead of \d+"),
+        (lose_file, b"", r"skipped\.csv is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_with_a_sentence(config, capsys, damage, content, said):
+    train(config, toy.Toy())
+    root = Path(run_folder(config))
+    newest = root / Checkpoints(str(root), 2).newest().name
+    damage(newest, content)
+    capsys.readouterr()
+    facts = train(replace(config, steps=5), toy.Toy())
+    assert (facts["resumed_from"], facts["step"]) == (2, 5)
+    line = next(line for line in capsys.readouterr().out.splitlines() if newest.name in line)
+    assert re.search(rf"damaged and is passed over: .*{said}; training resumes from step 2", line)
+
+
+def test_no_whole_checkpoint_means_a_new_start_that_is_announced(config, capsys):
+    train(config, toy.Toy())
+    for path in Path(run_folder(config)).glob("step-*/checkpoint.json"):
+        path.write_bytes(b"")
+    capsys.readouterr()
+    assert train(config, toy.Toy())["resumed_from"] is None
+    assert capsys.readouterr().out.count("no other is whole, so training starts anew.") == 2
+
+
+@pytest.mark.parametrize("name", ["facts.json", "owner.json", "status.json"])
+def test_a_damaged_file_that_is_written_anew_anyway_costs_nothing(config, name):
+    train(config, toy.Toy())
+    Path(run_folder(config), name).write_bytes(b"")
+    assert train(replace(config, steps=5), toy.Toy())["step"] == 5
+
+
+def test_a_damaged_record_is_a_sentence(config):
+    train(config, toy.Toy())
+    Path(run_folder(config), "config.json").write_bytes(b"")
+    with pytest.raises(UserError, match=r"does not say what .* were trained with; bring it back"):
+        train(replace(config, steps=5), toy.Toy())

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from raylarge import images, storage
 from raylarge.errors import UserError
 from raylarge.train.paper import memory
-from raylarge.train.watch import meter
+from raylarge.train.watch import line, meter
 from raylarge.train.watch import trackers as watch
 from raylarge.train.watch.bins import Bins
 from raylarge.train.watch.meter import Meter
@@ -332,3 +332,18 @@ def test_flops_of_training_are_counted_on_a_copy(way, extra):
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in network.parameters())
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_expected_end_is_printed_once_after_a_few_steps(capsys):
+    status = {"loss": 0.5, "fraction": 0.01, "rate": 8.0}
+    with line.progress("ldm", 16) as show:
+        for step in range(101, 112):  # a resumed run begins anywhere
+            show({**status, "step": step, "eta_s": 3600.0})
+    lines = [one for one in capsys.readouterr().out.splitlines() if "expected end" in one]
+    assert len(lines) == 1
+    assert (
+        "ldm: 2 s per step of 16 samples on this machine; expected end in 1:00:00, at" in lines[0]
+    )
+    with line.progress("ldm", 16) as show:
+        show({**status, "step": 1, "eta_s": None})
+    assert "expected end" not in capsys.readouterr().out

@@ -7,6 +7,7 @@ function of (seed, slide_id, scale).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from raylarge.diffusion.noise import generator
 from raylarge.errors import UserError
 from raylarge.geometry import spans
-from raylarge.slides.reader import BASE_MPP, Slide
+from raylarge.slides.protocol import ReadOptions
+from raylarge.slides.reader import BASE_MPP
 
 Grid = Float[np.ndarray, "grid_rows grid_columns"]
 Cells = Int[np.ndarray, "n 2"]
@@ -27,12 +29,14 @@ _COARSEST = 12
 class Tile:
     """What counts as an example, and who may train on it."""
 
-    patch_px: int = 256
+    patch_px: int = 256  # side of an example in pixels, at every scale
     scales: list[int] = field(default_factory=lambda: list(range(8)))
+    """0: the base; each further one halves the pixels."""
     tissue: list[float] = field(default_factory=lambda: [0.5, 0.4, 0.3, 0.2, 0.1])
     """Least share of tissue per scale; coarser scales than listed take the last."""
     mask: str = ""
-    """Where tissue is: "" by colour; `all`; or a pattern such as `masks/{name}.geojson` (.png)."""
+    """Where tissue is: "" by colour; `all`; or a pattern such as `masks/{name}.geojson` (.png).
+    Example: masks/{name}.geojson."""
     border: str = "drop"
     """Regions over the right and lower edge: `drop`, or `pad` them with white."""
     crops: int = 0
@@ -42,24 +46,37 @@ class Tile:
     pixel and is turned or mirrored (`slides/view.py`), with its own embeddings. For small data."""
     split: str = "patient"
     """`patient`: whole patients are held out; `band`: the lowest rows of each slide; or a file."""
-    val_fraction: float = 0.1
-    test_fraction: float = 0.0
+    val_fraction: float = 0.1  # share held out for validation
+    test_fraction: float = 0.0  # share held out for tests
+    unlisted: str = "refuse"
+    """Slides without a split, where `table` has a column `split` or `split` is a file: `refuse`;
+    `skip` leaves them out, `hash` holds out patients as `split=patient` does."""
     patient: str = ""
-    """Regular expression on the file name whose first group is the patient; empty: the slide."""
+    """Regular expression on the file name whose first group is the patient; empty: the slide.
+    Example: (.*)-[0-9]+."""
     table: str = ""
-    """A CSV or parquet of the slides: `slide`, and patient, split, mpp (`roster.py`)."""
+    """A CSV or parquet of the slides: `slide`, and patient, split, mpp (`roster.py`).
+    Example: slides.csv."""
     labels: list[str] = field(default_factory=list)
     """Columns of the table that go into the examples; mind what they tell of a patient."""
-    mpp: float | None = None
-    base_mpp: float = BASE_MPP
+    mpp: float | None = None  # µm per pixel of the slides whose files do not say it
+    base_mpp: float = BASE_MPP  # µm per pixel of scale 0
     icc: bool = True
     """Convert pixels to sRGB where the file has a colour profile."""
+    scene: str = ""
+    """Which image of a file with several: its name, or its number from 0; empty: the largest."""
+    bands: list[int] = field(default_factory=list)
+    """Numbers from 1 of red, green and blue (or of grey alone) in GeoTIFF and TIFF, such as
+    [3,2,1]; empty: what the file says."""
+    value_range: list[float] = field(default_factory=list)
+    """The values that become 0 and 255 in samples of more than 8 bits, such as [0,3000]; empty:
+    all of an unsigned type, and floating point is refused."""
     block_tiles: int = 1024
     """Base tiles (about) per part of the later tables."""
     salt: str = "raylarge"
     """Of the pseudonyms. It is written nowhere: give your own, and keep it. Everybody knows this
     one, and finds a slide's name by trying names."""
-    seed: int = 0
+    seed: int = 0  # of crops and of the split
 
     def check(self) -> None:
         """Refuse values that make no sense.
@@ -82,7 +99,10 @@ class Tile:
             ),
             ("test_fraction", self.split != "band" or not self.test_fraction, "0 with split=band"),
             ("split", bool(self.split), "patient, band, or a file with the splits"),
+            ("unlisted", self.unlisted in ("refuse", "skip", "hash"), "refuse, skip or hash"),
             ("seed", 0 <= self.seed < 1 << 64, "0 or more"),
+            ("bands", _bands(self.bands), "one band or three, by numbers from 1"),
+            ("value_range", _range(self.value_range), "two different numbers, [low,high]"),
             ("block_tiles", self.block_tiles >= 1, "1 or more"),
             ("crops", self.crops >= 0, "0 or more"),
             ("views", self.views >= 1, "1 or more"),
@@ -90,6 +110,11 @@ class Tile:
         ):
             if not fine:
                 raise UserError(f"tile.{key}={getattr(self, key)}: it must be {wish}.")
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """What the readers of slides are told."""
+        return ReadOptions(self.scene, tuple(self.bands), tuple(map(float, self.value_range)))
 
     def require_one_view(self) -> Tile:
         """Return itself, for formats that know one view of a slide.
@@ -103,6 +128,16 @@ class Tile:
                 "them with tile.views=1 into another out=."
             )
         return self
+
+
+def _bands(bands: Sequence[int]) -> bool:
+    return len(bands) in (0, 1, 3) and all(band >= 1 for band in bands)
+
+
+def _range(values: Sequence[float]) -> bool:
+    if not values:
+        return True
+    return len(values) == 2 and all(map(math.isfinite, values)) and values[0] != values[1]
 
 
 def _ascending(scales: Sequence[int]) -> bool:
@@ -165,23 +200,6 @@ def splits(cells: Cells, k: int, rows: int, split: str, val_fraction: float) -> 
 def band_edge(rows: int, val_fraction: float) -> int:
     """Return the first row of the base grid that `split=band` holds out."""
     return rows - (max(1, round(val_fraction * rows)) if val_fraction else 0)
-
-
-def view_splits(cells: Cells, k: int, slide: Slide, split: str, config: Tile) -> list[str]:
-    """Return each candidate's split in a view: train, or empty where it shows held-out rows."""
-    if split != "band":
-        return [split] * len(cells)
-    side = config.patch_px
-    edge_px = side * band_edge(_grid_rows(slide.whole_px[0], config), config.val_fraction)
-    boxes = [(int(r) * side, int(c) * side, side << k, side << k) for r, c in cells]
-    sources = [slide.view.source(box, slide.whole_px) for box in boxes]
-    return ["train" if top + height <= edge_px else "" for top, _, height, _ in sources]
-
-
-def _grid_rows(rows_px: int, config: Tile) -> int:
-    """Return how many rows of base tiles count for the held-out band."""
-    padded = config.border == "pad"
-    return -(-rows_px // config.patch_px) if padded else rows_px // config.patch_px
 
 
 def reason(

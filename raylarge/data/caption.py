@@ -30,9 +30,9 @@ _SMALL_FILES = (".json", ".txt")
 class Caption(Means):
     """Who describes the images, and which of them."""
 
-    model: str = "blip"
-    weights: str = ""  # a folder in the layout of transformers, on every node
-    batch: int = 8
+    model: str = "blip"  # a captioner's card (models/text.py)
+    weights: str = ""  # a folder in the layout of transformers, on every node. Example: blip/
+    batch: int = 8  # images of one pass
     scales: list[int] | None = None
     """Which scales are described; absent: all."""
 

@@ -38,9 +38,9 @@ Vectors = Float16[np.ndarray, "n width"]
 class Embed(Means):
     """Which encoder looks at the base tiles, and by what means."""
 
-    encoder: str = "efficientnet_lite0"
-    weights: str = ""  # a file or folder of weights that the user has, on every node
-    batch: int = 32
+    encoder: str = "efficientnet_lite0"  # a card's name (models/ssl_cards.py)
+    weights: str = ""  # file or folder of weights, on every node. Example: model.bin
+    batch: int = 32  # tiles of one pass
     dtype: str = "float32"
     """The network's precision: float32, bfloat16 or float16."""
 

@@ -28,7 +28,7 @@ from raylarge.geometry import batches
 class Encode(Means):
     """How the autoencoder is fed."""
 
-    batch: int = 32
+    batch: int = 32  # images of one pass
     flips: bool = False
     """Rows for the image mirrored left to right, upside down, and both, too."""
 
@@ -77,7 +77,7 @@ class Encoding(Maker):
         """A latent for every example of the part, in its order; flips follow their example."""
         table = storage.read_table(storage.join(self._root, unit["source"]))
         flips = 4 if self._config.flips else 1
-        latents = self._encode(table["image"].to_pylist(), flips)
+        latents = self._encode(table["image"].to_pylist(), flips, unit["source"])
         table = table.drop_columns(["image"]).take(np.repeat(np.arange(table.num_rows), flips))
         flip = np.tile(np.arange(flips, dtype=np.int8), table.num_rows // flips)
         table = table.append_column("flip", pa.array(flip))
@@ -88,15 +88,28 @@ class Encoding(Maker):
         groups = [[scale, split, rows * flips] for scale, split, rows in unit["groups"]]
         return table, {"shape": list(latents.shape[1:]), "groups": groups}
 
-    def _encode(self, files: list[bytes], flips: int) -> Float16[np.ndarray, "n c h w"]:
+    def _encode(
+        self, files: list[bytes], flips: int, source: str
+    ) -> Float16[np.ndarray, "n c h w"]:
+        """Return the latents of image files, each under all flips.
+
+        Raises:
+            UserError: latents that float16 cannot hold; `source` names the part of the examples.
+        """
         found: list[np.ndarray] = []
         count = len(files) * flips
         for batch in batches(count, self._config.batch) if count else []:
             pixels = [mirrored(images.from_bytes(files[i // flips]), i % flips) for i in batch]
             x = images.to_float(np.stack(pixels)).to(self._config.device)
             with torch.inference_mode():
-                latents = self._autoencoder.encode(x)
-            found.append(latents.cpu().numpy().astype(np.float16))
+                latents = self._autoencoder.encode(x).to(torch.float16).cpu().numpy()
+            if not np.isfinite(latents).all():
+                raise UserError(
+                    f"encode: the autoencoder's latents hold NaN or values beyond float16 among "
+                    f"rows {batch[0] // flips} to {max(batch) // flips} of {source}; train the "
+                    f"autoencoder again: its latents should have a deviation of about 1."
+                )
+            found.append(latents)
         if not found:
             return np.empty((0, 0, 0, 0), np.float16)
         return np.concatenate(found)[:count]

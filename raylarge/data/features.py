@@ -43,13 +43,13 @@ class Features(Means):
 
     blocks: list[int] = field(default_factory=lambda: [3])
     """Output blocks in the published numbering, 0 to 11 at full size; -1 is the middle block."""
-    t: int = 100
+    t: int = 100  # the diffusion timestep, 0 to 999
     scales: list[int] | None = None
     """Of which examples; absent: all."""
     condition: str = "own"
     """`own`: the example's embeddings through the Summarizer; `null`: none."""
-    seed: int = 0
-    batch: int = 32
+    seed: int = 0  # of the noise
+    batch: int = 32  # latents of one pass
     dtype: str = "float32"
     """The networks' precision: float32, bfloat16 or float16."""
 

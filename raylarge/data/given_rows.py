@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -102,6 +103,17 @@ def _leaves(footer: Any) -> list[str]:
     return [footer.schema.column(i).path for i in range(footer.num_columns)]
 
 
+def _arrow_buffer(content: bytes) -> pa.Buffer:
+    """Bytes in Arrow's own memory.
+
+    A thread of Arrow's reader may be the last to let go of its input. While the interpreter
+    ends, letting go of a Python object would abort the process; this is none.
+    """
+    buffer = pa.allocate_buffer(len(content))
+    np.frombuffer(buffer, np.uint8)[:] = np.frombuffer(content, np.uint8)
+    return buffer
+
+
 class _Csv(Source):
     """A CSV table, read whole."""
 
@@ -113,7 +125,7 @@ class _Csv(Source):
         types = {"key": pa.uint64(), **PLACE, column: pa.string()}
         options = pyarrow.csv.ConvertOptions(column_types=types)
         parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
-        content = pa.BufferReader(storage.read_bytes(path))
+        content = pa.BufferReader(_arrow_buffer(storage.read_bytes(path)))
         try:
             self._table = pyarrow.csv.read_csv(
                 content, parse_options=parsing, convert_options=options

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from raylarge.data import roster
+from raylarge import storage
+from raylarge.data import name_table
 from raylarge.data.candidates import Tile
-from raylarge.errors import SlideError, UserError
+from raylarge.data.views import view_of
+from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.reader import Slide, open_slide
-from raylarge.slides.view import View
+from raylarge.storage.web import scrubbed
 
 _CACHE_BYTES = 256 << 20
 _STRIP_BYTES = 3 << 20
-_MASK_CELLS = 8
-"""Cells of a tissue mask along the side of a base tile."""
 _AHEAD = 8
 """Strips that are read before they are wanted."""
 Pixels = UInt8[np.ndarray, "P P 3"]
@@ -63,6 +63,7 @@ class TileGrid:
                 unit["mpp_override"],
                 config.base_mpp,
                 config.icc,
+                config.read_options,
                 view_of(unit, config),
             )
             self._name = name
@@ -147,21 +148,6 @@ def runs(columns: Sequence[int], most: int) -> list[tuple[int, int]]:
     return found
 
 
-def mask_cell_px(config: Tile) -> int:
-    """Return the side of a cell of tissue masks in base pixels."""
-    return max(1, config.patch_px // _MASK_CELLS)
-
-
-def view_of(unit: Mapping[str, Any], config: Tile) -> View:
-    """Return how a unit's slide is shifted, turned and mirrored."""
-    number = unit.get("view", 0)
-    return (
-        View.of(number, unit["slide_id"], config.patch_px, mask_cell_px(config), config.seed)
-        if number
-        else View()
-    )
-
-
 @contextmanager
 def about(unit: Mapping[str, Any]) -> Iterator[None]:
     """What goes wrong with a unit's slide, told by its pseudonym.
@@ -173,10 +159,14 @@ def about(unit: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text, slide_id = str(error), unit["slide_id"]
-        for path in filter(None, (unit["path"], unit.get("mask"))):
-            text = text.replace(path, slide_id)
-            for name in roster.stems(path):  # as names of files: a stem may be a word, too
-                text = re.sub(rf"(?<=/){re.escape(name)}|{re.escape(name)}(?=\.\w)", slide_id, text)
+        slide_id, names = unit["slide_id"], []
+        files = [storage.shown(path) for path in (unit["path"], unit.get("mask")) if path]
+        paths = list(dict.fromkeys([*files, *map(printable, files)]))  # messages escape names
+        for path in paths:
+            for name in filter(None, map(re.escape, name_table.stems(path))):
+                # as names of files: a stem may be a word, too
+                names.append(rf"(?<=/){name}(?![^\W_])|(?<![^\W_]){name}(?=\.\w)")
+        private = "|".join([*map(re.escape, paths), *names])
+        text = re.sub(private, slide_id, scrubbed(str(error)))
         kind = SlideError if isinstance(error, SlideError) else UserError
         raise kind(f"{text} (names.json says which file {slide_id} is)") from error

@@ -5,6 +5,7 @@
     DATA/embeddings|blocks/<slide_id>-<block>.parquet     one part per block of rows of a slide
     DATA/examples|latents-<digest>|.../<bucket>.parquet   one part per hash bucket of blocks
     DATA/<verb>.json                     written last: config, counts, parts
+    DATA/unfinished-<verb>.json          in its place while parts of a whole table are replaced
     DATA/failed.parquet                  what could not be made, and why
 
 A part is one object, whole or absent, under a name that follows from its unit; its footer is its
@@ -76,7 +77,7 @@ class PartWork:
         table = schema.check(table, self._maker.kind)
         known = {key: unit[key] for key in ("part", "stamp", "tiles") if key in unit}
         facts = {**facts, **known, **_counts(table)}
-        metadata = {**table.schema.metadata, "facts": json.dumps(facts, sort_keys=True)}
+        metadata = {**table.schema.metadata, "facts": storage.as_json(facts)}
         table = table.replace_schema_metadata(metadata)
         groups = [rows for _, _, rows in facts["groups"]] if "groups" in facts else None
         storage.write_table(storage.join(self._root, unit["part"]), table, groups)
@@ -99,7 +100,9 @@ def build(
     done = _listed(root, before, units)
     rest = [unit for unit in units if unit["part"] not in done]
     if {unit["part"] for unit in rest} & {one["part"] for one in before.get("parts", [])}:
-        storage.remove(storage.join(root, f"{verb}.json"))  # the table is not whole from now on
+        # The table is not whole from now on, but its settings still bind who runs next.
+        storage.write_json(_unfinished(root, verb), {"config": before["config"]})
+        storage.remove(storage.join(root, f"{verb}.json"))
     made = pipeline.run(rest, partial(PartWork, root, maker), crew, verb.split("-")[0])
     failed = []
     for unit, facts in zip(rest, made, strict=True):
@@ -130,18 +133,22 @@ def refuse_mixing(
     sections: Mapping[str, Mapping[str, Any]],
     verbs: Sequence[str] = ("tile", "embed", "shard"),
 ) -> None:
-    """Refuse a folder whose finished verbs were made with another config.
+    """Refuse a folder whose verbs were made with another config, be they finished or cut short.
 
     Raises:
         UserError: naming the first key that differs, and the cure.
     """
     for verb in verbs:
-        begun = _manifest(root, verb).get("config", {})
+        before, file = _manifest(root, verb), f"{verb}.json"
+        if not before and storage.exists(path := _unfinished(root, verb)):
+            before, file = storage.read_json(path), path.rsplit("/", 1)[-1]
+        begun = before.get("config", {})
         for section in sections.keys() & begun.keys():
-            old, new = begun[section], json.loads(json.dumps(sections[section]))
+            new = storage.without_places(json.loads(json.dumps(sections[section])))
+            old = storage.without_places(begun[section])
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) != new.get(key):
-                    what = root if verb in ("tile", "embed") else f"{root}/{verb}.json"
+                    what = root if verb in ("tile", "embed") else f"{root}/{file}"
                     raise UserError(
                         f"{root} was made with {section}.{key}={old.get(key)}, not {new.get(key)}; "
                         f"choose another out= or delete {what}."
@@ -161,7 +168,7 @@ def finish(
     document = {
         "verb": verb,
         "version": schema.VERSION,
-        "config": config,
+        "config": storage.without_places(config),
         "rows": sum(one["rows"] for one in facts),
         "counts": counts,
         "digest": stamp(parts),
@@ -172,6 +179,7 @@ def finish(
     _record(root, verb, built.failed)
     path = storage.join(root, f"{verb}.json")
     storage.write_json(path, document)
+    storage.remove(_unfinished(root, verb))
     made = sum(one["made"] for one in facts)
     rows = {"rows": document["rows"], "counts": counts, "failed": len(built.failed)}
     tiles = sum(one.get("tiles", 0) for one in facts if one["made"])
@@ -202,6 +210,11 @@ def manifest(root: str, verb: str, wanted_by: str) -> dict[str, Any]:
         raise UserError(f"{wanted_by} needs {path}; run verbs={verb} with this out= first.")
     found: dict[str, Any] = storage.read_json(path)
     return found
+
+
+def _unfinished(root: str, verb: str) -> str:
+    """Where the settings of a table stand while its parts are replaced and it has no manifest."""
+    return storage.join(root, f"unfinished-{verb}.json")
 
 
 def _manifest(root: str, verb: str) -> Facts:

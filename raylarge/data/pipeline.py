@@ -24,6 +24,7 @@ import torch
 from raylarge import report
 from raylarge.config import plain
 from raylarge.errors import SlideError, UserError
+from raylarge.fleet.room import Room, require_room
 from raylarge.fleet.session import session
 
 Unit = Mapping[str, Any]
@@ -107,7 +108,8 @@ def run(units: Sequence[Unit], work: Callable[[], Work], crew: Crew, title: str)
         title: of the progress bar.
 
     Raises:
-        UserError: what a unit raised.
+        SlideError: a slide cannot be read, and the crew does not skip it.
+        UserError: what else a unit raised.
         RuntimeError: any other failure of a unit, naming it.
     """
     if not units:
@@ -123,8 +125,10 @@ def run(units: Sequence[Unit], work: Callable[[], Work], crew: Crew, title: str)
         for answer in answers:
             index, again = answer["index"], answer.get("again", 0)
             skipped = crew.skip and units[index].get("slide_id")
-            if "error" in answer or ("failed" in answer and not skipped):
-                raise UserError(answer.get("error") or answer["failed"])
+            if "error" in answer:
+                raise UserError(answer["error"])
+            if "failed" in answer and not skipped:
+                raise SlideError(answer["failed"])
             if "failure" in answer:
                 raise RuntimeError(f"{title} failed at {answer['failure']}")
             facts = {"failed": answer["failed"]} if "failed" in answer else answer["facts"]
@@ -179,10 +183,7 @@ def _on_ray(
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        if crew.gpus > (have := ray.cluster_resources().get("GPU", 0)):
-            report.say(
-                f"{title} waits: an actor wants {crew.gpus:g} GPUs, the cluster has {have:g}"
-            )
+        require_room(Room(f"an actor of {title}", 1.0, float(crew.gpus)))
         rows = [{"runs": json.dumps(one)} for one in _runs(units, workers)]
         answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Runner,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from glob import has_magic
 from typing import Any
 
 from omegaconf import MISSING
@@ -19,10 +21,12 @@ from raylarge.data.embed import Embed
 from raylarge.data.encode import Encode
 from raylarge.data.features import Features
 from raylarge.data.pipeline import Crew
+from raylarge.data.roster import with_names
 from raylarge.data.shard import Shard
 from raylarge.data.text_embed import TextEmbed
 from raylarge.errors import UserError
 from raylarge.fleet.session import session
+from raylarge.storage import web
 
 VERBS = ("tile", "embed", "shard", "encode", "caption", "text_embed", "features")
 
@@ -31,16 +35,20 @@ VERBS = ("tile", "embed", "shard", "encode", "caption", "text_embed", "features"
 class Prepare:
     """What `jobs/prepare.py` understands."""
 
-    out: str = MISSING
+    out: str = MISSING  # the data folder, for all tables. Example: data
     slides: str = ""
-    """Paths or patterns, separated by commas."""
+    """Paths or patterns, separated by commas. Example: slides/*.svs,b.tif."""
     verbs: str = "tile,embed,shard"
+    """what to do: tile, embed, shard, encode, caption, text_embed, features."""
     workers: int | None = None
     """Ray workers of one CPU each; absent: this process."""
     on_error: str = "stop"
     """At a slide that cannot be read: `stop`, or `skip` it and say so in failed.parquet."""
+    names: bool = False
+    """Name the files of slides in the terminal, the QC page and report.json, not only by
+    pseudonyms."""
     bundle: str = ""
-    """Whose autoencoder `encode` uses, and whose U-Net `features`."""
+    """Whose autoencoder `encode` uses, and whose U-Net `features`. Example: bundle."""
     tile: Tile = field(default_factory=Tile)
     embed: Embed = field(default_factory=Embed)
     shard: Shard = field(default_factory=Shard)
@@ -65,17 +73,48 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
     require_place("out", config.out)
     root = storage.absolute(config.out)
     crew = Crew(workers=config.workers, skip=config.on_error == "skip")
+    if config.slides and "tile" not in _verbs(config):  # queries of web addresses are not stored
+        for path in find_slides(config.slides):
+            web.remember(path)
+    try:
+        with storage.exclusive(root, "prepare") as check:
+            log.read()
+            return _run_all(root, config, log, crew, check)
+    except UserError as error:
+        if not config.names:
+            raise
+        raise type(error)(with_names(str(error), tile.file_names(root))) from error
+
+
+def _run_all(
+    root: str, config: Prepare, log: report.Report, crew: Crew, check: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    """The verbs one after the other, as long as the folder is ours (`check`)."""
     done: dict[str, dict[str, Any]] = {}
     with nullcontext() if config.workers is None else session(config.workers + 1):
         for verb in _verbs(config):
+            check()
             with log.stage(verb) as facts:
                 start = time.monotonic()
                 facts.update(_run(verb, root, config, crew))
                 if facts["tiles"]:
                     facts["tiles_per_s"] = round(facts["tiles"] / (time.monotonic() - start), 1)
-            done[verb] = dict(facts)
+                done[verb] = dict(facts)
+                facts.update(storage.without_places(done[verb]))  # the report goes with the data
             report.say(_line(verb, facts))
+            if facts["failed"]:
+                _say_failures(root, verb, config.names)
     return done
+
+
+def _say_failures(root: str, verb: str, names: bool) -> None:
+    """A line for each slide that failed; by pseudonym, and by file name where that is wanted."""
+    files = tile.file_names(root) if names else {}
+    for row in storage.read_table(storage.join(root, "failed.parquet")).to_pylist():
+        if row["verb"] == verb:
+            report.say(f"  {with_names(row['reason'], files)}")
+    if not names:
+        report.say("  (names=true shows the names of their files here)")
 
 
 def _line(verb: str, facts: dict[str, Any]) -> str:
@@ -87,7 +126,7 @@ def _line(verb: str, facts: dict[str, Any]) -> str:
 
 def _run(verb: str, root: str, config: Prepare, crew: Crew) -> dict[str, Any]:
     if verb == "tile":
-        return tile.run(root, find_slides(config.slides), config.tile, crew)
+        return tile.run(root, find_slides(config.slides), config.tile, crew, config.names)
     if verb == "embed":
         return embed.run(root, config.tile, config.embed, crew)
     if verb == "shard":
@@ -117,7 +156,8 @@ def find_slides(slides: str) -> list[str]:
         paths = storage.listing(storage.absolute(word))
         if not paths:
             raise UserError(f"no slide fits {word}; check the path (a pattern needs quotes).")
-        folders = [path for path in paths if storage.is_local(word) and os.path.isdir(path)]
+        named = storage.is_local(word) and not has_magic(word)
+        folders = [path for path in paths if named and os.path.isdir(path)]
         if any(not storage.children(folder, "*.dcm") for folder in folders):
             raise UserError(
                 f"{folders[0]} is a folder; name the slides in it: slides='{folders[0]}/*.svs'."

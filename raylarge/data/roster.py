@@ -1,33 +1,35 @@
 """Who is who among the slides: pseudonyms, patients, splits, labels, fingerprints.
 
-A user's table (CSV or parquet) may say more of a slide: `slide` is its file name, with or without
-what follows the first dot or the last; `patient`, `split` and `mpp` are known, and `tile.labels`
-names the columns that go into the examples. A split file lists slides or patients: in the form of
-HIPT's and CLAM's folds (columns train, val, test), or in columns `slide` (or `patient`) and
-`split`. A patient never crosses splits.
+A user's table (CSV or parquet) may say more of a slide: `slide` is its file name
+(`name_table.py`); `patient`, `split` and `mpp` are read, and `tile.labels` names the columns that
+go into the examples. A split file lists slides or patients (`split_table.py`). A patient never
+crosses splits.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
-
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
+from typing import Any
 
 from raylarge import storage
+from raylarge.data import split_table, text_table
 from raylarge.data.candidates import Tile
+from raylarge.data.name_table import SOME, NameTable, file_name, some, stems
+from raylarge.data.split_table import WORDS
 from raylarge.errors import SlideError, UserError
 from raylarge.slides.fetch import companions
+from raylarge.storage import web
 
 _PEEK_BYTES = 1 << 20
-_T = TypeVar("_T")
-_SPLITS = ("train", "val", "test")
+_NUMBER = re.compile(r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_PSEUDONYM = re.compile(r"\b[0-9a-f]{16}\b")
+_PRIVATE = re.compile(r" \(names\.json says which file [0-9a-f]{16} is\)")
+Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Entry:
     mpp: float | None
     labels: dict[str, str] = field(default_factory=dict)
     view: int = 0
+    patient: str = ""
 
     @property
     def stem(self) -> str:
@@ -48,76 +51,215 @@ class Entry:
         return stems(self.path)[1]
 
 
-def entries(paths: Sequence[str], config: Tile) -> list[Entry]:
-    """The slides by pseudonym.
+@dataclass
+class SlideIndex:
+    """The slides, and how the user's tables fit them.
+
+    Attributes:
+        entries: the slides by pseudonym.
+        skipped: files without a split, which `tile.unlisted=skip` leaves out.
+        lines: what the tables and the slides do not agree in, for the terminal.
+        counts: the same in numbers, with a few names, for `report.json`.
+        hint: what a name of a table may have meant.
+    """
+
+    entries: list[Entry]
+    skipped: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)
+    hint: str = ""
+
+
+def index(paths: Sequence[str], config: Tile) -> SlideIndex:
+    """The slides by pseudonym, with what the tables say of them.
 
     Raises:
-        UserError: two slides of one file name, a table or split file that does not fit, a patient
-            in two splits.
+        UserError: two slides of one file name, a table or split file that does not fit, slides
+            without a split where a table gives splits, a patient in two splits.
     """
-    table = _by_slide(config.table, config.labels) if config.table else {}
-    listed = _split_file(config.split) if is_file(config.split) else {}
-    if config.table and not any(_match(path, table) for path in paths):
-        raise UserError(f"tile.table={config.table} names none of the slides.")
-    found: dict[str, Entry] = {}
+    _refuse_same_names(paths)
+    found = SlideIndex([])
+    rows, has_split = _rows(paths, config, found) if config.table else ({}, False)
+    known = {path: _entry(path, config, rows.get(path, {})) for path in paths}
+    if has_split or is_file(config.split):
+        by_row = {path: row["split"] for path, row in rows.items() if row.get("split")}
+        by_file = _splits_by_file(known, config, found) if is_file(config.split) else {}
+        for path, split in by_row.items():
+            if by_file.get(path, split) != split:
+                raise UserError(
+                    f"{file_name(path)} is in {split} by tile.table={config.table} and in "
+                    f"{by_file[path]} by tile.split={config.split}; mend one of them."
+                )
+        for path, entry in known.items():
+            known[path] = replace(entry, split={**by_row, **by_file}.get(path, ""))
+        _place_unlisted(known, config, found)
+    _one_split_per_patient(known.values())
+    found.entries = sorted(known.values(), key=lambda entry: entry.slide_id)
+    return found
+
+
+def account(index: SlideIndex, salt: str, names: bool) -> dict[str, Any]:
+    """The counts of an index for a report: without `names` slides go by their pseudonyms."""
+    if names:
+        return index.counts
+    return {
+        what: {
+            key: [pseudonym(salt, name) for name in value] if isinstance(value, list) else value
+            for key, value in counts.items()
+        }
+        if isinstance(counts, dict)
+        else counts
+        for what, counts in index.counts.items()
+    }
+
+
+def with_names(text: str, names: Mapping[str, str]) -> str:
+    """A text in which the name of the file follows each pseudonym of a slide.
+
+    Args:
+        text: a message or a reason.
+        names: file names by pseudonym; empty changes nothing.
+    """
+    text = _PRIVATE.sub("", text) if names else text
+    return _PSEUDONYM.sub(
+        lambda found: f"{found[0]} ({names[found[0]]})" if found[0] in names else found[0], text
+    )
+
+
+def _refuse_same_names(paths: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
     for path in paths:
-        entry = _entry(path, config, _match(path, table) or {}, listed)
-        if entry.slide_id in found:
+        other = seen.setdefault(file_name(path), path)
+        if other != path:
             raise UserError(
-                f"{found[entry.slide_id].path} and {path} have one file name, and with it one "
-                "pseudonym; rename one of them."
+                f"{other} and {path} have one file name, and with it one pseudonym; rename one of "
+                "them."
             )
-        found[entry.slide_id] = entry
-    if listed and all(entry.split == "unlisted" for entry in found.values()):
-        raise UserError(f"tile.split={config.split} names none of the slides and patients.")
-    _one_split_per_patient(found.values())
-    views = [view for entry in found.values() for view in _views(entry, config)]
-    return sorted(views, key=lambda entry: entry.slide_id)
 
 
-def _views(entry: Entry, config: Tile) -> list[Entry]:
-    """Return a slide and, if it trains, its further views, each under a pseudonym of its own."""
-    numbers = range(1, config.views if entry.split in ("train", "band") else 1)
-    names = [f"{stems(entry.path)[0]} view {number}" for number in numbers]
-    return [
-        entry,
-        *(
-            replace(entry, slide_id=pseudonym(config.salt, name), view=number)
-            for number, name in zip(numbers, names, strict=True)
-        ),
-    ]
+def _rows(paths: Sequence[str], config: Tile, found: SlideIndex) -> tuple[dict[str, Row], bool]:
+    """The row of each slide in `tile.table`, and whether the table gives splits."""
+    table = text_table.read(config.table)
+    shown = ", ".join(name or "(no name)" for name in table.columns)
+    for name in config.labels:
+        if name not in table.columns:
+            raise UserError(f"tile.labels: {config.table} has no column '{name}', but {shown}.")
+    if "slide" not in table.columns:
+        raise UserError(f"tile.table={config.table} has no column 'slide', but {shown}.")
+    named = NameTable(
+        "tile.table", config.table, ((r["slide"], r) for r in table.rows if r["slide"])
+    )
+    rows = named.match(paths)
+    _compare("table", named, paths, rows, found)
+    columns = ["slide", *(c for c in ("patient", "split", "mpp") if c in table.columns)]
+    found.lines += table.missing_words([*columns, *config.labels])
+    found.counts["missing"] = {
+        name: table.missing[name].total()
+        for name in dict.fromkeys([*columns, *config.labels])
+        if name in table.missing
+    }
+    return rows, "split" in table.columns
 
 
-def _entry(path: str, config: Tile, row: Mapping[str, str], listed: Mapping[str, str]) -> Entry:
-    name = path.rstrip("/").rsplit("/", 1)[-1]
+def _compare(
+    what: str,
+    named: NameTable[Any],
+    paths: Sequence[str],
+    rows: Mapping[str, Any],
+    found: SlideIndex,
+) -> None:
+    """Note which rows mean no slide and which slides have no row.
+
+    Raises:
+        UserError: no row means any slide.
+    """
+    without = [path for path in paths if path not in rows]
+    unused, hint = named.unused(), named.hint(without)
+    found.hint = found.hint or hint
+    if not rows:
+        who = "slides" if what == "table" else "slides and patients"
+        cure = hint or "write the names of the files there"
+        raise UserError(f"{named.title} names none of the {who}; {cure}.")
+    for who, names in (("rows without a slide", unused), ("slides without a row", without)):
+        if names:
+            listed = some([file_name(name) for name in names])
+            found.lines.append(f"{named.title}: {who}: {len(names):,} ({listed})")
+    if hint:
+        found.lines.append(f"{named.title}: {hint}")
+    found.counts[what] = {
+        "rows_without_slide": len(unused),
+        "slides_without_row": len(without),
+        "unmatched_rows": unused[:SOME],
+        "unmatched_slides": [stems(path)[0] for path in without[:SOME]],
+    }
+
+
+def _entry(path: str, config: Tile, row: Mapping[str, str]) -> Entry:
+    """A slide with the split that `tile.split` gives where no file and no table does."""
+    name = file_name(path)
     patient = row.get("patient") or _patient(name, config.patient)
     patient_id = pseudonym(config.salt, patient)
-    split = row.get("split") or config.split
-    if listed:
-        split = _match(path, listed) or listed.get(patient) or "unlisted"
-    elif split == "patient":
+    split = config.split
+    if split == "patient":
         split = by_hash(patient_id, config.val_fraction, config.test_fraction)
-    if split not in (*_SPLITS, "band", "unlisted"):
-        raise UserError(f"'{split}' of slide {name} is no split; choose among train, val and test.")
+    if (word := row.get("split", "")) and word not in WORDS:
+        raise UserError(f"'{word}' of slide {name} is no split; choose among train, val and test.")
     return Entry(
         path=path,
-        slide_id=pseudonym(config.salt, name),
+        slide_id=pseudonym(config.salt, stems(path)[0]),
         patient_id=patient_id,
         split=split,
         mpp=_mpp(row.get("mpp", ""), name) or config.mpp,
         labels={key: row[key] for key in config.labels if key in row},
+        patient=patient,
     )
+
+
+def _splits_by_file(known: dict[str, Entry], config: Tile, found: SlideIndex) -> dict[str, str]:
+    """The split of each slide that the file of `tile.split` lists, by name or patient."""
+    named, table = split_table.read(config.split)
+    listed = named.match(list(known))
+    for path, entry in known.items():
+        if path not in listed and (split := named.find(entry.patient)):
+            listed[path] = split
+    _compare("split", named, list(known), listed, found)
+    found.lines += table.missing_words(table.columns)
+    return listed
+
+
+def _place_unlisted(known: dict[str, Entry], config: Tile, found: SlideIndex) -> None:
+    """Do with slides without a split as `tile.unlisted` says.
+
+    Raises:
+        UserError: there are some, and it says `refuse`.
+    """
+    without = [path for path, entry in known.items() if not entry.split]
+    source = f"tile.split={config.split}" if is_file(config.split) else f"tile.table={config.table}"
+    if without and config.unlisted == "refuse":
+        hint = f" ({found.hint})" if found.hint else ""
+        raise UserError(
+            f"{len(without):,} of {len(known):,} slides have no split in {source}: "
+            f"{some([file_name(path) for path in without])}{hint}; add them, or set "
+            "tile.unlisted=skip (leave them out) or tile.unlisted=hash (split by hash of the "
+            "patient)."
+        )
+    of_patient = {entry.patient_id: entry.split for entry in known.values() if entry.split}
+    for path in without:
+        if config.unlisted == "skip":
+            found.skipped.append(known.pop(path).path)
+            continue
+        patient = known[path].patient_id
+        drawn = by_hash(patient, config.val_fraction, config.test_fraction)
+        known[path] = replace(known[path], split=of_patient.get(patient, drawn))
+    if without:
+        how = "left out" if config.unlisted == "skip" else "split by hash of the patient"
+        found.lines.append(f"{source}: slides without a split, {how}: {len(without):,}")
+    found.counts["unlisted"] = len(without)
 
 
 def is_file(split: str) -> bool:
     """Whether `tile.split` names a file."""
     return split not in ("patient", "band")
-
-
-def stems(path: str) -> tuple[str, str, str]:
-    """The names by which a table may know a slide, the most exact first."""
-    name = path.rstrip("/").rsplit("/", 1)[-1]
-    return name, name.rsplit(".", 1)[0], name.split(".", 1)[0]
 
 
 def pseudonym(salt: str, name: str) -> str:
@@ -144,11 +286,13 @@ def fingerprint(path: str) -> str:
 
 def _ends(path: str) -> bytes:
     try:
+        if web.is_web(path):
+            return storage.patiently(path, lambda fs, root: web.ends(fs, root, _PEEK_BYTES))
         size = storage.patiently(path, lambda fs, root: int(fs.size(root)))
         ends = [(0, min(size, _PEEK_BYTES)), (max(0, size - _PEEK_BYTES), size)]
         content = [storage.read_range(path, *end) if size else b"" for end in ends]
     except FileNotFoundError as error:
-        raise SlideError(f"slide {path} does not exist; check the path.") from error
+        raise SlideError(f"slide {storage.shown(path)} does not exist; check the path.") from error
     except UserError as error:
         raise (SlideError(str(error)) if storage.is_local(path) else error) from error
     return f"{size} ".encode() + b"".join(content)
@@ -176,77 +320,12 @@ def _patient(name: str, pattern: str) -> str:
 
 
 def _mpp(text: str, name: str) -> float | None:
-    try:
-        mpp = float(text) if text else None
-    except ValueError:
-        mpp = 0.0
-    if mpp is not None and not mpp > 0:
-        raise UserError(f"tile.table says mpp={text} of '{name}'; it must be a number above 0.")
-    return mpp
-
-
-def _match(path: str, table: Mapping[str, _T]) -> _T | None:
-    return next((table[name] for name in stems(path) if name in table), None)
-
-
-def _by_slide(path: str, labels: Sequence[str]) -> dict[str, dict[str, str]]:
-    rows = read_rows(path)
-    for name in labels:
-        if rows and name not in rows[0]:
-            there = ", ".join(rows[0])
-            raise UserError(f"tile.labels: {path} has no column '{name}', but {there}.")
-    if rows and "slide" not in rows[0]:
-        raise UserError(f"tile.table={path} has no column 'slide', but {', '.join(rows[0])}.")
-    found: dict[str, dict[str, str]] = {}
-    for row in rows:
-        if found.setdefault(row["slide"], row) != row:
-            raise UserError(f"tile.table={path} has two rows for slide '{row['slide']}'.")
-    return found
-
-
-def _split_file(path: str) -> dict[str, str]:
-    """Split by slide name or patient."""
-    if not storage.exists(storage.absolute(path)):
-        raise UserError(f"tile.split={path}: it must be patient, band, or a file with the splits.")
-    rows = read_rows(path)
-    columns = set(rows[0]) if rows else set()
-    who = next((name for name in ("slide", "patient") if name in columns), None)
-    if who and "split" in columns:
-        pairs = [(row[who], row["split"]) for row in rows]
-    elif columns & set(_SPLITS):
-        pairs = [(row[s], s) for row in rows for s in _SPLITS if row.get(s)]
-    else:
+    mpp = float(text) if _NUMBER.fullmatch(text) else 0.0
+    if text and not 0 < mpp < math.inf:
         raise UserError(
-            f"tile.split={path} has columns {', '.join(sorted(columns)) or '(none)'}; give "
-            "train, val and test, or slide (or patient) and split."
+            f"tile.table says mpp={text} of '{name}'; it must be a number above 0, such as 0.25."
         )
-    found: dict[str, str] = {}
-    for name, split in pairs:
-        if found.setdefault(name, split) != split:
-            raise UserError(f"tile.split={path} has '{name}' in {found[name]} and in {split}.")
-    return found
-
-
-def read_rows(path: str) -> list[dict[str, str]]:
-    """A user's CSV or parquet table as rows of text; empty cells are "".
-
-    Raises:
-        UserError: no such file, or no such table.
-    """
-    content = storage.read_bytes(storage.absolute(path))
-    try:
-        if path.endswith(".parquet"):
-            table = pa.parquet.read_table(pa.BufferReader(content))
-        else:
-            names = pyarrow.csv.read_csv(pa.BufferReader(content)).column_names
-            text = pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in names})
-            table = pyarrow.csv.read_csv(pa.BufferReader(content), convert_options=text)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no CSV or parquet table: {error}") from error
-    return [
-        {key.strip(): "" if value is None else str(value).strip() for key, value in row.items()}
-        for row in table.to_pylist()
-    ]
+    return mpp or None
 
 
 def _one_split_per_patient(found: Iterable[Entry]) -> None:

@@ -41,16 +41,18 @@ class TextEmbed(Means):
 
     model: str = "minilm"
     """A text encoder; with `image` a tile encoder, such as clip."""
-    weights: str = ""  # a folder (with `image` also a file), on every node
-    batch: int = 32
+    weights: str = ""  # a folder (with `image` also a file), on every node. Example: minilm/
+    batch: int = 32  # rows of one pass
     captions: str = ""
-    """Which CAPTIONS, `captions-<digest>`, where the data folder has several."""
+    """Which CAPTIONS, `captions-<digest>`, where the data folder has several.
+    Example: captions-0123abcd."""
     texts: str = ""
-    """A table of texts, in a column `text`."""
+    """A table of texts, in a column `text`. Example: texts.csv."""
     image: bool = False
     """Vectors of the images themselves."""
     vectors: str = ""
-    """A table of vectors and its column: `vectors.parquet:embedding`."""
+    """A table of vectors and its column: `vectors.parquet:embedding`.
+    Example: vectors.parquet:embedding."""
     missing: str = "refuse"
     """Examples of which the user's table says nothing: `refuse` them, or `drop` their rows."""
 
@@ -269,6 +271,17 @@ def matched(root: str, unit: Unit, given: Given) -> tuple[pa.Table, picked.Group
 
 
 def _made(table: pa.Table, vectors: Vectors, groups: picked.Groups) -> tuple[pa.Table, Facts]:
+    """Return the VECTORS of a part and its facts.
+
+    Raises:
+        UserError: a vector that is not finite.
+    """
+    if not np.isfinite(vectors).all():
+        key = table["key"][int((~np.isfinite(vectors)).any(axis=1).argmax())].as_py()
+        raise UserError(
+            f"the vector of example {key} holds NaN or infinity; look at its text or image, or "
+            f"choose another text_embed.model."
+        )
     count, width = vectors.shape
     offsets = np.arange(count + 1, dtype=np.int32) * width
     column = pa.ListArray.from_arrays(offsets, pa.array(vectors.ravel()))

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from raylarge import images, report, schema, storage
 from raylarge.config import plain
-from raylarge.data import parts, roster
+from raylarge.data import name_table, parts, readable, roster
 from raylarge.data.candidates import (
     Grid,
     Tile,
@@ -27,24 +27,31 @@ from raylarge.data.candidates import (
     covered,
     reason,
     splits,
-    view_splits,
 )
-from raylarge.data.grid import about, mask_cell_px, view_of
+from raylarge.data.grid import about
 from raylarge.data.parts import Maker
 from raylarge.data.pipeline import Crew, Facts, Unit
 from raylarge.data.qc.sheet import sheet as drawn
 from raylarge.data.qc.sheet import write_page
+from raylarge.data.views import mask_cell_px, view_of, view_splits
 from raylarge.errors import SlideError, UserError
 from raylarge.slides import masks
 from raylarge.slides.reader import Slide, open_slide
 from raylarge.slides.tissue import tissue_fraction, tissue_mask
+from raylarge.storage import web
+
+_NAMED = 3
+"""So many slides are named that have one note."""
 
 
 def section(config: Tile) -> dict[str, Any]:
     """What of the config all slides depend on: no salt, and no file that may grow."""
     known = plain(config)
-    for name in ("table", "labels", "mpp"):
+    for name in ("table", "labels", "mpp", "unlisted"):
         known.pop(name)
+    for name in ("scene", "bands", "value_range"):  # unset, they leave older folders as they are
+        if not known[name]:
+            known.pop(name)
     known["salt"] = roster.trace(config.salt)
     if config.views == 1:  # tables of before there were views stay valid
         known.pop("views")
@@ -53,8 +60,15 @@ def section(config: Tile) -> dict[str, Any]:
     return known
 
 
-def run(root: str, slides: Sequence[str], config: Tile, crew: Crew) -> Facts:
+def run(root: str, slides: Sequence[str], config: Tile, crew: Crew, names: bool = False) -> Facts:
     """Find the candidates of all slides, and write `slides.json`, `names.json` and `tile.json`.
+
+    Args:
+        root: the data folder.
+        slides: paths or URLs.
+        config: what counts as an example.
+        crew: who does it.
+        names: whether the QC page and the facts may name files.
 
     Raises:
         UserError: a slide that cannot be read, two of one name, or none with a kept tile.
@@ -62,13 +76,23 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew) -> Facts:
     config.check()
     sections = {"tile": section(config)}
     parts.refuse_mixing(root, sections)
-    known = roster.entries(slides, config)
-    _remember(root, known)
-    units = _units(known, sections, config)
-    built = parts.build(root, units, partial(Tiling, root, config), crew, "tile")
+    index = roster.index(slides, config)
+    for line in index.lines:
+        report.say(line)
+    entries = with_views(index.entries, config)
+    _remember(root, entries)
+    shown = file_names(root) if names else {}
+    units = _units(entries, sections, config)
+    try:
+        built = parts.build(root, units, partial(Tiling, root, config), crew, "tile")
+    except SlideError as error:
+        raise readable.refuse_all(root, units, config, crew, shown) or error from error
     _tell_of_others(root, {unit["slide_id"] for unit in units})
-    write_page(root, built.facts, built.failed)
+    _say_notes(built.facts)
+    write_page(root, built.facts, built.failed, shown)
     if not any(one["counts"] for one in built.facts):
+        for one in built.failed:
+            report.say(f"  {roster.with_names(one['reason'], shown)}")
         best = max((one["most_tissue"] for one in built.facts), default=0.0)
         raise UserError(
             f"no tile of {len(units)} slides is kept ({len(built.failed)} of them could not be "
@@ -77,7 +101,20 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew) -> Facts:
         )
     rows = [one["slide"] for one in built.facts]
     storage.write_json(storage.join(root, "slides.json"), {"slides": rows})
-    return parts.finish(root, "tile", built, sections, patch_px=config.patch_px)
+    facts = parts.finish(root, "tile", built, sections, patch_px=config.patch_px)
+    tables = roster.account(index, config.salt, names)
+    return {**facts, "user_tables": tables} if tables else facts
+
+
+def _say_notes(facts: Sequence[Facts]) -> None:
+    """Say once what readers chose, of the slides that were read just now."""
+    slides: dict[str, list[str]] = {}
+    for one in facts:
+        for note in one["slide"].get("notes", []) if one["made"] else []:
+            slides.setdefault(note, []).append(one["slide"]["slide_id"])
+    for note, names in sorted(slides.items()):
+        more = f" and {len(names) - _NAMED} others" if len(names) > _NAMED else ""
+        report.say(f"slide {', '.join(names[:_NAMED])}{more}: {note}")
 
 
 def slides_of(root: str) -> list[dict[str, Any]]:
@@ -90,7 +127,7 @@ def slides_of(root: str) -> list[dict[str, Any]]:
             f"{root}/names.json does not say which files {len(unknown)} of {len(slides)} slides "
             "are; run verbs=tile with slides= and the same tile.salt= again."
         )
-    return [{**slide, "path": names[slide["slide_id"]]} for slide in slides]
+    return [{**slide, "path": web.whole(names[slide["slide_id"]])} for slide in slides]
 
 
 def _tell_of_others(root: str, slides: set[str]) -> None:
@@ -104,6 +141,11 @@ def _tell_of_others(root: str, slides: set[str]) -> None:
         )
 
 
+def file_names(root: str) -> dict[str, str]:
+    """The file name of each slide by its pseudonym."""
+    return {slide_id: name_table.file_name(path) for slide_id, path in _names(root).items()}
+
+
 def _names(root: str) -> dict[str, str]:
     """Which file each slide is; nothing where nobody has said."""
     path = storage.join(root, "names.json")
@@ -113,7 +155,7 @@ def _names(root: str) -> dict[str, str]:
 
 def _remember(root: str, known: Sequence[roster.Entry]) -> None:
     """Add to what is known of the files: a slide that is left out may come back."""
-    names = {**_names(root), **{entry.slide_id: entry.path for entry in known}}
+    names = {**_names(root), **{entry.slide_id: web.remember(entry.path) for entry in known}}
     storage.write_json(storage.join(root, "names.json"), names)
 
 
@@ -145,8 +187,10 @@ def _fingerprint(path: str) -> str:
     """A slide's fingerprint; none of one that cannot be read, which its own unit will say."""
     try:
         return roster.fingerprint(path)
-    except SlideError:
-        return ""
+    except UserError as error:
+        if isinstance(error, SlideError) or storage.is_local(path):
+            return ""
+        raise
 
 
 class Tiling(Maker):
@@ -165,7 +209,12 @@ class Tiling(Maker):
         with (
             about(unit),
             open_slide(
-                unit["path"], unit["mpp"], config.base_mpp, config.icc, view_of(unit, config)
+                unit["path"],
+                unit["mpp"],
+                config.base_mpp,
+                config.icc,
+                config.read_options,
+                view_of(unit, config),
             ) as slide,
         ):
             tissue = tissue_grid(slide, config, unit["mask"])
@@ -181,6 +230,7 @@ class Tiling(Maker):
                 "georeference": slide.georeference,
                 "mpp_override": unit["mpp"],
                 "view": unit["view"],
+                "notes": slide.notes,
             }
             sheet = drawn(slide, table, config.patch_px)
         path = storage.join(self._root, "qc", f"{unit['slide_id']}.png")
@@ -244,7 +294,7 @@ def tissue_grid(slide: Slide, config: Tile, mask_path: str = "") -> Grid:
     shape = tuple(-(-side // downscale) for side in slide.size_px)
     if mask_path:
         rows, columns = (-(-side // downscale) for side in slide.whole_px)
-        mask = masks.read(mask_path, slide.size_l0, (rows, columns))
+        mask = masks.read(mask_path, slide.size_l0, (rows, columns), slide.notes)
         mask = slide.view.of_whole(mask, downscale, slide.whole_px)
     elif config.mask == "all":
         mask = np.ones(shape, bool)

@@ -1,12 +1,15 @@
-"""Does the model follow its condition? The denoising loss with true and with shuffled grids.
+"""Does the model follow its condition? The denoising loss with true, shuffled and no grids.
 
 A model that ignores its condition has equal losses; one that follows it does worse when each
-image is given another image's embeddings. Both use the same noise and timesteps.
+image gets another image's embeddings. That alone does not say that the condition helps: the loss
+without any condition must be higher than with the true one, too. All use the same noise and
+timesteps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +54,49 @@ def shuffled_loss(
             name: _loss(bundle, x_0, context, repeats, seed) for name, context in contexts.items()
         }
     return found
+
+
+def loss_rows(losses: Mapping[Any, Mapping[str, float | int]]) -> list[list[str]]:
+    """Return rows (scale, true, shuffled, none) of a table, the last two with their changes.
+
+    Args:
+        losses: by scale, as `shuffled_loss` returns them.
+    """
+    return [
+        [str(k), f"{loss['true']:.4f}", *(_against(loss, name) for name in ("shuffled", "null"))]
+        for k, loss in losses.items()
+    ]
+
+
+def meaning(losses: Mapping[Any, Mapping[str, float | int]]) -> str:
+    """Return one line that says at which scales the condition helps.
+
+    Args:
+        losses: by scale, as `shuffled_loss` returns them.
+    """
+    lines = {
+        "helps": "the true condition gives the lowest loss, so it helps",
+        "hurts": "no condition at all does better than the true one, so it does not help yet",
+        "ignored": "another image's condition does as well as the true one, so it is ignored",
+    }
+    groups: dict[str, list[str]] = {}
+    for k, loss in losses.items():
+        groups.setdefault(_verdict(loss), []).append(str(k))
+    ordered = [(name, groups[name]) for name in lines if name in groups]
+    return "; ".join(
+        f"scale{'s' if len(scales) > 1 else ''} {', '.join(scales)}: {lines[name]}"
+        for name, scales in ordered
+    )
+
+
+def _verdict(loss: Mapping[str, float | int]) -> str:
+    if loss["null"] <= loss["true"]:
+        return "hurts"
+    return "ignored" if loss["shuffled"] <= loss["true"] else "helps"
+
+
+def _against(loss: Mapping[str, float | int], name: str) -> str:
+    return f"{loss[name]:.4f} ({loss[name] / loss['true'] - 1:+.1%})"
 
 
 def _loss(

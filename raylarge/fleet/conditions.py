@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from raylarge import images
+from raylarge import images, uploads
 from raylarge.errors import UserError
 from raylarge.geometry import batches
 from raylarge.models.bundle import Bundle
@@ -52,16 +52,9 @@ class Conditions:
         """The order's image.
 
         Raises:
-            UserError: it has another size than the order says.
+            UserError: it cannot be read, or has another size than the order says.
         """
-        image = images.from_bytes(task.order.source.png())
-        wanted = tuple(length >> task.order.source.octaves for length in task.order.size)
-        if image.shape[:2] != wanted:
-            raise UserError(
-                f"the source has {image.shape[0]}x{image.shape[1]} px, an order of "
-                f"{task.order.size} takes {wanted[0]}x{wanted[1]}."
-            )
-        return images.to_float(image)
+        return images.to_float(uploads.source_of(task.order))
 
     def invert(self, task: Invert, y: Tensor) -> Float[Tensor, "C rows columns"]:
         """Embeddings inferred batch by batch, each patch of the image by itself.

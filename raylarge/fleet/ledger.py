@@ -26,6 +26,7 @@ from raylarge.errors import UserError
 from raylarge.order import Order
 from raylarge.sampling.plan import Plan, Reply, whole
 
+PREFIX = ".ledger-"
 RECENT = 2
 """Replies that stay open: one that many requests take (the guide's frames) is read once."""
 
@@ -46,7 +47,7 @@ class Ledger:
     """
 
     def __init__(self, root: str, order: Order, bundle: str) -> None:
-        self.folder = storage.join(root, f".ledger-{order.digest}-{bundle}")
+        self.folder = storage.join(root, f"{PREFIX}{order.digest}-{bundle}")
         self._recent: OrderedDict[str, Reply] = OrderedDict()
 
     def resume(self, plan: Plan) -> int:
@@ -86,9 +87,7 @@ class Ledger:
 
     def remove(self) -> None:
         """Forget the order: its result is written elsewhere."""
-        fs, root = fsspec.core.url_to_fs(self.folder)
-        if storage.exists(self.folder):
-            fs.rm(root, recursive=True)
+        remove(self.folder)
         self._recent.clear()
 
     def _path(self, name: str) -> str:
@@ -98,6 +97,13 @@ class Ledger:
         self._recent[name] = reply
         while len(self._recent) > RECENT:
             self._recent.popitem(last=False)
+
+
+def remove(folder: str) -> None:
+    """Remove the folder of a ledger, if it is there."""
+    fs, root = fsspec.core.url_to_fs(folder)
+    if storage.exists(folder):
+        fs.rm(root, recursive=True)
 
 
 def _needed(plan: Plan, finished: Set[str]) -> set[str]:

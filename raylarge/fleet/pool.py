@@ -31,6 +31,7 @@ from torch import Tensor
 from raylarge.errors import UserError
 from raylarge.fleet.facts import Facts
 from raylarge.fleet.means import Means
+from raylarge.fleet.room import Room, require_room
 from raylarge.fleet.worker import Worker
 from raylarge.report import say
 from raylarge.sampling.plan import Reply
@@ -134,14 +135,16 @@ class ActorPool:
         means = means or Means()
         some = float(ray.cluster_resources().get("GPU", 0) > 0)
         gpus = some if means.gpus < 0 else means.gpus
+        self._room = Room("a worker", float(means.threads), float(gpus))
+        require_room(self._room)
         actor = ray.remote(PooledWorker).options(
             num_cpus=means.threads, num_gpus=gpus, max_restarts=-1
         )
         self._actors = [actor.remote(bundle, means) for _ in range(workers)]
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self._shelf = Shelf()
+        self._closed = False
         self._coming: set[asyncio.Task[None]] = set()
-        self._wanted = f"{means.threads} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
     async def start(self) -> None:
         """Call the actors to work, and wait for the first; the others join as they come.
@@ -156,7 +159,7 @@ class ActorPool:
         except (asyncio.TimeoutError, TimeoutError):
             has = ray.cluster_resources()
             room = f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs"
-            say(f"waiting for a worker: each wants {self._wanted} of the cluster's {room}")
+            say(f"waiting for a worker: each wants {self._room.each} of the cluster's {room}")
             first = await self._next()
         self._idle.put_nowait(first)
 
@@ -165,8 +168,14 @@ class ActorPool:
         held = [self._shelf.hold(reply) for reply in inputs]
         return await persist(lambda: self._ask(task, held), _name(task))
 
+    async def shut_down(self) -> None:
+        """End the actors, and what waits for them."""
+        self.close()
+        await asyncio.gather(*self._coming, return_exceptions=True)
+
     def close(self) -> None:
         """End the actors."""
+        self._closed = True
         for waiting in self._coming:
             waiting.cancel()
         for actor in self._actors:
@@ -194,6 +203,8 @@ class ActorPool:
         return actor
 
     def _await(self, actor: Any) -> None:
+        if self._closed:
+            return
         waiting = asyncio.ensure_future(self._until_ready(actor))
         self._coming.add(waiting)
         waiting.add_done_callback(self._coming.discard)

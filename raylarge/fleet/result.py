@@ -8,7 +8,6 @@ whether it is novel or derived from a real image.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,12 +20,22 @@ from raylarge import pyramid as pyramids
 from raylarge.fleet.facts import Facts
 from raylarge.geometry import spans
 from raylarge.metrics.consistency import WindowError
+from raylarge.metrics.lines import FEWEST, WindowLines
 from raylarge.metrics.seams import SeamRatio
 from raylarge.order import Order
 from raylarge.sampling.joint import Large
 
 STRIP_ROWS = 32
 """Rows that are floats at a time."""
+MEANING = {
+    "cross_scale_error": "how far the image, made small, is from its guide; 0 is agreement, 1 as "
+    "far off as one flat colour",
+    "seam_ratio": "gradients across window borders over those inside; 1 is as sharp as elsewhere "
+    "(lines of another brightness do not show here)",
+    "window_lines": "a grid of windows in rows, columns, colours or contrast over chance; about 1 "
+    "is none, above 3 there is one",
+}
+"""One line on each figure that is measured of a large image."""
 PNG_PIXELS = 1 << 26
 """Larger images (8192 x 8192) are written as a pyramid alone."""
 
@@ -37,7 +46,7 @@ def marks(order: Order, facts: Facts) -> dict[str, str]:
     document["condition"]["data"] = document["source"]["image"] = ""
     derived = order.condition.kind == "embeddings" or order.algorithm == "superres"
     return {
-        "Order": json.dumps(document, sort_keys=True),
+        "Order": storage.as_json(document),
         "OrderDigest": order.digest,
         "Bundle": facts.digest,
         "Origin": "derived from a real image" if derived else "novel",
@@ -86,12 +95,14 @@ class _Measured:
     """Figures of a large image, taken from its bands as they pass."""
 
     def __init__(self, order: Order, facts: Facts, result: Large) -> None:
-        self._error = self._seams = None
+        self._error = self._seams = self._lines = None
         side = facts.patch.side_px
         if result.frames is not None:
             self._error = WindowError(result.frames[-1], order.size)
         if order.algorithm == "joint" and max(order.size) > side:
             self._seams = SeamRatio(side)
+        if self._seams is not None and max(order.size) >= FEWEST * side:
+            self._lines = WindowLines(side)
 
     def following(
         self, bands: Iterable[np.ndarray], whole: np.ndarray | None
@@ -101,23 +112,21 @@ class _Measured:
         for band in bands:
             for first, last in spans(len(band), STRIP_ROWS):
                 rows = images.to_float(band[first:last])
-                if self._error is not None:
-                    self._error.add(rows)
-                if self._seams is not None:
-                    self._seams.add(rows)
+                for measure in (self._error, self._seams, self._lines):
+                    if measure is not None:
+                        measure.add(rows)
             if whole is not None:
                 whole[top : top + len(band)] = band
             top += len(band)
             yield band
 
     def values(self) -> dict[str, float]:
-        """Cross-scale error (A inside each window) and seam ratio, where they mean something."""
-        found = {}
-        if self._error is not None:
-            found["cross_scale_error"] = self._error.value
-        if self._seams is not None:
-            found["seam_ratio"] = self._seams.value
-        return found
+        """Return the figures of `MEANING` that mean something for this image.
+
+        Of the cross-scale error A acts inside each window.
+        """
+        measures = zip(MEANING, (self._error, self._seams, self._lines), strict=True)
+        return {name: one.value for name, one in measures if one is not None}
 
 
 def write_order(folder: str, order: Order) -> str:

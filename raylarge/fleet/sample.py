@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -22,14 +23,14 @@ from typing import Any
 import torch
 from omegaconf import MISSING
 
-from raylarge import images, report, storage
 from raylarge import order as orders
+from raylarge import report, storage, uploads
 from raylarge.errors import UserError
 from raylarge.fleet import result
 from raylarge.fleet.facts import Facts
-from raylarge.fleet.ledger import Ledger
 from raylarge.fleet.means import Means
-from raylarge.fleet.reference import region
+from raylarge.fleet.output import Output
+from raylarge.fleet.reference import Region, find_region
 from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import Patch
@@ -53,8 +54,8 @@ class Sample:
     """What `jobs/sample.py` understands.
 
     Attributes:
-        bundle: the folder of the models.
-        out: the folder to write into.
+        bundle: the folder of the models. Example: bundle.
+        out: the folder to write into. Example: image.
         order: the keys of `order.Order`, such as `order.size=512 order.recipe=released`.
         workers: Ray actors; 0 samples in this process.
         threads: CPU threads of each worker; like the two below they decide the last bits of
@@ -62,13 +63,18 @@ class Sample:
         dtype: of the networks: float32, bfloat16 or float16.
         compile: compile the networks where no derivative is taken: slow to start, faster then.
         gpus: GPUs of each worker; 0 is the CPU, -1 is one if there is any.
-        reference: `DATA` or `DATA:slide_id`, whose embeddings condition the image.
-        at: `row,column` of the region's first base tile; left out: the first that has them all.
+        reference: `DATA` or `DATA:slide_id`, whose embeddings condition the image. Example: data.
+        at: `row,column` of the region's first base tile, of `patch` pixels at scale 0; left out:
+            the first place that has them all. The job prints the region that it takes, and its
+            right neighbour. Example: 3,5.
         image: a PNG to make larger by `order.source.octaves` (`order.algorithm` superres).
-        text: what the image should show, for the bundle's grid prior.
-        negative: what it should not show.
+            Example: small.png.
+        text: what the image should show, for the bundle's grid prior. Example: tumour nests.
+        negative: what it should not show. Example: blur.
         text_encoder: card of the encoder that the prior was trained with (`models/text.py`).
         text_weights: its folder, where it does not come with a package or from the hub.
+            Example: minilm/.
+        overwrite: replace what `out` holds of another order, or files that are not raylarge's.
         dry_run: only say what the order costs.
         tflops: the rate, in 10^12 FLOP/s per GPU, that the price is told at; the default is a
             fifth of an H100's bf16 peak.
@@ -76,7 +82,7 @@ class Sample:
 
     bundle: str = MISSING
     out: str = MISSING
-    order: dict[str, Any] = field(default_factory=dict)
+    order: dict[str, Any] = field(default_factory=dict, metadata={"keys": Order})
     workers: int = 0
     threads: int = 1
     dtype: str = "float32"
@@ -89,6 +95,7 @@ class Sample:
     negative: str = ""
     text_encoder: str = "minilm"
     text_weights: str = ""
+    overwrite: bool = False
     dry_run: bool = False
     tflops: float = 200.0
 
@@ -113,20 +120,27 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     means = config.means
     folder = storage.absolute(config.bundle)
     facts = Facts.read(folder)
-    order = _order(config, facts.patch)
+    order, region = _order(config, facts.patch)
     plan = joint.plan(order, facts.patch)
     facts.check(order)
+    if region:
+        report.say(f"reference: {region}")
     if config.dry_run:
         _say_price(config, folder, order, plan)
         return {}
-    known = log.facts
-    wanted = (order.digest, facts.digest, means.name)
-    same = (known.get("order"), known.get("bundle"), known.get("means", "")) == wanted
-    if same and all(storage.exists(path) for path in known["files"].values()):
-        report.say("this order was carried out before; nothing is left to do")
-        return dict(known["files"])
-    carry_out = _on_ray if config.workers else _here
-    return carry_out(config, folder, _Run(config, order, facts, plan, log))
+    output = Output(storage.absolute(config.out), order, facts.digest, means.name)
+    storage.require_writable("out", output.folder)
+    with storage.exclusive(output.folder, "sample"):
+        log.read()
+        replaced = output.replaced(log.facts, config.overwrite)
+        if (files := output.finished(log.facts)) and not replaced:
+            report.say("this order was carried out before; nothing is left to do")
+            return files
+        carry_out = _on_ray if config.workers else _here
+        this = _Run(means, output, facts, plan, log, replaced)
+        if region:
+            log.facts["reference"] = region.facts
+        return carry_out(config, folder, this)
 
 
 def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
@@ -134,6 +148,7 @@ def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
     bundle = bundles.load(folder)
     counted = price.counts(plan, order, bundle.patch)
     costs = cost.of_bundle(bundle)
+    here = _seconds_here(config, bundle, counted, costs)
     named = zip(NETWORKS, dataclasses.astuple(counted), strict=True)
     rows = [
         ["requests", len(plan.requests)],
@@ -143,8 +158,24 @@ def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
             f"GPU-seconds at {config.tflops:g} TFLOP/s",
             f"{cost.seconds(counted, costs, config.tflops):.4g}",
         ],
+        [f"expected on this machine, {max(1, config.workers)} worker(s)", f"{here:.4g} s"],
     ]
     report.say(report.table(["what", "how much"], rows))
+
+
+def _seconds_here(
+    config: Sample, bundle: bundles.Bundle, counted: cost.Counts, costs: cost.Costs
+) -> float:
+    """Expected seconds on this machine's CPU, by a few timed evaluations of the U-Net."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        tflops = cost.measured_tflops(bundle, costs)
+    finally:
+        torch.set_num_threads(before)
+    cores = os.cpu_count() or 1
+    at_once = min(max(1, config.workers), max(1, cores // config.threads))
+    return cost.seconds(counted, costs, tflops * at_once)
 
 
 class _Run:
@@ -152,16 +183,17 @@ class _Run:
 
     def __init__(
         self,
-        config: Sample,
-        order: Order,
+        means: Means,
+        output: Output,
         facts: Facts,
         plan: Plan,
         log: report.Report,
+        replaced: list[str],
     ) -> None:
-        self.out, self.means = storage.absolute(config.out), config.means
-        self.order, self.facts, self.plan, self.log = order, facts, plan, log
-        log.facts = {"stages": {}}  # of an earlier order, whose files this one replaces
-        self.ledger = Ledger(self.out, order, facts.digest + self.means.name)
+        self.means, self.output, self.replaced = means, output, replaced
+        self.order, self.facts, self.plan, self.log = output.order, facts, plan, log
+        log.facts = {"stages": {}, **output.facts}
+        self.ledger = output.ledger
         self.resumed = self.ledger.resume(plan)
         self.phases: dict[str, float] = {}
         self.costs: cost.Costs | None = None
@@ -201,17 +233,17 @@ class _Run:
 
     def write(self, made: Any) -> dict[str, str]:
         """Write the files, then the report; then the ledger has had its use."""
+        self.output.remove(self.replaced)
         with self.log.stage("write"):
-            files, measured = result.write(self.out, self.order, self.facts, made, pyramid=True)
+            made_by = self.order, self.facts, made
+            files, measured = result.write(self.output.folder, *made_by, pyramid=True)
         self.log.add(
-            order=self.order.digest,
-            bundle=self.facts.digest,
-            means=self.means.name,
             seed=self.order.seed,
             versions={name: version(name) for name in VERSIONS},
-            files=files,
+            files=sorted(files),
             **self.work(),
             **measured,
+            meaning={name: result.MEANING[name] for name in measured},
         )
         self.ledger.remove()
         return files
@@ -263,39 +295,36 @@ async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
             made = await arun(this.plan, answer, watch, most=2 * config.workers)
         return this.write(made)
     finally:
-        pool.close()
+        await pool.shut_down()
 
 
-def _order(config: Sample, patch: Patch) -> Order:
-    """The order of a configuration, with the embeddings of its reference, if it names one.
+def _order(config: Sample, patch: Patch) -> tuple[Order, Region | None]:
+    """The order of a configuration, and the region that its reference names, if it names one.
 
     Raises:
         UserError: an order that cannot be read, or a reference beside another condition.
     """
     order = orders.parse(_with_image(config) if config.image else config.order)
     if config.text:
-        return replace(order, condition=_said(config, order.condition))
+        return replace(order, condition=_said(config, order.condition)), None
     if not config.reference:
-        return order
+        return order, None
     if "condition" in config.order or order.count:
         raise UserError(
             "reference= conditions one large image: leave out order.condition.kind and order.count."
         )
-    tiles = [(length << order.scale) // patch.side_px for length in order.size]
-    if min(tiles) < 1:
-        raise UserError(f"order.size {order.size} is smaller than a patch of the bundle.")
-    grid = region(storage.absolute(config.reference), _place(config.at), (tiles[0], tiles[1]))
-    return replace(order, condition=Condition.of(grid))
+    region = find_region(storage.absolute(config.reference), _place(config.at), order, patch)
+    return replace(order, condition=Condition.of(region.grid)), region
 
 
 def _with_image(config: Sample) -> dict[str, Any]:
     """The order's values with the image that is made larger, and the size that follows."""
     content = storage.read_bytes(storage.absolute(config.image))
     values = {"algorithm": "superres", **config.order}
-    source = {"octaves": orders.Source.octaves, **values.get("source", {})}
+    source = {"octaves": orders.Source().octaves, **values.get("source", {})}
     source["image"] = base64.b64encode(content).decode()
-    rows, columns = images.from_bytes(content).shape[:2]
-    factor = 1 << max(0, int(source["octaves"]))
+    rows, columns = uploads.read(content, f"image={config.image}").shape[:2]
+    factor = 1 << min(30, max(0, orders.parse({"source": source}).source.octaves))
     return {"size": f"{rows * factor}x{columns * factor}", **values, "source": source}
 
 

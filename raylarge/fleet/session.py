@@ -7,11 +7,15 @@ its logs are copied to a folder when one is given.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from raylarge.interrupts import postponed
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -21,6 +25,13 @@ QUIET = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+
+_RAY_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [DIWE] \d+ \d+\] ")
+"""How lines of Ray's C++ begin, from debug to error; fatal ones (C) are not among them."""
+_LAST_LINES_S = 2.0
+"""How long the end of a session waits for the last lines of descriptor 2."""
+_own: list[Path] = []
+"""The folder of the logs of the Ray that this process has started."""
 
 
 @contextmanager
@@ -39,29 +50,53 @@ def session(workers: int, logs: str = "") -> Iterator[None]:
         yield
         return
     with _native_stderr(logs):
-        own = None
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level="error")
-        else:
-            own = _start(workers)
         try:
+            with postponed():
+                if os.environ.get("RAY_ADDRESS"):
+                    ray.init(log_to_driver=False, logging_level="error")
+                else:
+                    _own.append(_start(workers))
             yield
         finally:
-            ray.shutdown()
-            if own is not None and logs:
-                keep_logs(own, logs)
+            with postponed():
+                ray.shutdown()
+                while _own:
+                    keep_logs(_own.pop(), logs)
+
+
+def may_grow() -> bool:
+    """Return whether nodes may join the Ray in use: a Ray of our own has one node for ever.
+
+    A cluster whose autoscaler has said nothing counts as one that may grow if it has one.
+    """
+    from ray._private.state import state
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if _own:
+        return False
+    reported = state.get_max_resources_from_cluster_config()
+    return bool(reported) or _internal_kv_get(b"__autoscaling_status") is not None
 
 
 @contextmanager
 def _native_stderr(logs: str) -> Iterator[None]:
-    """Send what Ray's C++ writes to descriptor 2 to LOGS/native.log; ours still gets through."""
-    if not logs:
-        yield
-        return
-    Path(logs).mkdir(parents=True, exist_ok=True)
+    """Keep what Ray's C++ writes to descriptor 2 off the terminal; ours still gets through.
+
+    It goes to LOGS/native.log. Without `logs` lines of Ray's log are dropped, as its own files
+    have them, and all others (a fatal check among them) pass.
+    """
     before, terminal = sys.stderr, os.dup(2)
-    with Path(logs, "native.log").open("ab") as log:
-        os.dup2(log.fileno(), 2)
+    passing = None
+    if logs:
+        Path(logs).mkdir(parents=True, exist_ok=True)
+        with Path(logs, "native.log").open("ab") as log:
+            os.dup2(log.fileno(), 2)
+    else:
+        source, sink = os.pipe()
+        passing = threading.Thread(target=_pass_on, args=(source, os.dup(terminal)), daemon=True)
+        passing.start()
+        os.dup2(sink, 2)
+        os.close(sink)
     sys.stderr = os.fdopen(terminal, "w", buffering=1)
     try:
         yield
@@ -69,6 +104,16 @@ def _native_stderr(logs: str) -> Iterator[None]:
         os.dup2(terminal, 2)
         sys.stderr.close()
         sys.stderr = before
+        if passing is not None:
+            passing.join(_LAST_LINES_S)
+
+
+def _pass_on(source: int, terminal: int) -> None:
+    """Copy lines from a pipe to the terminal, without those of Ray's log."""
+    with open(source, "rb") as lines, suppress(OSError):
+        for line in lines:
+            if not _RAY_LINE.match(line):
+                os.write(terminal, line)
 
 
 def _start(workers: int) -> Path:
@@ -86,7 +131,9 @@ def _start(workers: int) -> Path:
 
 
 def keep_logs(made: Path, logs: str) -> None:
-    """Copy what Ray logged to a folder."""
+    """Copy what Ray logged to a folder, if one is given."""
+    if not logs:
+        return
     shutil.copytree(
         made, logs, dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns("*.sock*")
     )

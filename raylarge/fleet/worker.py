@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from raylarge.fleet.conditions import Conditions
+from raylarge.fleet.finite import check_reply
 from raylarge.fleet.means import Means
 from raylarge.images import to_uint8
 from raylarge.models.autoencoder import Codec
@@ -77,11 +78,12 @@ class Worker:
         """The reply to a task, from the replies it takes; both on the CPU, wherever the models are.
 
         Raises:
-            UserError: the bundle lacks what the task needs.
+            UserError: the bundle lacks what the task needs, or the reply is not finite.
         """
         device = self.bundle.device
         moved = [i.to(device) if isinstance(i, Tensor) else i for i in inputs]
         reply = self._answer(task, *moved)
+        check_reply(task, reply)
         if isinstance(reply, Parts):
             return Parts(reply.whole.cpu(), tuple(part.cpu() for part in reply.parts))
         return reply.cpu() if isinstance(reply, Tensor) else reply
@@ -140,6 +142,7 @@ class Worker:
             latent, first = canvas.arranged(latents, task.windows, order.size[1] // patch.factor)
         band = canvas.Band(task.top, task.bottom, order.size[0], first * patch.side_lat)
         image = canvas.decode_band(self._codec, latent, band, patch, order.batch)
+        check_reply(task, image)
         return to_uint8(image)
 
     @_answer.register
@@ -180,7 +183,9 @@ class Worker:
 
     @_answer.register
     def _decode_each(self, task: DecodeEach, latents: Tensor) -> UInt8[np.ndarray, "B P P 3"]:
-        return to_uint8(self._codec.decode(latents))
+        decoded = self._codec.decode(latents)
+        check_reply(task, decoded)
+        return to_uint8(decoded)
 
     def _networks(
         self, order: Order, tokens: Tensor, denoiser: Denoiser | None = None

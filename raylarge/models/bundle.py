@@ -25,9 +25,11 @@ from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
 from raylarge.geometry import Patch
 from raylarge.models import parts as files
+from raylarge.models import weights
 from raylarge.models.autoencoder import Autoencoder, sizes
 from raylarge.models.denoiser import Denoiser, NetworkDenoiser
 from raylarge.models.parts import PARTS, digest
+from raylarge.models.saving import saving
 
 __all__ = ["PARTS", "Bundle", "digest", "facts", "load", "load_autoencoder", "patch_of", "save"]
 NEEDED = ("vae", "unet", "summarizer")
@@ -83,25 +85,34 @@ def save(
 ) -> None:
     """Write parts and facts into a bundle, new or begun, part by part.
 
-    Before anything is replaced the index ceases to list all that will be, and its digests; it
-    lists each part again as soon as that is whole. So who opens the bundle meanwhile, or after
-    a kill, finds parts that belong together or is told which are missing. What a killed run
-    left is removed. A bundle of an older format is brought up to date first.
+    Before anything is replaced the index ceases to list it; each part is listed again as soon as
+    it is whole, so whoever opens the bundle meanwhile, or after a kill, finds parts that belong
+    together or is told which are missing. What a killed run left is removed. An older format is
+    brought up to date first; other processes that save wait.
 
     Args:
         folder: a local folder or a URL such as `s3://bucket/bundle`.
         parts: some of `PARTS` by name.
-        facts: merged into what the bundle knows: `patch_px`, `encoder` (its card), `licence`,
-            the config of each training, digests of the data.
+        facts: merged into what the bundle knows: patch side, encoder, licence, trainings.
         schedule: the U-Net's; the published one if left out.
 
     Raises:
-        UserError: a part that no bundle has, a folder that is a file, or a damaged bundle.
+        UserError: an unknown part, one that is not finite, a file in the folder's place, or a
+            damaged bundle. Nothing is replaced then.
     """
+    for name, part in parts.items():
+        weights.check_finite(part.state_dict(), f"{storage.join(folder, name)} is not written")
     near = _begun(folder, parts.keys())
     if "unet" in parts:
         walk = DDIMScheduler(**_scheduler_config(schedule or Schedule()))
         parts = {"scheduler": walk, **parts}  # first: a U-Net never stands without its own
+    with saving(folder):
+        _save(folder, parts, facts, near)
+
+
+def _save(folder: str, parts: dict[str, Any], facts: dict[str, Any], near: str | None) -> None:
+    for left in Path(near).glob(f"{_MAKING}*") if near else ():
+        shutil.rmtree(left, ignore_errors=True)
     index, before = _without(folder, parts.keys())
     digests = dict(before.get("digests", {}))
     known = {**before, **facts, "format": files.FORMAT, "digests": digests}
@@ -128,7 +139,7 @@ def _without(folder: str, names: Set[str]) -> tuple[dict[str, Any], dict[str, An
 
 
 def _begun(folder: str, names: Set[str]) -> str | None:
-    """Make a folder, clear it of what a killed run left, and give its local path, if it has one.
+    """Make a folder, and return its local path, if it has one.
 
     Raises:
         UserError: parts that no bundle has, or a file in the folder's place.
@@ -147,8 +158,6 @@ def _begun(folder: str, names: Set[str]) -> str | None:
         raise UserError(
             f"{folder} cannot be a bundle: a file stands there; name a folder."
         ) from error
-    for left in Path(near).glob(f"{_MAKING}*"):
-        shutil.rmtree(left, ignore_errors=True)
     return near
 
 
@@ -163,6 +172,7 @@ def _put(part: Any, target: str, near: str | None) -> str:
             raise UserError(
                 f"{target} could not be written ({error}); make room, then run the same again."
             ) from error
+        files.forget_place(str(made))
         for path in made.iterdir():  # safetensors lets only the owner read what it writes
             path.chmod(made.stat().st_mode & 0o666)
         digest = files.computed_digest(str(made))

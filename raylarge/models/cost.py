@@ -11,6 +11,7 @@ per denoising (2 under guidance), m further denoisings per correction.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -73,7 +74,11 @@ class Counts:
 
 
 def on_meta(network: Network) -> Network:
-    """A copy of a network on the meta device: all of its shapes and none of its weights."""
+    """Return a float32 copy of a network on the meta device: its shapes without its weights.
+
+    FLOPs do not depend on the precision, so a network in half precision is counted like any
+    other, with inputs in float32.
+    """
     tensors = [*network.parameters(), *network.buffers()]
     memo: dict[int, Any] = {
         id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=tensor.requires_grad)
@@ -81,7 +86,9 @@ def on_meta(network: Network) -> Network:
         else tensor.to("meta")
         for tensor in tensors
     }
-    return copy.deepcopy(network, memo)
+    copied = copy.deepcopy(network, memo)
+    nn.Module.float(copied)  # diffusers' own `float` warns of modules that it keeps in float32
+    return copied
 
 
 def forward_flops(network: nn.Module | Callable[..., Any], *inputs: Tensor) -> int:
@@ -227,3 +234,27 @@ def seconds(counts: Counts, costs: Costs, tflops: float) -> float:
     if not tflops > 0:
         raise ValueError(f"a rate of {tflops} TFLOP/s carries nothing out")
     return flops(counts, costs) / (tflops * 1e12)
+
+
+@torch.no_grad()
+def measured_tflops(bundle: Bundle, costs: Costs, evaluations: int = 2) -> float:
+    """Return the rate, in 10^12 FLOP/s, of the bundle's own U-Net on this machine.
+
+    One evaluation for one latent warms up, the fastest of the others counts. Networks in whose
+    evaluations less is computed at a time are slower, larger batches may be faster.
+
+    Args:
+        bundle: on any device.
+        costs: of its networks (`of_bundle`).
+        evaluations: how many are timed.
+    """
+    device, dtype = bundle.device, next(bundle.unet.parameters()).dtype
+    x_t = torch.zeros(1, *bundle.patch.latent, device=device, dtype=dtype)
+    t = torch.zeros(1, dtype=torch.long, device=device)
+    context = bundle.summarizer.null(1).to(device, dtype)
+    spent = []
+    for _ in range(1 + evaluations):
+        began = time.perf_counter()
+        bundle.unet(x_t, t, context).sum().item()  # waits for the device
+        spent.append(time.perf_counter() - began)
+    return costs.unet / min(spent[1:]) / 1e12

@@ -18,7 +18,7 @@ from torch import nn
 
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.models import bundle, parts, published, ssl, weights
+from raylarge.models import bundle, parts, published, published_schedule, ssl, weights
 from raylarge.models.autoencoder import Autoencoder
 from raylarge.models.weights import Checked
 
@@ -31,11 +31,12 @@ class Import:
     """Which files become which bundle.
 
     Attributes:
-        checkpoint: of ZoomLDM or of Graikos et al.
-        cdm: the CDM's own checkpoint, if there is one.
-        out: the bundle, a folder or a URL, where there is none yet.
+        checkpoint: of ZoomLDM or of Graikos et al. Example: weights.ckpt.
+        cdm: the CDM's own checkpoint, if there is one. Example: cdm.pt.
+        out: the bundle, a folder or a URL, where there is none yet. Example: bundle.
         patch_px: side of the images that the model was trained on.
         encoder: card of the encoder that embedded for it; found by width where it is published.
+            Example: uni.
         ema: take the U-Net's average, as the published samplers do.
         heads: attention heads of the U-Net, the Summarizer and the CDM, which no tensor tells.
     """
@@ -59,18 +60,21 @@ def import_bundle(config: Import) -> dict[str, int]:
         Parameters of each part, the CDM's fixed table of positions counted as published.
 
     Raises:
-        UserError: a file that cannot be opened or is no such checkpoint, parts that do not fit
-            each other, or a bundle at `out` already; nothing is written then.
+        UserError: a file that cannot be opened or is no such checkpoint, weights that are not
+            finite, parts that do not fit each other, or a bundle at `out` already; nothing is
+            written then.
     """
     if not (config.checkpoint.strip() and config.out.strip()):
         raise UserError("checkpoint= and out= are needed: the file, and the bundle to write.")
     state = weights.content(config.checkpoint)
     found = _parts(state, config)
-    schedule = published.schedule_from_published(state)
+    schedule = published_schedule.schedule_from_published(state)
     _check_fit(found, config.patch_px)
     facts = {"patch_px": config.patch_px, **_encoder_facts(config.encoder, found["summarizer"])}
     facts["source"] = _source(config)
     _check_place(config.out, facts["source"])
+    for checked in found.values():
+        weights.check_finite(checked.state, checked.whose)
     del state
     counts: dict[str, int] = {}
     for name in list(found):

@@ -55,6 +55,8 @@ PARTS: dict[str, dict[str, Any]] = {
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PLACES = ("data", "out", "logs")
+"""Keys of a training that say where things lay, and nothing about its result."""
 CONFIGS = {"scheduler": "scheduler_config.json"}
 """What stands beside the parts and has no weights."""
 
@@ -132,8 +134,17 @@ def kind(folder: str, name: str) -> str:
 
 
 def write_index(folder: str, entries: dict[str, Any], known: dict[str, Any]) -> None:
-    """Write the list of parts and the facts, atomically."""
-    storage.write_json(storage.join(folder, INDEX), {**entries, "raylarge": {**known}})
+    """Write the list of parts and the facts, without paths of this machine, atomically."""
+    facts = {name: _without_places(value) for name, value in known.items()}
+    storage.write_json(storage.join(folder, INDEX), {**entries, "raylarge": facts})
+
+
+def _without_places(facts: Any) -> Any:
+    """Return the facts of a training without where its data lay; others as they are."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+        return facts
+    kept = {key: value for key, value in facts["config"].items() if key not in PLACES}
+    return {**facts, "config": storage.without_places(kept)}
 
 
 def migrate(folder: str, beside: Collection[str]) -> dict[str, Any]:
@@ -181,6 +192,7 @@ def config(folder: str, name: str) -> dict[str, Any]:
         UserError: there is none, or a damaged one.
     """
     values = _mapping(storage.join(folder, name, "config.json"))
+    values.pop("_name_or_path", None)  # where diffusers once loaded the part from
     for version in range(int(index(folder)["raylarge"]["format"]), FORMAT):
         values = _MIGRATIONS[version](name, values)
     return values
@@ -190,15 +202,22 @@ def part(folder: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A part with its weights, in evaluation mode, on the CPU; tiny autoencoders in float32.
 
     Raises:
-        UserError: a class that no bundle holds, a damaged file, or tensors that are missing or
-            unknown.
+        UserError: a class that no bundle holds, a damaged file, tensors that are missing or
+            unknown, or values that are NaN, infinite, or too large for the precision.
     """
     made = PARTS[name][kind(folder, name)]
     with torch.device("meta"):
         module = made.from_config(config(folder, name))
     filled = weights.fill(module, _tensors(folder, name), f"{folder}: {name}")
     dtype = torch.float32 if isinstance(filled, AutoencoderTiny) else dtype
-    return nn.Module.to(filled, dtype)  # diffusers' own `to` warns of what does not concern it
+    nn.Module.to(filled, dtype)  # diffusers' own `to` warns of what does not concern it
+    large = [name for name, value in filled.state_dict().items() if not weights.is_finite(value)]
+    if large:
+        raise UserError(
+            f"{folder}: {name}: values of {large[0]} are too large for "
+            f"{str(dtype).removeprefix('torch.')}; choose dtype=bfloat16 or float32."
+        )
+    return filled
 
 
 def digest(folder: str, names: tuple[str, ...] = ()) -> str:
@@ -240,6 +259,14 @@ def computed_digest(folder: str) -> str:
     return storage.digest_pieces(
         piece for name in names for piece in _content(storage.join(folder, name))
     )
+
+
+def forget_place(folder: str) -> None:
+    """Remove from a part's config where diffusers loaded it from, a path of this machine."""
+    for path in storage.children(folder, "*.json"):
+        values = _mapping(path)
+        if values.pop("_name_or_path", None) is not None:
+            storage.write_json(path, values)
 
 
 def _content(path: str) -> Iterator[bytes]:

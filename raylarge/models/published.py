@@ -17,7 +17,6 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from torch import Tensor
 
-from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
 from raylarge.models.autoencoder import Autoencoder, kl, vq
 from raylarge.models.cdm import CDM
@@ -35,9 +34,11 @@ from raylarge.models.ldm_names import (
     vae_name,
     vae_sizes,
 )
+from raylarge.models.published_schedule import rounding
 from raylarge.models.summarizer import Summarizer
 from raylarge.models.unet import UNet, build
-from raylarge.models.weights import Checked, check, tensors, without
+from raylarge.models.weights import Checked, check, without
+from raylarge.models.wrappers import tensors
 
 State = Mapping[Any, Any]
 """What a file holds: tensors or arrays by name, perhaps in wrappers, and anything beside."""
@@ -234,28 +235,6 @@ def checked_cdm(state: State, heads: int = 12) -> Checked[CDM]:
     return check(cdm, named, stored, "a CDM")
 
 
-def schedule_from_published(state: State) -> Schedule:
-    """The schedule of a checkpoint's `betas`; the published one where it stores none.
-
-    Raises:
-        UserError: betas that are neither `scaled_linear` nor `linear`.
-    """
-    betas = tensors(state).get("betas")
-    if betas is None:
-        return Schedule()
-    if betas.ndim != 1 or len(betas) < 2:
-        raise UserError(f"the checkpoint's betas have the shape {list(betas.shape)}, not [steps].")
-    ends = (float(betas[0]), float(betas[-1]))
-    for name in ("scaled_linear", "linear") if min(ends) > 0 else ():
-        schedule = Schedule(name, len(betas), round(ends[0], 6), round(ends[1], 6))
-        if (schedule.betas - betas.double()).abs().max() <= 1e-6:
-            return schedule
-    raise UserError(
-        f"not supported: the checkpoint's betas ({ends[0]:.4g} to {ends[1]:.4g}) are neither "
-        f"scaled_linear nor linear."
-    )
-
-
 def _section(
     flat: Mapping[str, Tensor], prefixes: Sequence[str], marker: str, words: Sequence[str] = ()
 ) -> dict[str, Tensor]:
@@ -315,7 +294,8 @@ def _scale(flat: Mapping[str, Tensor], otherwise: float) -> float:
         raise UserError(
             f"the checkpoint's scale_factor is {stored.tolist()}, not a number above 0."
         )
-    return float(stored)
+    is_default = abs(float(stored) - otherwise) <= rounding(stored) * otherwise
+    return otherwise if is_default else float(stored)
 
 
 def _for_images(network: Any, inputs: int, outputs: int) -> Any:

@@ -11,6 +11,8 @@ statistics, and `none` is the absence of a condition.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import torch
 from jaxtyping import Float16, UInt8
@@ -96,13 +98,22 @@ def require(card: Card, weights: str) -> None:
 
 
 def weights_digest(card: Card, weights: str) -> str:
-    """A short name for the weights that a user gives; nothing where they come with the card.
+    """Return a short name for the weights that a user gives; empty where they come with the card.
+
+    Where the file holds several copies of the network, the key of the one in use follows the
+    digest: `0123456789abcdef state_dict_ema`.
 
     Raises:
         UserError: as `require`.
     """
     require(card, weights)
-    return storage.digest_file(hub.find(weights, card.files)) if weights else ""
+    if not weights:
+        return ""
+    path = hub.find(weights, card.files)
+    key = ""
+    with suppress(UserError):  # `load` says what is wrong with the file
+        key = ssl_networks.choice_of(card, path)
+    return f"{storage.digest_file(path)} {key}".rstrip()
 
 
 def _cure(card: Card) -> str:

@@ -10,7 +10,7 @@ statistics of `toy`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from raylarge import report
 from raylarge.diffusion.noise import generator
 from raylarge.errors import UserError
-from raylarge.models import weights
+from raylarge.models import weights, wrappers
 from raylarge.models.ssl_cards import Card, Colours
-from raylarge.models.weights import State
+from raylarge.models.wrappers import State
 
 Network = Callable[[Tensor], Tensor]
 TEXT_EXTRA = 'pip install "raylarge[text]"'
@@ -45,14 +46,48 @@ def load(card: Card, path: Path) -> nn.Module:
     Raises:
         UserError: the file is no file of tensors, or not of this network.
     """
-    network, state = build(card), weights.read(path)
+    network = build(card)
+    content = weights.content(path)
     whose = f"{card.name} ({card.model})"
+    try:
+        choice = _choice(card, network, content)
+    except UserError as error:
+        raise UserError(f"{path} is no file of weights of {whose}: {error}") from error
+    if choice.others:
+        others = ", ".join(choice.others)
+        report.say(f"encoder {card.name}: '{choice.key}' of {path.name} is used, not {others}")
+    state = weights.without(choice.state, card.drops)
+    try:
+        return _filled(card, network, state, whose)
+    except UserError as error:
+        part = f"'{choice.key}' was read" if choice.key else "its top level was read"
+        raise UserError(
+            f"{error} {part}; the file has the keys {wrappers.keys(content)}."
+        ) from error
+
+
+def choice_of(card: Card, path: Path) -> str:
+    """Return which of several copies in a file `load` uses, such as `state_dict_ema`; else empty.
+
+    Raises:
+        UserError: the file is no file of tensors.
+    """
+    choice = _choice(card, build(card), weights.content(path))
+    return choice.key if choice.others else ""
+
+
+def _choice(card: Card, network: nn.Module, content: Mapping[str, Any]) -> wrappers.Choice:
+    """Return the copy of a network in a file; transformers renames what is below `encoder.`."""
+    own = "encoder." if card.library == "transformers" else ""
+    prefixes = [prefix for prefix in wrappers.PREFIXES if prefix != own]
+    return wrappers.choose(content, network.state_dict(), prefixes)
+
+
+def _filled(card: Card, network: nn.Module, state: State, whose: str) -> nn.Module:
+    """Return the network with a state whose names may be of older versions."""
     if card.library == "transformers":
         kind, config = type(network), network.config
-        state = weights.without(state, card.drops)
         return weights.fill_transformers(kind, config, state, whose, **_pooling(card))
-    state = weights.unprefixed(state, network.state_dict())
-    state = weights.without(state, card.drops)
     if card.positions == "dino":
         _dino_positions(state, network)
     else:

@@ -1,6 +1,6 @@
 """Files of other people's weights: opened without running what is in them, loaded whole.
 
-    file -> {name: tensor} without wrappers and prefixes -> network, strictly
+    file -> {name: tensor} without wrappers and prefixes (`wrappers.py`) -> network, strictly
 
 A safetensors file, whatever it is called, holds tensors alone. A torch file is a pickle: torch's
 restricted unpickler builds tensors, plain containers and the few inert classes listed here, and
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,13 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raylarge.errors import UserError
+from raylarge.models import wrappers
+from raylarge.models.wrappers import State
 
-State = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
-
-_WRAPPERS = ("state_dict", "ema", "teacher", "model")
-"""Where training codes put a network's tensors; an average goes before what it averages."""
-_PREFIXES = ("module.", "backbone.", "encoder.")
 
 
 class _Inert:
@@ -74,40 +71,18 @@ def content(path: str | Path) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> State:
-    """The tensors of a weight file, without known wrappers.
+    """Return the tensors of a weight file, of several copies the preferred one (`wrappers.py`).
 
     Raises:
         UserError: as `content`, or no tensors in it.
     """
-    state = tensors(content(path))
+    stored = content(path)
+    state = wrappers.tensors(stored)
     if not state:
-        raise UserError(f"{path} holds no named tensors; give a file of a network's weights.")
-    return state
-
-
-def tensors(found: Mapping[Any, Any]) -> State:
-    """The tensors of a file's content by name, out of the wrappers of training codes.
-
-    A wrapper without tensors is passed over; values that are no tensors or arrays, and names
-    that are no strings, are left behind.
-    """
-    for wrapper in _WRAPPERS:
-        inner = found.get(wrapper)
-        if isinstance(inner, Mapping) and (named := tensors(inner)):
-            return named
-    return {
-        name: tensor
-        for name, value in found.items()
-        if isinstance(name, str) and (tensor := _tensor(value)) is not None
-    }
-
-
-def unprefixed(state: State, wanted: Iterable[str]) -> State:
-    """Names without the prefixes of training wrappers that the network itself does not use."""
-    wanted = list(wanted)
-    for prefix in _PREFIXES:
-        if not any(name.startswith(prefix) for name in wanted):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+        raise UserError(
+            f"{path} holds no named tensors, but the keys {wrappers.keys(stored)}; give a file of "
+            "a network's weights."
+        )
     return state
 
 
@@ -162,8 +137,8 @@ def fill(network: Module, state: Mapping[str, Tensor], whose: str) -> Module:
     """Copy tensors into a network (which may be on the meta device), as float32 and strictly.
 
     Raises:
-        UserError: names or shapes differ, or integers stand where fractions belong; tells the
-            first ones.
+        UserError: names or shapes differ, integers stand where fractions belong, or values are
+            NaN or infinite; tells the first ones.
     """
     wanted = network.state_dict()
     compare(wanted, state, whose)
@@ -173,8 +148,40 @@ def fill(network: Module, state: Mapping[str, Tensor], whose: str) -> Module:
         if tensor.is_floating_point() != wanted[name].is_floating_point()
     ]
     refuse(whose, mistyped=mistyped)
-    network.load_state_dict({name: _own(tensor) for name, tensor in state.items()}, assign=True)
+    own = {name: _own(tensor) for name, tensor in state.items()}
+    check_finite(own, whose)
+    network.load_state_dict(own, assign=True)
     return network.float().eval().requires_grad_(False)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no value of a tensor is NaN or infinite: one pass without temporaries.
+
+    A tensor on the meta device has no values.
+    """
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return True
+    low, high = torch.aminmax(tensor.detach())  # NaN if any value is
+    return bool(low.isfinite() and high.isfinite())
+
+
+def check_finite(state: Mapping[str, Tensor], whose: str) -> None:
+    """Refuse tensors that hold NaN or infinity; a network would compute black pictures of them.
+
+    This is checked whenever weights are loaded, not once per digest: a file may change after its
+    digest was written, and the pass takes a few per cent of the time of loading.
+
+    Raises:
+        UserError: names the first such tensors.
+    """
+    broken = [name for name, tensor in state.items() if not is_finite(tensor)]
+    if broken:
+        some = f"{', '.join(broken[:3])}{', …' if len(broken) > 3 else ''}"
+        raise UserError(
+            f"{whose}: {len(broken)} of {len(state)} tensors hold NaN or infinite values ({some}); "
+            f"the weights are damaged or come from a training that diverged: use an earlier "
+            f"checkpoint, or copy the file again."
+        )
 
 
 def compare(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], whose: str) -> None:
@@ -203,12 +210,14 @@ def fill_transformers(
     Tensors under old names are renamed by transformers itself.
 
     Raises:
-        UserError: names or shapes differ; tells the first ones.
+        UserError: names or shapes differ, or values are NaN or infinite; tells the first ones.
     """
+    own = {name: _own(tensor) for name, tensor in state.items()}
+    check_finite(own, whose)
     network, info = kind.from_pretrained(
         None,
         config=config,
-        state_dict={name: _own(tensor) for name, tensor in state.items()},
+        state_dict=own,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # told below, by name
         **options,
@@ -239,16 +248,6 @@ def _own(tensor: Tensor) -> Tensor:
     """A copy that shares nothing with a caller or a mapped file; fractions as float32."""
     kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to(kind, copy=True, memory_format=torch.contiguous_format)
-
-
-def _tensor(value: Any) -> Tensor | None:
-    """A tensor or an array as a tensor; of anything else, nothing."""
-    if isinstance(value, Tensor):
-        return value
-    try:
-        return torch.as_tensor(value) if hasattr(value, "__array__") else None
-    except (TypeError, ValueError):  # an array of words or of objects
-        return None
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -10,16 +10,16 @@ GET    /v1/bundle, /healthz
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse
 
 from raylarge.errors import UserError
+from raylarge.serve.body import Json, read_order
 from raylarge.serve.desk import Desk, FullError, Ticket
 
 
@@ -36,6 +36,7 @@ class Api:
     def app(self) -> FastAPI:
         """The application; its documentation page would load scripts from elsewhere: none."""
         app = FastAPI(title="raylarge", lifespan=self._lifespan, docs_url=None, redoc_url=None)
+        app.router.default_response_class = Json
         route = app.add_api_route
         route("/v1/images", self.take, methods=["POST"], status_code=202)
         route("/v1/images/{id}", self.state, methods=["GET"])
@@ -55,7 +56,7 @@ class Api:
 
     async def take(self, request: Request) -> Any:
         """Take an order."""
-        values = await _body(request, self._desk.limits.body_bytes)
+        values = await read_order(request, self._desk.limits.body_bytes)
         try:
             return _document(await self._desk.take(values))
         except FullError as error:
@@ -103,7 +104,8 @@ class Api:
     def _ticket(self, id: str) -> Ticket:
         ticket = self._desk.find(id)
         if ticket is None:
-            raise HTTPException(404, f"there is no image '{id}'; it may have been forgotten.")
+            name = ascii(id[:64])
+            raise HTTPException(404, f"there is no image {name}; it may have been forgotten.")
         return ticket
 
     def _file(self, id: str, name: str) -> FileResponse:
@@ -134,21 +136,5 @@ def _document(ticket: Ticket) -> dict[str, Any]:
     }
 
 
-async def _body(request: Request, limit: int) -> dict[str, Any]:
-    """A request's JSON object, read no further than the limit."""
-    content = bytearray()
-    async for piece in request.stream():
-        content += piece
-        if len(content) > limit:
-            raise HTTPException(413, f"an order has at most {limit} bytes.")
-    try:
-        values = json.loads(content)
-    except (RecursionError, ValueError) as error:
-        raise UserError("the body is not JSON; post an order such as {'size': 512}.") from error
-    if not isinstance(values, dict):
-        raise UserError("an order is a JSON object such as {'size': 512}.")
-    return values
-
-
-async def _refused(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, 422)
+async def _refused(request: Request, error: Exception) -> Json:
+    return Json({"detail": str(error)}, 422)

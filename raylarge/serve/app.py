@@ -57,13 +57,13 @@ def build(args: dict[str, Any]) -> Any:
     require(folder)
     from ray import serve  # here, for `session` settles Ray's environment before
 
-    from raylarge.serve.deployments import ServiceIngress, WorkerReplica
+    from raylarge.serve.deployments import MAX_ONGOING, ServiceIngress, WorkerReplica
 
     worker = serve.deployment(
         WorkerReplica,
         name="Worker",
         num_replicas=config.workers,
-        max_ongoing_requests=2,  # one computing, one whose inputs arrive meanwhile
+        max_ongoing_requests=MAX_ONGOING,
         ray_actor_options={"num_cpus": means.threads},
     )
     ingress = serve.deployment(

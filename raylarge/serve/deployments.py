@@ -12,12 +12,21 @@ from ray.serve.handle import DeploymentHandle
 
 from raylarge.fleet.facts import Facts
 from raylarge.fleet.means import Means
-from raylarge.fleet.pool import Held, Replicas
+from raylarge.fleet.pool import IN_FLIGHT, Held, Replicas
 from raylarge.fleet.worker import Worker
 from raylarge.sampling.plan import Reply
 from raylarge.sampling.tasks import Task
 from raylarge.serve.api import Api
 from raylarge.serve.desk import Desk, Limits
+
+MAX_ONGOING = IN_FLIGHT + 1
+"""Requests that a replica accepts: all that the ingress has in flight, and one for the facts.
+
+With fewer than are in flight, Serve's router tries again and again until a replica has room,
+which takes longer than a small request.
+"""
+OPENED = 2
+"""Requests of a replica whose inputs are in memory: the one that is computed, and the next."""
 
 
 class WorkerReplica:
@@ -30,6 +39,7 @@ class WorkerReplica:
     def __init__(self, bundle: str, means: Means) -> None:
         """Load the bundle; the replica is healthy when this has come back."""
         self._worker = Worker.opened(bundle, means)
+        self._room = asyncio.Semaphore(OPENED)
         self._thread = ThreadPoolExecutor(1, "answer", torch.set_num_threads, (means.threads,))
 
     async def facts(self) -> Facts:
@@ -38,9 +48,10 @@ class WorkerReplica:
 
     async def answer(self, task: Task, *inputs: Any) -> Reply:
         """The reply to a task."""
-        opened = [i.open(await i.ref) if isinstance(i, Held) else i for i in inputs]
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._worker.answer, task, *opened)
+        async with self._room:
+            opened = [i.open(await i.ref) if isinstance(i, Held) else i for i in inputs]
+            return await loop.run_in_executor(self._thread, self._worker.answer, task, *opened)
 
 
 class ServiceIngress:

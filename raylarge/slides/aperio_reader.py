@@ -20,13 +20,13 @@ from raylarge.slides.tiff_reader import Level, parsed
 class AperioPyramid(OpenSlidePyramid):
     """The levels of an Aperio slide."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, scene: str = "") -> None:
         """Open a slide that OpenSlide recognises as Aperio's.
 
         Raises:
             Refusal: OpenSlide cannot open the file.
         """
-        super().__init__(path)
+        super().__init__(path, scene)
         with ExitStack() as opened:
             opened.callback(super().close)
             with parsed():

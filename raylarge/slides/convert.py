@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -19,26 +20,32 @@ from raylarge.pyramid import TILE_PX, level_sizes
 from raylarge.slides.protocol import Pixels, version_of
 from raylarge.storage import cache
 
-_FORMAT = "tiles 1"
+_FORMAT = "tiles 2"
 """Another name for other files from the same image."""
 _BYTES_PER_PX = 5
 """At most: all levels uncompressed (4), and scratch files (below 1)."""
 
 
-def tiled(path: str, size: tuple[int, int], strip: Callable[[int, int], Pixels]) -> cache.Held:
+def tiled(
+    path: str,
+    size: tuple[int, int],
+    strip: Callable[[int, int], Pixels],
+    what: tuple[Any, ...] = (),
+) -> cache.Held:
     """A tiled TIFF pyramid of a local image, converted where the node has none yet.
 
     Args:
         path: the image; a changed one is another.
         size: its (rows, columns).
         strip: its rows [top, bottom), asked for from top to bottom.
+        what: of the image is read, and how: another answer is another image.
 
     Raises:
         Refusal: the image is damaged.
         Lack: the cache has no room for it.
     """
     return cache.hold(
-        f"{version_of(path)} {_FORMAT}",
+        f"{version_of(path)} {_FORMAT} {what}",
         _BYTES_PER_PX * size[0] * size[1],
         lambda folder: _write(folder, size, strip),
         "tiles.tif",

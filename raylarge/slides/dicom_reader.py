@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from raylarge.errors import Lack
+from raylarge.slides import scenes
 from raylarge.slides.openslide_reader import OpenSlidePyramid
 from raylarge.slides.protocol import Hint, Pixels, Pyramid, Refusal, damage
 
@@ -23,33 +24,42 @@ _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _EXTRA = "pip install 'raylarge[dicom]' brings what reads more kinds of DICOM."
 
 
-def open_folder(path: str) -> Pyramid:
+def open_folder(path: str, scene: str = "") -> Pyramid:
     """The slide whose instances lie in a folder.
 
+    Args:
+        path: the folder.
+        scene: which series, where there are several: its UID, or its number among the sorted UIDs.
+
     Raises:
-        Refusal: the folder holds no slide, or several.
+        Refusal: the folder holds no slide, or several and none is named.
         Lack: wsidicom is missing.
     """
-    _wsidicom("is a folder, and may be DICOM")
+    if any(map(_is_dicom, _inside(Path(path)))):
+        _wsidicom("is a folder, and may be DICOM")
     series = {}
     for file in reversed(_inside(Path(path))):
         if (uid := _volume_series(file)) is not None:
             series[uid] = str(file)
-    if len(series) != 1:
+    names = sorted(series)
+    if scene in names or (scene.isdigit() and int(scene) < len(names)):
+        return open_instance(series[scene if scene in names else names[int(scene)]])
+    if len(series) != 1 or scene:
         raise Refusal(
-            f"is a folder that holds {len(series)} DICOM slides; name a slide's file, or a folder "
-            "with the instances of one."
+            f"is a folder that holds {len(series)} DICOM slides; name a slide's file, a folder "
+            "with the instances of one, or tile.scene= (a number from 0, or the series UID)."
         )
-    return open_instance(next(iter(series.values())))
+    return open_instance(series[names[0]])
 
 
-def open_instance(path: str) -> Pyramid:
+def open_instance(path: str, scene: str = "") -> Pyramid:
     """The slide to which an instance belongs; the others are looked for beside it.
 
     Raises:
-        Refusal: neither OpenSlide nor wsidicom can open it.
+        Refusal: neither OpenSlide nor wsidicom can open it, or a scene is named.
         Lack: OpenSlide cannot, and wsidicom is missing.
     """
+    scenes.refuse_other(scene)
     try:
         return OpenSlidePyramid(path)
     except Refusal as refusal:
@@ -76,6 +86,7 @@ class DicomPyramid:
                 self.mpp_hints = [Hint("pixel spacing", pyramid.mpp.height, pyramid.mpp.width)]
                 paths = pyramid.metadata.optical_paths
                 self.icc_profile: bytes | None = paths[0].icc_profile if paths else None
+                self.notes = _unread(self._slide)
             opened.pop_all()
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
@@ -87,6 +98,17 @@ class DicomPyramid:
     def close(self) -> None:
         """Let go of the files."""
         self._slide.close()
+
+
+def _unread(slide: Any) -> list[str]:
+    """What else a series holds, in words."""
+    shown = {
+        "pyramids": len(slide.pyramids),
+        "optical paths": len(slide.pyramid.base_level.optical_paths),
+        "focal planes": len(slide.pyramid.base_level.focal_planes),
+    }
+    more = ", ".join(f"{count} {what}" for what, count in shown.items() if count > 1)
+    return [f"the series holds {more}: wsidicom's default of them was read"] if more else []
 
 
 def _wsidicom(because: str) -> Any:
@@ -103,12 +125,20 @@ def _inside(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
 
 
+def _is_dicom(file: Path) -> bool:
+    """Whether a file has the mark of DICOM."""
+    if not file.is_file():
+        return False
+    with damage(), file.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
 def _volume_series(file: Path) -> str | None:
     """The series of a file, where it is a VOLUME instance of a whole slide."""
+    if not _is_dicom(file):
+        return None
     import pydicom
 
-    if not file.is_file():
-        return None
     tags = ["SOPClassUID", "ImageType", "SeriesInstanceUID"]
     with damage(Exception):
         try:

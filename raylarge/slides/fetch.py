@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylarge import storage
-from raylarge.errors import UserError
 from raylarge.slides.protocol import Refusal
-from raylarge.storage import cache
+from raylarge.storage import cache, web
 from raylarge.storage.cache import Held
 from raylarge.storage.patience import Unmet
+from raylarge.storage.web import shown
 
 PIECE_BYTES = 16 << 20
 LANES = 4
@@ -69,7 +69,9 @@ def fetched(path: str) -> Held:
             wanted, objects = storage.patiently(path, lambda fs, root: _objects(path, fs, root))
             version = {name: one.version for name, one in objects.items()}
             size = sum(one.size or 0 for one in objects.values())
-            return cache.hold(f"{path} {version}", size, partial(_fetch, path, objects), wanted)
+            return cache.hold(
+                f"{_lasting(path, objects)} {version}", size, partial(_fetch, path, objects), wanted
+            )
         except FileNotFoundError as error:
             raise Refusal("does not exist; check the path.") from error
         except Unmet:
@@ -77,11 +79,19 @@ def fetched(path: str) -> Held:
     raise Refusal("changes while it is fetched; run again when nobody writes it.")
 
 
+def _lasting(path: str, objects: dict[str, _Object]) -> str:
+    """A path as the cache knows it: without the query, where an ETag tells versions apart."""
+    return shown(path) if all(one.etag for one in objects.values()) else path
+
+
 def companions(path: str) -> list[str]:
     """Sorted paths of the other files of a slide: a MIRAX slide's folder, a folder's instances.
 
     What lies beside one DICOM instance is not listed: only its content tells what belongs to it.
+    Web addresses have none: their servers list nothing.
     """
+    if path.startswith(_WEB):
+        return []
     mirax = path.lower().endswith(_MIRAX)
     return sorted(_files(path.rpartition(".")[0] if mirax else path.rstrip("/")))
 
@@ -97,15 +107,14 @@ def _files(folder: str) -> Iterator[str]:
 
 def _objects(path: str, fs: Any, root: str) -> tuple[str, dict[str, _Object]]:
     """What of the fetched files is opened, and every file to fetch, by its name there."""
-    info = _info(fs, root)
-    name = root.rstrip("/").rsplit("/", 1)[-1]
+    info = web.facts(fs, root)
+    name = storage.name_of(root) or "slide"
     if info["type"] == "directory":
         found = fs.find(root, detail=True)
         instances = {one: facts for one, facts in found.items() if one.lower().endswith(".dcm")}
         if not instances:
             raise Refusal("is a folder without DICOM instances (*.dcm); name a file in it.")
         return "", {one.rsplit("/", 1)[-1]: _object(fs, instances[one]) for one in instances}
-    name = name.partition("?")[0]  # what follows is a web address's query
     objects = {name: _object(fs, info)._replace(url=path)}
     if name.lower().endswith(_INDEX_OF_FILES):
         raise Refusal("is an index of several files; copy all of them to a disk and name it there.")
@@ -122,22 +131,6 @@ def _objects(path: str, fs: Any, root: str) -> tuple[str, dict[str, _Object]]:
     return name, objects
 
 
-def _info(fs: Any, root: str) -> dict[str, Any]:
-    """What stands at a URL; fsspec takes a web server that is away for one without the file."""
-    try:
-        info: dict[str, Any] = fs.info(root)
-    except FileNotFoundError as error:
-        cause, status = error.__cause__, getattr(error.__cause__, "status", 0)
-        if cause is None or isinstance(cause, FileNotFoundError) or status in (404, 410):
-            raise
-        if 400 <= status < 500:
-            raise UserError(
-                f"{root}: the server answers {status}; check the address, and that it lets you in."
-            ) from error
-        raise cause from error
-    return info
-
-
 def _object(fs: Any, info: dict[str, Any]) -> _Object:
     version = tuple(str(info.get(key)) for key in _VERSION)
     return _Object(fs.unstrip_protocol(info["name"]), info.get("size"), info.get("ETag"), version)
@@ -149,10 +142,24 @@ def _fetch(path: str, objects: dict[str, _Object], folder: Path) -> None:
     with ThreadPoolExecutor(LANES) as lanes:  # leaving it waits for pieces under way
         for _ in lanes.map(_move, pieces):
             pass
+    if path.startswith(_WEB):
+        for name in objects:
+            _refuse_page(folder / name)
     if path.startswith((*_WEB, *_S3)):  # one stream, or ranges of one ETag: of one version
         return
     if storage.patiently(path, lambda fs, root: _objects(path, fs, root))[1] != objects:
         raise Unmet(path)
+
+
+def _refuse_page(file: Path) -> None:
+    """Refuse a web page in the place of a slide."""
+    with file.open("rb") as stream:
+        head = stream.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if head.startswith((b"<!doctype html", b"<html")):
+        raise Refusal(
+            "is a web page and no slide: the server may want a login, or the address is that of a "
+            "page about the slide; give the address of the file itself."
+        )
 
 
 def _pieces(source: _Object, target: Path) -> list[_Piece]:

@@ -1,10 +1,9 @@
 """GeoTIFF and COG by rasterio (extra `geo`): overviews are levels, regions are windows.
 
-Red, green and blue are the first three bands (NAIP's fourth is near infrared, even where it is
-labelled alpha). What the file calls no data is white. The size of a pixel is measured on the
-ground, at the image's centre: Mercator's metres and degrees are no metres there. What is not
-north-up with square pixels on a map in metres is warped to that while it is read, in fixed
-blocks, so that a region is the same however it is asked for.
+Which bands are the colours follows from what the file says of them (`geo_bands.py`). The size of
+a pixel is measured on the ground, at the image's centre: Mercator's metres and degrees are no
+metres there. What is not north-up with square pixels on a map in metres is warped to that while
+it is read, in fixed blocks, so that a region is the same however it is asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylarge.errors import Lack
-from raylarge.slides.protocol import Georeference, Hint, Pixels, Refusal, damage
+from raylarge.slides import scenes
+from raylarge.slides.geo_bands import GeoBands
+from raylarge.slides.protocol import (
+    AS_STORED,
+    Georeference,
+    Hint,
+    Pixels,
+    ReadOptions,
+    Refusal,
+    damage,
+)
 
 if TYPE_CHECKING:
     from affine import Affine
@@ -40,22 +49,24 @@ class GeoPyramid:
 
     icc_profile = None
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, options: ReadOptions = AS_STORED) -> None:
         """Open a GeoTIFF.
 
         Raises:
-            Refusal: the bands are no 8-bit grey or RGB, or the place is none.
+            Refusal: bands that are neither RGB nor grey by what anybody says, samples without a
+                way to 8 bits, or a place that is none.
             Lack: rasterio is missing.
         """
         self.georeference: Georeference | None = None
         self.mpp_hints: list[Hint] = []
-        with ExitStack() as opened, _gdal() as rasterio:
-            base = opened.enter_context(rasterio.open(path))
-            _refuse_bands(base)
-            self._bands = [1, 2, 3] if base.count >= 3 else [1]
-            self._labelled_alpha = rasterio.enums.ColorInterp.alpha in base.colorinterp
+        with ExitStack() as opened, _gdal():
+            path, notes = _scene(path, options.scene)
+            base = opened.enter_context(_dataset(path))
+            self._bands = GeoBands(base, options)
+            self.notes = [*notes, *self._bands.notes]
+            self._warped = False
             numbers = range(len(base.overviews(1)))
-            levels = [base, *(opened.enter_context(_overview(path, n)) for n in numbers)]
+            levels = [base, *(opened.enter_context(_dataset(path, n)) for n in numbers)]
             if base.crs is not None:
                 levels = self._placed(path, levels, opened)
             self._levels = levels
@@ -68,11 +79,14 @@ class GeoPyramid:
         size_m = _pixel_m(base.crs, base.transform, (base.height / 2, base.width / 2))
         if not _is_plain(base, size_m):
             plain = levels
-            if self._labelled_alpha:  # GDAL would weigh colours by near infrared
-                names = [f"vrt://{path}?bands=1,2,3"] * len(levels)
-                plain = [opened.enter_context(_overview(n, i - 1)) for i, n in enumerate(names)]
-            levels = [opened.enter_context(level) for level in _warped(plain, min(size_m))]
-            self._labelled_alpha = False
+            if self._bands.infrared:  # GDAL would weigh colours by it
+                plain = [
+                    opened.enter_context(_dataset(self._bands.opaque(base, path), i - 1))
+                    for i in range(len(levels))
+                ]
+            warped = _warped(plain, min(size_m), self._bands.nearest)
+            levels = [opened.enter_context(level) for level in warped]
+            self._warped = True
             size_m = (min(size_m),) * 2
         crs, transform = levels[0].crs, list(levels[0].transform)[:6]
         self.georeference = {"crs": crs.to_string(), "transform": transform}
@@ -84,16 +98,26 @@ class GeoPyramid:
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
         """A region inside a level; white where the file has no data."""
-        source, pixels = self._levels[level], np.empty((rows, columns, 3), np.uint8)
         with _gdal() as rasterio:
             window = rasterio.windows.Window(left, top, columns, rows)
-            bands = source.read(self._bands, window=window)
-            for band in range(3):
-                pixels[..., band] = bands[min(band, len(bands) - 1)]
-            if rasterio.enums.MaskFlags.all_valid not in source.mask_flag_enums[0]:
-                void = source.dataset_mask(window=window) == 0
-                pixels[void & ~pixels.any(axis=-1) if self._labelled_alpha else void] = 255
-        return pixels
+            return self._bands.read(self._levels[level], window, self._warped)
+
+
+def _scene(path: str, scene: str) -> tuple[str, list[str]]:
+    """GDAL's name for the image of a file that is read, and a note where there are several."""
+    import rasterio
+
+    with rasterio.open(path) as dataset:
+        names = list(dataset.subdatasets)
+    if not names:
+        scenes.refuse_other(scene)
+        return path, []
+    sizes = []
+    for name in names:
+        with rasterio.open(name) as dataset:
+            sizes.append((dataset.height, dataset.width))
+    number, notes = scenes.chosen([], sizes, scene)
+    return names[number], notes
 
 
 @contextmanager
@@ -112,22 +136,11 @@ def _gdal() -> Iterator[Any]:
         yield rasterio
 
 
-def _overview(path: str, number: int) -> Any:
+def _dataset(path: str, overview: int = -1) -> Any:
     """The dataset of one overview; the full image at -1."""
     import rasterio
 
-    return rasterio.open(path) if number < 0 else rasterio.open(path, overview_level=number)
-
-
-def _refuse_bands(dataset: Any) -> None:
-    if set(dataset.dtypes) != {"uint8"}:
-        kinds = ", ".join(sorted(set(dataset.dtypes)))
-        raise Refusal(
-            f"holds {kinds} pixels, not 8-bit ones; bring it to 8 bits with the contrast you want "
-            "(for example `gdal_translate -ot Byte -scale`)."
-        )
-    if "palette" in dataset.colorinterp[0].name:
-        raise Refusal("holds a palette; convert it with `gdal_translate -expand rgb`.")
+    return rasterio.open(path) if overview < 0 else rasterio.open(path, overview_level=overview)
 
 
 def _is_plain(dataset: Any, size_m: tuple[float, float]) -> bool:
@@ -182,7 +195,7 @@ def _nowhere() -> Refusal:
     )
 
 
-def _warped(levels: list[Any], side_m: float) -> list[Any]:
+def _warped(levels: list[Any], side_m: float, nearest: bool) -> list[Any]:
     """The levels on a north-up grid of square pixels of side_m metres, in metres of its map."""
     from affine import Affine
     from rasterio.enums import Resampling
@@ -214,9 +227,11 @@ def _warped(levels: list[Any], side_m: float) -> list[Any]:
                 transform=Affine(side * factor, 0, x.min(), 0, -side * factor, y.max()),
                 height=math.ceil(rows / factor),
                 width=math.ceil(columns / factor),
-                resampling=Resampling.cubic,
+                resampling=Resampling.nearest if nearest else Resampling.cubic,
                 tolerance=_WARP_PX,
-                add_alpha=True,
+                XSCALE=1.0,  # never shrunk; GDAL guesses from blocks, wrongly at the border
+                YSCALE=1.0,
+                add_alpha="alpha" not in {one.name for one in level.colorinterp},
             )
         )
     return warped

@@ -46,6 +46,11 @@ class SrgbPyramid:
         """None: these pixels are sRGB."""
         return None
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """As in the file."""
+        return self._pyramid.notes
+
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
         """A region inside a level, in sRGB."""
         return _applied(self._transform, self._pyramid.read_level(level, top, left, rows, columns))

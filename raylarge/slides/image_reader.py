@@ -1,27 +1,29 @@
 """PNG and JPEG as slides: small ones in memory, large ones converted into tiles once per node.
 
-Grey, palette, 1-bit and transparent images (over white) become RGB; 16-bit RGB keeps its upper
-byte, as Pillow reads it. 16-bit grey and CMYK are refused. Rows and columns are those stored in
-the file: an EXIF orientation is not applied, so that coordinates mean what they mean elsewhere.
+All kinds of pixels become RGB by the rule of `raylarge/pixels.py`; CMYK is refused. Rows and
+columns are those stored in the file: an EXIF orientation is not applied, so that coordinates mean
+what they mean elsewhere.
 """
 
 from __future__ import annotations
 
-import numpy as np
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 
+from raylarge import pixels
+from raylarge.slides import bands, scenes
 from raylarge.slides.protocol import (
+    AS_STORED,
     DECODE_PX,
     WHOLE_PX,
     Hint,
     Pixels,
+    ReadOptions,
     Refusal,
     damage,
     refuse_size,
 )
 from raylarge.slides.tiff_reader import ConvertedPyramid
 
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _UM_PER_INCH = 25_400.0
 
 
@@ -30,31 +32,36 @@ class ImagePyramid:
 
     georeference = None
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, options: ReadOptions = AS_STORED) -> None:
         """Open an image file.
 
         Raises:
-            Refusal: neither PNG nor JPEG, colours that are not 8-bit RGB or grey, or more
-                pixels than may be decoded.
+            Refusal: neither PNG nor JPEG, pixels without a way to 8-bit RGB, more than may be
+                decoded, or an option that such images do not have.
         """
+        scenes.refuse_other(options.scene)
+        if options.bands not in ((), (1, 2, 3)):
+            raise Refusal("is PNG or JPEG, of which tile.bands= chooses nothing; leave it out.")
         with damage():
             opened = _opened(path)
         with opened as picture:
             size = (picture.height, picture.width)
             refuse_size(size, DECODE_PX)
-            if picture.mode not in _MODES:
-                raise Refusal(f"holds {picture.mode} pixels; convert it to 8-bit RGB.")
+            self.notes = _depth(picture, options)
             self.icc_profile: bytes | None = picture.info.get("icc_profile") or None
             with damage():
                 self.mpp_hints = _mpp_hints(picture)
+            value_range = options.value_range
             self._image: Pixels | None = None
             self._tiles: ConvertedPyramid | None = None
             if size[0] * size[1] <= WHOLE_PX:
                 with damage():
-                    self._image = _rgb(picture)
+                    self._image = pixels.from_picture(picture, value_range)
                 self.sizes = [size]
             else:
-                self._tiles = ConvertedPyramid(path, size, lambda *rows: _strip(picture, *rows))
+                self._tiles = ConvertedPyramid(
+                    path, size, lambda *rows: _strip(picture, value_range, *rows), options
+                )
                 self.sizes = self._tiles.sizes
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
@@ -93,14 +100,30 @@ def _mpp_hints(picture: Image.Image) -> list[Hint]:
     return [Hint("image resolution", _UM_PER_INCH / down, _UM_PER_INCH / across)]
 
 
-def _strip(picture: Image.Image, top: int, bottom: int) -> Pixels:
+def _depth(picture: Image.Image, options: ReadOptions) -> list[str]:
+    """What to say of pixels of more than 8 bits.
+
+    Raises:
+        Refusal: they have no way to 8-bit RGB, or Pillow has lost what `tile.value_range` asks for.
+    """
+    try:
+        pixels.require_mode(picture.mode)
+    except pixels.PixelFormatError as error:
+        raise Refusal(f"{error}.") from error
+    if picture.mode.startswith("I;16"):
+        note = bands.require_depth("uint16", 16, options)
+    elif "16" not in str(getattr(picture, "tile", "")):
+        note = ""
+    elif options.value_range:
+        raise Refusal(
+            "holds 16-bit colours in a PNG, for which there is no tile.value_range; convert it to "
+            "a 16-bit RGB TIFF."
+        )
+    else:
+        note = "16-bit samples: 0 to 65535 became 0 to 255, by their upper byte"
+    return [note] if note else []
+
+
+def _strip(picture: Image.Image, value_range: tuple[float, ...], top: int, bottom: int) -> Pixels:
     with damage():
-        return _rgb(picture.crop((0, top, picture.width, bottom)))
-
-
-def _rgb(picture: Image.Image) -> Pixels:
-    """Pixels as RGB, over white where they are transparent."""
-    if picture.has_transparency_data:
-        page = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(page, picture.convert("RGBA"))
-    return np.asarray(picture.convert("RGB"))
+        return pixels.from_picture(picture.crop((0, top, picture.width, bottom)), value_range)

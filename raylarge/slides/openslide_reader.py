@@ -7,14 +7,16 @@ OME, SubIFDs and more codecs. Associated images (label, macro) are never touched
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import openslide
 from jaxtyping import UInt8
 from PIL import ImageCms
 
-from raylarge.slides import icc
+from raylarge import pixels
+from raylarge.slides import icc, scenes
 from raylarge.slides.protocol import DAMAGE, Hint, Pixels, damage
 
 _UM_PER_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0}
@@ -27,17 +29,47 @@ class OpenSlidePyramid:
 
     georeference = None
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, scene: str = "") -> None:
         """Open a slide whose vendor OpenSlide has recognised.
 
+        Args:
+            path: the file.
+            scene: the number of a region, where the scan has several (Leica, Zeiss); empty: all
+                of them on one canvas.
+
         Raises:
-            Refusal: OpenSlide recognises the format but cannot open the file.
+            Refusal: OpenSlide recognises the format but cannot open the file, or there is no
+                such region.
         """
-        with damage(*_BROKEN):
-            self._slide = openslide.OpenSlide(path)
-            self.sizes = [(rows, columns) for columns, rows in self._slide.level_dimensions]
-            properties = dict(self._slide.properties)
-        self.mpp_hints = mpp_hints(properties)
+        with ExitStack() as opened:
+            with damage(*_BROKEN):
+                self._slide = opened.enter_context(openslide.OpenSlide(path))
+                self.sizes = [(rows, columns) for columns, rows in self._slide.level_dimensions]
+                properties = dict(self._slide.properties)
+            self.mpp_hints = mpp_hints(properties)
+            self._corner_l0 = (0, 0)
+            self.notes = self._restricted(_regions(properties), scene)
+            opened.pop_all()
+
+    def _restricted(self, regions: Sequence[tuple[int, ...]], scene: str) -> list[str]:
+        """Keep to one region of the scan, if one is named; what to say of it."""
+        if len(regions) < 2:
+            scenes.refuse_other(scene)
+            return []
+        if not scene:
+            return [
+                f"the scan has {len(regions)} regions, which were read as one image "
+                "(tile.scene= names one by its number from 0)"
+            ]
+        sizes = [(rows, columns) for _, _, rows, columns in regions]
+        number, notes = scenes.chosen([], sizes, scene)
+        top, left, rows, columns = regions[number]
+        self._corner_l0 = (top, left)
+        self.sizes = [
+            (max(1, int(rows / factor)), max(1, int(columns / factor)))
+            for factor in self._slide.level_downsamples
+        ]
+        return notes
 
     @property
     def icc_profile(self) -> bytes | None:
@@ -59,26 +91,38 @@ class OpenSlidePyramid:
             Refusal: the file is damaged there.
         """
         factor = self._slide.level_downsamples[level]
-        corner = (round(left * factor), round(top * factor))
+        corner = (
+            self._corner_l0[1] + round(left * factor),
+            self._corner_l0[0] + round(top * factor),
+        )
         with damage(*_BROKEN):
             region = np.asarray(self._slide.read_region(corner, level, (columns, rows)))
         # Alpha is the highest byte of a little-endian word: one pass tells whether all is opaque.
         if region.view("<u4").min(initial=_OPAQUE) == _OPAQUE:
             return _rgb(region)
-        alpha = region[..., 3:].astype(np.uint16)
-        return ((region[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        return pixels.over_white(region[..., :3], region[..., 3])
 
     def close(self) -> None:
         """Let go of the file."""
         self._slide.close()
 
 
+def _regions(properties: Mapping[str, str]) -> list[tuple[int, ...]]:
+    """(top, left, rows, columns) in level-0 pixels of the regions of a scan that has several."""
+    regions: list[tuple[int, ...]] = []
+    while f"openslide.region[{len(regions)}].x" in properties:
+        name = f"openslide.region[{len(regions)}]"
+        fields = ("y", "x", "height", "width")
+        regions.append(tuple(int(_number(properties, f"{name}.{field}")) for field in fields))
+    return regions
+
+
 def _rgb(region: UInt8[np.ndarray, "_ _ 4"]) -> Pixels:
     """The first three of four bands; band by band, since numpy copies triples slowly."""
-    pixels = np.empty((*region.shape[:2], 3), np.uint8)
+    rgb = np.empty((*region.shape[:2], 3), np.uint8)
     for band in range(3):
-        pixels[..., band] = region[..., band]
-    return pixels
+        rgb[..., band] = region[..., band]
+    return rgb
 
 
 def vendor(path: str) -> str | None:

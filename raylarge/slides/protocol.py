@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from raylarge.errors import Lack, SlideError, UserError
+from raylarge.storage import shown
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 
@@ -59,6 +60,20 @@ class Hint(NamedTuple):
     mpp_x: float
 
 
+class ReadOptions(NamedTuple):
+    """What the user says about the content of files; each is empty where nothing is said."""
+
+    scene: str = ""
+    """Which image of a file with several: its name, or its number from 0."""
+    bands: tuple[int, ...] = ()
+    """Numbers from 1 of red, green and blue, or of grey alone."""
+    value_range: tuple[float, ...] = ()
+    """The values that become 0 and 255, in samples of more than 8 bits."""
+
+
+AS_STORED = ReadOptions()
+
+
 class Georeference(TypedDict):
     """Where level 0 lies on the ground."""
 
@@ -92,6 +107,11 @@ class Pyramid(Protocol):
         """Where the image lies on the ground; None for what a microscope saw."""
         ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Choices that the reader made and a user may want otherwise; they name no file."""
+        ...
+
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
         """A region that lies inside a level, in that level's pixels."""
         ...
@@ -112,9 +132,9 @@ def speaking_of(path: str, what: str = "slide") -> Iterator[None]:
     try:
         yield
     except Refusal as refusal:
-        raise SlideError(f"{what} {path} {refusal}") from refusal
+        raise SlideError(f"{what} {shown(path)} {refusal}") from refusal
     except Lack as lack:
-        raise UserError(f"{what} {path} {lack}") from lack
+        raise UserError(f"{what} {shown(path)} {lack}") from lack
 
 
 @contextmanager

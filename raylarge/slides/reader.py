@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import stat
 from contextlib import ExitStack
 from types import TracebackType
 
@@ -28,10 +29,12 @@ from raylarge.slides.image_reader import ImagePyramid
 from raylarge.slides.mpp import BASE_MPP
 from raylarge.slides.openslide_reader import OpenSlidePyramid
 from raylarge.slides.protocol import (
+    AS_STORED,
     SLIDE_PX,
     Georeference,
     Pixels,
     Pyramid,
+    ReadOptions,
     Refusal,
     damage,
     refuse_size,
@@ -62,6 +65,8 @@ class Slide:
         """See `open_slide`; `opened` is what to close, where that is more than the pyramid."""
         self.path = path
         self.mpp = mpp
+        self.notes = list(pyramid.notes)
+        """Choices made in reading that a user may want otherwise; they name no file."""
         self._pyramid = pyramid
         self._close = pyramid.close if opened is None else opened.close
         self.zoom = scales.zoom(mpp, base_mpp)
@@ -198,6 +203,7 @@ def open_slide(
     mpp_override: float | None = None,
     base_mpp: float = BASE_MPP,
     icc: bool = True,
+    options: ReadOptions = AS_STORED,
     view: View = _WHOLE,
 ) -> Slide:
     """Open a slide by its content.
@@ -208,6 +214,7 @@ def open_slide(
         base_mpp: micrometres per pixel of the base scale (1e6 for aerial images); within 10 %
             no resampling is done.
         icc: whether pixels are converted to sRGB by the colour profile in the file.
+        options: which scene and bands are read, and the range of deep samples.
         view: how the slide is shifted, turned and mirrored.
 
     Raises:
@@ -221,7 +228,7 @@ def open_slide(
     with speaking_of(path), ExitStack() as opened:
         held = fetched(path)
         opened.callback(held.close)
-        pyramid = _pyramid(held.path)
+        pyramid = _pyramid(held.path, options)
         opened.callback(pyramid.close)
         refuse_size(pyramid.sizes[0], SLIDE_PX)
         mpp = scales.resolve_mpp(pyramid, mpp_override)
@@ -230,12 +237,13 @@ def open_slide(
         return Slide(path, pyramid, mpp, base_mpp, opened.pop_all(), view)
 
 
-def _pyramid(local: str) -> Pyramid:
+def _pyramid(local: str, options: ReadOptions) -> Pyramid:
     """The reader that fits the content of a local file or folder."""
     if os.path.isdir(local):
         from raylarge.slides.dicom_reader import open_folder
 
-        return open_folder(local)
+        return open_folder(local, options.scene)
+    _refuse_special(local)
     with damage(), open(local, "rb") as stream:
         head = stream.read(4)
     if not head:
@@ -244,18 +252,26 @@ def _pyramid(local: str) -> Pyramid:
     if vendor == "dicom":
         from raylarge.slides.dicom_reader import open_instance
 
-        return open_instance(local)
+        return open_instance(local, options.scene)
     if vendor == "aperio":
-        return AperioPyramid(local)
+        return AperioPyramid(local, options.scene)
     if vendor not in (None, "generic-tiff"):
-        return OpenSlidePyramid(local)
+        return OpenSlidePyramid(local, options.scene)
     if head not in tiff_reader.MAGIC:
-        return ImagePyramid(local)
+        return ImagePyramid(local, options)
     if tiff_reader.is_georeferenced(local):
         from raylarge.slides.geo_reader import GeoPyramid
 
-        return GeoPyramid(local)
-    return TiffPyramid(local)
+        return GeoPyramid(local, options)
+    return TiffPyramid(local, options)
+
+
+def _refuse_special(local: str) -> None:
+    """Refuse what is no file: reading a pipe would wait for ever."""
+    with damage():
+        mode = os.stat(local).st_mode
+    if not stat.S_ISREG(mode):
+        raise Refusal("is no file but a pipe, socket or device; leave it out.")
 
 
 def _inside(start_px: int, count: int, downscale: int, size_px: int) -> tuple[int, int]:

@@ -16,17 +16,20 @@ from typing import Any
 
 import numpy as np
 import tifffile
-from jaxtyping import UInt8
-from tifffile import EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG
+from jaxtyping import Shaped, UInt8
+from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG
 
-from raylarge.slides import convert
+from raylarge.slides import bands, convert, scenes
+from raylarge.slides.bands import Channels
 from raylarge.slides.protocol import (
+    AS_STORED,
     DAMAGE,
     DECODE_PX,
     SLIDE_PX,
     WHOLE_PX,
     Hint,
     Pixels,
+    ReadOptions,
     Refusal,
     damage,
     refuse_size,
@@ -40,36 +43,45 @@ _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}
 _UM_PER_NAME = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "micron": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _GREY = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
 _KNOWN = (*_GREY, PHOTOMETRIC.PALETTE, PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR)
+_PLAIN = (
+    *(COMPRESSION.NONE, COMPRESSION.LZW, COMPRESSION.DEFLATE, COMPRESSION.ADOBE_DEFLATE),
+    *(COMPRESSION.PACKBITS, COMPRESSION.ZSTD, COMPRESSION.LZMA),
+)
+"""Codecs that leave YCbCr as it is; those of images make it RGB."""
 _ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
 
 
 class TiffPyramid:
-    """The levels of the largest image in a TIFF file; other images in it are not read."""
+    """The levels of one image in a TIFF file: of the largest, if no scene is named."""
 
     georeference = None
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, options: ReadOptions = AS_STORED) -> None:
         """Open a TIFF file.
 
         Raises:
-            Refusal: pixels that are not 8-bit RGB, grey or a palette, several planes, or more
-                pixels in one piece than may be decoded.
+            Refusal: samples without a way to 8-bit RGB, several planes, more pixels in one piece
+                than may be decoded, or no such scene.
         """
         self._tiles: ConvertedPyramid | None = None
         with ExitStack() as opened:
             with parsed():
                 self._file = opened.enter_context(tifffile.TiffFile(path))
-                found = self._file.series
-                areas = [one.keyframe.imagelength * one.keyframe.imagewidth for one in found]
-                index = areas.index(max(areas))
-                page = found[index].keyframe
+                series = self._file.series
+                pages = [one.keyframe for one in series]
+                sizes = [(int(one.imagelength), int(one.imagewidth)) for one in pages]
+                names = [str(one.name) for one in series]
+            index, self.notes = scenes.chosen(names, sizes, options.scene)
+            with parsed():
+                page = pages[index]
                 self.icc_profile: bytes | None = page.tags.valueof(_ICC_PROFILE)
                 self.mpp_hints = _mpp_hints(self._file, index, page)
-                stored = [(one.keyframe, one.pages[0], one.axes) for one in found[index].levels]
-            self._levels = [Level(self._file.filehandle, *one) for one in stored]
+                stored = [(one.keyframe, one.pages[0], one.axes) for one in series[index].levels]
+            self._levels = [Level(self._file.filehandle, *one, options) for one in stored]
+            self.notes += self._levels[0].notes
             self.sizes = [level.size for level in self._levels]
             if not page.is_tiled and self.sizes[0][0] * self.sizes[0][1] > WHOLE_PX:
-                self._tiles = ConvertedPyramid(path, self.sizes[0], self._strip)
+                self._tiles = ConvertedPyramid(path, self.sizes[0], self._strip, (index, *options))
                 self.sizes = self._tiles.sizes
             opened.pop_all()
 
@@ -95,10 +107,14 @@ class ConvertedPyramid(TiffPyramid):
     """The tiles of a converted image, kept in the cache as long as they are open."""
 
     def __init__(
-        self, path: str, size: tuple[int, int], strip: Callable[[int, int], Pixels]
+        self,
+        path: str,
+        size: tuple[int, int],
+        strip: Callable[[int, int], Pixels],
+        what: tuple[Any, ...] = (),
     ) -> None:
         """See `convert.tiled`."""
-        self._held = convert.tiled(path, size, strip)
+        self._held = convert.tiled(path, size, strip, what)
         try:
             super().__init__(self._held.path)
         except BaseException:
@@ -131,6 +147,7 @@ class Level:
         kind: tifffile.TiffPage,
         page: Any = None,
         axes: str = "YXS",
+        options: ReadOptions = AS_STORED,
     ) -> None:
         """Hold the page.
 
@@ -139,9 +156,10 @@ class Level:
             kind: knows how its pieces are coded.
             page: knows where they lie; absent: `kind` does.
             axes: tifffile's names of its dimensions.
+            options: which samples are the colours, and their range.
 
         Raises:
-            Refusal: its pixels are not 8-bit RGB, grey or a palette.
+            Refusal: its samples have no way to 8-bit RGB.
         """
         self._file = file
         self._page, self._kind = page or kind, kind
@@ -152,14 +170,19 @@ class Level:
             strip = (min(int(kind.rowsperstrip), self.size[0]), self.size[1])
             tile = (int(kind.tilelength), int(kind.tilewidth))
             self._piece = tile if kind.is_tiled else strip
-            separate = kind.planarconfig == PLANARCONFIG.SEPARATE
-            self._planes = min(int(kind.samplesperpixel), 4) if separate else 1
+            self._separate = kind.planarconfig == PLANARCONFIG.SEPARATE
+            self._channels, self.notes = _channels(kind, options)
         refuse_size(self.size, SLIDE_PX)
         refuse_size(self._piece, DECODE_PX)
         self._across = -(-self.size[1] // self._piece[1])
         self._count = self._across * -(-self.size[0] // self._piece[0])
         in_cache = _CACHE_BYTES // (3 * self._piece[0] * self._piece[1])
         self._pixels = lru_cache(max(1, in_cache))(self._decoded)
+
+    @property
+    def transparent(self) -> bool:
+        """Whether some sample is transparency."""
+        return self._channels.alpha is not None
 
     def close(self) -> None:
         """Forget the tiles, which would else stay until the garbage is collected."""
@@ -175,20 +198,23 @@ class Level:
 
     def _decoded(self, index: int) -> Pixels:
         """One tile or strip as RGB; white where the file leaves it out."""
+        channels = self._channels
+        indices = [*channels.colours, *([] if channels.alpha is None else [channels.alpha])]
+        first = indices if self._separate else [0]
         planes = []
-        for number in range(index, index + self._planes * self._count, self._count):
-            samples = self._samples(number)
+        for plane in first:
+            samples = self._samples(index + plane * self._count)
             if samples is None:
                 return np.full((*self._piece, 3), 255, np.uint8)
             planes.append(samples)
-        samples = np.concatenate(planes, axis=-1) if len(planes) > 1 else planes[0]
         if self._palette is not None:
-            return self._palette[samples[..., 0]]
-        if self._kind.bitspersample == 1:
-            samples = samples * np.uint8(255)
-        return _rgb(samples, self._kind)
+            return self._palette[planes[0][..., 0].astype(np.uint16)]
+        if self._separate:
+            return channels.rgb(np.concatenate(planes, axis=-1))
+        whole = indices == list(range(planes[0].shape[-1]))
+        return channels.rgb(planes[0] if whole else planes[0][..., indices])
 
-    def _samples(self, number: int) -> UInt8[np.ndarray, "_ _ s"] | None:
+    def _samples(self, number: int) -> Shaped[np.ndarray, "_ _ s"] | None:
         """One stored piece, as far as it lies inside the level."""
         row, column = divmod(number % self._count, self._across)
         rows = min(self._piece[0], self.size[0] - row * self._piece[0])
@@ -204,8 +230,9 @@ class Level:
             decoded: Any = self._kind.decode(
                 content, number, jpegtables=self._page.jpegtables, jpegheader=self._page.jpegheader
             )
-            samples = decoded[0][0][:rows, :columns].astype(np.uint8, copy=False)
-            if samples.shape[:2] != (rows, columns) or samples.shape[2] < 1:
+            samples: Any = decoded[0][0][:rows, :columns]
+            stored = 1 if self._separate else int(self._kind.samplesperpixel)
+            if samples.shape[:2] != (rows, columns) or samples.shape[2] < stored:
                 raise ValueError(f"piece {number} holds {samples.shape} samples")
         return samples
 
@@ -224,11 +251,45 @@ def _refuse_kind(kind: tifffile.TiffPage, axes: str) -> None:
             f"holds several planes (axes {axes}) where one RGB image was expected; save the one "
             "that counts as an RGB TIFF."
         )
-    if kind.bitspersample not in (1, 8) or kind.dtype not in (np.bool_, np.uint8):
-        raise Refusal(f"holds {kind.dtype} pixels, not 8-bit ones; convert it to 8-bit RGB.")
     if kind.photometric not in _KNOWN:
         name = getattr(kind.photometric, "name", kind.photometric)
         raise Refusal(f"holds {name} colours; convert it to 8-bit RGB.")
+    if kind.photometric == PHOTOMETRIC.YCBCR and kind.compression in _PLAIN:
+        raise Refusal("holds YCbCr colours without JPEG; convert it to 8-bit RGB.")
+
+
+def _channels(kind: tifffile.TiffPage, options: ReadOptions) -> tuple[Channels, list[str]]:
+    """Which samples are colours and transparency, and what to say of the choice.
+
+    Raises:
+        Refusal: nothing says which are the colours, or they have no way to 8 bits.
+    """
+    count, extras = int(kind.samplesperpixel), tuple(kind.extrasamples)
+    bits = int(kind.bitspersample)
+    note = bands.require_depth(kind.dtype, bits if bits % 8 else 0, options)
+    notes = [note] if note and kind.photometric != PHOTOMETRIC.PALETTE else []
+    first = count - len(extras)
+    marks = {index: extra for index, extra in enumerate(extras, first) if extra in _ALPHA}
+    alpha = next(iter(marks), None)
+    if options.bands:
+        colours = bands.of_user(options.bands, count)
+    elif kind.photometric in _GREY:
+        colours, note = bands.unnamed([index for index in range(count) if index not in marks])
+        notes += [note] if note else []
+    elif kind.photometric == PHOTOMETRIC.PALETTE:
+        colours = (0,)
+    elif count >= 3:
+        colours = (0, 1, 2)
+    else:
+        raise Refusal(f"holds RGB colours of {count} samples; save it as an RGB TIFF.")
+    return Channels(
+        colours,
+        alpha,
+        bits=bits if bits % 8 else 0,
+        value_range=options.value_range,
+        premultiplied=alpha is not None and marks.get(alpha) == EXTRASAMPLE.ASSOCALPHA,
+        inverted=kind.photometric == PHOTOMETRIC.MINISWHITE,
+    ), notes
 
 
 def _palette(kind: tifffile.TiffPage) -> UInt8[np.ndarray, "_ 3"]:
@@ -236,20 +297,6 @@ def _palette(kind: tifffile.TiffPage) -> UInt8[np.ndarray, "_ 3"]:
     if table.shape != (1 << kind.bitspersample, 3):
         raise ValueError(f"a palette of {table.shape} numbers")
     return (table >> 8 if table.max() > 255 else table).astype(np.uint8)
-
-
-def _rgb(samples: UInt8[np.ndarray, "_ _ s"], kind: tifffile.TiffPage) -> Pixels:
-    """Samples of a piece as RGB, over white where they are transparent."""
-    colours = 3 if samples.shape[-1] >= 3 else 1
-    pixels = samples[..., :colours]
-    if kind.photometric == PHOTOMETRIC.MINISWHITE:
-        pixels = 255 - pixels
-    if kind.extrasamples and kind.extrasamples[0] in _ALPHA and samples.shape[-1] > colours:
-        alpha = samples[..., colours : colours + 1].astype(np.uint16)
-        ready = kind.extrasamples[0] == EXTRASAMPLE.ASSOCALPHA
-        lit = pixels.astype(np.uint16) if ready else (pixels * alpha + 127) // 255
-        pixels = np.minimum(lit + (255 - alpha), 255).astype(np.uint8)
-    return pixels if colours == 3 else np.repeat(pixels, 3, axis=-1)
 
 
 def _mpp_hints(file: tifffile.TiffFile, index: int, page: tifffile.TiffPage) -> list[Hint]:

@@ -22,11 +22,12 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from raylarge.errors import Lack
 from raylarge.storage.files import digest
+from raylarge.storage.lock import locked
 
 _DEFAULT_BYTES = 64 << 30
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -71,12 +72,12 @@ def hold(identity: str, need_bytes: int, make: Callable[[Path], None], name: str
     wanted = entry / name  # looked for itself: who tidies temporary files leaves folders behind
     with _on_disk(root, need_bytes):
         while True:
-            lock = _locked(_lock_of(entry), fcntl.LOCK_SH)
+            lock = locked(_lock_of(entry), fcntl.LOCK_SH)
             if wanted.exists():
                 os.utime(lock)
                 return Held(str(wanted), lock)
             os.close(lock)
-            lock = _locked(_lock_of(entry), fcntl.LOCK_EX)
+            lock = locked(_lock_of(entry), fcntl.LOCK_EX)
             try:
                 if not wanted.exists():
                     _make(entry, lock, need_bytes, make)
@@ -148,21 +149,6 @@ def _part_of(entry: Path) -> Path:
     return entry.with_name(f".{entry.name}.part")
 
 
-def _locked(path: Path, kind: int) -> int:
-    """An open lock file; waits for it, and again where it was evicted meanwhile."""
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, kind)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), os.stat(path)):
-                    return lock
-        except BaseException:
-            os.close(lock)
-            raise
-        os.close(lock)
-
-
 def _make(entry: Path, lock: int, need_bytes: int, make: Callable[[Path], None]) -> None:
     part = _part_of(entry)
     os.truncate(lock, 0)  # what a killed process reserved
@@ -211,7 +197,7 @@ def _reserve(root: Path, lock: int, need_bytes: int) -> None:
 
 def _taken(root: Path, lock: int, need_bytes: int, cap: int) -> int | None:
     """None where the share could be taken, else what is in use; one process at a time looks."""
-    room = _locked(root / ".room", fcntl.LOCK_EX)
+    room = locked(root / ".room", fcntl.LOCK_EX)
     try:
         shares = {path: path.stat() for path in root.glob("*.lock")}
         used = sum(share.st_size for share in shares.values())
@@ -230,7 +216,7 @@ def _taken(root: Path, lock: int, need_bytes: int, cap: int) -> int | None:
 def _evicted(path: Path) -> bool:
     """Whether an entry could be removed: not while anybody holds its lock."""
     try:
-        lock = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     entry = path.with_suffix("")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -79,13 +80,13 @@ def write_bytes(path: str, content: bytes | memoryview) -> None:
 
 
 def read_json(path: str) -> Any:
-    """A JSON document.
+    """A JSON document; NaN and infinity, which are no JSON but were written once, are None.
 
     Raises:
         UserError: nothing stands at the path, or no JSON.
     """
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(read_bytes(path), parse_constant=lambda _: None)
     except ValueError as error:  # also bytes that are no text
         raise UserError(
             f"{path} is not readable as JSON ({error}): it is damaged or cut short; copy it again, "
@@ -94,8 +95,28 @@ def read_json(path: str) -> Any:
 
 
 def write_json(path: str, document: Any) -> None:
-    """Write a JSON document atomically, in a form people can read and diff."""
-    write_bytes(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+    """Write a JSON document atomically, in a form people can read and diff (see `as_json`)."""
+    write_bytes(path, (as_json(document, indent=1) + "\n").encode())
+
+
+def as_json(document: Any, indent: int | None = None) -> str:
+    """Return a document as strict JSON with sorted keys; numbers that are not finite become null.
+
+    Python would write `NaN` and `Infinity`, which other readers of JSON refuse.
+    """
+    try:
+        return json.dumps(document, indent=indent, sort_keys=True, allow_nan=False)
+    except ValueError:
+        finite = _without_nonfinite(document)
+        return json.dumps(finite, indent=indent, sort_keys=True, allow_nan=False)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nonfinite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def put_file(made: Path, target: str) -> None:

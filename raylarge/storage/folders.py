@@ -6,12 +6,17 @@ fails when a file goes while it looks. Here a folder is listed whole or a UserEr
 
 from __future__ import annotations
 
+import errno
 import os
 from fnmatch import fnmatchcase
 from glob import has_magic
 from typing import Any, NamedTuple
 
 from raylarge.storage.patience import is_local, patiently
+from raylarge.storage.web import is_web
+
+_TO_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG)
+"""What a link says that leads nowhere: it is listed, so that whoever reads it can say so."""
 
 
 class Entry(NamedTuple):
@@ -30,6 +35,20 @@ def join(folder: str, *names: str) -> str:
 def absolute(path: str) -> str:
     """A path that means the same in every process: local ones from the root of the disk."""
     return os.path.abspath(path.removeprefix("file://")) if is_local(path) else path
+
+
+def without_places(document: Any) -> Any:
+    """Return a JSON document in which absolute paths and URLs are their last names.
+
+    What is meant to be shared must not tell where it was made: user names, machines, buckets.
+    """
+    if isinstance(document, dict):
+        return {key: without_places(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [without_places(value) for value in document]
+    if isinstance(document, str) and (document.startswith(("/", "~")) or "://" in document):
+        return document.rstrip("/").rsplit("/", 1)[-1]
+    return document
 
 
 def exists(path: str) -> bool:
@@ -71,6 +90,8 @@ def listing(pattern: str) -> list[str]:
     What stands goes before what a bracket may mean: `b [1]/*` looks into `b [1]`, and into `b 1`
     only if there is no such folder. Where only the name is a pattern, take `children`.
     """
+    if is_web(pattern) and ("?" in pattern or not has_magic(pattern)):
+        return [pattern]  # its query is no pattern, and whoever reads it says what is wrong
     scheme, at, rest = pattern.rpartition("://") if not is_local(pattern) else ("", "", "")
     start, *parts = (rest or absolute(pattern)).rstrip("/").split("/")
     found = [scheme + at + start]
@@ -82,8 +103,13 @@ def listing(pattern: str) -> list[str]:
             found = [path for folder in found for path in _matching(folder, part, bool(parts))]
         else:
             found = [f"{folder}/{part}" for folder in found]
-            found = found if parts else [path for path in found if exists(path)]
+            found = found if parts else [path for path in found if exists(path) or _is_link(path)]
     return sorted(set(found))
+
+
+def _is_link(path: str) -> bool:
+    """Whether a local link stands there, if only one to nothing."""
+    return is_local(path) and os.path.islink(path)
 
 
 def _matching(folder: str, pattern: str, only_folders: bool) -> list[str]:
@@ -108,9 +134,14 @@ def _on_disk(_: Any, root: str) -> list[Entry]:
             for one in inside:
                 try:
                     found.append(Entry(one.name, one.stat().st_size, one.is_dir()))
-                except FileNotFoundError:  # gone since, or a link to nothing
-                    continue
-    except NotADirectoryError:
+                except OSError as error:
+                    if one.is_symlink() and error.errno in _TO_NOTHING:
+                        found.append(Entry(one.name, 0, False))
+                    elif not isinstance(error, FileNotFoundError):  # gone since
+                        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise
         return []
     return found
 

@@ -114,6 +114,33 @@ def put(path: str, source: bytes | memoryview | Path) -> None:
     patiently(path, write)
 
 
+def put_if(path: str, content: bytes, etag: str | None) -> str | None:
+    """Write a small object where none stands, or in the place of the version that an ETag names.
+
+    A store that knows no conditions is written to without one.
+
+    Returns:
+        The ETag of what was written; None where the store has none.
+
+    Raises:
+        Unmet, FileNotFoundError: another version stands there, or none.
+    """
+    condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+
+    def write(fs: Any, root: str) -> str | None:
+        if not _is_s3(fs):
+            fs.pipe_file(root, content)
+            return None
+        try:
+            return str(_call(fs, root, "put_object", Body=content, **condition)["ETag"])
+        except Exception as error:
+            if "NotImplemented" not in str(error):
+                raise
+            return str(_call(fs, root, "put_object", Body=content)["ETag"])
+
+    return patiently(path, write)
+
+
 def remove(paths: Sequence[str]) -> None:
     """Remove at most MOST_REMOVED objects of one bucket, as far as they are there."""
 

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from raylarge.errors import UserError
+from raylarge.storage.web import scrubbed, shown
 
 PATIENCE_S = 60.0  # RAYLARGE_STORAGE_PATIENCE_S replaces it
 CONNECTIONS = 64  # of one process: its threads share a session
@@ -86,7 +87,7 @@ def filesystem(path: str) -> tuple[Any, str]:
     try:
         fs, root = fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{path} cannot be opened ({error}); check the path.") from error
+        raise UserError(f"{shown(path)} cannot be opened ({error}); check the path.") from error
     fs.invalidate_cache()
     return fs, root
 
@@ -116,7 +117,7 @@ def patiently(path: str, action: Callable[[Any, str], T]) -> T:
             if left <= 0:
                 raise UserError(_given_up(path, what)) from error
         if not failures:
-            logger.warning("%s: %s; trying again for %g s", path, what, patience_s())
+            logger.warning("%s: %s; trying again for %g s", shown(path), what, patience_s())
         elif failures % 4 == 3 and _session.get(_key()) is fs:
             _session.clear()  # addresses and credentials are looked up anew, which is dear
         wait = min(FIRST_WAIT_S * 2**failures, LONGEST_WAIT_S)
@@ -166,7 +167,7 @@ def _what_passes(path: str, error: Exception) -> str:
         return what
     if code or settled:
         raise UserError(
-            f"{path}: {what}; check the path, the credentials (AWS_ACCESS_KEY_ID, "
+            f"{shown(path)}: {what}; check the path, the credentials (AWS_ACCESS_KEY_ID, "
             f"AWS_SECRET_ACCESS_KEY) and what they allow, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION."
         ) from error
     raise error
@@ -194,7 +195,7 @@ def _answer(error: BaseException) -> tuple[str, int, str] | None:
 def _brief(error: Exception) -> str:
     """What an error says, for the middle of a sentence."""
     nothing = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
-    text = " ".join((str(error) or nothing).split()).rstrip(".")
+    text = scrubbed(" ".join((str(error) or nothing).split()).rstrip("."))
     return text if len(text) < 200 else f"{text[:200]}..."
 
 
@@ -202,7 +203,7 @@ def _given_up(path: str, what: str) -> str:
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     server = next(filter(None, map(os.environ.get, names)), "the store's own address")
     return (
-        f"{path}: {what}, for {patience_s():g} s; see that the server ({server}) is up and "
+        f"{shown(path)}: {what}, for {patience_s():g} s; see that the server ({server}) is up and "
         f"reached from here, then run the same again (RAYLARGE_STORAGE_PATIENCE_S= waits longer)."
     )
 

@@ -36,10 +36,10 @@ STATISTICS, SOME = 1024, 64
 class CdmConfig:
     """Size of the diffusion transformer; the defaults are DiT-B, as published."""
 
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    learn_sigma: bool = True
+    width: int = 768  # of the tokens
+    depth: int = 12  # transformer blocks
+    heads: int = 12  # attention heads
+    learn_sigma: bool = True  # predict the variance, too
     standardised: bool = False  # by scale; raw as published
 
     def check(self) -> None:

@@ -28,10 +28,21 @@ from raylarge.storage import cache
 COMMIT, OWNER = "checkpoint.json", "owner.json"
 _FETCHED = "files"
 """Of a checkpoint out of a store, in its entry of the cache."""
-_COMMITTED = {"step", "files"}
 SHARED_S = 600.0  # how long the files of other ranks may take to show
 CLAIM_S = 20.0  # how long what rank 0 claims may take to show, by NFS's attribute cache
 LOOK_S = 0.05
+
+
+def document(path: str) -> Any:
+    """Return a JSON document, or None where the file is damaged: empty, cut short, or no JSON.
+
+    Raises:
+        UserError: the file is missing, or the store fails.
+    """
+    try:
+        return json.loads(storage.read_bytes(path))
+    except ValueError:  # also bytes that are no text
+        return None
 
 
 class Found(NamedTuple):
@@ -200,19 +211,47 @@ class Checkpoints:
 
     def _whole_ones(self) -> list[Found]:
         """All whole checkpoints, the newest first."""
-        names = [path.rsplit("/", 1)[-1] for path in storage.children(self.root, "step-*")]
-        found = (self._whole(name) for name in sorted(names, reverse=True))
-        return [one for one in found if one is not None]
+        return [one for _, one in self._inspected() if isinstance(one, Found)]
 
-    def _whole(self, name: str) -> Found | None:
+    def damage(self) -> list[str]:
+        """Return a sentence for each committed checkpoint that is damaged, the newest first.
+
+        Only checkpoints newer than the newest whole one count: resuming passes over them.
+        """
+        sentences: list[str] = []
+        for name, one in self._inspected():
+            if isinstance(one, Found):
+                rest = f"training resumes from step {one.facts['step']}"
+                return [f"{sentence}; {rest}." for sentence in sentences]
+            if one:
+                path = self._path(name)
+                sentences.append(f"the checkpoint {path} is damaged and is passed over: {one}")
+        return [
+            f"{sentence}; no other is whole, so training starts anew." for sentence in sentences
+        ]
+
+    def _inspected(self) -> Iterator[tuple[str, Found | str]]:
+        """Names of all checkpoint folders, the newest first, each with its checkpoint.
+
+        In place of a checkpoint that is not whole stands what is wrong with it; nothing for a
+        folder that was never committed, as a killed run leaves it.
+        """
+        names = [path.rsplit("/", 1)[-1] for path in storage.children(self.root, "step-*")]
+        return ((name, self._inspect(name)) for name in sorted(names, reverse=True))
+
+    def _inspect(self, name: str) -> Found | str:
         sizes = storage.sizes(self._path(name))
         if COMMIT not in sizes:
-            return None
-        facts = storage.read_json(self._path(name, COMMIT))
-        if not isinstance(facts, dict) or not facts.keys() >= _COMMITTED:
-            return None
-        fits = all(sizes.get(file) == size for file, size in facts["files"].items())
-        return Found(name, facts) if fits else None
+            return ""
+        facts = document(self._path(name, COMMIT))
+        if not _is_commit(facts):
+            return f"{COMMIT} ({sizes[COMMIT]} bytes) is empty, cut short or no commit"
+        for file, size in facts["files"].items():
+            if file not in sizes:
+                return f"{file} is missing"
+            if sizes[file] != size:
+                return f"{file} has {sizes[file]} bytes instead of {size}"
+        return Found(name, facts)
 
     def prune(self) -> None:
         """Remove all but the newest checkpoints and the best one."""
@@ -228,6 +267,14 @@ class Checkpoints:
         storage.remove_all(self._path(name, file) for file in storage.sizes(self._path(name)))
         if self.local:
             shutil.rmtree(storage.absolute(self._path(name)), ignore_errors=True)
+
+
+def _is_commit(facts: Any) -> bool:
+    """Whether a document is what `Checkpoints.commit` writes."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
+        return False
+    numbers = [facts.get("step"), facts.get("score") or 0, *facts["files"].values()]
+    return bool(facts["files"]) and all(isinstance(one, int | float) for one in numbers)
 
 
 def _score(found: Found) -> float:

@@ -43,9 +43,10 @@ class ClassifierConfig:
     Attributes:
         network: its name in timm.
         weights: a file of its weights to start from; empty: random ones, nothing is fetched.
-        label: which of the slides' labels (`tile.labels`).
+            Example: resnet18.safetensors.
+        label: which of the slides' labels (`tile.labels`). Example: grade.
         scales: of the images.
-        synthetic: a second data folder, of synthetic images under the same label.
+        synthetic: a second data folder, of synthetic images under the same label. Example: data2.
         share: of the samples that come from there.
         held_out: the most held-out images that are scored at the end, spread evenly; 0: all.
     """

@@ -16,6 +16,7 @@ from typing import Any
 
 from raylarge import storage
 from raylarge.errors import UserError
+from raylarge.fleet.room import Room, require_room
 from raylarge.fleet.session import session
 from raylarge.train.context import Status
 from raylarge.train.ray_context import status_path
@@ -83,6 +84,8 @@ def _trainer(ray: Any, worker: Callable[..., Any], settings: dict[str, bytes], c
     elastic = crew.fewest < crew.workers
     cpus = min(1.0, max(0.01, resources.get("CPU", 0) / crew.workers))
     each = {"CPU": 1.0 if elastic else cpus} | ({"GPU": 1.0} if gpus else {})
+    fewest = crew.fewest if elastic else crew.workers
+    require_room(Room("training", each["CPU"], each.get("GPU", 0.0), fewest))
     return TorchTrainer(
         worker,
         train_loop_config=settings,

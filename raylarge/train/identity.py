@@ -2,6 +2,10 @@
 
 What shapes the result stands in ROOT/config.json. Engines and numbers of workers do not: a
 checkpoint belongs to none of them (`state.py`).
+
+A record of another version may lack keys and have keys that are gone: a key that is absent means
+its default at that time (`ABSENT`, else today's default: a new key's default is the behaviour
+before it), and a key that is gone must have the value of today's behaviour (`REMOVED`).
 """
 
 from __future__ import annotations
@@ -10,10 +14,12 @@ import json
 from typing import Any
 
 from raylarge import config as configuration
-from raylarge import storage
+from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
-from raylarge.train.checkpoint import Checkpoints
+from raylarge.models import parts
+from raylarge.train.checkpoint import Checkpoints, document
+from raylarge.train.ingest import latents_table
 from raylarge.train.journal import HISTORY
 from raylarge.train.settings import MODELS, Train
 
@@ -23,8 +29,17 @@ FREE |= {"resize_s", "strategy", "zero", "offload", "max_failures", "track", "pl
 FREE |= {"checkpointing", "channels_last", "validate", "sheet_every", "sheet_gpus", "result"}
 """Keys that a resumed run may change."""
 
+ABSENT: dict[str, Any] = {}
+"""Dotted keys whose default has changed -> the default that records without the key mean.
 
-CONFIG = "config.json"
+`tests/data/train_defaults.json` holds the first default of every key; a test compares.
+"""
+REMOVED: dict[str, Any] = {}
+"""Dotted keys that no longer exist -> their value under which training was as it is now."""
+RENAMED: dict[str, str] = {}
+"""Dotted keys of older records -> the keys that have their values now."""
+
+CONFIG, LATENTS = "config.json", "latents-"
 _NEEDED = {"step", "seconds", "skipped", "loss", "data_digest", "config"}
 
 
@@ -32,6 +47,13 @@ def told(config: Train) -> dict[str, Any]:
     """The config as JSON holds it, without the other models' parts."""
     values = json.loads(json.dumps(configuration.plain(config)))
     return {k: v for k, v in values.items() if k not in MODELS or k == config.model}
+
+
+def shareable(config: Train) -> dict[str, Any]:
+    """Return the config for the facts of a bundle: it tells no place where things lay."""
+    values = {key: value for key, value in told(config).items() if key not in parts.PLACES}
+    named: dict[str, Any] = storage.without_places(values)
+    return named
 
 
 def refuse_mixing(config: Train, root: str) -> None:
@@ -45,16 +67,51 @@ def refuse_mixing(config: Train, root: str) -> None:
     now |= {"on": stands_on(config)}
     if Checkpoints(root, config.keep).newest() is not None:
         before = _before(path)
-        if before["on"] != now["on"]:
+        if before["on"] and before["on"] != now["on"]:
             raise UserError(_replaced(config, root))
-        old, new = _leaves(before), _leaves(now)
-        for key in sorted({*old, *new}):
-            if old.get(key) != new.get(key):
-                raise UserError(
-                    f"{root} was trained with {key}={old.get(key)}, not {new.get(key)}; give "
-                    f"the old value to go on, another out=, or remove that folder to begin anew."
-                )
+        before["on"] = now["on"]  # older records do not name the latents' autoencoder
+        if difference := _difference(_recorded(before, config.model), _leaves(now)):
+            raise UserError(
+                f"{root} was trained {difference} to go on, another out=, or remove that folder "
+                f"to begin anew."
+            )
     storage.write_json(path, now)
+
+
+def absent(key: str) -> Any:
+    """Return the value that a record without a dotted key means, as JSON holds it."""
+    if key in ABSENT:
+        return ABSENT[key]
+    return _leaves(json.loads(json.dumps(configuration.plain(Train())))).get(key)
+
+
+def _recorded(before: dict[str, Any], model: str) -> dict[str, Any]:
+    """The dotted keys of a record under their names of today, without those that are free."""
+    others = {name for name in MODELS if name != model}
+    leaves = {RENAMED.get(key, key): value for key, value in _leaves(before).items()}
+    return {k: v for k, v in leaves.items() if k.split(".")[0] not in FREE | others}
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first key by which two trainings differ, with the cure; empty where none does.
+
+    Args:
+        old: dotted keys of a record that may be of another version.
+        new: those of the command.
+    """
+    shown = configuration.shown
+    for key in sorted({*old, *new} - {"model"}):  # the folder's name says the model
+        if key not in new:
+            if key not in REMOVED or REMOVED[key] != old[key]:
+                return f"with {key}={shown(old[key])}, which this version lacks; give that version"
+        elif key in old and old[key] != new[key]:
+            return f"with {key}={shown(old[key])}, not {shown(new[key])}; give the old value"
+        elif key not in old and (then := absent(key)) != new[key]:
+            meant = f"{key}={shown(then)}"
+            return (
+                f"without the key {key}, which means {meant}, not {shown(new[key])}; give {meant}"
+            )
+    return ""
 
 
 def refuse_replaced(config: Train, root: str) -> None:
@@ -69,9 +126,41 @@ def refuse_replaced(config: Train, root: str) -> None:
 
 def stands_on(config: Train) -> str:
     """The digest of the bundle's parts that a model is trained on, which stay as they are."""
-    parts = _ground(config)
-    whole = all(storage.exists(storage.join(config.out, name, "config.json")) for name in parts)
-    return bundles.digest(config.out, parts) if parts and whole else ""
+    ground = _ground(config)
+    if ground and not lacking(config):
+        return bundles.digest(config.out, ground)
+    return latents_table(config.data, config.out)[len(LATENTS) :] if config.model == "ldm" else ""
+
+
+def lacking(config: Train) -> list[str]:
+    """Parts that the model is trained on and the bundle does not have."""
+    paths = {name: storage.join(config.out, name, "config.json") for name in _ground(config)}
+    return [name for name, path in paths.items() if not storage.exists(path)]
+
+
+def refuse_lacking(config: Train) -> None:
+    """Refuse to train a model before those that it is trained on.
+
+    A diffusion model may come first, on latents that are there already: which autoencoder made
+    them is recorded, and one line says what the bundle needs.
+
+    Raises:
+        UserError: naming the parts and the commands that make them.
+    """
+    missing = lacking(config)
+    if config.model == "ldm" and missing:
+        table = latents_table(config.data, config.out)
+        report.say(
+            f"{config.out} has no autoencoder: model=ldm is trained on {table} of {config.data}, "
+            f"and samples only once that autoencoder is in {storage.join(config.out, 'vae')}."
+        )
+    elif missing:
+        first = "vae" if missing == ["vae"] else "ldm"
+        raise UserError(
+            f"model={config.model} is trained on {' and '.join(missing)}, which {config.out} does "
+            f"not have; run python jobs/train.py model={first} out={config.out} first, or give "
+            f"the bundle that has it as out=."
+        )
 
 
 def _ground(config: Train) -> tuple[str, ...]:
@@ -93,7 +182,7 @@ def _before(path: str) -> dict[str, Any]:
     Raises:
         UserError: nobody knows.
     """
-    before = storage.read_json(path) if storage.exists(path) else None
+    before = document(path) if storage.exists(path) else None
     if not isinstance(before, dict) or "on" not in before:
         raise UserError(
             f"{path} does not say what the checkpoints beside it were trained with; bring it back, "
@@ -121,7 +210,7 @@ def finished(config: Train, root: str, data: str) -> dict[str, Any] | None:
     path = storage.join(root, "facts.json")
     if not storage.exists(path):
         return None
-    facts = storage.read_json(path)
+    facts = document(path)
     if not isinstance(facts, dict) or not facts.keys() >= _NEEDED:
         return None
     newest = Checkpoints(root, config.keep).newest()

@@ -43,7 +43,11 @@ class Journal:
     began: tuple[int, float] = (0, 0.0)  # step and seconds when it was started
 
     def resume(self, facts: dict[str, Any], history: str, skips: str) -> None:
-        """Go on from a checkpoint's facts and its tables."""
+        """Resume from a checkpoint's facts and its tables.
+
+        A fact that an older version did not write is that of a training that begins.
+        """
+        facts = Journal(self.recipe).state() | facts
         self.step, self.seconds = facts["step"], facts["seconds"]
         self.skipped, self.running = facts["skipped"], facts["running"]
         self.loss, self.first = (_value(facts[name]) for name in ("loss", "first_loss"))

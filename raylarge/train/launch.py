@@ -24,6 +24,7 @@ from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.train import driver, identity
+from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.context import LocalContext, Status
 from raylarge.train.journal import HISTORY
 from raylarge.train.paper import plan as plans
@@ -47,27 +48,40 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
         What `fit` says, with seconds_total, bundle and loss_csv.
 
     Raises:
-        UserError: a config that cannot be, data that do not fit, workers that keep failing.
+        UserError: a config that cannot be, data that do not fit, workers that keep failing,
+            another process that trains the same model into the same bundle.
     """
     began = time.monotonic()
     config = checked(config)
     root = run_folder(config)
-    identity.refuse_mixing(config, root)
+    if build is None:
+        identity.refuse_lacking(config)
+    storage.require_writable("out", config.out)
     source = module_of(config).source(config)  # what is missing is said before any worker starts
-    facts = identity.finished(config, root, source.digest)
-    if facts is None:
-        with line.progress(config.model) as show:
-            if config.workers:
-                facts = _on_ray(config, build, show)
-            else:
-                facts = _here(config, build, show, source)
-        facts |= {"bundle": config.out, "loss_csv": storage.join(root, HISTORY)}
-        facts |= {"seconds_total": round(time.monotonic() - began, 2)}
-        storage.write_json(storage.join(root, "facts.json"), facts)
+    with storage.exclusive(root, f"the training of model={config.model}"):
+        identity.refuse_mixing(config, root)
+        facts = identity.finished(config, root, source.digest)
+        if facts is None:
+            facts = _carried_out(config, build, source)
+            facts |= {"seconds_total": round(time.monotonic() - began, 2)}
+            storage.write_json(storage.join(root, "facts.json"), facts)
     report.say(_closing(config, facts))
     for said in bundles.strangers(config.out).values():
         report.say(said)
     return facts
+
+
+def _carried_out(config: Train, build: Build | None, source: Source) -> dict[str, Any]:
+    """Train from the newest whole checkpoint on; what `fit` says, with bundle and loss_csv."""
+    root = run_folder(config)
+    for sentence in Checkpoints(root, config.keep).damage():
+        report.say(sentence)
+    with line.progress(config.model, config.batch) as show:
+        if config.workers:
+            facts = _on_ray(config, build, show)
+        else:
+            facts = _here(config, build, show, source)
+    return facts | {"bundle": config.out, "loss_csv": storage.join(root, HISTORY)}
 
 
 def plan(config: Train) -> str:

@@ -65,10 +65,10 @@ class LdmConfig:
         min_snr: gamma of the min-SNR weights; 0: every timestep weighs the same, as published.
         prediction: `epsilon` as published, or `v_prediction`, which samples well much sooner.
         region: a table `vectors-<digest>` with the embedding of each patch's region, which
-            becomes a second token (kind `vector`); empty: patches alone.
+            becomes a second token (kind `vector`); empty: patches alone. Example: vectors-0123abcd.
         average_summarizer: average the Summarizer, too.
         init: a checkpoint of Latent Diffusion whose U-Net to start from; what it was
-            conditioned on (ImageNet's classes) is left behind.
+            conditioned on (ImageNet's classes) is left behind. Example: model.ckpt.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)

@@ -39,8 +39,8 @@ class MilConfig:
     """What is told apart, from which features, and how slides are held out.
 
     Attributes:
-        features: the table, `features-<digest>`; empty: the only one.
-        label: which of the slides' labels (`tile.labels`).
+        features: the table, `features-<digest>`; empty: the only one. Example: features-0123abcd.
+        label: which of the slides' labels (`tile.labels`). Example: subtype.
         scales: the patches of the first are the instances; features of the patches that cover
             them at the others are put end to end with theirs.
         folds: patients are dealt to so many.

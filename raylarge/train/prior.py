@@ -42,6 +42,7 @@ class PriorConfig:
 
     Attributes:
         vectors: the table of vectors, `vectors-<digest>`; empty: the only one there is.
+            Example: vectors-0123abcd.
         scale: of the examples whose grids it draws; 2, as published, has 4 x 4 cells.
         width: of every convolution, a multiple of 16.
         blocks: residual blocks.

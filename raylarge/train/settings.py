@@ -62,16 +62,16 @@ ONE_OR_MORE = ("steps", "batch", "checkpoint_every", "keep", "log_every", "patie
 class Train(Recipe):
     """Which model learns from what, and who does the work."""
 
-    model: str = MISSING  # one of MODELS
-    data: str = MISSING  # folder of the tables
-    out: str = MISSING  # the bundle
+    model: str = MISSING  # one of MODELS. Example: ldm
+    data: str = MISSING  # folder of the tables. Example: data
+    out: str = MISSING  # the bundle. Example: bundle
     workers: int = 0  # 0: the local twin, in this process; n: Ray Train
     min_workers: int = 0  # go on with as few as these while nodes are missing; 0: with all only
     resize_s: float = 60.0  # between two looks whether more workers can be had again
     strategy: str = "deepspeed"  # among workers: deepspeed or torch (DDP); the twin is torch
     gpu: bool | None = None  # one per worker; None: where the cluster has enough
     max_failures: int = 3  # of workers, before giving up; lost machines do not count
-    logs: str | None = None  # folder for the workers' output; None: Ray's own
+    logs: str | None = None  # folder for the workers' output; None: Ray's own. Example: /tmp/logs
     sheet_gpus: float = 0.0  # for the task that draws sheets under ZeRO-3
     track: str = "tensorboard"  # or wandb, mlflow, none
     plan: bool = False  # say what it would take, and start nothing

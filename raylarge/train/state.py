@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raylarge.errors import UserError
+from raylarge.models.weights import is_finite
 
 
 @dataclass
@@ -67,6 +68,11 @@ class Stored:
                 f"{self.folder} holds no {name}: it was written by another model or optimiser; "
                 f"give the old settings, or remove that folder to begin anew."
             ) from error
+        if not is_finite(found):
+            raise UserError(
+                f"{self.folder}: {name} holds NaN or infinite values; the checkpoint is damaged: "
+                f"remove that folder to go on from the one before."
+            )
         return found
 
     def kinds(self, name: str) -> list[str]:

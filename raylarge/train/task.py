@@ -26,23 +26,23 @@ Batch = dict[str, Tensor]
 class Recipe:
     """How any network is trained: how long, how fast, in which precision."""
 
-    steps: int = 1000
+    steps: int = 1000  # optimiser steps
     minutes: float | None = None  # of training, all resumptions together; None: no limit
     batch: int = 16  # samples of one step over all workers
     micro_batch: int | None = None  # most samples of a worker in one pass; None: its whole share
-    lr: float = 1e-4
+    lr: float = 1e-4  # learning rate after the warm-up
     warmup: int = 100  # steps
     schedule: str = "constant"  # after the warm-up: constant, or cosine down to 0 at the end
     optimizer: str = "adamw"  # or adamw8bit (bitsandbytes, on a GPU, not under DeepSpeed)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
+    weight_decay: float = 0.01  # of AdamW
     clip: float = 1.0  # largest norm of the gradient; 0: no limit
     precision: str = "fp32"  # or bf16: autocast, weights and optimiser stay fp32
     zero: int = 1  # ZeRO stage 0-3 under DeepSpeed
     offload: bool = False  # the optimiser's states to the host's memory (ZeRO 1-3)
     checkpointing: bool = False  # compute activations again instead of keeping them
     channels_last: bool = False  # the layout that half-precision convolutions want
-    seed: int = 0
+    seed: int = 0  # of weights, order of samples and noise
     scale_weights: tuple[float, ...] = ()  # one per scale of the table; empty: all alike
     super_block: int = 16  # row groups among which samples are shuffled
     checkpoint_every: int = 200  # steps

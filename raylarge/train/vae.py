@@ -59,7 +59,7 @@ class VaeConfig:
 
     kind: str = "light"
     factor: int = 4  # pixels per latent cell along a side; vq, kl: 2^(levels - 1)
-    latent_channels: int = 3
+    latent_channels: int = 3  # channels of a latent
     width: int = 64  # light: channels
     blocks: int = 3  # light: residual blocks
     channels: tuple[int, ...] = (128, 256, 512)  # vq, kl: of each level, finest first
@@ -68,7 +68,7 @@ class VaeConfig:
     gradient: float = 0.5  # weight of the first differences
     features: float = 0.0  # weight of the distance in EfficientNet-Lite0's first features
     lpips: float = 0.0  # weight of LPIPS
-    lpips_backbone: str = ""  # file of torchvision's VGG16; empty: torchvision's own download
+    lpips_backbone: str = ""  # VGG16 of torchvision; empty: its download. Example: vgg16.pth
     adversarial: float = 0.0  # weight of the generator's term; 0: no discriminator
     adversarial_from: int = 0  # the step from which on both of its networks' terms count
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)

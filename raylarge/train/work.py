@@ -84,7 +84,7 @@ def _trained(config: Train, made: Work, context: Context) -> dict[str, Any]:
         made.task, config, context
     )
     facts = fit(engine, context, made, config)
-    facts |= {"config": identity.told(config), "data_digest": made.source.digest}
+    facts |= {"config": identity.shareable(config), "data_digest": made.source.digest}
     counts = {str(k): rows for k, rows in made.source.facts.counts.items()}
     facts |= {"rows": counts, "commit": card.commit()}
     average = engine.average()

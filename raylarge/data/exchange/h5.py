@@ -1,4 +1,4 @@
-"""h5: EMBEDDINGS out as CLAM and TRIDENT lay them out; their files in, as `h5_embed.py` reads them.
+"""Write EMBEDDINGS as CLAM and TRIDENT lay them out (`h5_read.py` reads theirs).
 
     clam       FOLDER/patches/<slide>.h5, h5_files/<slide>.h5, pt_files/<slide>.pt
     trident    FOLDER/20x_256px_0px_overlap/patches/<slide>_patches.h5
@@ -11,58 +11,42 @@ coords_to_h5 of github.com/mahmoodlab/TRIDENT, extract_features_fp.py of mahmood
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Int64
+from jaxtyping import Bool, Int64
 from omegaconf import MISSING
 
 from raylarge import config as configs
 from raylarge import storage, tables
 from raylarge.data import parts, pipeline
 from raylarge.data.candidates import Tile
+from raylarge.data.exchange.h5_read import Cells, Patches, Vectors, library, opened, patches
 from raylarge.data.pipeline import Crew, Facts, Unit
 from raylarge.data.tile import kept, scale_and_cells, slides_of
-from raylarge.errors import SlideError, UserError
+from raylarge.errors import UserError
 from raylarge.slides.mpp import zoom
-from raylarge.storage.objects import Ranges
-from raylarge.storage.patience import Unmet
 
 FORMATS = ("clam", "trident")
-_READ_BYTES = 256 << 10  # of a file of a store at a time; larger data come at one go
 _INSET = 1 / 32
 """Of a patch: a mask's polygons own the pixels that their edges touch (`slides/masks.py`)."""
-Cells = Int64[np.ndarray, "n 2"]
-Vectors = Float16[np.ndarray, "n width"]
-
-
-class Patches(NamedTuple):
-    """What a file of coords says, in level-0 pixels."""
-
-    xy: Cells
-    """Of the upper left corners: (x, y), not (row, column)."""
-    side_l0: float
-    features: tuple[int, ...]
-    """Shape of the vectors beside them; () where there are none."""
 
 
 @dataclass(frozen=True)
 class Export:
     """What goes out, and where to."""
 
-    data: str = MISSING
-    out: str = MISSING
-    format: str = "trident"
+    data: str = MISSING  # the data folder. Example: data
+    out: str = MISSING  # where the files go. Example: trident
+    format: str = "trident"  # trident or clam
     cells: str = "valid"
     """`valid`: every tile with an embedding; `kept`: those that are examples of scale 0."""
-    workers: int | None = None
+    workers: int | None = None  # Ray workers; null: this process
 
     def check(self) -> None:
         """Refuse values that make no sense.
@@ -233,79 +217,13 @@ def _standing(path: str, stamp: str) -> int | None:
         return len(file["coords"]) if file.attrs.get("raylarge") == stamp else None
 
 
-def library() -> Any:
-    """h5py, which only these formats need.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module("h5py")
-    except ImportError as error:
-        raise UserError("HDF5 files need the package h5py: pip install 'raylarge[h5]'.") from error
-
-
-@contextmanager
-def opened(path: str) -> Iterator[Any]:
-    """An HDF5 file for reading; of one of a store only what is asked for is fetched.
-
-    Raises:
-        SlideError: it is none.
-        UserError: the store fails. The file is not named, since a patient may be in its name.
-    """
-    source: Any = path.removeprefix("file://")
-    try:
-        if not storage.is_local(path):
-            source = io.BufferedReader(Ranges(path), _READ_BYTES)
-        with library().File(source, "r") as file:
-            yield file
-    except OSError as error:
-        raise SlideError("its h5 is missing, damaged or no HDF5 file") from error
-    except UserError as error:
-        raise type(error)(str(error).replace(path, "its h5")) from error
-    except Unmet as error:
-        raise UserError("its h5 changes while it is read; run again when it stands") from error
-
-
-def patches(paths: Sequence[str]) -> Patches:
-    """Coords and features of the first file, and how wide a patch is by the first that tells.
-
-    Raises:
-        SlideError: no coords, or nobody tells.
-    """
-    with opened(paths[0]) as file:
-        if "coords" not in file or file["coords"].shape[1:] != (2,):
-            raise SlideError("its h5 holds no coords [N, 2]")
-        xy = np.asarray(file["coords"][:]).astype(np.int64)
-        shape = tuple(file["features"].shape) if "features" in file else ()
-        side_l0 = _side_l0(file["coords"].attrs)
-    for path in () if side_l0 else paths[1:]:
-        with opened(path) as file:
-            side_l0 = side_l0 or _side_l0(file["coords"].attrs if "coords" in file else {})
-    if not side_l0:
-        raise SlideError(
-            "its coords do not tell patch_size; give patches=, a folder of files that do"
-        )
-    return Patches(xy, side_l0, shape)
-
-
-def _side_l0(told: Mapping[str, Any]) -> float:
-    """The side of a patch in level-0 pixels by TRIDENT's attributes, or else CLAM's; 0: unknown."""
-    if "patch_size_level0" in told:
-        return float(told["patch_size_level0"])
-    if "patch_size" not in told or ("downsample" not in told and told.get("patch_level", 1)):
-        return 0.0
-    factor = float(np.ravel(told.get("downsample", 1.0))[0])
-    return float(told["patch_size"]) * factor * float(told.get("custom_downsample", 1))
-
-
 @dataclass(frozen=True)
 class Outlines:
     """Whose patches become tissue masks."""
 
     source: str = MISSING
-    """A folder of h5 files with coords, such as TRIDENT's `patches`."""
-    out: str = MISSING
+    """A folder of h5 files with coords, such as TRIDENT's `patches`. Example: trident/patches."""
+    out: str = MISSING  # where the masks go. Example: masks
 
 
 def outlines(config: Outlines) -> Facts:

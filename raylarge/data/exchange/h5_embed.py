@@ -9,6 +9,8 @@ which coarse examples do cover: such tiles are embedded here (`fill=true`), or r
 
 from __future__ import annotations
 
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -18,11 +20,12 @@ import numpy as np
 from omegaconf import MISSING
 
 from raylarge import storage
-from raylarge.data import embed, parts, pipeline, roster
+from raylarge.data import embed, name_table, parts, pipeline
 from raylarge.data.candidates import Tile, covered
 from raylarge.data.embed import Embed, Embedding
-from raylarge.data.exchange import h5
-from raylarge.data.exchange.h5 import Cells, Patches, Vectors
+from raylarge.data.exchange import h5, h5_read
+from raylarge.data.exchange.h5_place import Index, check_index, index_of
+from raylarge.data.exchange.h5_read import Patches, Vectors
 from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import Built
 from raylarge.data.pipeline import Crew, Facts, Unit
@@ -32,30 +35,27 @@ from raylarge.models import ssl
 from raylarge.models.ssl_cards import Card
 from raylarge.slides.mpp import zoom
 
-Index = dict[tuple[int, int], int]
-_SLAB = 8192  # vectors that are read together
-_OFF_PX = 1.0  # level-0 pixels by which both sides may have rounded differently
-
 
 @dataclass(frozen=True)
 class Import:
     """Whose vectors come in."""
 
     data: str = MISSING
-    """The data folder, where `tile` has run."""
+    """The data folder, where `tile` has run. Example: data."""
     source: str = MISSING
     """The folder of the h5 files with features, or of CLAM's `h5_files`. They are named like the
-    slides' files, or by pseudonym."""
+    slides' files, or by pseudonym. Example: features_uni."""
     encoder: str = MISSING
-    """That made them."""
-    format: str = "trident"
+    """That made them. Example: uni."""
+    format: str = "trident"  # trident or clam
     patches: str = ""
-    """The folder of the h5 files that tell patch_size, where those with features do not."""
+    """The folder of the h5 files that tell patch_size, where those with features do not.
+    Example: patches."""
     fill: bool = False
     """Embed the tiles that the files lack here; it takes the encoder's weights."""
     embed: Embed = field(default_factory=Embed)
     """By what means; its `encoder` is the one above."""
-    workers: int | None = None
+    workers: int | None = None  # Ray workers; null: this process
     on_error: str = "stop"
     """At a slide whose file does not fit: `stop`, or `skip` it and say so in failed.parquet."""
 
@@ -64,7 +64,8 @@ def run(config: Import) -> Facts:
     """Put the vectors of all slides into EMBEDDINGS, and write `embed.json`.
 
     Returns:
-        What `parts.finish` says, and `imported`, `embedded`: tiles by where their vectors are from.
+        What `parts.finish` says; `imported`, `embedded`: tiles by where their vectors are from;
+        and `unused`: patches of the files that no kept example covers.
 
     Raises:
         UserError: `tile` has not run, the folder holds embeddings of its own or examples of other
@@ -95,11 +96,12 @@ def run(config: Import) -> Facts:
     }
     encoder = {**card.as_json(), "weights": sections["embed"].get("weights", "")}
     more = {"input": tiles["digest"], "encoder": encoder, **totals}
-    return {**parts.finish(root, "embed", together, sections, **more), **totals}
+    unused = sum(one["unused"] for one in told.values() if "failed" not in one)
+    return {**parts.finish(root, "embed", together, sections, **more), **totals, "unused": unused}
 
 
 def _check(config: Import) -> None:
-    h5.library()
+    h5_read.library()
     if config.format not in h5.FORMATS:
         raise UserError(f"import={config.format}: it must be one of {', '.join(h5.FORMATS)}.")
     if config.on_error not in ("stop", "skip"):
@@ -122,10 +124,11 @@ def _section(config: Import) -> dict[str, Any]:
     return {**means, "imported": config.format}
 
 
-def _unit(unit: Unit, told: Mapping[str, Any]) -> Unit:
+def _unit(unit: Unit, slide: Mapping[str, Any]) -> Unit:
     """A block with its slide's files, whose content is part of its stamp."""
-    stamp = parts.stamp(unit["stamp"], told["digest"])
-    return {**unit, "stamp": stamp, "files": told["files"], "zoom": told["zoom"]}
+    stamp = parts.stamp(unit["stamp"], slide["digest"])
+    more = {key: slide[key] for key in ("files", "zoom", "grid", "size_l0")}
+    return {**unit, **more, "stamp": stamp}
 
 
 def _means(config: Import) -> Embed:
@@ -144,25 +147,38 @@ def _with_files(
     source = storage.absolute(config.source)
     features = {**_named(source), **_named(storage.join(source, "h5_files"))}
     if not features:
-        raise UserError(f"source={config.source}: there is no .h5 file in it, nor in h5_files.")
+        raise UserError(
+            f"source={config.source}: there is no .h5 file in it, nor in h5_files (CLAM's .pt "
+            "files have no coordinates)."
+        )
     folders = [storage.absolute(config.patches)] if config.patches else []
     folders += [storage.join(source, "patches"), storage.join(source.rsplit("/", 1)[0], "patches")]
     coords = {name: path for folder in reversed(folders) for name, path in _named(folder).items()}
     units = []
     for slide in slides:
-        names = [slide["slide_id"], *roster.stems(slide["path"])]
+        stems = (unicodedata.normalize("NFC", stem) for stem in name_table.stems(slide["path"]))
+        names = [slide["slide_id"], *stems]
         files = [next((of[name] for name in names if name in of), "") for of in (features, coords)]
-        known = {key: slide[key] for key in ("slide_id", "path", "grid")}
+        known = {key: slide[key] for key in ("slide_id", "path", "grid", "size_l0")}
         known["zoom"] = zoom(slide["mpp"], tile.base_mpp)
         units.append({**known, "part": f"embeddings/{slide['slide_id']}", "files": files})
+    shared = [path for path, count in Counter(u["files"][0] for u in units).items() if count > 1]
+    if any(shared):
+        count = sum(unit["files"][0] in shared for unit in units if unit["files"][0])
+        raise UserError(
+            f"source={config.source}: {count} slides share a file of features, since their names "
+            "differ in the ending alone; name the files by pseudonym (names.json of data=)."
+        )
     return units
 
 
 def _named(folder: str) -> dict[str, str]:
-    """The h5 files of a folder by the slide that they are named for."""
-    found = storage.children(folder, "*.h5")
-    stems = (path.rsplit("/", 1)[-1].removesuffix(".h5") for path in found)
-    return {stem.removesuffix("_patches"): path for stem, path in zip(stems, found, strict=True)}
+    """Return the h5 files of a folder by the slide that they are named for (in NFC)."""
+    files: dict[str, str] = {}
+    for path in storage.children(folder, "*.h5"):
+        stem = path.rsplit("/", 1)[-1].removesuffix(".h5").removesuffix("_patches")
+        files.setdefault(unicodedata.normalize("NFC", stem), path)
+    return files
 
 
 class Looking:
@@ -174,18 +190,20 @@ class Looking:
         self._card = ssl.card(config.encoder)
 
     def __call__(self, unit: Unit) -> Facts:
-        """The `digest` of the file, and how many tiles it is `missing`.
+        """Return the `digest` of the file, the tiles `missing` in it and its `unused` patches.
 
         Raises:
-            SlideError: no file, another encoder's width, another grid, or tiles that are missing.
+            SlideError: no file, another encoder's width, another place, or tiles that are missing.
         """
         with about(unit):
-            told, index = _source(unit, self._tile)
-            _check_width(told, self._card)
+            layout, index = _source(unit, self._tile)
+            _check_width(layout, self._card)
             scale, cells = scale_and_cells(kept(self._root, unit["slide_id"]))
             rows, columns = unit["grid"]
-            needed = np.argwhere(covered(scale, cells, (0, rows), columns)).tolist()
-            missing = [cell for cell in needed if tuple(cell) not in index]
+            places = np.argwhere(covered(scale, cells, (0, rows), columns)).tolist()
+            needed = [(int(row), int(column)) for row, column in places]
+            check_index(index, needed)
+            missing = [cell for cell in needed if cell not in index]
             if missing and not self._fill:
                 raise SlideError(
                     f"its h5 lacks {len(missing)} of the {len(needed)} tiles that kept examples "
@@ -193,7 +211,9 @@ class Looking:
                     "fill=true to embed those here, or tile with its own patches as the mask "
                     "(import=tissue) and fewer scales"
                 )
-            return {"digest": storage.digest_file(unit["files"][0]), "missing": len(missing)}
+            digest = storage.digest_file(unit["files"][0])
+            unused = len(index) - (len(needed) - len(missing))
+            return {"digest": digest, "missing": len(missing), "unused": unused}
 
 
 class Importing(Embedding):
@@ -230,14 +250,8 @@ class Importing(Embedding):
 
     def _read_anew(self, slide_id: str) -> tuple[Index, Vectors]:
         """All vectors of a slide; its blocks come one after the other."""
-        told, index = _source(self._unit, self._tile)
-        vectors = np.empty(told.features, np.float16)
-        with h5.opened(self._unit["files"][0]) as file, np.errstate(over="ignore"):
-            for start in range(0, len(vectors), _SLAB):
-                vectors[start : start + _SLAB] = file["features"][start : start + _SLAB]
-        if not np.isfinite(vectors).all():
-            raise SlideError("its h5 holds features that are no finite half-precision numbers")
-        return index, vectors
+        layout, index = _source(self._unit, self._tile)
+        return index, h5_read.vectors(self._unit["files"][0], layout)
 
 
 class _AtNeed(TileGrid):
@@ -268,38 +282,24 @@ def _source(unit: Unit, tile: Tile) -> tuple[Patches, Index]:
     features, coords = unit["files"]
     if not features:
         raise SlideError("there is no h5 file of its name in source=")
-    told = h5.patches([features, coords] if coords else [features])
-    cells = on_grid(told, tile.patch_px * unit["zoom"], tile)
-    return told, {(row, column): i for i, (row, column) in enumerate(cells.tolist())}
+    layout = h5_read.patches([features, coords] if coords else [features])
+    return layout, index_of(layout, unit, tile)
 
 
-def on_grid(told: Patches, side_l0: float, tile: Tile) -> Cells:
-    """(row, column) of each patch on the grid of base tiles, `side_l0` level-0 pixels wide each.
-
-    Raises:
-        SlideError: naming the first patch that does not lie on it.
-    """
-    if abs(told.side_l0 - side_l0) > _OFF_PX:
-        mpp = tile.base_mpp * tile.patch_px / told.side_l0
+def _check_width(layout: Patches, card: Card) -> None:
+    if not layout.features:
         raise SlideError(
-            f"its patches are {told.side_l0:g} level-0 pixels wide and our tiles {side_l0:g}; cut "
-            f"it anew, or tile with tile.mpp={mpp:.6g} if that is its resolution"
+            "its h5 holds no dataset 'features' [N, D], only coords; give source= the "
+            "folder of the files with features"
         )
-    cells = np.rint(told.xy / side_l0)
-    off = np.abs(told.xy - cells * side_l0).max(axis=1, initial=0) > _OFF_PX
-    if off.any():
-        x, y = told.xy[off][0].tolist()
+    count, width = layout.features
+    if count != len(layout.xy):
         raise SlideError(
-            f"its patch at x={x}, y={y} does not lie on the grid of {side_l0:g} level-0 pixels "
-            f"({int(off.sum())} of {len(off)} do not); cut the slide from its corner, without "
-            "overlap (CLAM begins at each contour's own corner, TRIDENT at the slide's)"
+            f"its h5 has {count} rows of features for {len(layout.xy)} coords, where each patch "
+            "has one of both; the file is incomplete or mixed up: write it again"
         )
-    return cells[:, ::-1].astype(np.int64)
-
-
-def _check_width(told: Patches, card: Card) -> None:
-    if told.features != (len(told.xy), card.width):
+    if width != card.width:
         raise SlideError(
-            f"its h5 has features of shape {told.features} for {len(told.xy)} patches, but "
+            f"its h5 has features of {width} channels (shape {layout.features}), but "
             f"encoder={card.name} makes {card.width} channels; name the encoder that made them"
         )

@@ -23,7 +23,7 @@ from omegaconf import MISSING
 
 from raylarge import report, storage, tables
 from raylarge.data import picked
-from raylarge.data.exchange import h5
+from raylarge.data.exchange import h5_read
 from raylarge.data.pipeline import Facts
 from raylarge.errors import UserError
 from raylarge.geometry import Scale
@@ -35,9 +35,9 @@ class Features:
     """What `jobs/exchange.py export=features` understands.
 
     Attributes:
-        data: the data folder.
-        table: `features-<digest>`.
-        out: where the files go; a path or a URL.
+        data: the data folder. Example: data.
+        table: `features-<digest>`. Example: features-0123abcd.
+        out: where the files go; a path or a URL. Example: features.
         scale: whose examples; another scale goes to another folder.
     """
 
@@ -58,7 +58,7 @@ def run(config: Features) -> Facts:
     """
     root, table, scale = storage.absolute(config.data), config.table, config.scale
     folder = storage.absolute(config.out)
-    h5py = h5.library()
+    h5py = h5_read.library()
     made = tables.manifest(root, table)
     if str(scale) not in made["counts"]:
         there = ", ".join(made["counts"]) or "none"

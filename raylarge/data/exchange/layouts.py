@@ -89,14 +89,15 @@ def grid(
     """An item's raw embeddings by row and column, pooled where larger than 8 x 8.
 
     Raises:
-        Unfit: no such file, a damaged one, or not one cell per base tile.
+        Unfit: no such file, a damaged one, not one cell per base tile, or values that are not
+            finite.
         UserError: see `cells`.
     """
     found = cells(_array(folder, layout.grid.format(i=i)), width, layout.axes)
     side = math.isqrt(len(found))
     if side**2 != len(found) or side not in (1 << scale, min(1 << scale, GRID_SIDE)):
         raise Unfit(f"a grid of {len(found)} cells at scale {scale}")
-    return pooled(found.reshape(side, side, width).astype(np.float16))
+    return pooled(_half(found.reshape(side, side, width), "grid"))
 
 
 def cells(
@@ -115,6 +116,8 @@ def cells(
     Raises:
         UserError: the axis has another length: another encoder, or another set.
     """
+    if x.ndim == 3 and x.shape[0] == 1:  # a batch of one
+        x = x[0]
     if x.ndim == 1:
         x = x[None] if axes == "last" else x[:, None]
     if axes == "either":
@@ -131,31 +134,51 @@ def latent(layout: Layout, folder: str, i: int) -> Float16[np.ndarray, "3 64 64"
     """An item's latent: as the encoder of VQ-f4 gives it, before quantisation.
 
     Raises:
-        Unfit: no such file, a damaged one, or of another shape.
+        Unfit: no such file, a damaged one, of another shape, or with values that are not finite.
     """
     found = _array(folder, layout.latent.format(i=i))
     if found.shape != LATENT:
         raise Unfit(f"a latent of shape {found.shape}, not {LATENT}")
-    return found.astype(np.float16)
+    return _half(found, "latent")
 
 
 def image(layout: Layout, folder: str, i: int) -> bytes:
-    """An item's image, as the bytes of its JPEG or PNG.
+    """Return an item's image, as the bytes of its JPEG or PNG.
 
     Raises:
-        Unfit: no such file, a damaged one, or of another size.
+        Unfit: no such file, a damaged one, of another size, or neither 8-bit RGB nor grey.
     """
     name = layout.image.format(i=i)
     content = _content(folder, name)
     if name.endswith(".npy"):
         content = _loaded(content, name).tobytes()
     try:
-        size = Image.open(io.BytesIO(content)).size
-    except OSError as error:
-        raise Unfit(f"{name} is no image") from error
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as picture:
+            mode, size = picture.mode, picture.size
+            if size == (PATCH_PX, PATCH_PX):
+                picture.load()
+    except Exception as error:  # of damaged files Pillow's decoders raise anything at all
+        raise Unfit(f"{name} is no whole PNG or JPEG") from error
     if size != (PATCH_PX, PATCH_PX):
         raise Unfit(f"an image of {size[0]} x {size[1]} px, not {PATCH_PX}")
+    if mode not in ("RGB", "L"):
+        raise Unfit(f"an image of {mode} pixels, not 8-bit RGB or grey")
     return content
+
+
+def _half(values: np.ndarray, name: str) -> Float16[np.ndarray, "..."]:
+    """Return values as float16, which must hold them.
+
+    Raises:
+        Unfit: no numbers, NaN, infinity, or a value beyond float16.
+    """
+    if values.dtype.kind not in "fiu":
+        raise Unfit(f"a {name} of {values.dtype}, not numbers")
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise Unfit(f"a {name} with NaN or values beyond float16")
+    return half
 
 
 def _array(folder: str, name: str) -> np.ndarray:
@@ -175,6 +198,6 @@ def _content(folder: str, name: str) -> bytes:
 def _loaded(content: bytes, name: str) -> np.ndarray:
     try:
         found: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OverflowError, MemoryError) as error:
         raise Unfit(f"{name} is damaged: {error}") from error
     return found

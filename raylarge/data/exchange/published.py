@@ -41,30 +41,31 @@ Ids = Int64[np.ndarray, "n"]
 class Published:
     """Which set, where it lies, and what becomes of it."""
 
-    format: str = MISSING
+    format: str = MISSING  # brca, naip, brca-demo or naip-demo. Example: brca
     source: str = MISSING
-    """The set's root: a folder or a URL."""
-    out: str = MISSING
+    """The set's root: a folder or a URL. Example: zoomldm."""
+    out: str = MISSING  # the data folder. Example: data
     tables: str = ""
-    """`examples`, `latents` or both with a comma; empty: what the set's first item has."""
+    """`examples`, `latents` or both with a comma; empty: what the set's first item has.
+    Example: latents."""
     encoder: str = ""
-    """That made the embeddings; empty: the one that the paper names."""
+    """That made the embeddings; empty: the one that the paper names. Example: uni."""
     bundle: str = ""
-    """Whose autoencoder made the latents."""
+    """Whose autoencoder made the latents. Example: bundle."""
     autoencoder: str = ""
-    """In place of a bundle: any name for it."""
+    """In place of a bundle: any name for it. Example: vq-f4."""
     split: str = "train"
     """Of all items that the fractions leave."""
     val_fraction: float = 0.0
     """Share of blocks, by hash, that are held out: the authors held out nothing."""
-    test_fraction: float = 0.0
+    test_fraction: float = 0.0  # share of blocks for tests
     block_items: int = 1000
     """Neighbouring indices that count as one slide, and are held out together."""
     unit_items: int = 2000
     """Items (about) per part."""
     group_rows: int = 64
     """Rows that are read together."""
-    workers: int | None = None
+    workers: int | None = None  # Ray workers; null: this process
 
     def check(self) -> None:
         """Refuse values that make no sense.

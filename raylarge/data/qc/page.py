@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from raylarge.data.pipeline import Facts
 from raylarge.data.qc.regions import in_order
+from raylarge.errors import printable
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#202124;--soft:#5f6368;--page:#f4f5f7;--card:#fff;
@@ -74,23 +75,34 @@ show();  // a reloaded page keeps what was typed
 """
 
 
-def render(facts: Sequence[Facts], failed: Sequence[Mapping[str, Any]]) -> str:
+_PRIVATE = '<p class="note">This page names the files of the slides: mind who sees it.</p>'
+
+
+def render(
+    facts: Sequence[Facts],
+    failed: Sequence[Mapping[str, Any]],
+    names: Mapping[str, str] | None = None,
+) -> str:
     """The page.
 
     Args:
         facts: of the parts of TILES (`Tiling` in tile.py), one for each slide.
         failed: `slide_id`, `part` and `reason` of each slide that could not be read.
+        names: file names by pseudonym; without them the page names no file.
     """
+    names = {key: printable(name) for key, name in (names or {}).items()}
     scales = sorted({int(k) for one in facts for k in one["counts"]})
-    cards = [_failed_card(one) for one in failed]
-    cards += [_card(one, scales) for one in sorted(facts, key=lambda one: one["slide"]["slide_id"])]
+    cards = [_failed_card(one, names) for one in failed]
+    cards += [
+        _card(one, scales, names) for one in sorted(facts, key=lambda one: one["slide"]["slide_id"])
+    ]
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>Quality control of {len(facts):,} slides</title>",
             f"<style>{_STYLE}</style></head><body>",
-            f"<header>{_summary(facts, failed, scales)}</header>",
+            f"<header>{_summary(facts, failed, scales)}{_PRIVATE if names else ''}</header>",
             _controls(in_order({name for one in facts for name in _splits(one)}), len(cards)),
             f"<main>{''.join(cards)}</main>",
             f"<script>{_SCRIPT}</script></body></html>\n",
@@ -136,6 +148,7 @@ def _controls(splits: Sequence[str], count: int) -> str:
         ("area -1", "largest"),
     ]
     tags = [("", "all"), ("failed", "failed"), ("empty", "nothing kept"), ("hand", "µm/px by hand")]
+    tags.append(("note", "with a note"))
     numbers = [("kept", "kept, at least", 1), ("low", "µm/px from", "any"), ("high", "to", "any")]
     fields = [
         '<label>Name or label<input id="words" type="search" autocomplete="off"></label>',
@@ -157,30 +170,44 @@ def _select(name: str, title: str, options: Iterable[tuple[str, str]]) -> str:
     return f'<label>{title}<select id="{name}">{inner}</select></label>'
 
 
-def _failed_card(one: Mapping[str, Any]) -> str:
+def _failed_card(one: Mapping[str, Any], names: Mapping[str, str]) -> str:
     name, reason = escape(one["slide_id"]), escape(one["reason"])
     data = {
-        "text": f"{one['slide_id']} {one['reason']}".lower(),
+        "text": f"{one['slide_id']} {names.get(one['slide_id'], '')} {one['reason']}".lower(),
         "splits": [],
         "tags": ["failed"],
         **dict.fromkeys(("kept", "mpp", "area"), 0),
     }
     return (
         f'<article class="failed" id="slide-{name}" {_data(data)}><h2>{name}</h2>'
+        f"{_file(one, names)}"
         f'<p><strong>failed</strong> <span class="soft">{escape(one["part"])}</span></p>'
         f"<p>{reason}</p></article>"
     )
 
 
-def _card(one: Facts, scales: Sequence[int]) -> str:
+def _file(slide: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """The line with a slide's file name, where it may be shown."""
+    name = names.get(slide["slide_id"])
+    return f"<p>{escape(name)}</p>" if name else ""
+
+
+def _card(one: Facts, scales: Sequence[int], names: Mapping[str, str]) -> str:
     slide, kept = one["slide"], _kept(one)
     by_hand = slide["mpp_override"] is not None
     labels = [f"{key}: {value}" for key, value in slide["labels"].items()]
+    notes = slide.get("notes", [])
     rows, columns = slide["size_px"]
     data = {
-        "text": " ".join([slide["slide_id"], slide["patient_id"], *labels]).lower(),
+        "text": " ".join(
+            [
+                *(slide["slide_id"], names.get(slide["slide_id"], ""), slide["patient_id"]),
+                *labels,
+                *notes,
+            ]
+        ).lower(),
         "splits": _splits(one),
-        "tags": ["empty"] * (not kept) + ["hand"] * by_hand,
+        "tags": ["empty"] * (not kept) + ["hand"] * by_hand + ["note"] * bool(notes),
         "kept": kept,
         "mpp": slide["mpp"],
         "area": rows * columns,
@@ -195,11 +222,12 @@ def _card(one: Facts, scales: Sequence[int]) -> str:
         f"most tissue in a tile {one['most_tissue']:.0%}",
     ]
     return (
-        f'<article id="slide-{name}" {_data(data)}><h2>{name}</h2>'
+        f'<article id="slide-{name}" {_data(data)}><h2>{name}</h2>{_file(slide, names)}'
         f'<a href="{file}"><img src="{file}" loading="lazy" alt="{alt}"></a>'
         f"<p>{' · '.join(told)}</p>"
         f'<p class="soft">patient {escape(slide["patient_id"])}</p>'
         + (f"<p>{escape(' · '.join(labels))}</p>" if labels else "")
+        + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
         + _table("", ["scale", *map(str, scales)], counts)
         + "</article>"
     )

@@ -52,6 +52,7 @@ _MOST_LAYERS = 12
 _INK: Ink = (32, 33, 36)
 _SOFT: Ink = (105, 108, 114)
 _LINE: Ink = (205, 208, 213)
+_NOTE: Ink = (0, 114, 178)
 _READ_PX = 1 << 23
 """Most base pixels of an example in memory at once, where a slide has a single level."""
 
@@ -67,15 +68,18 @@ def sheet(slide: Slide, table: pa.Table, patch_px: int) -> Pixels:
     return _Sheet(slide, layers(table, patch_px)).draw(str(table["slide_id"][0]), patch_px)
 
 
-def write_page(root: str, facts: list[Facts], failed: list[dict[str, Any]]) -> None:
+def write_page(
+    root: str, facts: list[Facts], failed: list[dict[str, Any]], names: Mapping[str, str]
+) -> None:
     """Write `qc/index.html`, all slides of a data folder beside their numbers.
 
     Args:
         root: the data folder.
         facts: of the parts of TILES.
         failed: slide_id, part and reason of each slide that could not be read.
+        names: file names by pseudonym, where the page shall have them.
     """
-    page = pages.render(facts, failed)
+    page = pages.render(facts, failed, names)
     storage.write_bytes(storage.join(root, "qc", "index.html"), page.encode())
 
 
@@ -118,6 +122,8 @@ class _Sheet:
         ]
         self._write((_MARGIN_PX, 18), slide_id, 30)
         self._write((_MARGIN_PX, 58), "   ·   ".join(facts), 17, _SOFT)
+        if slide.notes:
+            self._write((_MARGIN_PX, 78), _cut("   ·   ".join(slide.notes), 13), 13, _NOTE)
 
     def _overview(self, top: int) -> int:
         """The bare slide, its finest scale, the legend, the tissue; where they end."""
@@ -267,6 +273,16 @@ def _named(counts: Mapping[tuple[str, bool], int], kept: bool) -> list[str]:
     """The splits of kept ones, or the reasons of others."""
     names = [name for name, whether in counts if whether == kept]
     return in_order(names, SPLITS if kept else REASONS)
+
+
+def _cut(text: str, size: int) -> str:
+    """As much of a line as a sheet has room for."""
+    wide = SIDE_PX - 2 * _MARGIN_PX
+    if _font(size).getlength(text) <= wide:
+        return text
+    while _font(size).getlength(f"{text}...") > wide:
+        text = text[:-1]
+    return f"{text}..."
 
 
 def _fitted(picture: Image.Image, box: Place) -> Image.Image:

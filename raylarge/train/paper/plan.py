@@ -57,7 +57,7 @@ class PlanConfig:
 
     card_tflops: float = 989.4  # dense bf16: H100 SXM, H200
     card_tflops_fp32: float = 66.9  # of the same card without TF32
-    card_gib: float = 80.0
+    card_gib: float = 80.0  # memory of one card
     utilisation: float = 0.35  # share of the peak that training reaches
     free: float = 0.1  # share of the memory that stays free
     dollars_per_hour: float = 2.5  # of one card

@@ -1,0 +1,63 @@
+"""Which slides cannot be opened: all of them at once, where a run stops at the first.
+
+Only what a slide says of itself is read (format, levels, pixel size); a slide that is damaged
+further in shows later, when its pixels are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from raylarge import report
+from raylarge.data import parts, pipeline, roster
+from raylarge.data.candidates import Tile
+from raylarge.data.grid import about
+from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.errors import SlideError
+from raylarge.slides.reader import open_slide
+
+
+class Opening:
+    """The work of a unit: open its slide and close it again."""
+
+    def __init__(self, config: Tile) -> None:
+        """Hold the config."""
+        self._config = config
+
+    def __call__(self, unit: Unit) -> Facts:
+        """No facts; SlideError where the slide cannot be opened."""
+        with (
+            about(unit),
+            open_slide(unit["path"], unit["mpp"], self._config.base_mpp, self._config.icc),
+        ):
+            return {}
+
+
+def refuse_all(
+    root: str, units: Sequence[Unit], config: Tile, crew: Crew, names: Mapping[str, str]
+) -> SlideError | None:
+    """List the slides that cannot be opened in the terminal, if they are several.
+
+    Args:
+        root: the data folder; slides whose part is there already are left out.
+        units: of the slides.
+        config: how slides are opened.
+        crew: who opens them.
+        names: file names by pseudonym, where the list shall have them.
+
+    Returns:
+        What to raise; None if at most one slide cannot be opened.
+    """
+    rest = [one for one in units if parts.standing(root, one["part"]).get("stamp") != one["stamp"]]
+    answers = pipeline.run(rest, partial(Opening, config), replace(crew, skip=True), "check")
+    reasons = [str(one["failed"]) for one in answers if "failed" in one]
+    if len(reasons) < 2:
+        return None
+    for reason in reasons:
+        report.say(f"  {roster.with_names(reason, names)}")
+    return SlideError(
+        f"{len(reasons):,} of {len(units):,} slides cannot be read (they are listed above); mend "
+        "them, or leave them out with on_error=skip."
+    )

@@ -1,0 +1,188 @@
+"""Find a network's tensors in what training tools save: which of several copies, and their names.
+
+    {"state_dict": {…}, "state_dict_ema": {"module.w": …}}  ->  "state_dict_ema", {"w": …}
+
+Preference: averaged weights first (`AVERAGED`: the tools that save an average evaluate it, as timm,
+DeiT, DiT, DINO, I-JEPA and BasicSR do), then the weights as trained (`PLAIN`), then the file's own
+top level. Optimizer states and all other keys are ignored. A copy may also be marked by the first
+word of flat names (`teacher.backbone.w`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from raylarge.errors import UserError
+
+State = dict[str, Tensor]
+
+AVERAGED = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model"),
+    *("params_ema", "ema", "shadow", "teacher", "target_encoder"),
+)
+PLAIN = (
+    *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network"),
+    *("params", "weights", "backbone", "student", "encoder_q", "base_encoder", "encoder"),
+)
+"""`encoder_q` and `base_encoder` are MoCo's, whose authors evaluate these and not the averages."""
+_SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that torch.compile and FSDP put anywhere."""
+PREFIXES = ("module.", "_forward_module.", "backbone.", "encoder.")
+_ALIKE = 0.5
+"""Share of the names, or of the largest copy's tensors, that makes a copy a network's."""
+
+
+class Copy(NamedTuple):
+    """One of the copies of a network's tensors that a file holds."""
+
+    key: str
+    """Where it is in the file, such as `model.ema`; empty for the top level."""
+    state: State
+
+
+class Choice(NamedTuple):
+    """The copy that counts, and what else the file holds."""
+
+    key: str
+    state: State
+    others: tuple[str, ...]
+    """Keys of the copies that were not taken."""
+
+
+def tensors(content: Mapping[Any, Any]) -> State:
+    """Return the preferred copy's tensors by name; empty if there are none.
+
+    Values that are no tensors or arrays, and names that are no strings, are left out.
+    """
+    copies = list(_copies(content))
+    return _without_small(copies)[0].state if copies else {}
+
+
+def choose(
+    content: Mapping[Any, Any], wanted: Mapping[str, Tensor], prefixes: Sequence[str] = PREFIXES
+) -> Choice:
+    """Return the preferred copy of one network's tensors, without prefixes of training tools.
+
+    Args:
+        content: of the file.
+        wanted: the network's own tensors; their values do not matter.
+        prefixes: of training tools, which are removed.
+
+    Raises:
+        UserError: no tensors, or two that would have one name; says which keys the file has.
+    """
+    copies = list(_copies(content))
+    if not copies:
+        raise UserError(f"it holds no named tensors; its keys: {keys(content)}.")
+    flat = [copy for copy in copies for copy in (*_groups(copy, AVERAGED), copy)]
+    flat += [group for copy in copies for group in _groups(copy, PLAIN)]
+    flat.sort(key=lambda copy: _rank(copy.key))
+    fitting = (copy for copy in flat if _fits(copy.state, wanted))
+    best = next(fitting, None) or _without_small(copies)[0]
+    others = tuple(dict.fromkeys(copy.key for copy in copies if copy.key and copy.key != best.key))
+    return Choice(best.key, unprefixed(best.state, wanted, prefixes), others)
+
+
+def keys(content: Mapping[Any, Any]) -> str:
+    """Return the first keys of a file, for a message."""
+    names = [str(key)[:60] for key in content]
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "none"
+
+
+def unprefixed(
+    state: Mapping[str, Tensor], wanted: Collection[str], prefixes: Sequence[str] = PREFIXES
+) -> State:
+    """Return a state without the prefixes of training tools that the network itself does not use.
+
+    They are removed in any order and number: `module._orig_mod.backbone.w` is `w`.
+
+    Raises:
+        UserError: two different tensors would have one name.
+    """
+    prefixes = _foreign(prefixes, wanted)
+    result: State = {}
+    sources: dict[str, str] = {}
+    for name, tensor in state.items():
+        short = _short(name, prefixes)
+        if short in result and not torch.equal(result[short], tensor):
+            raise UserError(f"{sources[short]} and {name} are two tensors of one name, {short}.")
+        result[short], sources[short] = tensor, name
+    if "n_averaged" not in wanted:  # torch's AveragedModel counts there
+        result.pop("n_averaged", None)
+    return result
+
+
+def _foreign(prefixes: Sequence[str], wanted: Collection[str]) -> tuple[str, ...]:
+    """Return the prefixes that are no part of the network's own names."""
+    return tuple(p for p in prefixes if not any(name.startswith(p) for name in wanted))
+
+
+def _short(name: str, prefixes: tuple[str, ...]) -> str:
+    """Return a name without segments and prefixes of training tools."""
+    short = ".".join(part for part in name.split(".") if part not in _SEGMENTS)
+    while prefix := next((p for p in prefixes if short.startswith(p)), ""):
+        short = short.removeprefix(prefix)
+    return short
+
+
+def _copies(content: Mapping[Any, Any], path: str = "") -> Iterator[Copy]:
+    """Yield the copies in a file, the preferred first."""
+    yield from _nested(content, path, AVERAGED)
+    yield from _nested(content, path, PLAIN)
+    named = {
+        name: tensor
+        for name, value in content.items()
+        if isinstance(name, str) and (tensor := _tensor(value)) is not None
+    }
+    if named:
+        yield Copy(path, named)
+
+
+def _nested(content: Mapping[Any, Any], path: str, names: Collection[str]) -> Iterator[Copy]:
+    for key in names:
+        inner = content.get(key)
+        if isinstance(inner, Mapping):
+            yield from _copies(inner, f"{path}.{key}" if path else key)
+
+
+def _groups(copy: Copy, words: Collection[str]) -> Iterator[Copy]:
+    """Yield the copies whose flat names begin with one of the words."""
+    short = {_short(name, PREFIXES): tensor for name, tensor in copy.state.items()}
+    for word in words:
+        start = f"{word}."
+        named = {k.removeprefix(start): v for k, v in short.items() if k.startswith(start)}
+        if named:
+            yield Copy(f"{copy.key}.{word}" if copy.key else word, named)
+
+
+def _rank(key: str) -> bool:
+    """Sort averaged copies before all others, and keep the order otherwise."""
+    return not any(part in AVERAGED for part in key.split("."))
+
+
+def _fits(state: State, wanted: Mapping[str, Tensor]) -> bool:
+    """Return whether most of a network's tensors are in a state, by name and shape."""
+    prefixes = _foreign(PREFIXES, wanted)
+    shapes = {_short(name, prefixes): tensor.shape for name, tensor in state.items()}
+    alike = sum(shapes.get(name) == tensor.shape for name, tensor in wanted.items())
+    return alike > _ALIKE * len(wanted)
+
+
+def _without_small(copies: list[Copy]) -> list[Copy]:
+    """Return the copies in their order, less those that are too small to be the network."""
+    most = max(len(copy.state) for copy in copies)
+    return [copy for copy in copies if len(copy.state) >= _ALIKE * most]
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """Return a tensor or an array as a tensor; of anything else, nothing."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(value) if hasattr(value, "__array__") else None
+    except (TypeError, ValueError):  # an array of words or of objects
+        return None

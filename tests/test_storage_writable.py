@@ -1,0 +1,70 @@
+"""Places that cannot be written are a sentence before any work, and a check leaves no trace."""
+
+import importlib
+import os
+
+import pytest
+
+from raylarge import storage
+from raylarge.errors import UserError
+
+
+def test_a_check_leaves_no_trace(tmp_path):
+    for folder in ("", "new", "new/deep/folder", "b [1]", "ä ö"):
+        storage.require_writable("out", str(tmp_path / folder))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("/proc/nope", "nothing can be created in /proc"),
+        ("/proc/1/nope/deeper", "cannot be written"),
+        ("/dev/null", "/dev/null is a file, not a folder"),
+        ("/dev/null/below", "/dev/null is a file|Not a directory"),
+        ("{tmp}/file", "file is a file, not a folder"),
+        ("{tmp}/file/below/it", "file is a file|Not a directory"),
+        ("{tmp}/dangling", "dangling is a link to nothing"),
+        ("{tmp}/" + "x" * 300, "File name too long"),
+        ("{tmp}/" + "/".join(["x" * 200] * 30), "File name too long"),
+        ("{tmp}/a\0b", "null"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, place, says):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=says) as refused:
+        storage.require_writable("out", place.format(tmp=tmp_path))
+    assert "choose another folder" in str(refused.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "dangling"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_rights_is_one_sentence(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        storage.require_writable("out", str(tmp_path / "new"))
+
+
+def test_a_bucket_is_asked_too(s3_bucket):
+    storage.require_writable("out", f"{s3_bucket}/new")
+    assert storage.entries(f"{s3_bucket}/new") == []
+    with pytest.raises(UserError, match="NoSuchBucket"):
+        storage.require_writable("out", "s3://there-is-none/new")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "prepare slides={slide} preset=tiny out=/proc/nope",
+        "sample bundle={bundle} order.size=64 out=/proc/nope",
+        "train model=vae preset=tiny data={data} out=/proc/nope",
+        "exchange export=trident data={data} out=/proc/nope",
+        "import_weights checkpoint={slide} out=/proc/nope",
+        "demo slides={slide} out=/proc/nope",
+    ],
+)
+def test_every_job_says_so_at_once(words, tiny_slide, tiny_bundle, small_examples):
+    job, *rest = words.format(slide=tiny_slide, bundle=tiny_bundle, data=small_examples).split()
+    with pytest.raises(UserError, match="out=/proc/nope cannot be written"):
+        importlib.import_module(f"jobs.{job}").main(rest)
