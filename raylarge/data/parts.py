@@ -8,9 +8,8 @@
     DATA/unfinished-<verb>.json          in its place while parts of a whole table are replaced
     DATA/failed.parquet                  what could not be made, and why
 
-A part is one object, whole or absent, under a name that follows from its unit; its footer is its
-commit: a stamp of all that it depends on. A rerun skips parts whose stamp is right and makes the
-others anew, so no two configurations mix, and any number of workers makes the same bytes.
+A part is one object, whole or absent; its name follows from its unit, and its footer holds a
+stamp of all that it depends on. A rerun makes only parts whose stamp differs.
 """
 
 from __future__ import annotations

@@ -146,9 +146,12 @@ def _rows(paths: Sequence[str], config: Tile, found: SlideIndex) -> tuple[dict[s
             raise UserError(f"tile.labels: {config.table} has no column '{name}', but {shown}.")
     if "slide" not in table.columns:
         raise UserError(f"tile.table={config.table} has no column 'slide', but {shown}.")
-    named = NameTable(
-        "tile.table", config.table, ((r["slide"], r) for r in table.rows if r["slide"])
+    pairs = (
+        (row["slide"], {key: cell for key, cell in row.items() if key != "slide"})
+        for row in table.rows
+        if row["slide"]
     )
+    named = NameTable("tile.table", config.table, pairs)
     rows = named.match(paths)
     _compare("table", named, paths, rows, found)
     columns = ["slide", *(c for c in ("patient", "split", "mpp") if c in table.columns)]
