@@ -10,7 +10,7 @@ view needs no special case after `Slide.read`. Coordinates of a view are base pi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -78,7 +78,7 @@ class View:
     def turned(self, pixels: Array) -> Array:
         """Return what the view shows of the slide's [rows, columns, ...], shift left aside."""
         out = np.rot90(pixels, self.turns)
-        return np.ascontiguousarray(out[:, ::-1] if self.mirror else out)  # type: ignore[return-value]
+        return cast(Array, np.ascontiguousarray(out[:, ::-1] if self.mirror else out))
 
     def of_whole(self, cells: Array, downscale: int, whole_px: tuple[int, int]) -> Array:
         """Return the view of a thumbnail or mask of the whole slide, to within one cell.
