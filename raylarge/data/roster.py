@@ -21,7 +21,7 @@ from raylarge.data import split_table, text_table
 from raylarge.data.candidates import Tile
 from raylarge.data.name_table import SOME, NameTable, file_name, some, stems
 from raylarge.data.split_table import WORDS
-from raylarge.errors import SlideError, UserError
+from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.fetch import companions
 from raylarge.storage import web
 
@@ -121,9 +121,8 @@ def with_names(text: str, names: Mapping[str, str]) -> str:
         names: file names by pseudonym; empty changes nothing.
     """
     text = _PRIVATE.sub("", text) if names else text
-    return _PSEUDONYM.sub(
-        lambda found: f"{found[0]} ({names[found[0]]})" if found[0] in names else found[0], text
-    )
+    shown = {slide_id: f"{slide_id} ({printable(name)})" for slide_id, name in names.items()}
+    return _PSEUDONYM.sub(lambda match: shown.get(match[0], match[0]), text)
 
 
 def _refuse_same_names(paths: Sequence[str]) -> None:
