@@ -10,13 +10,11 @@ view needs no special case after `Slide.read`. Coordinates of a view are base pi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar, cast
 
 import numpy as np
 
 from raylarge.diffusion.noise import generator
 
-Array = TypeVar("Array", bound=np.ndarray)
 _SYMMETRIES = 8
 
 
@@ -75,12 +73,12 @@ class View:
             top, left, rows, columns = left, width - top - rows, columns, rows
         return top + self.shift_px[0], left + self.shift_px[1], rows, columns
 
-    def turned(self, pixels: Array) -> Array:
+    def turned(self, pixels: np.ndarray) -> np.ndarray:
         """Return what the view shows of the slide's [rows, columns, ...], shift left aside."""
         out = np.rot90(pixels, self.turns)
-        return cast(Array, np.ascontiguousarray(out[:, ::-1] if self.mirror else out))
+        return np.ascontiguousarray(out[:, ::-1] if self.mirror else out)
 
-    def of_whole(self, cells: Array, downscale: int, whole_px: tuple[int, int]) -> Array:
+    def of_whole(self, cells: np.ndarray, downscale: int, whole_px: tuple[int, int]) -> np.ndarray:
         """Return the view of a thumbnail or mask of the whole slide, to within one cell.
 
         Args:
