@@ -33,7 +33,7 @@ from raylarge.data.parts import Maker
 from raylarge.data.pipeline import Crew, Facts, Unit
 from raylarge.data.qc.sheet import sheet as drawn
 from raylarge.data.qc.sheet import write_page
-from raylarge.data.views import mask_cell_px, view_of, view_splits
+from raylarge.data.views import mask_cell_px, view_of, view_splits, with_views
 from raylarge.errors import SlideError, UserError
 from raylarge.slides import masks
 from raylarge.slides.reader import Slide, open_slide
