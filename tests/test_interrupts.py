@@ -27,6 +27,7 @@ report.entry(job)
 
 
 def started(code, **more):
+    more.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,

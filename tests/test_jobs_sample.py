@@ -249,6 +249,7 @@ def stopped_half_way(words, out, number, ready):
     process = subprocess.Popen(
         [sys.executable, "jobs/sample.py", *words, f"out={out}"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup, too
     )  # fmt: skip
     ready(process)
     offspring = psutil.Process(process.pid).children(recursive=True)
