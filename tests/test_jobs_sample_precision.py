@@ -38,13 +38,13 @@ ORDERS = {
     "joint, embeddings": [
         "order.size=128",
         "order.condition.kind=embeddings",
-        f"order.condition.data='{EMBEDDING}'",
+        f"order.condition.data={EMBEDDING}",
         "order.condition.shape=[4,4,8]",
     ],
     "joint, prior": [
         "order.size=64",
         "order.condition.kind=prior",
-        f"order.condition.data='{VECTOR}'",
+        f"order.condition.data={VECTOR}",
         "order.condition.shape=[5]",
         "order.condition.prior_steps=2",
     ],

@@ -124,7 +124,7 @@ def vectors(path: str, layout: Patches) -> Vectors:
     if bad.any():
         x, y = layout.xy[bad][0].tolist()
         raise SlideError(
-            f"its h5 holds features that are no finite half-precision numbers in {len(bad)} "
+            f"its h5 holds features that are no finite half-precision numbers in {int(bad.sum())} "
             f"of {len(array)} patches, the first at x={x}, y={y}; compute them again (NaN or "
             "infinity), or scale them below 65504"
         )
