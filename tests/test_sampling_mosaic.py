@@ -205,7 +205,7 @@ class _Other(Memory):
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"sampler": {"constraint": "tile"}}, "constraint 'tile'"),
+        ({"sampler": {"constraint": "tile"}}, "constraint=tile"),
         ({"sampler": {"correction": "backprop"}}, "correction encoder"),
         ({"levels": "2,1,0"}, "leave out levels"),
         ({"refine": True}, "refine"),

@@ -28,11 +28,12 @@ class Opening:
 
     def __call__(self, unit: Unit) -> Facts:
         """No facts; SlideError where the slide cannot be opened."""
-        with (
-            about(unit),
-            open_slide(unit["path"], unit["mpp"], self._config.base_mpp, self._config.icc),
-        ):
-            return {}
+        config = self._config
+        with about(unit):
+            open_slide(
+                unit["path"], unit["mpp"], config.base_mpp, config.icc, config.read_options
+            ).close()
+        return {}
 
 
 def refuse_all(
