@@ -1,16 +1,19 @@
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
-from raylarge import pyramid, schema, storage
-from raylarge.data import tile
+from raylarge import images, pyramid, schema, storage, tables
+from raylarge.data import roster, tile
 from raylarge.data.candidates import Tile, candidates
 from raylarge.data.pipeline import Crew
 from raylarge.data.prepare import find_slides, prepare
 from raylarge.data.tile import slides_of
+from raylarge.data.views import view_of, with_views
 from raylarge.errors import UserError
+from raylarge.models import ssl
 from raylarge.report import Report
 from raylarge.slides.reader import open_slide
 from raylarge.slides.tissue import tissue_fraction, tissue_mask
@@ -183,3 +186,55 @@ def test_the_manifest_counts_what_the_table_holds(tiny_prepare, tmp_path, run):
     assert manifest["counts"] == facts["counts"]
     assert manifest["config"]["tile"]["patch_px"] == 64
     assert manifest["rows"] == table.num_rows
+
+
+def test_views_are_training_rows_of_the_same_patient(tiny_prepare, run):
+    config = tiny_prepare(verbs="tile,embed,shard", tile={"views": 4})
+    run(config)
+    root = config.out
+    slides = slides_of(root)
+    assert [slide["view"] for slide in sorted(slides, key=lambda one: one["view"])] == [0, 1, 2, 3]
+    assert len({slide["patient_id"] for slide in slides}) == 1
+    assert len({slide["path"] for slide in slides}) == 1
+    rows = tables.rows(root, "examples", columns=["slide_id", "split", "scale", "row", "column"])
+    by_view = {slide["slide_id"]: slide["view"] for slide in slides}
+    splits = {(by_view[row["slide_id"]] > 0, row["split"]) for row in rows.to_pylist()}
+    assert splits == {(False, "train"), (False, "val"), (True, "train")}
+
+
+def test_views_show_no_held_out_pixel_and_embed_their_own(tiny_prepare, run):
+    config = tiny_prepare(verbs="tile,embed,shard", tile={"views": 8})
+    run(config)
+    encoder = ssl.load("toy")
+    rows = tables.rows(config.out, "examples").to_pylist()
+    for slide in slides_of(config.out):
+        view = view_of(slide, config.tile)
+        with open_slide(slide["path"]) as whole:
+            edge_px = 64 * (12 - 4)  # four of twelve rows are held out
+            pixels = whole.read(0, 0, *whole.size_px)
+            top, left = view.shift_px
+            seen = view.turned(pixels[top:, left:])
+            for row in (one for one in rows if one["slide_id"] == slide["slide_id"]):
+                r, c, side = row["row"] * 64, row["column"] * 64, 64 << row["scale"]
+                y, _, height, _ = view.source((r, c, side, side), whole.size_px)
+                assert (y + height <= edge_px) == (row["split"] == "train")
+                if row["scale"] == 0:
+                    tile_px = seen[r : r + 64, c : c + 64]
+                    np.testing.assert_array_equal(images.from_bytes(row["image"]), tile_px)
+                    batch = np.stack([tile_px] * 8)
+                    np.testing.assert_array_equal(encoder(batch)[0], np.float16(row["grid"]))
+
+
+def test_held_out_patients_have_one_view(tiny_slide, tmp_path):
+    slides = [shutil.copy(tiny_slide, tmp_path / f"{name}.tif") for name in "abcdef"]
+    config = Tile(split="patient", val_fraction=0.5, views=3)
+    entries = with_views(roster.index(list(map(str, slides)), config).entries, config)
+    views = {
+        split: {one.view for one in entries if one.split == split} for split in ("train", "val")
+    }
+    assert views == {"train": {0, 1, 2}, "val": {0}}
+
+
+def test_one_view_leaves_earlier_tables_valid():
+    assert "views" not in tile.section(Tile())
+    assert tile.section(Tile(views=2))["views"] == 2

@@ -5,9 +5,13 @@ import pyarrow as pa
 import pytest
 
 from raylarge import order, schema, storage
+from raylarge.data.prepare import prepare
+from raylarge.data.tile import slides_of
 from raylarge.errors import UserError
+from raylarge.fleet import reference
 from raylarge.fleet.reference import find_region
 from raylarge.geometry import Patch
+from raylarge.report import Report
 
 PATCH = Patch(side_px=64, factor=4, channels=3, scales=3)
 
@@ -79,3 +83,12 @@ def test_a_slide_that_is_not_there_lists_some_that_are(data):
 def test_a_place_without_embeddings_says_where_there_are_some(data, at):
     with pytest.raises(UserError, match="it has some in rows 2 to 6, columns 1 to 6"):
         found(data, at, size=128)
+
+
+def test_a_view_is_no_reference_unless_it_is_named(tiny_prepare, tmp_path):
+    config = tiny_prepare(verbs="tile,embed", tile={"views": 4})
+    prepare(config, Report(str(tmp_path / "report.json")))
+    views = {one["slide_id"]: one["view"] for one in slides_of(config.out)}
+    assert views[reference._parse(config.out)[1]] == 0
+    for slide in views:
+        assert reference._parse(f"{config.out}:{slide}")[1] == slide

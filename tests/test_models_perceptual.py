@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raylarge.errors import UserError
-from raylarge.models.perceptual import SMALLEST, Perceptual
+from raylarge.models.perceptual import SMALLEST, FeatureDistance, Perceptual
 
 SIZES = [(3, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 256), (256, 512)]
 SIZES += [(512, 512)] * 5
@@ -96,3 +96,20 @@ def test_the_backbone_comes_from_torchvisions_cache_or_the_cure_is_told(
     (cache / "vgg16-397923af.pth").symlink_to(backbone)
     image, reference = pairs()
     assert torch.equal(Perceptual()(image, reference), network(image, reference))
+
+
+def test_features_see_lost_detail_and_shifts_that_pixels_do_not():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
+    distance = FeatureDistance()
+    assert distance(image, image).abs().max() < 1e-9
+    blurred = torch.nn.functional.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
+    brighter = image + (image - blurred).abs().mean()  # as far in pixels
+    assert (distance(blurred, image) > 3 * distance(brighter, image)).all()
+
+
+def test_the_distance_of_features_reaches_the_image_alone():
+    image, reference = (torch.rand(1, 3, 32, 32).requires_grad_() for _ in range(2))
+    FeatureDistance()(image, reference).sum().backward()
+    assert image.grad.abs().sum() > 0
+    assert reference.grad is None

@@ -13,7 +13,7 @@ from waves import FACTS, JUDGE, JUDGED, SIDE, SMALL, Config, gradients, learn, m
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models.discriminator import DiscriminatorConfig, hinge
-from raylarge.models.perceptual import Perceptual
+from raylarge.models.perceptual import FeatureDistance, Perceptual
 from raylarge.train import vae
 from raylarge.train.activations import recompute
 from raylarge.train.task import Task
@@ -99,7 +99,12 @@ def test_the_posteriors_noise_and_divergence_count():
 @KINDS
 def test_a_sample_is_its_own(kind, backbone):
     config = replace(
-        SMALL[kind], lpips=0.5, lpips_backbone=backbone, adversarial=0.1, discriminator=JUDGE
+        SMALL[kind],
+        features=0.3,
+        lpips=0.5,
+        lpips_backbone=backbone,
+        adversarial=0.1,
+        discriminator=JUDGE,
     )
     task = made(config)
     together = task.draw(rows([5, 2**40]))
@@ -122,6 +127,15 @@ def test_lpips_counts_and_is_no_part_of_what_is_trained(backbone):
     assert task.network.state_dict().keys() == plain.network.state_dict().keys()
     batch = rows(range(2))
     distance = Perceptual(backbone)(task.network.codec.network(batch["image"]), batch["image"])
+    task.network.train()
+    torch.testing.assert_close(task.network(batch), plain.network(batch) + 0.5 * distance)
+
+
+def test_features_count_and_are_no_part_of_what_is_trained():
+    plain, task = made(SMALL["light"]), made(replace(SMALL["light"], features=0.5))
+    assert task.network.state_dict().keys() == plain.network.state_dict().keys()
+    batch = rows(range(2))
+    distance = FeatureDistance()(task.network.codec.network(batch["image"]), batch["image"])
     task.network.train()
     torch.testing.assert_close(task.network(batch), plain.network(batch) + 0.5 * distance)
 

@@ -41,6 +41,9 @@ class Tile:
     """Regions over the right and lower edge: `drop`, or `pad` them with white."""
     crops: int = 0
     """Random tile-aligned candidates per slide and coarse scale, beside the regular grid."""
+    views: int = 1
+    """How often each training slide is tiled: 1 as it is; each further view starts at another
+    pixel and is turned or mirrored (`slides/view.py`), with its own embeddings. For small data."""
     split: str = "patient"
     """`patient`: whole patients are held out; `band`: the lowest rows of each slide; or a file."""
     val_fraction: float = 0.1  # share held out for validation
@@ -102,6 +105,7 @@ class Tile:
             ("value_range", _range(self.value_range), "two different numbers, [low,high]"),
             ("block_tiles", self.block_tiles >= 1, "1 or more"),
             ("crops", self.crops >= 0, "0 or more"),
+            ("views", self.views >= 1, "1 or more"),
             ("labels", not self.labels or bool(self.table), "empty without tile.table"),
         ):
             if not fine:
@@ -111,6 +115,19 @@ class Tile:
     def read_options(self) -> ReadOptions:
         """What the readers of slides are told."""
         return ReadOptions(self.scene, tuple(self.bands), tuple(map(float, self.value_range)))
+
+    def require_one_view(self) -> Tile:
+        """Return itself, for formats that know one view of a slide.
+
+        Raises:
+            UserError: the slides are tiled more than once.
+        """
+        if self.views > 1:
+            raise UserError(
+                f"tile.views={self.views}: this works on tables of one view per slide; prepare "
+                "them with tile.views=1 into another out=."
+            )
+        return self
 
 
 def _bands(bands: Sequence[int]) -> bool:
@@ -175,10 +192,14 @@ def splits(cells: Cells, k: int, rows: int, split: str, val_fraction: float) -> 
     """Each candidate's split; empty where it straddles the edge of the held-out band."""
     if split != "band":
         return [split] * len(cells)
-    held_out = max(1, round(val_fraction * rows)) if val_fraction else 0
-    edge = rows - held_out
+    edge = band_edge(rows, val_fraction)
     above, below = cells[:, 0] + (1 << k) <= edge, cells[:, 0] >= edge
     return [str(name) for name in np.select([above, below], ["train", "val"], "")]
+
+
+def band_edge(rows: int, val_fraction: float) -> int:
+    """Return the first row of the base grid that `split=band` holds out."""
+    return rows - (max(1, round(val_fraction * rows)) if val_fraction else 0)
 
 
 def reason(

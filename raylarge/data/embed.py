@@ -72,6 +72,7 @@ def units_of(root: str, tile: Tile, sections: dict[str, Any]) -> list[Unit]:
             "part": f"embeddings/{slide['slide_id']}-{number:04d}.parquet",
             "stamp": parts.stamp(sections, slide["cells"], slide["covers"], rows),
             **{key: slide[key] for key in ("slide_id", "path", "mpp_override")},
+            "view": slide.get("view", 0),
             "tiles": sum(slide["covered"][rows[0] : rows[1]]),
             "columns": slide["grid"][1],
             "rows": rows,

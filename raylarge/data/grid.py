@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from raylarge import storage
 from raylarge.data import name_table
 from raylarge.data.candidates import Tile
+from raylarge.data.views import view_of
 from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.reader import Slide, open_slide
 from raylarge.storage.web import scrubbed
@@ -39,7 +40,7 @@ class TileGrid:
         """See `raylarge.data.candidates.Tile` for the fields that matter here."""
         self._config = config
         self.patch_px = config.patch_px
-        self._path: str | None = None
+        self._name: tuple[str, int] | None = None
         self._slide: Slide | None = None
         self._reader = ThreadPoolExecutor(1)  # one for all: each thread keeps memory of its own
         self._tiles: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
@@ -48,12 +49,13 @@ class TileGrid:
         self._wide = max(1, _STRIP_BYTES // side_bytes)
 
     def open(self, unit: Mapping[str, Any]) -> Slide:
-        """The slide of a unit (`path`, `mpp_override`), opened where it is not open yet.
+        """The slide of a unit (`path`, `mpp_override`, `view`), opened where it is not open yet.
 
         Raises:
             UserError: see `open_slide`.
         """
-        if self._slide is None or self._path != unit["path"]:
+        name = (unit["path"], unit.get("view", 0))
+        if self._slide is None or self._name != name:
             self.close()
             config = self._config
             self._slide = open_slide(
@@ -62,8 +64,9 @@ class TileGrid:
                 config.base_mpp,
                 config.icc,
                 config.read_options,
+                view_of(unit, config),
             )
-            self._path = unit["path"]
+            self._name = name
         return self._slide
 
     def close(self) -> None:

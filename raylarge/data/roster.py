@@ -42,6 +42,7 @@ class Entry:
     split: str
     mpp: float | None
     labels: dict[str, str] = field(default_factory=dict)
+    view: int = 0
     patient: str = ""
 
     @property

@@ -125,6 +125,7 @@ def _units(slide: dict[str, Any], tile: Tile, inputs: list[dict[str, Any]]) -> l
             "part": f"blocks/{slide['slide_id']}-{number:04d}.parquet",
             "stamp": parts.stamp(made, rows),
             **{key: slide[key] for key in known},
+            "view": slide.get("view", 0),
             "tiles": sum(slide["covered"][rows[0] : rows[1]]),
             "rows": rows,
             "blocks": edges,

@@ -33,13 +33,13 @@ from raylarge.data.parts import Maker
 from raylarge.data.pipeline import Crew, Facts, Unit
 from raylarge.data.qc.sheet import sheet as drawn
 from raylarge.data.qc.sheet import write_page
+from raylarge.data.views import mask_cell_px, view_of, view_splits, with_views
 from raylarge.errors import SlideError, UserError
 from raylarge.slides import masks
 from raylarge.slides.reader import Slide, open_slide
 from raylarge.slides.tissue import tissue_fraction, tissue_mask
 from raylarge.storage import web
 
-_MASK_CELLS = 8
 _NAMED = 3
 """So many slides are named that have one note."""
 
@@ -53,6 +53,8 @@ def section(config: Tile) -> dict[str, Any]:
         if not known[name]:
             known.pop(name)
     known["salt"] = roster.trace(config.salt)
+    if config.views == 1:  # tables of before there were views stay valid
+        known.pop("views")
     known["split"] = "file" if roster.is_file(config.split) else config.split
     known["mask"] = "file" if "{name}" in config.mask else config.mask
     return known
@@ -77,9 +79,10 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew, names: bool 
     index = roster.index(slides, config)
     for line in index.lines:
         report.say(line)
-    _remember(root, index.entries)
+    entries = with_views(index.entries, config)
+    _remember(root, entries)
     shown = file_names(root) if names else {}
-    units = _units(index.entries, sections, config)
+    units = _units(entries, sections, config)
     try:
         built = parts.build(root, units, partial(Tiling, root, config), crew, "tile")
     except SlideError as error:
@@ -170,7 +173,8 @@ def _units(known: Sequence[roster.Entry], sections: dict[str, Any], config: Tile
         drawn = list(pool.map(lambda path: path and _fingerprint(path), mask_paths))
     units: list[Unit] = []
     for entry, mark, mask, mask_mark in zip(known, prints, mask_paths, drawn, strict=True):
-        cells = parts.stamp(sections, mark, mask_mark, entry.mpp)
+        of_view = [entry.view] if entry.view else []
+        cells = parts.stamp(sections, mark, mask_mark, entry.mpp, *of_view)
         told = [entry.patient_id, entry.split, entry.labels]
         units.append(
             {
@@ -211,7 +215,12 @@ class Tiling(Maker):
         with (
             about(unit),
             open_slide(
-                unit["path"], unit["mpp"], config.base_mpp, config.icc, config.read_options
+                unit["path"],
+                unit["mpp"],
+                config.base_mpp,
+                config.icc,
+                config.read_options,
+                view_of(unit, config),
             ) as slide,
         ):
             tissue = tissue_grid(slide, config, unit["mask"])
@@ -226,6 +235,7 @@ class Tiling(Maker):
                 "mpp": slide.mpp,
                 "georeference": slide.georeference,
                 "mpp_override": unit["mpp"],
+                "view": unit["view"],
                 "notes": slide.notes,
             }
             sheet = drawn(slide, table, config.patch_px)
@@ -239,7 +249,10 @@ class Tiling(Maker):
         shares = box_means(tissue, cells, 1 << k)
         grid = base_grid(slide.size_px, config)
         rows = -(-slide.size_px[0] // config.patch_px) if config.border == "pad" else grid[0]
-        named = splits(cells, k, rows, unit["split"], config.val_fraction)
+        if unit["view"]:
+            named = view_splits(cells, k, slide, unit["split"], config)
+        else:
+            named = splits(cells, k, rows, unit["split"], config.val_fraction)
         least = config.tissue[min(k, len(config.tissue) - 1)]
         reasons = [
             reason(cell, 1 << k, grid, name, share, least)
@@ -283,10 +296,12 @@ def scale_and_cells(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 def tissue_grid(slide: Slide, config: Tile, mask_path: str = "") -> Grid:
     """The share of tissue in every base tile, those over the right and lower edge included."""
-    downscale = max(1, config.patch_px // _MASK_CELLS)
+    downscale = mask_cell_px(config)
     shape = tuple(-(-side // downscale) for side in slide.size_px)
     if mask_path:
-        mask = masks.read(mask_path, slide.size_l0, (shape[0], shape[1]), slide.notes)
+        rows, columns = (-(-side // downscale) for side in slide.whole_px)
+        mask = masks.read(mask_path, slide.size_l0, (rows, columns), slide.notes)
+        mask = slide.view.of_whole(mask, downscale, slide.whole_px)
     elif config.mask == "all":
         mask = np.ones(shape, bool)
     else:

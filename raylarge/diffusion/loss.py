@@ -2,6 +2,7 @@
 
 eps-prediction:  mean (eps(x_t, t, c) - eps)^2          (DDPM, Eq. 14)
 x_0-prediction:  mean (x_0(x_t, t, c) - x_0)^2
+min-SNR:         times min(SNR_t, gamma) / SNR_t for eps          (Hang et al. 2023, Eq. 8)
 learned range:   that + the variational bound of a learned variance   (Improved DDPM, Eq. 15, 16)
 """
 
@@ -19,6 +20,9 @@ from torch import Tensor
 from raylarge.diffusion.noise import generator
 from raylarge.diffusion.schedule import Schedule
 
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 / golden ratio, rounded to odd."""
+
 
 class Draws(NamedTuple):
     """What is random about a batch of training samples.
@@ -35,17 +39,26 @@ class Draws(NamedTuple):
 
 
 def draws(
-    samples: Int[Tensor, "B"], shape: Sequence[int], seed: int, stream: str, length: int
+    samples: Int[Tensor, "B"],
+    shape: Sequence[int],
+    seed: int,
+    stream: str,
+    length: int,
+    stratified: bool = False,
 ) -> Draws:
     """The draws of global sample indices; the same for every batch split and world size.
 
     Args:
         length: timesteps of the schedule.
+        stratified: spread the timesteps of neighbouring samples evenly over the schedule: that of
+            sample n is frac(u + n / golden ratio) of its length, u drawn for the training.
     """
     ts, coins, noises = [], [], []
+    offset = generator(seed, f"{stream} strata").random()
     for sample in samples.tolist():
         source = generator(seed, stream, sample >> 32, sample & 0xFFFFFFFF)
-        ts.append(int(source.integers(length)))
+        t = int(source.integers(length))
+        ts.append(int(length * _golden(offset, sample)) if stratified else t)
         coins.append(source.random())
         noises.append(source.standard_normal(tuple(shape), dtype=np.float32))
     device = samples.device
@@ -54,6 +67,29 @@ def draws(
         torch.tensor(coins, dtype=torch.float32, device=device),
         torch.from_numpy(np.stack(noises)).to(device),
     )
+
+
+def _golden(offset: float, sample: int) -> float:
+    """Return frac(offset + sample / golden ratio), exact for large indices.
+
+    The ratio is a 64-bit fraction, and so the sum a wrap of integers (Weyl sequence).
+    """
+    return ((int(offset * 2.0**64) + sample * _GOLDEN) % (1 << 64)) / 2.0**64
+
+
+def snr_weights(schedule: Schedule, t: Int[Tensor, "B"], gamma: float) -> Float[Tensor, "B"]:
+    """Return the min-SNR weight of each sample's loss.
+
+    min(SNR, gamma) as weight of the error of x_0, in units of the prediction's own error:
+    divided by SNR for eps, by SNR + 1 for v. Source: Hang et al. 2023 (2303.09556), section 3.4.
+
+    Args:
+        gamma: 5 in the paper.
+    """
+    abar = schedule.abar[t.cpu()]
+    snr = abar / (1 - abar)
+    unit = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return (snr.clamp(max=gamma) / unit[schedule.prediction]).float().to(t.device)
 
 
 def per_sample(

@@ -54,7 +54,7 @@ def find_region(reference: str, at: tuple[int, int] | None, order: Order, patch:
 
     Args:
         reference: a data folder with EMBEDDINGS, `DATA` or `DATA:slide_id`; without an id its
-            first slide.
+            first slide, views left aside.
         at: row and column of the rectangle's first base tile; None takes the first place,
             row by row, where every tile was embedded.
         order: whose canvas the rectangle covers.
@@ -97,7 +97,15 @@ def _parse(reference: str) -> tuple[str, str]:
         close = get_close_matches(slide, slides, 3)
         some = ", ".join(list(dict.fromkeys([*close, *slides]))[:_LISTED])
         raise UserError(f"{folder} has no slide '{slide}'; it has: {some}{more}.")
-    return folder, slide or slides[0]
+    views = set() if slide else _views(folder)
+    return folder, slide or next((one for one in slides if one not in views), slides[0])
+
+
+def _views(folder: str) -> set[str]:
+    """Return the slides of a folder that are further views of others (`tile.views`)."""
+    path = storage.join(folder, "slides.json")
+    slides = storage.read_json(path)["slides"] if storage.exists(path) else []
+    return {slide["slide_id"] for slide in slides if slide.get("view")}
 
 
 def _parts(folder: str) -> list[str]:

@@ -1,9 +1,10 @@
-"""LPIPS, the perceptual distance of two images, by the package `lpips` (extra `eval`).
+"""Perceptual distances of two images: LPIPS, and one in the features of a small classifier.
 
-    VGG16's features of image and reference, normalised per cell -> weighted squared distance
+    features of image and reference, normalised per cell -> (weighted) squared distance
 
-Zhang et al. 2018, as in VQGAN and Latent Diffusion. The package brings the weights of the
-distance; those of the backbone are torchvision's VGG16, from a file or from its hub.
+LPIPS (Zhang et al. 2018, as in VQGAN and Latent Diffusion) needs the package `lpips` (extra
+`eval`) and torchvision's VGG16, from a file or from its hub. `FeatureDistance` needs nothing but
+EfficientNet-Lite0, whose weights come with a dependency.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import importlib
 import warnings
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from raylarge.errors import UserError
-from raylarge.models import weights, wrappers
+from raylarge.models import ssl, ssl_networks, weights, wrappers
 
+_STAGES = 3
+"""Stages of EfficientNet-Lite0 that are compared: 1/2, 1/4 and 1/8 of the image's side."""
 SMALLEST = 16
 """The least side of an image in px: VGG16 halves it four times."""
 
@@ -58,6 +62,48 @@ class Perceptual(nn.Module):
         """The distance of each pair of images in [-1, 1]; derivatives reach both."""
         distance: Tensor = self.network(image, reference)
         return distance.float().flatten()
+
+
+class FeatureDistance(nn.Module):
+    """Squared distance of the first features of EfficientNet-Lite0, fixed.
+
+        sum over stages of mean over cells of |f / |f| - g / |g||²
+
+    An untrained stand-in for LPIPS with all weights 1: early features of a classifier of
+    ImageNet see edges and textures that an L1 distance averages away.
+
+    Raises:
+        UserError: the package with the weights is missing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        card = ssl.card("efficientnet_lite0")
+        self.network: Any = ssl_networks.own(card)
+        self.mean, self.deviation = card.colour
+        self.eval().requires_grad_(False)
+
+    def forward(
+        self, image: Float[Tensor, "B 3 P P"], reference: Float[Tensor, "B 3 P P"]
+    ) -> Float[Tensor, "B"]:
+        """Return the distance of each pair of images in [-1, 1]; derivatives reach `image`."""
+        with torch.no_grad():
+            target = self._features(reference)
+        pairs = zip(self._features(image), target, strict=True)
+        parts = [(a - b).square().sum(dim=1).flatten(1).mean(dim=1) for a, b in pairs]
+        return torch.stack(parts).sum(dim=0)
+
+    def _features(self, image: Float[Tensor, "B 3 P P"]) -> list[Tensor]:
+        """Features of unit length in every cell, stage by stage."""
+        mean, deviation = (
+            torch.tensor(values, device=image.device).reshape(3, 1, 1)
+            for values in (self.mean, self.deviation)
+        )
+        x = ((image.float() + 1) / 2 - mean) / deviation
+        stages = self.network.forward_intermediates(
+            x, indices=list(range(_STAGES)), stop_early=True, intermediates_only=True
+        )
+        return [nn.functional.normalize(stage, dim=1, eps=1e-6) for stage in stages]
 
 
 def _package() -> Any:

@@ -41,10 +41,12 @@ from raylarge.slides.protocol import (
     speaking_of,
 )
 from raylarge.slides.tiff_reader import TiffPyramid
+from raylarge.slides.view import View
 
 __all__ = ["BASE_MPP", "Pixels", "Pyramid", "Slide", "open_slide"]
 
 _STRIP_BYTES = 32 << 20
+_WHOLE = View()
 _TALKATIVE = ("tifffile", "rasterio", "pydicom", "wsidicom", "PIL")
 
 
@@ -58,6 +60,7 @@ class Slide:
         mpp: float,
         base_mpp: float,
         opened: ExitStack | None = None,
+        view: View = _WHOLE,
     ) -> None:
         """See `open_slide`; `opened` is what to close, where that is more than the pyramid."""
         self.path = path
@@ -69,13 +72,16 @@ class Slide:
         self.zoom = scales.zoom(mpp, base_mpp)
         """Level-0 pixels per base pixel."""
         self.size_l0: tuple[int, int] = pyramid.sizes[0]
-        self.size_px = (int(self.size_l0[0] / self.zoom), int(self.size_l0[1] / self.zoom))
-        """(rows, columns) in whole base pixels."""
+        self.whole_px = (int(self.size_l0[0] / self.zoom), int(self.size_l0[1] / self.zoom))
+        """(rows, columns) of the file in whole base pixels."""
+        self.view = view
+        self.size_px = view.size(self.whole_px)
+        """(rows, columns) of the view in base pixels; all other coordinates are the view's too."""
 
     @property
     def georeference(self) -> Georeference | None:
-        """Where level 0 lies on the ground; None for what a microscope saw."""
-        return self._pyramid.georeference
+        """Where level 0 lies on the ground; None for what a microscope saw, and for a view."""
+        return self._pyramid.georeference if self.view.is_identity else None
 
     def __enter__(self) -> Slide:
         return self
@@ -97,16 +103,22 @@ class Slide:
     ) -> Pixels:
         """A region given in base pixels, [rows_px / downscale, columns_px / downscale, 3].
 
-        Outside the slide it is white. Resampling is antialiased bicubic, from the nearest
-        finer level.
+        Outside the slide (not only outside the view) it is white. Resampling is antialiased
+        bicubic, from the nearest finer level.
 
         Raises:
             SlideError: the file is damaged there.
             UserError: its disk or store fails.
         """
+        box = self.view.source((top_px, left_px, rows_px, columns_px), self.whole_px)
+        return self.view.turned(self._read(box, downscale))
+
+    def _read(self, box_px: tuple[int, int, int, int], downscale: int) -> Pixels:
+        """Return a region of the file, (top, left, rows, columns) in base pixels."""
+        top_px, left_px, rows_px, columns_px = box_px
         rows, columns = rows_px // downscale, columns_px // downscale
-        top, bottom = _inside(top_px, rows, downscale, self.size_px[0])
-        left, right = _inside(left_px, columns, downscale, self.size_px[1])
+        top, bottom = _inside(top_px, rows, downscale, self.whole_px[0])
+        left, right = _inside(left_px, columns, downscale, self.whole_px[1])
         origin_px = (top_px + top * downscale, left_px + left * downscale)
         shape = (bottom - top, right - left)
         if min(shape) <= 0:
@@ -133,7 +145,8 @@ class Slide:
             high = min(size, math.ceil(start + count * step) + margin)
             if start >= size:
                 raise self._misfit()
-            box.append((low, high - low, start - low, min(start - low + count * step, high - low)))
+            first = max(0.0, start - low)  # half an output pixel may hang over the upper edge
+            box.append((low, high - low, first, min(start - low + count * step, high - low)))
         (top, rows, y0, y1), (left, columns, x0, x1) = box
         source = Image.fromarray(self._pyramid.read_level(level, top, left, rows, columns))
         resized = source.resize(shape[::-1], Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
@@ -170,17 +183,19 @@ class Slide:
 
     def thumbnail(self, downscale: int) -> Pixels:
         """The whole slide, one pixel per downscale x downscale base pixels, read in strips."""
-        rows, columns = (-(-side // downscale) for side in self.size_px)
+        rows, columns = (-(-side // downscale) for side in self.whole_px)
         step = self._level(downscale)[1]
         per_strip = max(1, int(_STRIP_BYTES / (3 * columns * step**2)))
-        return np.concatenate(
+        whole = np.concatenate(
             [
-                self.read(
-                    start * downscale, 0, (stop - start) * downscale, columns * downscale, downscale
+                self._read(
+                    (start * downscale, 0, (stop - start) * downscale, columns * downscale),
+                    downscale,
                 )
                 for start, stop in spans(rows, per_strip)
             ]
         )
+        return self.view.of_whole(whole, downscale, self.whole_px)
 
 
 def open_slide(
@@ -189,6 +204,7 @@ def open_slide(
     base_mpp: float = BASE_MPP,
     icc: bool = True,
     options: ReadOptions = AS_STORED,
+    view: View = _WHOLE,
 ) -> Slide:
     """Open a slide by its content.
 
@@ -199,6 +215,7 @@ def open_slide(
             no resampling is done.
         icc: whether pixels are converted to sRGB by the colour profile in the file.
         options: which scene and bands are read, and the range of deep samples.
+        view: how the slide is shifted, turned and mirrored.
 
     Raises:
         SlideError: no such file, one that may not be read, a broken one, one that cannot be
@@ -217,7 +234,7 @@ def open_slide(
         mpp = scales.resolve_mpp(pyramid, mpp_override)
         scales.refuse_base(pyramid, mpp, base_mpp)
         pyramid = colours.to_srgb(pyramid) if icc else pyramid
-        return Slide(path, pyramid, mpp, base_mpp, opened.pop_all())
+        return Slide(path, pyramid, mpp, base_mpp, opened.pop_all(), view)
 
 
 def _pyramid(local: str, options: ReadOptions) -> Pyramid:

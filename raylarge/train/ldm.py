@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from raylarge.config import require, shown
-from raylarge.diffusion.loss import draws, per_sample
+from raylarge.diffusion.loss import draws, per_sample, snr_weights
 from raylarge.diffusion.schedule import PREDICTIONS, Schedule
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
@@ -61,6 +61,8 @@ class LdmConfig:
 
     Attributes:
         drop: share of samples whose condition is dropped.
+        stratified: spread the timesteps of a batch evenly; by chance, as published, otherwise.
+        min_snr: gamma of the min-SNR weights; 0: every timestep weighs the same, as published.
         prediction: `epsilon` as published, or `v_prediction`, which samples well much sooner.
         region: a table `vectors-<digest>` with the embedding of each patch's region, which
             becomes a second token (kind `vector`); empty: patches alone. Example: vectors-0123abcd.
@@ -72,6 +74,8 @@ class LdmConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)
     drop: float = 0.1
+    stratified: bool = False
+    min_snr: float = 0.0
     prediction: str = "epsilon"
     region: str = ""
     average_summarizer: bool = False
@@ -89,6 +93,7 @@ class LdmConfig:
         rules = (
             ("prediction", self.prediction, self.prediction in PREDICTIONS, _any(PREDICTIONS)),
             ("drop", self.drop, 0 <= self.drop <= 1, "0 to 1"),
+            ("min_snr", self.min_snr, self.min_snr >= 0, "0 or more"),
             ("summarizer.kind", tokens.kind, tokens.kind in KINDS, _any(KINDS)),
             ("summarizer.width", tokens.width, tokens.width >= 1, "1 or more"),
             ("summarizer.layers", tokens.layers, tokens.layers >= 1, "1 or more"),
@@ -145,6 +150,7 @@ class _Network(nn.Module):
         super().__init__()
         self.unet, self.summarizer, self.drop = unet, summarizer, config.drop
         self.schedule = Schedule(prediction=config.prediction)
+        self.min_snr = config.min_snr
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """The loss of each sample."""
@@ -153,7 +159,10 @@ class _Network(nn.Module):
         kept = (batch["coin"] >= self.drop)[:, None, None]
         tokens = torch.where(kept, tokens, self.summarizer.null(len(tokens)))
         output = self.unet(self.schedule.noised(x_0, eps, t), t, tokens)
-        return per_sample(output, self.schedule.target(x_0, eps, t))
+        loss = per_sample(output, self.schedule.target(x_0, eps, t))
+        if self.min_snr and torch.is_grad_enabled():  # held-out losses stay comparable
+            loss = loss * snr_weights(self.schedule, t, self.min_snr)
+        return loss
 
 
 class LdmTask:
@@ -170,12 +179,14 @@ class LdmTask:
         self.network, self.seed, self.vae = _Network(unet, summarizer, config), seed, vae
         self.averaged = self.network if config.average_summarizer else unet
         licence = {"encoder": facts.encoder.get("licence", "unknown")}
+        self.stratified = config.stratified
         self.known = {"encoder": facts.encoder, "licence": licence, "base_mpp": facts.base_mpp}
 
     def draw(self, batch: Batch) -> Batch:
         """Timesteps, noise, and the coins that decide about the condition."""
         length, shape = self.network.schedule.length, batch["latent"].shape[1:]
-        return {**batch, **draws(batch["sample"], shape, self.seed, "ldm", length)._asdict()}
+        drawn = draws(batch["sample"], shape, self.seed, "ldm", length, self.stratified)
+        return {**batch, **drawn._asdict()}
 
     def sheet(self, batch: Batch) -> UInt8[np.ndarray, "H W 3"]:
         """Held-out samples of each scale, and what is drawn from their conditions."""

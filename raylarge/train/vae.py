@@ -1,6 +1,7 @@
 """Task `vae`: an autoencoder on EXAMPLES of all scales: light, VQ or KL, or a small one distilled.
 
-    loss = L1 + gradient · L1 of first differences + lpips · LPIPS + adversarial · PatchGAN
+    loss = L1 + gradient · L1 of first differences + features · distance of EfficientNet-Lite0
+           + lpips · LPIPS + adversarial · PatchGAN
            + VQ: |sg z - e|² + β |z - sg e|²  |  KL: λ Σ KL / 3 P²
 
 First differences keep nuclei and fibres sharp where there is no LPIPS. The rest is VQGAN (Esser
@@ -27,7 +28,7 @@ from raylarge.models import bundle as bundles
 from raylarge.models.autoencoder import Autoencoder, kl, vq
 from raylarge.models.discriminator import Discriminator, DiscriminatorConfig, adversarial
 from raylarge.models.light import LightAutoencoder
-from raylarge.models.perceptual import SMALLEST, Perceptual
+from raylarge.models.perceptual import SMALLEST, FeatureDistance, Perceptual
 from raylarge.train.ingest import Ingest
 from raylarge.train.task import Batch, Facts
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 KINDS = ("light", "vq", "kl")
 _LEAST = {
     1: ("factor", "latent_channels", "width", "layers", "codes"),
-    0: ("blocks", "gradient", "lpips", "adversarial", "kl_weight", "commitment"),
+    0: ("blocks", "gradient", "features", "lpips", "adversarial", "kl_weight", "commitment"),
 }
 _GROUPS = 32  # of channels that the VQ and KL networks normalise together
 _SHOWN = 8  # images of a sheet
@@ -65,6 +66,7 @@ class VaeConfig:
     layers: int = 2  # vq, kl: residual blocks of a level, one more in the decoder
     codes: int = 8192  # vq: size of the codebook
     gradient: float = 0.5  # weight of the first differences
+    features: float = 0.0  # weight of the distance in EfficientNet-Lite0's first features
     lpips: float = 0.0  # weight of LPIPS
     lpips_backbone: str = ""  # VGG16 of torchvision; empty: its download. Example: vgg16.pth
     adversarial: float = 0.0  # weight of the generator's term; 0: no discriminator
@@ -101,6 +103,7 @@ class _Trained(nn.Module):
         self.codec = Autoencoder(_network(config))
         self.judge = Discriminator(config.discriminator) if config.adversarial else None
         self.perceptual = _Beside(Perceptual(config.lpips_backbone)) if config.lpips else None
+        self.features = _Beside(FeatureDistance()) if config.features else None
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """The loss of each sample.
@@ -112,6 +115,8 @@ class _Trained(nn.Module):
         image, config = batch["image"], self.config
         made, loss = self._coded(batch)
         loss = loss + _distance(made, image, config.gradient)
+        if self.features is not None:
+            loss = loss + config.features * self.features.near(image)(made, image)
         if self.perceptual is not None:
             loss = loss + config.lpips * self.perceptual.near(image)(made, image)
         if self.judge is not None and torch.is_grad_enabled():
@@ -283,10 +288,11 @@ def _check(config: VaeConfig, side: int) -> None:
         for name in names:
             if getattr(config, name) < least:
                 raise UserError(f"vae.{name} is {getattr(config, name)}; give {least} or more.")
-    if config.distill and (config.kind != "light" or config.lpips or config.adversarial):
+    other = config.features or config.lpips or config.adversarial
+    if config.distill and (config.kind != "light" or other):
         raise UserError(
             "vae.distill makes a light autoencoder that learns from its teacher alone; "
-            "leave out vae.kind, vae.lpips and vae.adversarial."
+            "leave out vae.kind, vae.features, vae.lpips and vae.adversarial."
         )
     factor = 2 ** (len(config.channels) - 1)
     misfit = config.factor != factor or any(width % _GROUPS for width in config.channels)

@@ -93,7 +93,7 @@ def run(config: Export) -> Facts:
 
 def tile_of(manifest: Mapping[str, Any]) -> Tile:
     """The config that made TILES, as far as their place and size go (its salt is a digest)."""
-    return configs.build(Tile, manifest["config"]["tile"])
+    return configs.build(Tile, manifest["config"]["tile"]).require_one_view()
 
 
 class Exporting:

@@ -1,0 +1,65 @@
+"""Views of slides in the tables: their entries, their place in the slide, their splits.
+
+A view (`slides/view.py`) is a slide of its own in every table, under a pseudonym of its own and
+with the patient and split of its slide. Held-out rows stay those of the slide as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from raylarge.data import roster
+from raylarge.data.candidates import Cells, Tile, band_edge
+from raylarge.data.name_table import stems
+from raylarge.slides.reader import Slide
+from raylarge.slides.view import View
+
+_MASK_CELLS = 8
+"""Cells of a tissue mask along the side of a base tile."""
+
+
+def with_views(entries: Sequence[roster.Entry], config: Tile) -> list[roster.Entry]:
+    """Return slides and the further views of those that train, sorted by pseudonym."""
+    views = [view for entry in entries for view in _views(entry, config)]
+    return sorted([*entries, *views], key=lambda entry: entry.slide_id)
+
+
+def _views(entry: roster.Entry, config: Tile) -> list[roster.Entry]:
+    numbers = range(1, config.views if entry.split in ("train", "band") else 1)
+    name = stems(entry.path)[0]
+    names = {number: roster.pseudonym(config.salt, f"{name} view {number}") for number in numbers}
+    return [replace(entry, slide_id=slide_id, view=number) for number, slide_id in names.items()]
+
+
+def mask_cell_px(config: Tile) -> int:
+    """Return the side of a cell of tissue masks in base pixels."""
+    return max(1, config.patch_px // _MASK_CELLS)
+
+
+def view_of(unit: Mapping[str, Any], config: Tile) -> View:
+    """Return how a unit's slide is shifted, turned and mirrored."""
+    number = unit.get("view", 0)
+    return (
+        View.of(number, unit["slide_id"], config.patch_px, mask_cell_px(config), config.seed)
+        if number
+        else View()
+    )
+
+
+def view_splits(cells: Cells, k: int, slide: Slide, split: str, config: Tile) -> list[str]:
+    """Return each candidate's split in a view: train, or empty where it shows held-out rows."""
+    if split != "band":
+        return [split] * len(cells)
+    side = config.patch_px
+    edge_px = side * band_edge(_grid_rows(slide.whole_px[0], config), config.val_fraction)
+    boxes = [(int(r) * side, int(c) * side, side << k, side << k) for r, c in cells]
+    sources = [slide.view.source(box, slide.whole_px) for box in boxes]
+    return ["train" if top + height <= edge_px else "" for top, _, height, _ in sources]
+
+
+def _grid_rows(rows_px: int, config: Tile) -> int:
+    """Return how many rows of base tiles count for the held-out band."""
+    padded = config.border == "pad"
+    return -(-rows_px // config.patch_px) if padded else rows_px // config.patch_px
