@@ -24,8 +24,8 @@ from raylarge.pixels import Rgb
 FORMATS = ("PNG", "JPEG", "TIFF")
 LIMIT_PX = 1 << 26
 """67 Mpx, 8192 x 8192: 200 MB decoded, and 800 MB as a network sees it."""
-_SUBFILE, _BITS, _PHOTOMETRIC = 254, 258, 262  # tags of TIFF
-_WHITE_IS_ZERO = 0
+_SUBFILE, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339  # tags of TIFF
+_WHITE_IS_ZERO, _SIGNED = 0, 2
 
 
 def read(content: bytes, name: str) -> Rgb:
@@ -111,7 +111,9 @@ def _has_several(picture: Image.Image) -> bool:
 
 
 def _require_plain(picture: TiffImagePlugin.TiffImageFile) -> None:
-    """Refuse TIFF samples of 9 to 15 bits, and deep ones that count from white: Pillow keeps both.
+    """Refuse TIFF samples that Pillow takes for others.
+
+    These are samples of 9 to 15 bits, signed ones, and deep ones that count from white.
 
     Raises:
         PixelFormatError: saying what it holds.
@@ -119,6 +121,8 @@ def _require_plain(picture: TiffImagePlugin.TiffImageFile) -> None:
     bits = picture.tag_v2.get(_BITS, (1,))
     if any(depth not in (1, 2, 4, 8, 16) for depth in bits):
         raise pixels.PixelFormatError(f"holds {max(bits)}-bit samples; convert it to 8 or 16 bits")
+    if _SIGNED in picture.tag_v2.get(_SAMPLE_FORMAT, ()):
+        raise pixels.PixelFormatError("holds signed samples; convert it to unsigned 8 or 16 bits")
     white = picture.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     if white and max(bits) > 8:
         raise pixels.PixelFormatError("holds 16-bit samples of which 0 is white; invert it")

@@ -188,7 +188,10 @@ def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path, capsy
             "nowhere has 8 x 8 embedded.*gives order.size=320; or",
         ),
         (["reference={data}", "at=3,2"], "no embeddings for all of the 2 x 3 base tiles"),
-        (["reference={data}", "at=here"], "at=here is not a row and a column"),
+        (["reference={data}", "at=here"], "at here is not a row and a column"),
+        (["reference={data}", "at=1_0,3"], "at 1_0,3 is not a row and a column"),
+        (["at=3,5"], "at= goes with reference=, which is not given"),
+        (["negative=blur"], "negative= goes with text=, which is not given"),
         (["reference={data}", "order.condition.kind=cdm"], "leave out order.condition"),
     ],
 )

@@ -2,6 +2,7 @@
 
 A row names a slide by its file name, with or without what follows the last dot or the first.
 Names are compared in Unicode's form NFC, so that an accent written in two ways is one name.
+A row is of the slides that it names most fully: `S-1` is no row of `S-1.5.svs` beside `S-1.svs`.
 Anything less alike, such as another case of letters, is no match; it becomes a hint.
 """
 
@@ -54,6 +55,7 @@ class NameTable(Generic[T]):
         self.title = f"{key}={path}"
         self._values: dict[str, T] = {}
         self._used: set[str] = set()
+        self._matches: dict[str, str] = {}
         for name, value in pairs:
             if self._values.setdefault(name, value) != value:
                 raise UserError(
@@ -67,10 +69,7 @@ class NameTable(Generic[T]):
         Raises:
             UserError: two rows that differ mean one slide.
         """
-        matches = {
-            path: [name for name in stems(file_name(path)) if name in self._values]
-            for path in paths
-        }
+        matches = self._candidates(paths)
         best = {path: names[0] for path, names in matches.items() if names}
         exact = set(best.values())
         for path, name in best.items():
@@ -82,13 +81,41 @@ class NameTable(Generic[T]):
                         f"{_difference(self._values[name], self._values[other])}); keep one."
                     )
             self._used.update(matches[path])
+        self._matches = best
         return {path: self._values[name] for path, name in best.items()}
+
+    def _candidates(self, paths: Sequence[str]) -> dict[str, list[str]]:
+        """The rows that each slide may mean, the fullest name first."""
+        forms = {path: stems(file_name(path)) for path in paths}
+        nearest: dict[str, int] = {}
+        for names in forms.values():
+            for name in names:
+                nearest[name] = min(names.index(name), nearest.get(name, len(names)))
+        return {
+            path: [
+                name
+                for name in dict.fromkeys(names)
+                if name in self._values and names.index(name) == nearest[name]
+            ]
+            for path, names in forms.items()
+        }
 
     def find(self, name: str) -> T | None:
         """The value of a patient."""
         if name in self._values:
             self._used.add(name)
         return self._values.get(name)
+
+    def shared(self) -> list[str]:
+        """A line for each row that stands for several slides, whose names go on differently."""
+        slides: dict[str, list[str]] = {}
+        for path, name in self._matches.items():
+            slides.setdefault(name, []).append(file_name(path))
+        return [
+            f"{self.title}: row '{name}' stands for {len(names):,} slides: {some(sorted(names))}"
+            for name, names in sorted(slides.items())
+            if len(names) > 1
+        ]
 
     def unused(self) -> list[str]:
         """The names that meant no slide (and no patient) so far, in the table's order."""

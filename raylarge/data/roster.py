@@ -186,6 +186,7 @@ def _compare(
         if names:
             listed = some([file_name(name) for name in names])
             found.lines.append(f"{named.title}: {who}: {len(names):,} ({listed})")
+    found.lines += named.shared()
     if hint:
         found.lines.append(f"{named.title}: {hint}")
     found.counts[what] = {

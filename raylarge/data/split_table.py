@@ -48,7 +48,7 @@ def read(path: str) -> tuple[NameTable[str], TextTable]:
 def _pairs(table: TextTable) -> list[tuple[str, str]]:
     """Name and split of each row (or cell) that has both."""
     who = next((name for name in _NAMES if name in table.columns), None)
-    if who and "split" in table.columns:
+    if who is not None and "split" in table.columns:
         return [(row[who], row["split"]) for row in table.rows if row[who] and row["split"]]
     splits = [name for name in SPLITS if name in table.columns]
     if not splits:

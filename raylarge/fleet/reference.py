@@ -5,15 +5,17 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float16
 from numpy.lib.stride_tricks import sliding_window_view
 
 from raylarge import storage, tables
+from raylarge.config import shown, whole_numbers
 from raylarge.errors import UserError
 from raylarge.geometry import Patch
-from raylarge.order import Order
+from raylarge.order import LIMIT_PX, Order
 
 _LISTED = 8
 """Slides that a message names."""
@@ -47,6 +49,21 @@ class Region:
             f"slide {self.slide}, at={self.row},{self.column} ({rows} x {columns} base tiles; its "
             f"right neighbour is at={self.row},{self.column + columns})"
         )
+
+
+def place_of(at: Any) -> tuple[int, int] | None:
+    """The row and column that `at=` names; None where it is left out.
+
+    Raises:
+        UserError: no two plain whole numbers from 0.
+    """
+    if at is None or at == "null":
+        return None
+    such = "a row and a column such as at=3,5"
+    numbers = whole_numbers("at", at, such, 0, LIMIT_PX)
+    if len(numbers) != 2:
+        raise UserError(f"at {shown(at)} is not {such}.")
+    return numbers[0], numbers[1]
 
 
 def find_region(reference: str, at: tuple[int, int] | None, order: Order, patch: Patch) -> Region:

@@ -30,7 +30,7 @@ from raylarge.fleet import result
 from raylarge.fleet.facts import Facts
 from raylarge.fleet.means import Means
 from raylarge.fleet.output import Output
-from raylarge.fleet.reference import Region, find_region
+from raylarge.fleet.reference import Region, find_region, place_of
 from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import Patch
@@ -304,6 +304,9 @@ def _order(config: Sample, patch: Patch) -> tuple[Order, Region | None]:
     Raises:
         UserError: an order that cannot be read, or a reference beside another condition.
     """
+    for key, other in (("at", "reference"), ("negative", "text")):
+        if getattr(config, key) and not getattr(config, other):
+            raise UserError(f"{key}= goes with {other}=, which is not given; give both or neither.")
     order = orders.parse(_with_image(config) if config.image else config.order)
     if config.text:
         return replace(order, condition=_said(config, order.condition)), None
@@ -313,7 +316,7 @@ def _order(config: Sample, patch: Patch) -> tuple[Order, Region | None]:
         raise UserError(
             "reference= conditions one large image: leave out order.condition.kind and order.count."
         )
-    region = find_region(storage.absolute(config.reference), _place(config.at), order, patch)
+    region = find_region(storage.absolute(config.reference), place_of(config.at), order, patch)
     return replace(order, condition=Condition.of(region.grid)), region
 
 
@@ -337,13 +340,3 @@ def _said(config: Sample, condition: Condition) -> Condition:
     made = Condition.of_vector(vectors[0], vectors[1] if config.negative else None)
     names = ("fine", "draw", "prior_guidance", "prior_steps")
     return replace(made, **{name: getattr(condition, name) for name in names})
-
-
-def _place(at: Any) -> tuple[int, int] | None:
-    if at is None:
-        return None
-    try:
-        row, column = (int(part) for part in (at.split(",") if isinstance(at, str) else at))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"at={at} is not a row and a column such as at=3,5.") from error
-    return row, column

@@ -1,8 +1,9 @@
 """Mask images of any size, read in strips: which pixels are not black.
 
-TIFF of more than 67 Mpx is decoded tile by tile, so a mask as large as level 0 is no trouble;
-smaller ones and other formats (PNG, JPEG, BMP, GIF, WebP, PNM) are decoded whole by Pillow, which
-is limited to 537 Mpx (about 0.5 GB of memory for a mask of grey or 1-bit pixels).
+TIFF of more than 67 Mpx, or of other numbers than 8-bit ones (labels, shares), is decoded tile by
+tile, so a mask as large as level 0 is no trouble; other TIFF and other formats (PNG, JPEG, BMP,
+GIF, WebP, PNM) are decoded whole by Pillow, which is limited to 537 Mpx (about 0.5 GB of memory
+for a mask of grey or 1-bit pixels).
 """
 
 from __future__ import annotations
@@ -18,14 +19,25 @@ from jaxtyping import Bool
 from PIL import Image
 
 from raylarge.geometry import spans
+from raylarge.pixels import repeated
 from raylarge.slides import tiff_reader
-from raylarge.slides.protocol import DECODE_PX, WHOLE_PX, ReadOptions, Refusal, damage, refuse_size
+from raylarge.slides.protocol import (
+    DECODE_PX,
+    WHOLE_PX,
+    Pixels,
+    ReadOptions,
+    Refusal,
+    damage,
+    refuse_size,
+)
 
 Mask = Bool[np.ndarray, "rows columns"]
 Strip = Callable[[int, int], Mask]
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
-_NUMBERS = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L")
+_DEEP = ("I", "F", "I;16", "I;16B", "I;16L")
+_NUMBERS = ("1", "L", *_DEEP)
+_BYTES = (np.bool_, np.uint8)
 _STRIP_PX = 1 << 24
 _HALF = 0.5 - 1e-4
 """Weights of 32 bits round."""
@@ -53,7 +65,7 @@ def shares(content: bytes, size_l0: tuple[int, int], shape: tuple[int, int]) -> 
             series = max(file.series, key=lambda one: one.keyframe.size)
             page = series.keyframe
             size = (int(page.imagelength), int(page.imagewidth))
-        if size[0] * size[1] > WHOLE_PX:
+        if size[0] * size[1] > WHOLE_PX or page.dtype not in _BYTES or _is_array(page):
             _refuse_shape(size, size_l0)
             return _shrunk(_tiled(file, series), size, shape)
     picture = _opened(content)
@@ -88,12 +100,13 @@ def _refuse_shape(size: tuple[int, int], size_l0: tuple[int, int]) -> None:
     )
 
 
+def _is_array(page: tifffile.TiffPage) -> bool:
+    """Whether tifffile wrote an array of booleans, whose True it marks as black."""
+    return bool(page.is_shaped) and page.dtype == np.bool_
+
+
 def _tiled(file: tifffile.TiffFile, series: Any) -> Strip:
-    level = tiff_reader.Level(
-        file.filehandle, series.keyframe, series.pages[0], series.axes, _ANYTHING
-    )
-    if level.transparent:
-        raise Refusal("is a large TIFF with transparency; save it in grey or 1 bit.")
+    level = _MaskLevel(file.filehandle, series.keyframe, series.pages[0], series.axes, _ANYTHING)
 
     def strip(top: int, bottom: int) -> Mask:
         return np.asarray(level.read(top, 0, bottom - top, level.size[1]).any(axis=-1))
@@ -101,12 +114,32 @@ def _tiled(file: tifffile.TiffFile, series: Any) -> Strip:
     return strip
 
 
+class _MaskLevel(tiff_reader.Level):
+    """A page in which samples above 0 are lit; tiles that a sparse file leaves out are not."""
+
+    def _decoded(self, index: int) -> Pixels:
+        channels = self._channels
+        if self._palette is not None or (channels.inverted and not _is_array(self._kind)):
+            return super()._decoded(index)
+        several = range(int(self._kind.samplesperpixel)) if self._separate else (0,)
+        planes = [self._samples(index + plane * self._count) for plane in several]
+        stored = [plane for plane in planes if plane is not None]
+        if len(stored) < len(planes):
+            return np.zeros((*self._piece, 3), np.uint8)
+        samples = np.concatenate(stored, axis=-1)
+        lit = (samples[..., channels.colours] > 0).any(axis=-1)
+        if channels.alpha is not None:
+            lit &= samples[..., channels.alpha] > 0
+        return repeated(lit[..., None].astype(np.uint8))
+
+
 def _strip(picture: Image.Image, top: int, bottom: int) -> Mask:
     """Which pixels of some rows show something; labels above 255 and faint colours count too."""
     with damage():
         strip = picture.crop((0, top, picture.width, bottom))
-        if strip.mode in _NUMBERS and "transparency" not in strip.info:
-            return np.asarray(strip) > 0
+        clear = strip.info.get("transparency")
+        if strip.mode in _NUMBERS and (clear is None or strip.mode in _DEEP):
+            return (np.asarray(strip) > 0) & (np.asarray(strip) != (0 if clear is None else clear))
         if strip.mode not in _NUMBERS and "A" not in strip.mode and strip.mode not in ("P", "RGB"):
             strip = strip.convert("RGB")
         pixels = np.asarray(strip.convert("RGBA"))

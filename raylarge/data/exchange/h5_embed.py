@@ -173,11 +173,21 @@ def _with_files(
 
 
 def _named(folder: str) -> dict[str, str]:
-    """Return the h5 files of a folder by the slide that they are named for (in NFC)."""
-    files: dict[str, str] = {}
-    for path in storage.children(folder, "*.h5"):
-        stem = path.rsplit("/", 1)[-1].removesuffix(".h5").removesuffix("_patches")
-        files.setdefault(unicodedata.normalize("NFC", stem), path)
+    """Return the h5 files of a folder by the slide that they are named for (in NFC).
+
+    Raises:
+        UserError: several files have one name.
+    """
+    paths = storage.children(folder, "*.h5")
+    stems = [unicodedata.normalize("NFC", name_table.stems(path)[1]) for path in paths]
+    if len(set(stems)) < len(stems):
+        raise UserError(
+            f"{folder} has {len(stems) - len(set(stems))} names twice, which differ in how an "
+            "accent is written alone; keep one file of each slide."
+        )
+    files = dict(zip(stems, paths, strict=True))
+    for stem, path in zip(stems, paths, strict=True):
+        files.setdefault(stem.removesuffix("_patches"), path)
     return files
 
 
