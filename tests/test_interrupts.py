@@ -26,6 +26,16 @@ report.entry(job)
 """
 
 
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """In this process, too, signals mean what they mean in a terminal."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def by_default():
     """Whatever started the tests (nohup, a shell's background) may have signals ignored."""
     for number in (signal.SIGHUP, signal.SIGINT):

@@ -127,7 +127,7 @@ class _MaskLevel(tiff_reader.Level):
         if len(stored) < len(planes):
             return np.zeros((*self._piece, 3), np.uint8)
         samples = np.concatenate(stored, axis=-1)
-        lit = (samples[..., channels.colours] > 0).any(axis=-1)
+        lit: np.ndarray = np.any(samples[..., channels.colours] > 0, axis=-1)
         if channels.alpha is not None:
             lit &= samples[..., channels.alpha] > 0
         return repeated(lit[..., None].astype(np.uint8))
