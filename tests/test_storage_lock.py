@@ -176,6 +176,20 @@ def test_a_lease_is_renewed_and_its_loss_is_noticed(s3_bucket, tmp_path, monkeyp
     assert storage.read_json(f"{folder}/.lock")["host"] == "far"  # it is not ours to remove
 
 
+@pytest.mark.s3
+def test_a_lease_that_could_not_be_removed_keeps_its_own_process_out_no_longer(
+    s3_bucket, tmp_path, monkeypatch
+):
+    folder = f"{s3_bucket}/locks/{tmp_path.name}"
+    with monkeypatch.context() as away:
+        away.setattr(lock.objects, "remove", lambda paths: None)  # the store does not answer
+        enter(folder)
+    assert storage.exists(f"{folder}/.lock")
+    with storage.exclusive(folder, "prepare"), pytest.raises(lock.InUse):
+        enter(folder)  # a block of this process still runs
+    assert not storage.exists(f"{folder}/.lock")
+
+
 def test_a_damaged_lock_file_is_no_obstacle(tmp_path):
     (tmp_path / ".lock").write_text('{"purpose": ')
     with storage.exclusive(str(tmp_path), "prepare"):

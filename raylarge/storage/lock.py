@@ -40,6 +40,9 @@ STALE_S = 60.0
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system without `flock` says."""
 
+_own_tokens: set[str] = set()
+"""Of the leases that blocks of this process hold or are about to take."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -135,16 +138,20 @@ def _locked_or_none(file: Path) -> int | None:
 def _lease(path: str, holder: dict[str, Any]) -> Iterator[Callable[[], None]]:
     """A lease in an object store, renewed by a thread."""
     lease = _Lease(path, holder)
-    lease.acquire()
     ended = threading.Event()
     thread = threading.Thread(target=lease.renew_until, args=(ended,), daemon=True)
-    thread.start()
+    _own_tokens.add(holder["token"])
     try:
-        yield lease.check
+        lease.acquire()
+        thread.start()
+        try:
+            yield lease.check
+        finally:
+            ended.set()
+            thread.join()
+            lease.release()
     finally:
-        ended.set()
-        thread.join()
-        lease.release()
+        _own_tokens.discard(holder["token"])
 
 
 class _Lease:
@@ -219,7 +226,9 @@ class _Lease:
     def _abandoned(self, other: dict[str, Any]) -> bool:
         """Whether nobody renews a lease any more; looks twice, as clocks of hosts differ."""
         if other.get("machine") == self._holder["machine"]:
-            return not _is_alive(other)
+            mine = other.get("process") == os.getpid()
+            # Where the store was away at the end of a block, its lease stayed.
+            return not _is_alive(other) or (mine and other.get("token") not in _own_tokens)
         if time.time() - other.get("renewed", 0) < STALE_S:
             return False
         logger.warning("%s seems abandoned; watching it for %g s", self._path, 2 * RENEW_S)
