@@ -95,7 +95,7 @@ NAMES = [
     "x" * 240 + ".png",
     "é" * 110 + ".png",
     os.fsdecode(b"bytes\xff\xfe.png"),
-    "<b>&amp;</b>.png",
+    "<b>&amp;<b>.png",
     "names.json",
     "..png",
     "=1+1.png",

@@ -3,9 +3,9 @@
     key, text | vector        or        slide_id, scale, row, column, text | vector
 
 CSV or parquet. `key` is that of EXAMPLES; without it, it is computed of where an example lies.
-A cell that is empty says nothing of its example. An index of the keys is held, and the row groups
-that were asked for last: a parquet table may be larger than the memory if its rows lie about as
-those of EXAMPLES do, part by part, in row groups of some thousand rows.
+A cell that is empty, or says `NA` or the like, says nothing of its example. An index of the keys
+is held, and the row groups that were asked for last: a parquet table may be larger than the memory
+if its rows lie about as those of EXAMPLES do, part by part, in row groups of some thousand rows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from raylarge import storage
 from raylarge.data import given_rows
 from raylarge.data.given_rows import PLACE
 from raylarge.data.shard import key
+from raylarge.data.text_table import MISSING
 from raylarge.errors import UserError
 
 _READ_TWICE = 50
@@ -198,6 +199,9 @@ def source_of(path: str) -> str:
 def _place(path: str, column: str, names: Sequence[str]) -> list[str]:
     """The columns that say which example a row is about."""
     there = ", ".join(names)
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has the column '{twice[0]}' twice; keep one.")
     if column not in names:
         raise UserError(f"{path} has no column '{column}', but {there}.")
     place = ["key"] if "key" in names else list(PLACE)
@@ -227,10 +231,11 @@ def _keys(path: str, table: pa.Table) -> UInt64[np.ndarray, "n"]:
 
 
 def _says_nothing(column: pa.ChunkedArray) -> Any:
-    """Where a cell is empty: null, a text of spaces, or a list without numbers."""
+    """Where a cell is empty: null, a word for no value (`MISSING`), or a list without numbers."""
     if pa.types.is_string(column.type):
-        length = pc.utf8_length(pc.utf8_trim_whitespace(column))
-    elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        text = pc.utf8_lower(pc.utf8_trim_whitespace(column))
+        return pc.or_kleene(pc.is_null(column), pc.is_in(text, pa.array(sorted(MISSING))))
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         length = pc.list_value_length(column)
     else:
         return pc.is_null(column)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -114,6 +116,24 @@ def _arrow_buffer(content: bytes) -> pa.Buffer:
     return buffer
 
 
+def _refuse_broken(path: str, content: bytes) -> None:
+    """Refuse a quote that is never closed: Arrow takes all lines that follow for one cell.
+
+    Raises:
+        UserError: naming the line.
+    """
+    lines = io.TextIOWrapper(io.BytesIO(content), errors="replace", newline="")
+    reader = csv.reader(lines, strict=True)
+    try:
+        for _ in reader:
+            pass
+    except csv.Error as error:
+        raise UserError(
+            f"{path} is no CSV table ({error} in line {reader.line_num}); save it as CSV in UTF-8, "
+            "or as .parquet."
+        ) from error
+
+
 class _Csv(Source):
     """A CSV table, read whole."""
 
@@ -125,7 +145,9 @@ class _Csv(Source):
         types = {"key": pa.uint64(), **PLACE, column: pa.string()}
         options = pyarrow.csv.ConvertOptions(column_types=types)
         parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
-        content = pa.BufferReader(_arrow_buffer(storage.read_bytes(path)))
+        whole = storage.read_bytes(path)
+        _refuse_broken(path, whole)
+        content = pa.BufferReader(_arrow_buffer(whole))
         try:
             self._table = pyarrow.csv.read_csv(
                 content, parse_options=parsing, convert_options=options

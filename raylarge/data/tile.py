@@ -168,6 +168,7 @@ def _remember(root: str, known: Sequence[roster.Entry]) -> None:
 def _units(known: Sequence[roster.Entry], sections: dict[str, Any], config: Tile) -> list[Unit]:
     pattern = storage.absolute(config.mask) if "{name}" in config.mask else ""
     mask_paths = [pattern.replace("{name}", entry.stem) for entry in known]
+    _refuse_shared(known, mask_paths)
     with ThreadPoolExecutor(16) as pool:
         prints = list(pool.map(_fingerprint, [entry.path for entry in known]))
         drawn = list(pool.map(lambda path: path and _fingerprint(path), mask_paths))
@@ -187,6 +188,22 @@ def _units(known: Sequence[roster.Entry], sections: dict[str, Any], config: Tile
             }
         )
     return units
+
+
+def _refuse_shared(known: Sequence[roster.Entry], mask_paths: Sequence[str]) -> None:
+    """Refuse slides whose names differ in the ending alone: one mask cannot be of both.
+
+    Raises:
+        UserError: naming both slides and the mask.
+    """
+    slides: dict[str, str] = {}
+    for entry, path in zip(known, mask_paths, strict=True):
+        other = slides.setdefault(path, entry.path)
+        if path and other != entry.path:
+            raise UserError(
+                f"tile.mask= gives {name_table.file_name(other)} and "
+                f"{name_table.file_name(entry.path)} one mask, {path}; rename one of the slides."
+            )
 
 
 def _fingerprint(path: str) -> str:
