@@ -36,7 +36,7 @@ from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import guide_scale
 from raylarge.metrics.consistency import cross_scale_error
-from raylarge.metrics.lines import window_lines
+from raylarge.metrics.lines import FEWEST, window_lines
 from raylarge.metrics.seams import seam_ratio
 from raylarge.models import bundle as bundles
 from raylarge.order import Condition, parse
@@ -250,12 +250,7 @@ class Thread:
             image, guide = (
                 images.read_png(str(folder / f"{n}.png"))[0] for n in ("image", "guide")
             )
-            whole, small = (images.to_float(pixels) for pixels in (image, guide))
-            found[name] = {
-                "cross_scale_error": round(cross_scale_error(whole, small), 4),
-                "seam_ratio": round(seam_ratio(whole, bundle.patch.side_px), 4),
-                "window_lines": round(window_lines(whole, bundle.patch.side_px), 2),
-            }
+            found[name] = figures(image, guide, bundle.patch.side_px)
             rows.append(
                 [
                     self._region().image if name != "novel" else np.full_like(guide, 255),
@@ -275,6 +270,18 @@ class Thread:
         latents = latents_table(self.data, self.bundle)
         losses = shuffled_loss(bundle, self.data, latents, seed=self.config.seed)
         return {"images": found, "loss": {str(k): dict(v) for k, v in losses.items()}}
+
+
+def figures(image: np.ndarray, guide: np.ndarray, side_px: int) -> dict[str, float]:
+    """Return the measures of a large image uint8 [H, W, 3]; lines need four windows a side."""
+    whole, small = (images.to_float(pixels) for pixels in (image, guide))
+    measures = {
+        "cross_scale_error": round(cross_scale_error(whole, small), 4),
+        "seam_ratio": round(seam_ratio(whole, side_px), 4),
+    }
+    if max(image.shape[:2]) >= FEWEST * side_px:
+        measures["window_lines"] = round(window_lines(whole, side_px), 2)
+    return measures
 
 
 def patches(worker: Worker, scale: int, seed: int, chosen: list[Reference]) -> np.ndarray:

@@ -17,11 +17,12 @@ def captions(scale: int, base_mpp: float | None) -> str:
 def summary(checks: dict[str, Any]) -> str:
     """Return the measurements as text, each kind with one line of meaning."""
     corrected, without = (checks["images"][name] for name in ("reference", "uncorrected"))
+    lines = corrected.get("window_lines", "too few windows")
     rows = [
         ["cross-scale error, corrected", corrected["cross_scale_error"]],
         ["cross-scale error, uncorrected", without["cross_scale_error"]],
         ["seam ratio (1: edges at borders as elsewhere)", corrected["seam_ratio"]],
-        ["window lines (about 1: none, above 3: a grid)", corrected["window_lines"]],
+        ["window lines (about 1: none, above 3: a grid)", lines],
     ]
     header = ["held-out loss at scale", "true condition", "shuffled", "no condition"]
     losses = checks["loss"]
