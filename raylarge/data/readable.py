@@ -28,9 +28,10 @@ class Opening:
 
     def __call__(self, unit: Unit) -> Facts:
         """No facts; SlideError where the slide cannot be opened."""
+        config = self._config
         with (
             about(unit),
-            open_slide(unit["path"], unit["mpp"], self._config.base_mpp, self._config.icc),
+            open_slide(unit["path"], unit["mpp"], config.base_mpp, config.icc, config.read_options),
         ):
             return {}
 
