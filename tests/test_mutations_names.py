@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from mutations import NAMES, Refused, check, painted
 from PIL import Image
 
@@ -148,3 +149,21 @@ def test_two_slides_of_one_stem_do_not_share_a_mask(tmp_path):
     values = {"slides": slides, "out": f"{tmp_path}/data", "verbs": "tile", "tile": tile}
     log = Report(f"{tmp_path}/data/report.json")
     check(lambda: prepare(config.build(Prepare, values), log), Refused("tile.mask", "m_a.png"))
+
+
+def test_slides_that_can_be_read_are_not_listed_among_those_that_cannot(tmp_path, capsys):
+    """They are opened with the same options: floating point needs `tile.value_range`."""
+    (tmp_path / "slides").mkdir()
+    shares = np.random.default_rng(53).random((64, 64)).astype(np.float32)
+    tifffile.imwrite(tmp_path / "slides" / "fine.tif", shares)
+    for name in ("bad1.tif", "bad2.tif"):
+        (tmp_path / "slides" / name).write_bytes(b"II*\0 no more")
+    tile = {"patch_px": 32, "scales": [0], "mpp": 0.5, "value_range": [0, 1], "mask": "all"}
+    values = {"slides": f"{tmp_path}/slides/*", "out": f"{tmp_path}/data", "verbs": "tile"}
+    settings = config.build(Prepare, {**values, "names": True, "tile": tile})
+    log = Report(f"{tmp_path}/data/report.json")
+    check(lambda: prepare(settings, log), Refused("2 of 3 slides cannot be read"))
+    listed = capsys.readouterr().out
+    assert "bad1.tif" in listed
+    assert "bad2.tif" in listed
+    assert "fine.tif" not in listed

@@ -11,6 +11,8 @@ from raylarge.config import parse
 from raylarge.data.prepare import Prepare
 from raylarge.fleet.reference import place_of
 from raylarge.fleet.sample import Sample
+from raylarge.geometry import Patch
+from raylarge.sampling import joint
 from raylarge.train.settings import Train
 
 TEXT_KEYS = [
@@ -197,3 +199,26 @@ def test_a_key_that_is_not_there_is_named(seed):
     check(lambda: order_of(key, 1), Refused(last))
     words = ["bundle=b", "out=o", f"order.{key}=1"]
     check(lambda: parse(Sample, words, {}), Refused(last))
+
+
+UNREAD = [
+    ({"count": 2, "algorithm": "strided"}, "order.algorithm"),
+    ({"count": 2, "algorithm": "superres", "condition": {"kind": "inverted"}}, "order.algorithm"),
+    ({"count": 2, "refine": True}, "order.refine"),
+    ({"count": 2, "levels": [1, 0]}, "order.levels"),
+    ({"size": 128, "algorithm": "strided", "levels": [1, 0]}, "order.levels"),
+    ({"size": 128, "algorithm": "strided", "refine": True}, "order.refine"),
+    ({"size": 128, "source": {"image": "iVBORw0KGgo="}}, "order.source.image"),
+    ({"size": 128, "condition": {"data": "AAAAPA==", "shape": [2]}}, "order.condition.data"),
+    (
+        {"size": 128, "condition": {"kind": "cdm", "data": "AAAAPA==", "shape": [2]}},
+        "order.condition.data",
+    ),
+]
+
+
+@pytest.mark.parametrize("index", range(len(UNREAD)))
+def test_what_an_order_would_not_read_is_refused(index):
+    values, key = UNREAD[index]
+    patch = Patch(side_px=64, factor=4, channels=3, scales=4)
+    check(lambda: joint.plan(order.parse(values), patch), Refused(key, "would not be used"))

@@ -308,6 +308,8 @@ def _order(config: Sample, patch: Patch) -> tuple[Order, Region | None]:
         if getattr(config, key) and not getattr(config, other):
             raise UserError(f"{key}= goes with {other}=, which is not given; give both or neither.")
     order = orders.parse(_with_image(config) if config.image else config.order)
+    if config.text and config.reference:
+        raise UserError("text= and reference= both condition the image; give one of them.")
     if config.text:
         return replace(order, condition=_said(config, order.condition)), None
     if not config.reference:

@@ -21,6 +21,7 @@ def check(order: Order, patch: Patch) -> None:
     Raises:
         UserError: what is wrong and what would be right.
     """
+    _check_unread(order)
     if order.count:
         _check_patches(order, patch)
     elif order.algorithm == "strided":
@@ -37,6 +38,29 @@ def check(order: Order, patch: Patch) -> None:
     _check_numbers(order)
     _check_sampler(order)
     _check_constraint(order, patch)
+
+
+def _check_unread(order: Order) -> None:
+    """Refuse settings that the order's algorithm would not read."""
+    condition = order.condition
+    joint, large = order.algorithm == "joint", not order.count
+    reads = condition.kind in ("embeddings", "prior") or condition.fine == "prior"
+    for key, is_set, fits, cure in (
+        ("algorithm", not joint, large, "separate patches (order.count) have none"),
+        ("refine", order.refine, joint and large, "it is for algorithm=joint without order.count"),
+        ("levels", order.levels, joint and large, "it is for algorithm=joint without order.count"),
+        (
+            "source.image",
+            order.source.image,
+            order.algorithm == "superres",
+            "set algorithm=superres",
+        ),
+        ("condition.data", condition.data, reads, "set condition.kind=embeddings or prior"),
+    ):
+        if is_set and not fits:
+            raise UserError(
+                f"order.{key} would not be used in this order; {cure}, or leave it out."
+            )
 
 
 def _check_sampler(order: Order) -> None:
