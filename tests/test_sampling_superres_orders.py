@@ -100,7 +100,7 @@ def test_inferred_embeddings_condition_each_window_at_its_place(tiny_bundle):
         ({"size": 65}, "must be multiples of 64: the image's sides of 32"),
         ({"condition": {"kind": "inverted"}, "size": 192}, "multiples of 128"),
         ({"condition": {"kind": "cdm"}}, "a condition that is null, embeddings or inverted"),
-        ({"refine": True}, "no refine"),
+        ({"refine": True}, "order.refine would not be used"),
         ({"source": {"image": "!", "octaves": 1}}, "not the base64 of a PNG"),
         ({"size": "192x128"}, "the source has 64x96 px, an order of .* takes 96x64"),
     ],

@@ -143,10 +143,8 @@ def _check_superres(order: Order, patch: Patch) -> None:
             f"order.size {order.size} must be multiples of {whole}: the image's sides of "
             f"{whole >> octaves}."
         )
-    if order.refine or order.condition.kind == "cdm":
-        raise UserError(
-            "superres takes no refine, and a condition that is null, embeddings or inverted."
-        )
+    if order.condition.kind == "cdm":
+        raise UserError("superres takes a condition that is null, embeddings or inverted.")
     uploads.source_of(order)
     cells = 1 << order.scale
     _check_condition(order, tuple(length // side * cells for length in order.size))

@@ -118,16 +118,18 @@ class _MaskLevel(tiff_reader.Level):
     """A page in which samples above 0 are lit; tiles that a sparse file leaves out are not."""
 
     def _decoded(self, index: int) -> Pixels:
-        channels = self._channels
+        channels, dark = self._channels, np.zeros((*self._piece, 3), np.uint8)
+        if not self._page.databytecounts[index]:
+            return dark
         if self._palette is not None or (channels.inverted and not _is_array(self._kind)):
             return super()._decoded(index)
         several = range(int(self._kind.samplesperpixel)) if self._separate else (0,)
         planes = [self._samples(index + plane * self._count) for plane in several]
         stored = [plane for plane in planes if plane is not None]
         if len(stored) < len(planes):
-            return np.zeros((*self._piece, 3), np.uint8)
+            return dark
         samples = np.concatenate(stored, axis=-1)
-        lit: np.ndarray = np.any(samples[..., channels.colours] > 0, axis=-1)
+        lit: Mask = np.any(samples[..., channels.colours] > 0, axis=-1)
         if channels.alpha is not None:
             lit &= samples[..., channels.alpha] > 0
         return repeated(lit[..., None].astype(np.uint8))
