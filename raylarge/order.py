@@ -337,6 +337,6 @@ def _interval(value: Any) -> tuple[float, ...]:
 
 def _size(value: Any) -> tuple[int, int]:
     sides = config.whole_numbers("size", value, SIZE, 0, LIMIT_PX, "x")
-    if len(sides) not in (1, 2):
+    if len(sides) not in (1, 2) or (0 in sides and any(sides)):
         raise UserError(f"size {shown(value)} is not {SIZE}.")
     return sides[0], sides[-1]

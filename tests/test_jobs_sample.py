@@ -189,7 +189,15 @@ def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path, capsy
         ),
         (["reference={data}", "at=3,2"], "no embeddings for all of the 2 x 3 base tiles"),
         (["reference={data}", "at=here"], "at=here is not a row and a column"),
+        (["reference={data}", "at=1_0,3"], "at=1_0,3 is not a row and a column"),
+        (["reference={data}", "at=3,5,7"], "at=3,5,7 is not a row and a column"),
         (["reference={data}", "order.condition.kind=cdm"], "leave out order.condition"),
+        (["at=3,5"], "at= places a region: give reference="),
+        (["negative=blur"], "negative= goes with text=: give text="),
+        (["text=a", "reference={data}"], "text= and reference= are two conditions"),
+        (["text=a", "order.condition.kind=cdm"], "text= is the condition .*condition.kind"),
+        (["image=a.png", "order.algorithm=joint"], "superres, not joint"),
+        (["order.size=0x200"], "size 0x200 is not a number of pixels"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_starts_nothing(tiny_bundle, prepared, tmp_path, wrong, says):

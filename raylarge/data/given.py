@@ -3,14 +3,15 @@
     key, text | vector        or        slide_id, scale, row, column, text | vector
 
 CSV or parquet. `key` is that of EXAMPLES; without it, it is computed of where an example lies.
-A cell that is empty says nothing of its example. An index of the keys is held, and the row groups
+A cell that is empty, or a text that is a word for no value (`text_table.MISSING`), says nothing of
+its example. An index of the keys is held, and the row groups
 that were asked for last: a parquet table may be larger than the memory if its rows lie about as
 those of EXAMPLES do, part by part, in row groups of some thousand rows.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from raylarge import storage
 from raylarge.data import given_rows
 from raylarge.data.given_rows import PLACE
 from raylarge.data.shard import key
+from raylarge.data.text_table import MISSING
 from raylarge.errors import UserError
 
 _READ_TWICE = 50
@@ -49,6 +51,7 @@ class Given:
         self.path, self.what = path, "vector" if vectors else "text"
         self._column, self._vectors = column, vectors
         self._source = given_rows.opened(path, column, vectors)
+        self._missing: Counter[str] = Counter()
         self._place = _place(path, column, self._source.names)
         self._starts: Rows = np.cumsum([0, *self._source.counts]).astype(np.int64)
         self._held: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
@@ -61,6 +64,15 @@ class Given:
                 f"{path} has {len(twice) + 1} rows or more for the example of key "
                 f"{self._keys[twice[0]]}; keep one."
             )
+
+    def missing_words(self) -> list[str]:
+        """A line that says which words stood for no text, and how often; none where none did."""
+        if not self._missing:
+            return []
+        return [
+            f"{self.path}: {self._missing.total()} of {sum(self._source.counts)} cells of "
+            f"'{self._column}' say {', '.join(sorted(self._missing))} and count as empty"
+        ]
 
     def find(self, keys: pa.ChunkedArray) -> Rows:
         """For each example's key its row here, or -1."""
@@ -122,11 +134,19 @@ class Given:
             table = self._source.read(group, names)
             at = np.arange(table.num_rows)
             if not whole:
-                says = pc.invert(_says_nothing(self._as_wanted(table[self._column])))
+                cells = self._as_wanted(table[self._column])
+                says = pc.invert(_says_nothing(cells))
+                self._count_missing(cells.filter(pc.invert(says)))
                 table, at = table.filter(says), at[says.to_numpy()]
             keys.append(_keys(self.path, table.select(self._place)))
             rows.append(start + at)
         return np.concatenate(keys), np.concatenate(rows)
+
+    def _count_missing(self, cells: pa.ChunkedArray) -> None:
+        """Count the words among texts that say nothing."""
+        if not self._vectors:
+            words = pc.utf8_trim_whitespace(cells.drop_null()).to_pylist()
+            self._missing.update(word for word in words if word)
 
     def _groups(self, rows: Rows) -> Rows:
         found: Rows = np.searchsorted(self._starts, rows, side="right") - 1
@@ -198,6 +218,9 @@ def source_of(path: str) -> str:
 def _place(path: str, column: str, names: Sequence[str]) -> list[str]:
     """The columns that say which example a row is about."""
     there = ", ".join(names)
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
+    if twice:
+        raise UserError(f"{path} has {len(twice)} columns twice, such as '{twice[0]}'; keep one.")
     if column not in names:
         raise UserError(f"{path} has no column '{column}', but {there}.")
     place = ["key"] if "key" in names else list(PLACE)
@@ -227,10 +250,11 @@ def _keys(path: str, table: pa.Table) -> UInt64[np.ndarray, "n"]:
 
 
 def _says_nothing(column: pa.ChunkedArray) -> Any:
-    """Where a cell is empty: null, a text of spaces, or a list without numbers."""
+    """Where a cell is empty: null, a text of spaces or for no value, or a list without numbers."""
     if pa.types.is_string(column.type):
-        length = pc.utf8_length(pc.utf8_trim_whitespace(column))
-    elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        words = pc.utf8_lower(pc.utf8_trim_whitespace(column))
+        return pc.or_(pc.is_null(column), pc.is_in(words, value_set=pa.array(sorted(MISSING))))
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         length = pc.list_value_length(column)
     else:
         return pc.is_null(column)

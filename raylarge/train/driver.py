@@ -85,7 +85,8 @@ def _trainer(ray: Any, worker: Callable[..., Any], settings: dict[str, bytes], c
     cpus = min(1.0, max(0.01, resources.get("CPU", 0) / crew.workers))
     each = {"CPU": 1.0 if elastic else cpus} | ({"GPU": 1.0} if gpus else {})
     fewest = crew.fewest if elastic else crew.workers
-    require_room(Room("training", each["CPU"], each.get("GPU", 0.0), fewest))
+    keys = "workers= or set gpu=false" if gpus else "workers="
+    require_room(Room("training", each["CPU"], each.get("GPU", 0.0), fewest, keys))
     return TorchTrainer(
         worker,
         train_loop_config=settings,
