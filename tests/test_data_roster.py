@@ -140,3 +140,96 @@ def test_the_fingerprint_follows_the_content(tmp_path):
     storage.remove(str(path))
     with pytest.raises(UserError, match="does not exist"):
         roster.fingerprint(str(path))
+
+
+def indexed(tmp_path, text, paths, **values):
+    table = write(tmp_path / "t.csv", text)
+    return roster.index(paths, Tile(table=table, **values))
+
+
+def test_an_accent_written_in_two_ways_is_one_name_and_one_patient(tmp_path):
+    composed, apart = "M\u00fcller", "Mu\u0308ller"
+    rows = f"slide,patient,split\n{composed}-1,{apart},test\n{apart}-2.tif,{composed},test\n"
+    found = indexed(tmp_path, rows, [f"/s/{apart}-1.tif", f"/s/{composed}-2.tif"])
+    assert [entry.split for entry in found.entries] == ["test", "test"]
+    assert len({entry.patient_id for entry in found.entries}) == 1
+    assert found.lines == []
+    with pytest.raises(UserError, match="have one file name"):
+        roster.index([f"/s/{apart}.tif", f"/r/{composed}.tif"], Tile())
+
+
+def test_another_case_is_no_match_but_a_hint_and_a_missing_split_is_refused(tmp_path):
+    rows = "slide,split\na,train\ne.tif,test\nghost,test\n"
+    with pytest.raises(UserError) as refused:
+        indexed(tmp_path, rows, ["/s/a.tif", "/s/E.TIF"])
+    assert "1 of 2 slides have no split in tile.table=" in str(refused.value)
+    assert "row 'e.tif' and slide 'E.TIF' differ in the case of letters" in str(refused.value)
+    found = indexed(tmp_path, rows, ["/s/a.tif", "/s/E.TIF"], unlisted="skip")
+    assert [entry.path for entry in found.entries] == ["/s/a.tif"]
+    assert found.skipped == ["/s/E.TIF"]
+    text = "\n".join(found.lines)
+    assert "rows without a slide: 2 ('e.tif', 'ghost')" in text
+    assert "slides without a row: 1 ('E.TIF')" in text
+    assert "slides without a split, left out: 1" in text
+    counts = roster.account(found, "salt", names=False)
+    assert "ghost" not in str(counts)
+    assert (counts["table"]["rows_without_slide"], counts["unlisted"]) == (2, 1)
+    assert "ghost" in str(roster.account(found, "salt", names=True))
+    with pytest.raises(UserError, match=r"names none of the slides; row 'A' and slide 'a\.tif'"):
+        indexed(tmp_path, "slide\nA\n", ["/s/a.tif"])
+    with pytest.raises(UserError, match=r"differ in folder or ending"):
+        indexed(tmp_path, "slide\nold/a.svs\n", ["/s/a.tif"])
+
+
+def test_an_unlisted_slide_goes_with_its_patient(tmp_path):
+    rows = "slide,patient,split\nP1-a,P1,test\nP2-a,P2,train\nP3-a,P3,NA\n"
+    paths = ["/s/P1-a.tif", "/s/P1-b.tif", "/s/P2-a.tif", "/s/P3-a.tif"]
+    with pytest.raises(UserError, match=r"2 of 4 slides have no split.*'P1-b.tif', 'P3-a.tif'"):
+        indexed(tmp_path, rows, paths, patient="^(P.)")
+    found = indexed(tmp_path, rows, paths, patient="^(P.)", unlisted="hash", val_fraction=0.999)
+    assert {entry.path[3:7]: entry.split for entry in found.entries} == {
+        "P1-a": "test",
+        "P1-b": "test",
+        "P2-a": "train",
+        "P3-a": "val",
+    }
+
+
+def test_words_for_no_value_are_no_patient_no_class_and_no_size(tmp_path):
+    rows = "slide,patient,grade,mpp\na,NA,low,nan\nb,NA,NA,-\nc,N/A,high,0.5\n"
+    paths = [f"/s/{name}.tif" for name in "abc"]
+    found = indexed(tmp_path, rows, paths, labels=["grade"], mpp=0.25)
+    by_path = {entry.path: entry for entry in found.entries}
+    assert len({entry.patient_id for entry in found.entries}) == 3
+    assert [by_path[path].labels["grade"] for path in paths] == ["low", "", "high"]
+    assert [by_path[path].mpp for path in paths] == [0.25, 0.25, 0.5]
+    assert "3 of 3 cells of 'patient' say N/A, NA and count as empty" in "\n".join(found.lines)
+    assert found.counts["missing"] == {"patient": 3, "mpp": 2, "grade": 1}
+
+
+@pytest.mark.parametrize("mpp", ["0,25", "inf", "-1", "0", "1_0", "0x1", "0.25um", "\u0663"])
+def test_a_size_that_is_no_plain_number_is_refused(tmp_path, mpp):
+    with pytest.raises(UserError, match=r"says mpp=.* of 'a\.tif'; it must be a number above 0"):
+        indexed(tmp_path, f"slide;mpp\na;{mpp}\n", ["/s/a.tif"])
+
+
+def test_two_rows_for_one_slide_are_refused_unless_they_say_the_same(tmp_path):
+    with pytest.raises(UserError, match=r"rows 'a\.tif' and 'a', both for slide a\.tif.*grade is"):
+        indexed(tmp_path, "slide,grade\na,1\na.tif,2\n", ["/s/a.tif"], labels=["grade"])
+    paths = ["/s/x.tif", "/s/x.1.tif"]
+    found = indexed(tmp_path, "slide,grade\nx,1\nx.1,2\n", paths, labels=["grade"])
+    assert {entry.path: entry.labels["grade"] for entry in found.entries} == {
+        "/s/x.tif": "1",
+        "/s/x.1.tif": "2",
+    }
+
+
+def test_a_table_and_a_split_file_that_disagree_are_refused(tmp_path):
+    split = write(tmp_path / "s.csv", "slide,split\na,val\n")
+    with pytest.raises(UserError, match=r"a\.tif is in train by tile\.table=.* and in val by"):
+        indexed(tmp_path, "slide,split\na,train\n", ["/s/a.tif"], split=split)
+    found = indexed(tmp_path, "slide,split\na,val\nb,test\n", ["/s/a.tif", "/s/b.tif"], split=split)
+    assert {entry.path: entry.split for entry in found.entries} == {
+        "/s/a.tif": "val",
+        "/s/b.tif": "test",
+    }

@@ -121,3 +121,22 @@ def test_places_are_reduced_to_names():
     document = {"a": ["/x/y.csv", "s3://bucket/k/", "masks/{name}.png", 3], "b": {"c": "~/q/t"}}
     expected = {"a": ["y.csv", "k", "masks/{name}.png", 3], "b": {"c": "t"}}
     assert storage.without_places(document) == expected
+
+
+PLANNED = {
+    "vae": [],
+    "ldm": [],
+    "cdm": [],
+    "standardised cdm": ["model=cdm", "cdm.standardised=true"],
+    "cdm of a preset": ["model=cdm", "preset=tiny"],
+    "controlnet": [],
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_plan_on_data_is_a_table_and_writes_nothing(made, capsys, name):
+    before = {path: path.stat().st_mtime_ns for path in sorted(made.rglob("*"))}
+    words = PLANNED[name] or [f"model={name}"]
+    train.main([*words, f"data={made}/data", f"out={made}/bundle", "plan=true"])
+    assert "It fits" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in sorted(made.rglob("*"))} == before

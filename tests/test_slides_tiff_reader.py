@@ -4,8 +4,8 @@ import tifffile
 from PIL import Image
 
 from raylarge.errors import SlideError
-from raylarge.slides import openslide_reader, tiff_reader
-from raylarge.slides.protocol import ReadOptions
+from raylarge.slides import openslide_reader, scenes, tiff_reader
+from raylarge.slides.protocol import ReadOptions, Refusal
 from raylarge.slides.reader import open_slide
 from raylarge.slides.tiff_reader import TiffPyramid
 
@@ -232,6 +232,11 @@ def test_a_scene_that_is_not_there_is_refused(two_scenes, scene):
         SlideError, match=rf"holds no scene tile\.scene={scene}, but 2: 0 of 400 x 520 px, 1 of"
     ):
         open_slide(str(two_scenes), options=ReadOptions(scene=scene))
+
+
+def test_a_file_without_an_image_is_refused():
+    with pytest.raises(Refusal, match="holds no image"):
+        scenes.chosen([], [], "")
 
 
 def test_series_of_other_sizes_are_scenes_and_the_largest_is_read(tmp_path, image):

@@ -159,10 +159,10 @@ def about(unit: Mapping[str, Any]) -> Iterator[None]:
         slide_id, names = unit["slide_id"], []
         files = [storage.shown(path) for path in (unit["path"], unit.get("mask")) if path]
         paths = list(dict.fromkeys([*files, *map(printable, files)]))  # messages escape names
-        for path in paths:
-            for name in filter(None, map(re.escape, name_table.stems(path))):
-                # as names of files: a stem may be a word, too
-                names.append(rf"(?<=/){name}(?![^\W_])|(?<![^\W_]){name}(?=\.\w)")
+        stems = {stem for path in paths for stem in name_table.stems(path) if stem}
+        for stem in map(re.escape, sorted(stems, key=len, reverse=True)):
+            # as names of files: a stem may be a word, too
+            names.append(rf"(?<=/){stem}(?![^\W_])|(?<![^\W_]){stem}(?=\.\w)")
         private = "|".join([*map(re.escape, paths), *names])
         text = re.sub(private, slide_id, scrubbed(str(error)))
         kind = SlideError if isinstance(error, SlideError) else UserError

@@ -5,12 +5,10 @@
     DATA/embeddings|blocks/<slide_id>-<block>.parquet     one part per block of rows of a slide
     DATA/examples|latents-<digest>|.../<bucket>.parquet   one part per hash bucket of blocks
     DATA/<verb>.json                     written last: config, counts, parts
-    DATA/unfinished-<verb>.json          in its place while parts of a whole table are replaced
     DATA/failed.parquet                  what could not be made, and why
 
-A part is one object, whole or absent, under a name that follows from its unit; its footer is its
-commit: a stamp of all that it depends on. A rerun skips parts whose stamp is right and makes the
-others anew, so no two configurations mix, and any number of workers makes the same bytes.
+A part is one object, whole or absent; its name follows from its unit, and its footer holds a
+stamp of all that it depends on. A rerun makes only parts whose stamp differs.
 """
 
 from __future__ import annotations
@@ -213,7 +211,7 @@ def manifest(root: str, verb: str, wanted_by: str) -> dict[str, Any]:
 
 
 def _unfinished(root: str, verb: str) -> str:
-    """Where the settings of a table stand while its parts are replaced and it has no manifest."""
+    """Where a table's settings stand while its parts are replaced and it has no manifest."""
     return storage.join(root, f"unfinished-{verb}.json")
 
 

@@ -21,7 +21,7 @@ from raylarge.data import split_table, text_table
 from raylarge.data.candidates import Tile
 from raylarge.data.name_table import SOME, NameTable, file_name, some, stems
 from raylarge.data.split_table import WORDS
-from raylarge.errors import SlideError, UserError
+from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.fetch import companions
 from raylarge.storage import web
 
@@ -122,9 +122,8 @@ def with_names(text: str, names: Mapping[str, str]) -> str:
         names: file names by pseudonym; empty changes nothing.
     """
     text = _PRIVATE.sub("", text) if names else text
-    return _PSEUDONYM.sub(
-        lambda found: f"{found[0]} ({names[found[0]]})" if found[0] in names else found[0], text
-    )
+    shown = {slide_id: f"{slide_id} ({printable(name)})" for slide_id, name in names.items()}
+    return _PSEUDONYM.sub(lambda match: shown.get(match[0], match[0]), text)
 
 
 def _refuse_same_names(paths: Sequence[str]) -> None:
@@ -148,9 +147,12 @@ def _rows(paths: Sequence[str], config: Tile, found: SlideIndex) -> tuple[dict[s
             raise UserError(f"tile.labels: {config.table} has no column '{name}', but {shown}.")
     if "slide" not in table.columns:
         raise UserError(f"tile.table={config.table} has no column 'slide', but {shown}.")
-    named = NameTable(
-        "tile.table", config.table, ((r["slide"], r) for r in table.rows if r["slide"])
+    pairs = (
+        (row["slide"], {key: cell for key, cell in row.items() if key != "slide"})
+        for row in table.rows
+        if row["slide"]
     )
+    named = NameTable("tile.table", config.table, pairs)
     rows = named.match(paths)
     _compare("table", named, paths, rows, found)
     columns = [name for name in COLUMNS if name in table.columns]

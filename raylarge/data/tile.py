@@ -88,19 +88,25 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew, names: bool 
     _say_notes(built.facts)
     write_page(root, built.facts, built.failed, shown)
     if not any(one["counts"] for one in built.facts):
-        for one in built.failed:
-            report.say(f"  {roster.with_names(one['reason'], shown)}")
-        best = max((one["most_tissue"] for one in built.facts), default=0.0)
-        raise UserError(
-            f"no tile of {len(units)} slides is kept ({len(built.failed)} of them could not be "
-            f"read): the most tissue in one is {best:.3g} and tile.tissue={config.tissue}; look "
-            f"at {root}/qc/index.html, lower tile.tissue= or give slides with tissue."
-        )
+        raise _nothing_kept(root, built, config, shown)
     rows = [one["slide"] for one in built.facts]
     storage.write_json(storage.join(root, "slides.json"), {"slides": rows})
     facts = parts.finish(root, "tile", built, sections, patch_px=config.patch_px)
     tables = roster.account(index, config.salt, names)
     return {**facts, "user_tables": tables} if tables else facts
+
+
+def _nothing_kept(root: str, built: parts.Built, config: Tile, shown: dict[str, str]) -> UserError:
+    """Print why slides failed, and return the error of a run that keeps no tile."""
+    for one in built.failed:
+        report.say(f"  {roster.with_names(one['reason'], shown)}")
+    best = max((one["most_tissue"] for one in built.facts), default=0.0)
+    count = len(built.facts) + len(built.failed)
+    return UserError(
+        f"no tile of {count} slides is kept ({len(built.failed)} of them could not be read): the "
+        f"most tissue in one is {best:.3g} and tile.tissue={config.tissue}; look at "
+        f"{root}/qc/index.html, lower tile.tissue= or give slides with tissue."
+    )
 
 
 def _say_notes(facts: Sequence[Facts]) -> None:

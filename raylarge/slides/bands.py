@@ -42,12 +42,12 @@ class Channels:
 
     def scaled(self, samples: Shaped[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
         """Return samples of colours as 8-bit ones."""
-        small = samples.dtype.kind in "bu" and samples.dtype.itemsize == 1
+        small = samples.dtype.kind in ("b", "u") and samples.dtype.itemsize == 1
         return pixels.to_8_bits(samples, self.bits, () if small else self.value_range)
 
     def opacity(self, alpha: Shaped[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
         """Return transparency as 8-bit samples; of other than unsigned types above 0 is opaque."""
-        if alpha.dtype.kind in "bu" and alpha.dtype.itemsize <= 2:
+        if alpha.dtype.kind in ("b", "u") and alpha.dtype.itemsize <= 2:
             return pixels.to_8_bits(alpha, self.bits)
         return (alpha > 0).astype(np.uint8) * np.uint8(255)
 
@@ -72,7 +72,7 @@ def require_depth(dtype: Any, bits: int, options: ReadOptions) -> str:
     dtype = np.dtype(dtype)
     if dtype.kind not in "buif":
         raise Refusal(f"holds {dtype.name} samples, which are no colours; leave it out.")
-    if options.value_range and not (dtype.kind in "bu" and dtype.itemsize == 1):
+    if options.value_range and not (dtype.kind in ("b", "u") and dtype.itemsize == 1):
         low, high = options.value_range
         return f"{dtype.name} samples: {low:g} became 0, and {high:g} became 255"
     try:

@@ -96,8 +96,7 @@ def _tiled(file: tifffile.TiffFile, series: Any) -> Strip:
         raise Refusal("is a large TIFF with transparency; save it in grey or 1 bit.")
 
     def strip(top: int, bottom: int) -> Mask:
-        samples = level.read(top, 0, bottom - top, level.size[1])
-        return np.asarray(samples.any(axis=-1), bool)
+        return np.asarray(level.read(top, 0, bottom - top, level.size[1]).any(axis=-1))
 
     return strip
 

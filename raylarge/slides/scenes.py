@@ -25,9 +25,11 @@ def chosen(
         scene: `tile.scene`.
 
     Raises:
-        Refusal: no scene has this name or number, or several have this name.
+        Refusal: there is no scene at all, none of this name or number, or several of this name.
     """
     count = len(sizes)
+    if not count:
+        raise Refusal("holds no image; fetch it again or leave it out.")
     listed = _listed(sizes)
     if scene:
         named = [i for i, name in enumerate(names) if name == scene]

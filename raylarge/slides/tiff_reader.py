@@ -287,7 +287,7 @@ def _channels(kind: tifffile.TiffPage, options: ReadOptions) -> tuple[Channels, 
         alpha,
         bits=bits if bits % 8 else 0,
         value_range=options.value_range,
-        premultiplied=alpha is not None and marks.get(alpha) == EXTRASAMPLE.ASSOCALPHA,
+        premultiplied=alpha is not None and marks[alpha] == EXTRASAMPLE.ASSOCALPHA,
         inverted=kind.photometric == PHOTOMETRIC.MINISWHITE,
     ), notes
 

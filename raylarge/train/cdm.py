@@ -147,7 +147,7 @@ def build(config: Train, facts: Facts) -> CdmTask:
     check_conditioner(bundle.summarizer, facts, config.out)
     torch.manual_seed(config.seed)
     task = CdmTask(config.cdm, bundle, config.seed)
-    if config.cdm.standardised:
+    if config.cdm.standardised and not task.network.cdm.pos_embed.is_meta:  # plans have no values
         with closing(source(config)) as rows:
             task.standardise(rows)
     return task

@@ -200,8 +200,8 @@ class Looking:
             _check_width(layout, self._card)
             scale, cells = scale_and_cells(kept(self._root, unit["slide_id"]))
             rows, columns = unit["grid"]
-            places = np.argwhere(covered(scale, cells, (0, rows), columns)).tolist()
-            needed = [(int(row), int(column)) for row, column in places]
+            marks = covered(scale, cells, (0, rows), columns)
+            needed = [(int(row), int(column)) for row, column in np.argwhere(marks)]
             check_index(index, needed)
             missing = [cell for cell in needed if cell not in index]
             if missing and not self._fill:

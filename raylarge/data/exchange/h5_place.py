@@ -106,7 +106,8 @@ def _check_inside(layout: Patches, unit: Mapping[str, Any], side_l0: float) -> N
     )
 
     def beyond(xy: Cells) -> np.ndarray:
-        return np.asarray((xy < -_OFF_PX).any(axis=1) | (xy >= (columns, rows)).any(axis=1))
+        outside = (xy < -_OFF_PX) | (xy >= np.array([columns, rows]))
+        return np.asarray(outside.any(axis=1))
 
     outside = beyond(layout.xy)
     if outside.any():

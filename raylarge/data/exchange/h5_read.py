@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float16, Int64
+from jaxtyping import Bool, Float16, Int64
 
 from raylarge import storage
 from raylarge.errors import SlideError, UserError
@@ -120,8 +120,8 @@ def vectors(path: str, layout: Patches) -> Vectors:
         for start in range(0, len(array), _SLAB):
             rows = slice(start, start + _SLAB)
             array[rows] = dataset[0, rows] if len(dataset.shape) == 3 else dataset[rows]
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-    if len(bad):
+    bad: Bool[np.ndarray, "n"] = np.logical_not(np.isfinite(array).all(axis=1))
+    if bad.any():
         x, y = layout.xy[bad][0].tolist()
         raise SlideError(
             f"its h5 holds features that are no finite half-precision numbers in {len(bad)} "
