@@ -24,7 +24,7 @@ import httpx
 import numpy as np
 
 from jobs.demo_slides import drawn, fetch, separated
-from jobs.demo_summary import captions, summary
+from jobs.demo_summary import captions, measures, summary
 from jobs.presets import PREPARE, TRAIN
 from raylarge import config as configuration
 from raylarge import images, report, storage
@@ -35,9 +35,6 @@ from raylarge.evaluate.references import Reference, references
 from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import guide_scale
-from raylarge.metrics.consistency import cross_scale_error
-from raylarge.metrics.lines import window_lines
-from raylarge.metrics.seams import seam_ratio
 from raylarge.models import bundle as bundles
 from raylarge.order import Condition, parse
 from raylarge.sampling import joint
@@ -250,12 +247,7 @@ class Thread:
             image, guide = (
                 images.read_png(str(folder / f"{n}.png"))[0] for n in ("image", "guide")
             )
-            whole, small = (images.to_float(pixels) for pixels in (image, guide))
-            found[name] = {
-                "cross_scale_error": round(cross_scale_error(whole, small), 4),
-                "seam_ratio": round(seam_ratio(whole, bundle.patch.side_px), 4),
-                "window_lines": round(window_lines(whole, bundle.patch.side_px), 2),
-            }
+            found[name] = measures(image, guide, bundle.patch.side_px)
             rows.append(
                 [
                     self._region().image if name != "novel" else np.full_like(guide, 255),
