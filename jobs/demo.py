@@ -108,7 +108,8 @@ class Thread:
         if not skipped:
             report.say(f"{name} ...")
             with self.report.stage(name) as facts:
-                facts.update(work(), key=self.key, outputs=list(outputs))
+                below = [os.path.relpath(path, self.out) for path in outputs]
+                facts.update(work(), key=self.key, outputs=below)
         time = "done before" if skipped else f"{self.report.facts['stages'][name]['seconds']:.0f} s"
         files = ", ".join(os.path.relpath(path) for path in outputs)
         self.rows.append([name, time, facts.get("rows", ""), files])
@@ -133,7 +134,7 @@ class Thread:
     def _stages(self) -> dict[str, Any]:
         slide = self.stage("slide", self._slide, str(self.out / "slides"))
         data, bundle = self.data, self.bundle
-        self.stage("prepare", lambda: self._prepare(slide["slides"]), f"{data}/shard.json")
+        self.stage("prepare", lambda: self._prepare(slide), f"{data}/shard.json")
         self.stage("train vae", lambda: self._train("vae"), f"{bundle}/vae")
         self.stage("encode", self._encode, f"{data}/examples")
         self.stage("train ldm", lambda: self._train("ldm"), f"{bundle}/unet")
@@ -153,11 +154,13 @@ class Thread:
         folder = self.out / "slides"
         folder.mkdir(parents=True, exist_ok=True)
         if self.config.slides:
-            return {"slides": separated(self.config.slides), "source": "given"}
+            return {"source": "given"}
         return fetch(folder) or drawn(folder, self.config.seed)
 
-    def _prepare(self, slides: str) -> dict[str, Any]:
+    def _prepare(self, slide: Mapping[str, Any]) -> dict[str, Any]:
+        """Prepare the user's slides, or the one that the stage before put into its folder."""
         self._ray()
+        slides = separated(self.config.slides) or str(self.out / "slides" / slide["slide"])
         layers = [PREPARE["tiny"], {"slides": slides, "out": self.data}]
         done = prepare(self._config(Prepare, *layers), self.report)
         return {"rows": done["shard"]["rows"], "counts": done["shard"]["counts"]}

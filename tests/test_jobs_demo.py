@@ -66,6 +66,7 @@ def test_the_thread_from_slide_to_served_images(tmp_path):
     corrected, plain = (errors[n]["cross_scale_error"] for n in ("reference", "uncorrected"))
     assert 0 < corrected != plain > 0
     assert {"true", "shuffled", "null"} <= facts["stages"]["check"]["loss"]["0"].keys()
+    assert str(tmp_path) not in (out / "report.json").read_text()
     assert facts["seconds_total"] > 0
     assert facts["peak_memory_bytes"] > 100 << 20
     for words in ("no condition", "all stages together: ", "peak memory of this process"):
