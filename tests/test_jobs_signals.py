@@ -41,7 +41,7 @@ def stopped(job, words, number, ready):
     offspring = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     output, errors = process.communicate(timeout=300)
-    assert process.returncode == 128 + number, errors
+    assert process.returncode == 128 + number, output + errors
     last = errors.strip().splitlines()[-1].strip()
     assert last == f"stopped by {number.name}; run the same command again to go on"
     for trace in ("Traceback", "Check failed", "*** SIG", "core_worker"):

@@ -142,6 +142,11 @@ def _watched(work: Callable[[], Any], root: str, show: Callable[[Status], None])
         if status is not None and status != seen:
             seen = status
             show(status)
+    if failed and isinstance(failed[0], SystemExit):  # Ray's way to say that it is gone
+        raise UserError(
+            "Ray ended while its workers trained; the last checkpoint is kept, the same command "
+            "goes on from it."
+        ) from failed[0]
     if failed:
         raise failed[0]
     return done[0]
