@@ -11,7 +11,7 @@ def test_a_ray_that_ends_is_a_sentence_and_no_silent_exit(tmp_path, code):
     def work():
         raise SystemExit(code)  # as `ray.get` does when its connection is gone
 
-    with pytest.raises(UserError, match="Ray ended while .* the same command goes on from it"):
+    with pytest.raises(UserError, match=r"Ray ended while .* the same command goes on from it"):
         _watched(work, str(tmp_path), print)
 
 
