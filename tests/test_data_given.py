@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pytest
 import test_data_text_embed
 from test_data_text_embed import examples_of, matrix, vectors_of
@@ -87,6 +88,32 @@ def test_empty_vectors_say_nothing(data, tmp_path, kind):
     done = text_embed.run(data, replace(wish, missing="drop"), Crew())
     assert done["missing"] == lost
     assert matrix(vectors_of(data, done)[0]).tolist() == [cell for cell in cells if cell]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_words_for_no_value_are_no_texts_and_are_counted(data, tmp_path, ending, capsys):
+    examples = examples_of(data)
+    texts = [f"tissue {i}" for i in range(examples.num_rows)]
+    texts[3:8] = ["NA", " n/a", None, "None", "-"]
+    own = examples.select(["key"]).append_column("text", pa.array(texts))
+    path = tmp_path / f"texts.{ending}"
+    if ending == "csv":
+        pa.csv.write_csv(own, path)
+    else:
+        storage.write_table(str(path), own, [own.num_rows])
+    done = text_embed.run(data, TextEmbed(texts=str(path), missing="drop"), Crew())
+    assert done["missing"] == 5
+    count = examples.num_rows
+    line = rf"texts.{ending}: 4 of {count} cells of 'text' say -, NA, None, n/a and count as empty"
+    assert line in capsys.readouterr().out
+    found = vectors_of(data, done)[0]["key"].to_pylist()
+    assert found == [*examples["key"].to_pylist()[:3], *examples["key"].to_pylist()[8:]]
+
+
+def test_a_doubled_column_of_texts_is_refused(data, tmp_path):
+    (tmp_path / "t.csv").write_text("key,text,text\n1,a,b\n")
+    with pytest.raises(UserError, match=r"t\.csv has 1 columns twice, such as 'text'; keep one"):
+        text_embed.run(data, TextEmbed(texts=f"{tmp_path}/t.csv"), Crew())
 
 
 def test_a_table_that_was_matched_is_not_matched_again(data, tmp_path, monkeypatch):

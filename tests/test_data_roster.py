@@ -101,6 +101,22 @@ def test_what_does_not_fit_is_refused(tmp_path):
         roster.index(["a/x.svs", "b/x.svs"], Tile())
 
 
+@pytest.mark.parametrize("name", ["Slide", "PATIENT", "Split", "Mpp"])
+def test_a_column_in_another_case_of_letters_is_not_ignored(tmp_path, name):
+    columns = ["slide", "patient", "split", "mpp"]
+    cells = ["TCGA-AA-1", "p", "test", "0.5"]
+    header = [name if name.lower() == column else column for column in columns]
+    table = write(tmp_path / "t.csv", f"{','.join(header)}\n{','.join(cells)}\n")
+    with pytest.raises(
+        UserError, match=rf"column '{name}', which .*; rename it to '{name.lower()}'"
+    ):
+        known(table=table, unlisted="hash")
+    both = write(tmp_path / "b.csv", f"{','.join([*columns, name])}\n{','.join([*cells, 'x'])}\n")
+    with pytest.raises(UserError, match="remove one of them"):
+        known(table=both, unlisted="hash")
+    assert known(table=both, unlisted="hash", labels=[name])[SLIDES[0]].labels == {name: "x"}
+
+
 def test_a_salt_changes_every_pseudonym_and_no_name_stays():
     mine, other = (known(salt=salt) for salt in ("mine", "other"))
     assert not {e.slide_id for e in mine.values()} & {e.slide_id for e in other.values()}

@@ -39,6 +39,8 @@ def test_splits_in_the_forms_of_hipt_clam_and_ours(tmp_path, text):
         ("train,val\nb,b.svs\n", r"rows 'b.svs' and 'b', both for slide b.svs"),
         ("slide,split\na,Train\n", "'Train' of 'a' is no split"),
         ("train,val\nTrue,False\n", "no column that names the slides"),
+        ("train,VAL,test\na,b,c\n", "column 'VAL', which differs from 'val' only in the case"),
+        ("Slide,split\na,train\n", "rename it to 'slide'"),
         ("name,fold\na,1\n", "columns name, fold; give train, val and test"),
     ],
 )

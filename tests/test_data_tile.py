@@ -135,6 +135,8 @@ def test_slides_are_found_or_missed_loudly(tiny_slide, tmp_path, tiny_prepare, r
         find_slides(f"{tiny_slide},{folder}/*.svs")
     with pytest.raises(UserError, match=r"is a folder; name the slides in it: slides='.*/\*\.svs'"):
         find_slides(folder)
+    with pytest.raises(UserError, match=r"verbs=, names no verb; choose among tile, embed"):
+        run(tiny_prepare(slides=tiny_slide, verbs=","))
     with pytest.raises(UserError, match=r"which slides\? Give slides="):
         run(tiny_prepare(slides="", verbs="tile"))
     (tmp_path / "deep").mkdir()

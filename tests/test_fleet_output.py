@@ -111,6 +111,18 @@ def test_a_refusal_says_in_which_settings_the_orders_differ(tmp_path):
     assert "and 1 more settings" in text
 
 
+def test_a_refusal_says_that_precision_or_bundle_differ(tmp_path):
+    here = output(tmp_path)
+    for facts, says in (
+        ({"means": "bfloat16"}, r"\(computed in bfloat16, not float32\)"),
+        ({"bundle": "another"}, r"\(of another bundle\)"),
+    ):
+        report = {"stages": {}, **here.facts, **facts}
+        storage.write_json(str(tmp_path / "report.json"), report)
+        with pytest.raises(UserError, match=rf"holds report.json .*{says}; choose another"):
+            here.replaced(report, False)
+
+
 def test_a_whole_result_is_recognised(tmp_path):
     here = output(tmp_path)
     write_picture(tmp_path / "image.png", HERE)

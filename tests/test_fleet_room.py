@@ -75,6 +75,7 @@ def test_a_cluster_with_an_autoscaler_is_waited_for(ray_session, capsys):
 def test_a_job_on_its_own_ray_does_not_wait_for_a_gpu(words, tiny_bundle, small_examples, tmp_path):
     job, *rest = words.format(bundle=tiny_bundle, data=small_examples, out=tmp_path / "o").split()
     alone = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    cure = {"sample.py": "lower gpus= or threads=", "train.py": "lower workers= or set gpu=false"}
     hidden = alone | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, f"jobs/{job}", *rest],
@@ -82,4 +83,5 @@ def test_a_job_on_its_own_ray_does_not_wait_for_a_gpu(words, tiny_bundle, small_
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "1 GPUs and the largest of 1 nodes has" in done.stderr
+    assert cure[job] in done.stderr
     assert "Traceback" not in done.stderr

@@ -99,6 +99,13 @@ def test_a_terminal_that_has_gone_is_no_traceback():
     assert process.wait(timeout=60) == 129
 
 
+def test_a_closed_stream_does_not_change_the_status():
+    process = started(JOB.format(cleanup="sys.stderr.close()"))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_waits_for_the_end_of_what_must_not_be_cut(number):
     steps = []

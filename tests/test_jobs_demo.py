@@ -4,10 +4,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from jobs.demo_slides import separated
-from jobs.demo_summary import captions, summary
+from jobs.demo_summary import captions, measures, summary
 from raylarge import images, order
 from raylarge.slides import procedural
 
@@ -28,7 +29,16 @@ def test_the_closing_table_compares_with_no_condition():
     text = summary({"images": {"reference": image, "uncorrected": image}, "loss": loss})
     assert "0.6573 (+14.0%)  0.5675 (-1.6%)" in text
     assert "scale 3: no condition at all does better than the true one" in text
+    assert "window lines" not in text  # of small images there is no such figure
+    figures = {"images": {"reference": image | {"window_lines": 1.5}, "uncorrected": image}}
+    assert "above 3: a grid)  1.5" in summary(figures | {"loss": loss})
     assert (captions(2, 0.5), captions(0, None)) == ("scale 2, 2 um/px", "scale 0")
+
+
+@pytest.mark.parametrize(("side", "lines"), [(3, False), (4, True)])
+def test_lines_are_measured_where_there_are_windows_enough(side, lines):
+    image = np.random.default_rng(0).integers(0, 255, (32 * side, 32 * side, 3), np.uint8)
+    assert ("window_lines" in measures(image, image[:32, :32], 32)) == lines
 
 
 @pytest.mark.ray
@@ -56,6 +66,7 @@ def test_the_thread_from_slide_to_served_images(tmp_path):
     corrected, plain = (errors[n]["cross_scale_error"] for n in ("reference", "uncorrected"))
     assert 0 < corrected != plain > 0
     assert {"true", "shuffled", "null"} <= facts["stages"]["check"]["loss"]["0"].keys()
+    assert str(tmp_path) not in (out / "report.json").read_text()
     assert facts["seconds_total"] > 0
     assert facts["peak_memory_bytes"] > 100 << 20
     for words in ("no condition", "all stages together: ", "peak memory of this process"):

@@ -78,8 +78,6 @@ def test_no_file_tells_where_or_by_whom_it_was_made(made, folder):
 
 def test_working_files_of_a_training_tell_no_place_of_data(made):
     for path in shared(made / "bundle" / ".train"):
-        if path.name == "facts.json":  # says where the bundle is, for the terminal
-            continue
         assert str(made).encode() not in path.read_bytes(), path
 
 

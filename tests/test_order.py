@@ -71,6 +71,8 @@ def test_what_a_bundle_cannot_do_is_refused(values, says):
     [
         ({"sise": 64}, "did you mean 'size'"),
         ({"size": "big"}, "not a number of pixels"),
+        ({"size": "0x200"}, "size 0x200 is not a number of pixels"),
+        ({"size": [64, 0]}, "not a number of pixels"),
         ({"recipe": "mine"}, "choose one of: paper, released"),
         ({"condition": {"kind": "magic"}}, "null, cdm, embeddings, inverted, prior"),
         ({"condition": {"fine": "magic"}}, "null, independent, inversion, prior"),
@@ -83,6 +85,13 @@ def test_what_a_bundle_cannot_do_is_refused(values, says):
 def test_what_is_no_order_is_refused(values, says):
     with pytest.raises(UserError, match=says):
         parse(values)
+
+
+def test_null_of_json_is_the_word_where_that_is_a_choice():
+    assert parse({"size": 64, "condition": {"kind": None, "fine": None}}) == parse({"size": 64})
+    with pytest.raises(UserError, match="draw=null does not fit"):
+        parse({"size": 64, "condition": {"draw": None}})
+    assert parse(parse({"count": 2}).as_json()).size == (0, 0)
 
 
 def test_damaged_embeddings_are_refused():

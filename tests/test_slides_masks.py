@@ -171,8 +171,8 @@ def test_points_and_lines_are_left_out_and_counted(tmp_path, drawn):
     (tmp_path / "bare.geojson").write_text(json.dumps(bare))
     mask = masks.read(str(tmp_path / "bare.geojson"), SIZE, (80, 100), notes)
     assert (mask == drawn(box)).all()
-    assert notes == ["the mask's 1 LineString, 2 Point have no area: they were left out"]
-    with pytest.raises(SlideError, match="it holds 2 Point, which have no area"):
+    assert notes == ["shapes of the mask without area were left out: 1 LineString, 2 Point"]
+    with pytest.raises(SlideError, match="shapes without area alone: 2 Point"):
         drawn(features(*points))
 
 

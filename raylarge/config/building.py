@@ -70,7 +70,9 @@ def _merge(
 
 
 def _value(key: fields.Key, full: str, value: Any, root: type) -> Any:
-    """A single value as one of its field's type."""
+    """A single value as one of its field's type; JSON's null is the word, if that is a choice."""
+    if value is None and "null" in key.field.metadata.get("choices", ()):
+        return "null"
     if isinstance(value, Mapping) and value and key.hint is not Any:
         raise UserError(fields.unknown(root, _deepest(full, value)))
     try:

@@ -10,7 +10,7 @@ if its rows lie about as those of EXAMPLES do, part by part, in row groups of so
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -50,6 +50,7 @@ class Given:
         self.path, self.what = path, "vector" if vectors else "text"
         self._column, self._vectors = column, vectors
         self._source = given_rows.opened(path, column, vectors)
+        self._missing: Counter[str] = Counter()
         self._place = _place(path, column, self._source.names)
         self._starts: Rows = np.cumsum([0, *self._source.counts]).astype(np.int64)
         self._held: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
@@ -62,6 +63,15 @@ class Given:
                 f"{path} has {len(twice) + 1} rows or more for the example of key "
                 f"{self._keys[twice[0]]}; keep one."
             )
+
+    def missing_words(self) -> list[str]:
+        """A line that says which words stood for no text, and how often; none where none did."""
+        if not self._missing:
+            return []
+        return [
+            f"{self.path}: {self._missing.total()} of {sum(self._source.counts)} cells of "
+            f"'{self._column}' say {', '.join(sorted(self._missing))} and count as empty"
+        ]
 
     def find(self, keys: pa.ChunkedArray) -> Rows:
         """For each example's key its row here, or -1."""
@@ -123,11 +133,19 @@ class Given:
             table = self._source.read(group, names)
             at = np.arange(table.num_rows)
             if not whole:
-                says = pc.invert(_says_nothing(self._as_wanted(table[self._column])))
+                cells = self._as_wanted(table[self._column])
+                says = pc.invert(_says_nothing(cells))
+                self._count_missing(cells.filter(pc.invert(says)))
                 table, at = table.filter(says), at[says.to_numpy()]
             keys.append(_keys(self.path, table.select(self._place)))
             rows.append(start + at)
         return np.concatenate(keys), np.concatenate(rows)
+
+    def _count_missing(self, cells: pa.ChunkedArray) -> None:
+        """Count the words among texts that say nothing."""
+        if not self._vectors:
+            words = pc.utf8_trim_whitespace(cells.drop_null()).to_pylist()
+            self._missing.update(word for word in words if word)
 
     def _groups(self, rows: Rows) -> Rows:
         found: Rows = np.searchsorted(self._starts, rows, side="right") - 1

@@ -183,7 +183,7 @@ def _on_ray(
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        require_room(Room(f"an actor of {title}", 1.0, float(crew.gpus)))
+        require_room(Room(f"an actor of {title}", 1.0, float(crew.gpus), keys=f"{title}.gpus="))
         rows = [{"runs": json.dumps(one)} for one in _runs(units, workers)]
         answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Runner,

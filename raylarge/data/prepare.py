@@ -173,4 +173,6 @@ def _verbs(config: Prepare) -> list[str]:
     for word in words:
         if word not in VERBS:
             raise UserError(f"there is no verb '{word}'; choose among {', '.join(VERBS)}.")
+    if not words:
+        raise UserError(f"verbs={config.verbs} names no verb; choose among {', '.join(VERBS)}.")
     return [verb for verb in VERBS if verb in words]

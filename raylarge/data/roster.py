@@ -25,6 +25,8 @@ from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.fetch import companions
 from raylarge.storage import web
 
+COLUMNS = ("slide", "patient", "split", "mpp")
+"""Columns of `tile.table` that are read, besides those of `tile.labels`."""
 _PEEK_BYTES = 1 << 20
 _NUMBER = re.compile(r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _PSEUDONYM = re.compile(r"\b[0-9a-f]{16}\b")
@@ -139,6 +141,7 @@ def _refuse_same_names(paths: Sequence[str]) -> None:
 def _rows(paths: Sequence[str], config: Tile, found: SlideIndex) -> tuple[dict[str, Row], bool]:
     """The row of each slide in `tile.table`, and whether the table gives splits."""
     table = text_table.read(config.table)
+    table.require_spelling(COLUMNS, config.labels)
     shown = ", ".join(name or "(no name)" for name in table.columns)
     for name in config.labels:
         if name not in table.columns:
@@ -153,7 +156,7 @@ def _rows(paths: Sequence[str], config: Tile, found: SlideIndex) -> tuple[dict[s
     named = NameTable("tile.table", config.table, pairs)
     rows = named.match(paths)
     _compare("table", named, paths, rows, found)
-    columns = ["slide", *(c for c in ("patient", "split", "mpp") if c in table.columns)]
+    columns = [name for name in COLUMNS if name in table.columns]
     found.lines += table.missing_words([*columns, *config.labels])
     found.counts["missing"] = {
         name: table.missing[name].total()

@@ -31,6 +31,7 @@ def read(path: str) -> tuple[NameTable[str], TextTable]:
     if not storage.exists(storage.absolute(path)):
         raise UserError(f"tile.split={path}: it must be patient, band, or a file with the splits.")
     table = text_table.read(path)
+    table.require_spelling((*SPLITS, *_NAMES, "split"))
     split: dict[str, str] = {}
     for name, word in _pairs(table):
         if word not in WORDS:

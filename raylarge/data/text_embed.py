@@ -165,6 +165,8 @@ def _refuse(root: str, made: Mapping[str, Any], config: TextEmbed, table: str) -
     if fine and before.get("input") == made["digest"]:
         return
     given = _given(config)
+    for line in given.missing_words():
+        report.say(line)
 
     def look(part: Mapping[str, Any]) -> tuple[int, int]:
         found = given.find(picked.read(root, _unit(part), ["key"])[0]["key"])

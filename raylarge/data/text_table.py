@@ -63,6 +63,28 @@ class TextTable:
             if self.missing.get(name)
         ]
 
+    def require_spelling(self, names: Sequence[str], besides: Sequence[str] = ()) -> None:
+        """Refuse a column that differs from one of some names only in the case of letters.
+
+        Such a column would be ignored, and with it the patients or the splits that it lists.
+
+        Args:
+            names: columns that are read, as they must be spelt.
+            besides: columns that are read under the names that they have.
+
+        Raises:
+            UserError: naming the column and its right spelling.
+        """
+        spelling = {name.casefold(): name for name in names if name}
+        for column in self.columns:
+            name = spelling.get(column.casefold(), column)
+            if column != name and column not in besides:
+                cure = "remove one of them" if name in self.columns else f"rename it to '{name}'"
+                raise UserError(
+                    f"{self.path} has a column '{column}', which differs from '{name}' only in the "
+                    f"case of letters and would not be read; {cure}."
+                )
+
 
 def read(path: str) -> TextTable:
     """Read a user's table.

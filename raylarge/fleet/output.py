@@ -27,6 +27,8 @@ from raylarge.storage import objects
 PICTURES = ("image.png", "image.tif", "guide.png")
 _STAGES = {"start", "sample", "write"}
 """Stages in the report of a sampling job."""
+_USUAL = "float32"
+"""What the empty name of a computation stands for."""
 _SHOWN = 3
 """How many settings a message names in which two orders differ."""
 
@@ -75,9 +77,10 @@ class Output:
             files = [name for name in names if not name.startswith(PREFIX)]
             if unfinished:  # whose report this is
                 files = ["an unfinished result", *(name for name in files if name != "report.json")]
+            difference = self._difference(report)
             raise UserError(
-                f"{self.folder} holds {', '.join(files)} of another order or origin"
-                f"{self._difference()}; choose another out=, or give overwrite=true to replace it."
+                f"{self.folder} holds {', '.join(files)} of another order or origin{difference}; "
+                "choose another out=, or give overwrite=true to replace it."
             )
         return names
 
@@ -116,14 +119,19 @@ class Output:
         except UserError:  # no JSON
             return None
 
-    def _difference(self) -> str:
-        """Some settings in which the order of the folder differs, for a message."""
+    def _difference(self, report: Mapping[str, Any]) -> str:
+        """Some settings in which the result of the folder differs, for a message."""
         there = _flat(document) if isinstance(document := self._document(), dict) else {}
         here = _flat(self.order.as_json())
         keys = [key for key in sorted(here) if key in there and there[key] != here[key]]
         shown = [f"{key}={_brief(there[key])}, not {_brief(here[key])}" for key in keys[:_SHOWN]]
         more = f", and {len(keys) - _SHOWN} more settings" if len(keys) > _SHOWN else ""
-        return f" (order.{', order.'.join(shown)}{more})" if shown else ""
+        if shown:
+            return f" (order.{', order.'.join(shown)}{more})"
+        if report.get("bundle", self.bundle) != self.bundle:
+            return " (of another bundle)"
+        there, here = report.get("means", self.compute) or _USUAL, self.compute or _USUAL
+        return f" (computed in {there}, not {here})" if there != here else ""
 
 
 def _marks_of(path: str) -> dict[Any, Any]:

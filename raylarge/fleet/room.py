@@ -21,12 +21,14 @@ class Room:
         title: who needs it, for messages.
         cpus, gpus: of each worker, in Ray's units.
         fewest: with how many workers the work can begin.
+        keys: the words of the command line that decide it, for messages.
     """
 
     title: str
     cpus: float
     gpus: float
     fewest: int = 1
+    keys: str = "gpus= or threads="
 
     @property
     def each(self) -> str:
@@ -56,8 +58,7 @@ def require_room(room: Room) -> None:
     )
     if not session.may_grow():
         raise UserError(
-            f"{lack}; lower gpus=, threads= or the number of workers, or set RAY_ADDRESS to a "
-            f"cluster that has them."
+            f"{lack}; lower {room.keys}, or set RAY_ADDRESS to a cluster that has them."
         )
     report.say(f"{lack}: waiting for more nodes")
 

@@ -9,34 +9,31 @@ plan, workers, a ledger. Killed and run again, the same command goes on where it
 from __future__ import annotations
 
 import asyncio
-import base64
 import dataclasses
 import os
 import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from omegaconf import MISSING
 
-from raylarge import order as orders
-from raylarge import report, storage, uploads
+from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.fleet import result
 from raylarge.fleet.facts import Facts
 from raylarge.fleet.means import Means
 from raylarge.fleet.output import Output
-from raylarge.fleet.reference import Region, find_region, place_of
+from raylarge.fleet.sample_order import read_order
 from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
-from raylarge.geometry import Patch
 from raylarge.models import bundle as bundles
 from raylarge.models import cost
-from raylarge.order import Condition, Order
+from raylarge.order import Order
 from raylarge.sampling import joint, price
 from raylarge.sampling.plan import Plan, arun, run
 from raylarge.sampling.tasks import Task
@@ -120,7 +117,7 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     means = config.means
     folder = storage.absolute(config.bundle)
     facts = Facts.read(folder)
-    order, region = _order(config, facts.patch)
+    order, region = read_order(config, facts.patch)
     plan = joint.plan(order, facts.patch)
     facts.check(order)
     if region:
@@ -296,49 +293,3 @@ async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
         return this.write(made)
     finally:
         await pool.shut_down()
-
-
-def _order(config: Sample, patch: Patch) -> tuple[Order, Region | None]:
-    """The order of a configuration, and the region that its reference names, if it names one.
-
-    Raises:
-        UserError: an order that cannot be read, or a reference beside another condition.
-    """
-    for key, other in (("at", "reference"), ("negative", "text")):
-        if getattr(config, key) and not getattr(config, other):
-            raise UserError(f"{key}= goes with {other}=, which is not given; give both or neither.")
-    order = orders.parse(_with_image(config) if config.image else config.order)
-    if config.text and config.reference:
-        raise UserError("text= and reference= both condition the image; give one of them.")
-    if config.text:
-        return replace(order, condition=_said(config, order.condition)), None
-    if not config.reference:
-        return order, None
-    if "condition" in config.order or order.count:
-        raise UserError(
-            "reference= conditions one large image: leave out order.condition.kind and order.count."
-        )
-    region = find_region(storage.absolute(config.reference), place_of(config.at), order, patch)
-    return replace(order, condition=Condition.of(region.grid)), region
-
-
-def _with_image(config: Sample) -> dict[str, Any]:
-    """The order's values with the image that is made larger, and the size that follows."""
-    content = storage.read_bytes(storage.absolute(config.image))
-    values = {"algorithm": "superres", **config.order}
-    source = {"octaves": orders.Source().octaves, **values.get("source", {})}
-    source["image"] = base64.b64encode(content).decode()
-    rows, columns = uploads.read(content, f"image={config.image}").shape[:2]
-    factor = 1 << min(30, max(0, orders.parse({"source": source}).source.octaves))
-    return {"size": f"{rows * factor}x{columns * factor}", **values, "source": source}
-
-
-def _said(config: Sample, condition: Condition) -> Condition:
-    """The condition of a text, and perhaps against another."""
-    from raylarge.models import text
-
-    encoder = text.load(config.text_encoder, config.text_weights)
-    vectors = encoder([config.text, config.negative])
-    made = Condition.of_vector(vectors[0], vectors[1] if config.negative else None)
-    names = ("fine", "draw", "prior_guidance", "prior_steps")
-    return replace(made, **{name: getattr(condition, name) for name in names})

@@ -89,10 +89,10 @@ def _contours(content: bytes, notes: list[str]) -> list[Rings]:
         words = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
         if not polygons:
             raise Refusal(
-                f"is no GeoJSON of polygons in level-0 pixels (it holds {words}, which have no "
-                "area)."
+                "is no GeoJSON of polygons in level-0 pixels (it holds shapes without area alone: "
+                f"{words})."
             )
-        notes.append(f"the mask's {words} have no area: they were left out")
+        notes.append(f"shapes of the mask without area were left out: {words}")
     return polygons
 
 

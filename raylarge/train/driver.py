@@ -85,7 +85,8 @@ def _trainer(ray: Any, worker: Callable[..., Any], settings: dict[str, bytes], c
     cpus = min(1.0, max(0.01, resources.get("CPU", 0) / crew.workers))
     each = {"CPU": 1.0 if elastic else cpus} | ({"GPU": 1.0} if gpus else {})
     fewest = crew.fewest if elastic else crew.workers
-    require_room(Room("training", each["CPU"], each.get("GPU", 0.0), fewest))
+    keys = "workers= or set gpu=false" if gpus else "workers="
+    require_room(Room("training", each["CPU"], each.get("GPU", 0.0), fewest, keys))
     return TorchTrainer(
         worker,
         train_loop_config=settings,
@@ -141,6 +142,11 @@ def _watched(work: Callable[[], Any], root: str, show: Callable[[Status], None])
         if status is not None and status != seen:
             seen = status
             show(status)
+    if failed and isinstance(failed[0], SystemExit):  # Ray's way to say that it is gone
+        raise UserError(
+            "Ray ended while its workers trained; the last checkpoint is kept, the same command "
+            "goes on from it."
+        ) from failed[0]
     if failed:
         raise failed[0]
     return done[0]
