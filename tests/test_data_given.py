@@ -112,7 +112,7 @@ def test_words_for_no_value_are_no_texts_and_are_counted(data, tmp_path, ending,
 
 def test_a_doubled_column_of_texts_is_refused(data, tmp_path):
     (tmp_path / "t.csv").write_text("key,text,text\n1,a,b\n")
-    with pytest.raises(UserError, match=r"t\.csv has 1 columns twice, such as 'text'; keep one"):
+    with pytest.raises(UserError, match=r"t\.csv has the column 'text' twice; keep one"):
         text_embed.run(data, TextEmbed(texts=f"{tmp_path}/t.csv"), Crew())
 
 

@@ -24,7 +24,7 @@ def test_slides_are_separated_by_commas_or_spaces(tmp_path):
 
 
 def test_the_closing_table_compares_with_no_condition():
-    image = {"cross_scale_error": 0.2, "seam_ratio": 1.1, "window_lines": 1.2}
+    image = {"cross_scale_error": 0.2, "seam_ratio": 1.1}
     loss = {"3": {"true": 0.5766, "shuffled": 0.6573, "null": 0.5675}}
     text = summary({"images": {"reference": image, "uncorrected": image}, "loss": loss})
     assert "0.6573 (+14.0%)  0.5675 (-1.6%)" in text

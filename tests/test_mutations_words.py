@@ -186,6 +186,8 @@ def test_words_of_an_order(seed):
     odd = [word.upper(), f" {word}", f"{word}\n", word[:-1], f"{word}s", None, 0, [word], {word: 1}]
     value = pick(rng, [word, *odd, "\ud800", "é" * 5000, True])
     expected = word if value == word else Refused(key.split(".")[-1])
+    if value is None and "null" in WORDS[key]:
+        expected = "null"  # JSON's own null names that kind, too
     check(lambda: order_of(key, value), expected)
 
 
