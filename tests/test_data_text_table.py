@@ -57,8 +57,8 @@ def test_words_for_no_value_are_empty_and_counted(tmp_path, word):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("slide,grade,grade\na,1,2\n", "columns twice, such as 'grade'"),
-        ("slide,grade, grade \na,1,2\n", "columns twice, such as 'grade'"),
+        ("slide,grade,grade\na,1,2\n", "has the column 'grade' twice"),
+        ("slide,grade, grade \na,1,2\n", "has the column 'grade' twice"),
         ("slide,grade\na,1\nb,2,3\n", "line 3: 3 cells under 2 columns"),
         ("slide,grade\na\n", "line 2: 1 cells under 2 columns"),
         ('slide,grade\n"a,1\n', "no CSV table"),
@@ -103,7 +103,7 @@ def test_parquet_says_the_same_as_csv(tmp_path):
     with pytest.raises(UserError, match="column 'v' holds list"):
         text_table.read(parquet(tmp_path, pa.table({"v": [[1.0]]})))
     twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["slide", "slide"])
-    with pytest.raises(UserError, match="columns twice, such as 'slide'"):
+    with pytest.raises(UserError, match="has the column 'slide' twice"):
         text_table.read(parquet(tmp_path, twice))
 
 

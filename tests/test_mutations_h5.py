@@ -8,7 +8,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from mutations import Refused, check, painted, pick
+from mutations import Refused, outcome, painted, pick
 from PIL import Image
 
 from raylarge import config, tables
@@ -108,7 +108,7 @@ def test_every_vector_comes_to_its_tile(tiled, tmp_path, seed):
     )
     shutil.copytree(tiled, tmp_path / "data")
     expected = {cell: vectors[cell].tolist() for cell in np.ndindex(ROWS, COLUMNS)}
-    check(lambda: imported(tmp_path / "data", folder), expected)
+    assert outcome(lambda: imported(tmp_path / "data", folder)) == expected
 
 
 def swapped(rng, xy, rows, told):
@@ -231,7 +231,7 @@ def test_a_file_with_one_fault_is_refused_for_it(tiled, tmp_path, seed):
     fault = FAULTS[seed % len(FAULTS)]
     xy, rows, told, words = fault(rng, *layout(truth(rng)))
     folder = write(tmp_path / "h5", xy, rows, told)
-    check(lambda: imported(tiled, folder, fill=fault is not lacking), Refused(*words))
+    assert outcome(lambda: imported(tiled, folder, fill=fault is not lacking)) == Refused(*words)
     assert not (tiled / "embed.json").exists()
 
 
@@ -244,7 +244,7 @@ def test_a_file_that_is_cut_or_garbled_is_refused_or_right(tiled, tmp_path, seed
     content = path.read_bytes()
     at = int(rng.integers(1, len(content)))
     path.write_bytes(pick(rng, [content[:at], b"", b"PK" + content, content[:8] + bytes(at)]))
-    check(lambda: imported(tiled, folder), Refused("its h5", "damaged or no HDF5"))
+    assert outcome(lambda: imported(tiled, folder)) == Refused("its h5", "damaged or no HDF5")
 
 
 @pytest.mark.parametrize("names", [(NAME.lower(),), (f"{NAME}2",), ("A (1)",), ("Å",), ()])
@@ -252,14 +252,14 @@ def test_a_file_of_another_name_is_not_taken(tiled, tmp_path, names):
     (tmp_path / "h5").mkdir()
     for name in names:
         write(tmp_path / "h5", *layout(truth(np.random.default_rng(45))), name)
-    check(lambda: imported(tiled, tmp_path / "h5"), Refused("h5"))
+    assert outcome(lambda: imported(tiled, tmp_path / "h5")) == Refused("h5")
 
 
 def test_two_files_of_one_name_are_refused(tiled, tmp_path):
     for form in ("NFC", "NFD"):
         layout_ = layout(truth(np.random.default_rng(46)))
         write(tmp_path / "h5", *layout_, unicodedata.normalize(form, NAME))
-    check(lambda: imported(tiled, tmp_path / "h5"), Refused("1 names twice"))
+    assert outcome(lambda: imported(tiled, tmp_path / "h5")) == Refused("1 names twice")
 
 
 def test_a_file_of_coords_is_not_taken_for_that_of_a_slide_so_named(tiled, tmp_path):
@@ -268,4 +268,4 @@ def test_a_file_of_coords_is_not_taken_for_that_of_a_slide_so_named(tiled, tmp_p
     write(tmp_path / "h5", *layout(vectors + 1), f"{NAME}_patches")
     shutil.copytree(tiled, tmp_path / "data")
     expected = {cell: vectors[cell].tolist() for cell in np.ndindex(ROWS, COLUMNS)}
-    check(lambda: imported(tmp_path / "data", tmp_path / "h5"), expected)
+    assert outcome(lambda: imported(tmp_path / "data", tmp_path / "h5")) == expected

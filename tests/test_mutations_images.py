@@ -8,7 +8,7 @@ import io
 import numpy as np
 import pytest
 import tifffile
-from mutations import Refused, check, painted, pick
+from mutations import Refused, outcome, painted, pick
 from PIL import Image
 
 from raylarge import uploads
@@ -132,8 +132,8 @@ def test_pixels_come_out_by_the_stated_rule(tmp_path, seed):
     kind = FINE[seed % len(FINE)]
     rgb = painted(rng, int(rng.integers(20, 60)), int(rng.integers(20, 60)))
     content, expected = kind(rng, rgb)
-    check(lambda: uploads.read(content, "source.image").tolist(), expected.tolist())
-    check(lambda: as_slide(content, tmp_path / "slide"), expected.tolist())
+    assert outcome(lambda: uploads.read(content, "source.image").tolist()) == expected.tolist()
+    assert outcome(lambda: as_slide(content, tmp_path / "slide")) == expected.tolist()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -147,8 +147,8 @@ def test_an_upload_is_turned_upright_and_a_slide_is_not(tmp_path, orientation):
         *(lambda x: x.transpose(1, 0, 2), lambda x: np.rot90(x, -1)),
         *(lambda x: x[::-1, ::-1].transpose(1, 0, 2), lambda x: np.rot90(x, 1)),
     ][orientation - 1](rgb)
-    check(lambda: uploads.read(content, "source.image").tolist(), upright.tolist())
-    check(lambda: as_slide(content, tmp_path / "slide"), rgb.tolist())
+    assert outcome(lambda: uploads.read(content, "source.image").tolist()) == upright.tolist()
+    assert outcome(lambda: as_slide(content, tmp_path / "slide")) == rgb.tolist()
 
 
 def floats(rng, rgb):
@@ -205,8 +205,10 @@ def test_pixels_without_a_stated_way_are_refused(tmp_path, seed):
     rng = np.random.default_rng([33, seed])
     rgb = painted(rng, int(rng.integers(40, 60)), int(rng.integers(40, 60)))
     content = ODD[seed % len(ODD)](rng, rgb)
-    check(lambda: uploads.read(content, "source.image").shape, Refused("source.image"))
-    check(lambda: as_slide(content, tmp_path / "slide"), Refused(f"slide {tmp_path}/slide"))
+    assert outcome(lambda: uploads.read(content, "source.image").shape) == Refused("source.image")
+    assert outcome(lambda: as_slide(content, tmp_path / "slide")) == Refused(
+        f"slide {tmp_path}/slide"
+    )
 
 
 def animation(rng, rgb):
@@ -222,7 +224,9 @@ def pages(rng, rgb):
 @pytest.mark.parametrize("several", [animation, pages])
 def test_an_upload_of_several_images_is_refused(several):
     content = several(None, painted(np.random.default_rng(34), 30, 40))
-    check(lambda: uploads.read(content, "source.image"), Refused("source.image", "several"))
+    assert outcome(lambda: uploads.read(content, "source.image")) == Refused(
+        "source.image", "several"
+    )
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tifffile
-from mutations import Refused, cells, check, pick
+from mutations import Refused, cells, outcome, pick
 from PIL import Image
 
 from raylarge.slides import masks
@@ -141,7 +141,7 @@ def test_a_mask_image_lights_its_own_cells(tmp_path, seed):
     save(rng, mask.repeat(side, axis=0).repeat(side, axis=1), tmp_path / "m")
     scale = int(rng.integers(1, 300))  # level-0 pixels per cell
     size_l0 = (shape[0] * scale, shape[1] * scale)
-    check(lambda: read(tmp_path / "m", size_l0, shape), mask.tolist())
+    assert outcome(lambda: read(tmp_path / "m", size_l0, shape)) == mask.tolist()
 
 
 def transposed(rng, mask, path):
@@ -184,7 +184,7 @@ def test_a_mask_image_that_does_not_fit_is_refused(tmp_path, seed):
     shape = (int(rng.integers(20, 30)), int(rng.integers(20, 40)))
     fault = (transposed, cropped, cut, empty, text, black)[seed % 6]
     expected = fault(rng, cells(rng, *shape), tmp_path / "m")
-    check(lambda: read(tmp_path / "m", (shape[0] * 9, shape[1] * 9), shape), expected)
+    assert outcome(lambda: read(tmp_path / "m", (shape[0] * 9, shape[1] * 9), shape)) == expected
 
 
 def ring(top, bottom, left, right, cell, rng):
@@ -246,7 +246,7 @@ def test_contours_light_their_own_cells(tmp_path, seed):
         polygons.append(rings)
     document = wrapped(rng, polygons)
     size_l0 = (shape[0] * cell, shape[1] * cell)
-    check(lambda: drawn(tmp_path, document, size_l0, shape), expected.tolist())
+    assert outcome(lambda: drawn(tmp_path, document, size_l0, shape)) == expected.tolist()
 
 
 FAULTY = [
@@ -275,7 +275,7 @@ def test_a_contour_with_one_fault_is_refused_for_it(tmp_path, fault):
         places = places[1:]
     change(places)
     document = wrapped(rng, [[places]])
-    check(lambda: drawn(tmp_path, document, (300, 200), (30, 20)), Refused(words))
+    assert outcome(lambda: drawn(tmp_path, document, (300, 200), (30, 20))) == Refused(words)
 
 
 BROKEN = [
@@ -300,4 +300,4 @@ def test_what_is_no_contour_is_refused_or_lights_nothing(tmp_path, broken):
     expected = Refused("is no GeoJSON of polygons")
     if BROKEN[broken] == "null":
         expected = np.zeros((30, 20), bool).tolist()
-    check(lambda: drawn(tmp_path, BROKEN[broken], (300, 200), (30, 20)), expected)
+    assert outcome(lambda: drawn(tmp_path, BROKEN[broken], (300, 200), (30, 20))) == expected

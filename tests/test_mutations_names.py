@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from mutations import NAMES, Refused, check, painted
+from mutations import NAMES, Refused, outcome, painted
 from PIL import Image
 
 from raylarge import config, tables
@@ -81,7 +81,7 @@ def slides_of(folder):
 
 def test_a_pattern_finds_all_of_them(folder):
     paths = sorted(f"{folder}/slides/{name}" for name in NAMES)
-    check(lambda: find_slides(f"{folder}/slides/*"), paths)
+    assert outcome(lambda: find_slides(f"{folder}/slides/*")) == paths
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,7 +89,7 @@ def test_a_slide_is_found_by_its_own_name_alone(folder, name):
     expected = [f"{folder}/slides/{name}"]
     if "," in name:
         expected = Refused("no slide fits")
-    check(lambda: find_slides(f"{folder}/slides/{name}"), expected)
+    assert outcome(lambda: find_slides(f"{folder}/slides/{name}")) == expected
 
 
 @pytest.mark.parametrize("index", range(len(NAMES)))
@@ -130,7 +130,7 @@ def test_a_damaged_slide_is_named_in_one_sentence(tmp_path, name):
         c if c.isprintable() or c == "\u200d" else c.encode("unicode_escape").decode()
         for c in unicodedata.normalize("NFC", name)
     )
-    check(lambda: prepare(settings, log), Refused(shown))
+    assert outcome(lambda: prepare(settings, log)) == Refused(shown)
 
 
 def test_two_names_that_differ_in_an_accent_alone_are_refused(tmp_path):
@@ -138,7 +138,7 @@ def test_two_names_that_differ_in_an_accent_alone_are_refused(tmp_path):
         (tmp_path / unicodedata.normalize(form, "é.png")).touch()
     values = {"slides": f"{tmp_path}/*.png", "out": f"{tmp_path}/data", "verbs": "tile"}
     log = Report(f"{tmp_path}/data/report.json")
-    check(lambda: prepare(config.build(Prepare, values), log), Refused("one file name"))
+    assert outcome(lambda: prepare(config.build(Prepare, values), log)) == Refused("one file name")
 
 
 def test_two_slides_of_one_stem_do_not_share_a_mask(tmp_path):
@@ -148,7 +148,9 @@ def test_two_slides_of_one_stem_do_not_share_a_mask(tmp_path):
     slides = f"{tmp_path}/a.png,{tmp_path}/a.PNG"
     values = {"slides": slides, "out": f"{tmp_path}/data", "verbs": "tile", "tile": tile}
     log = Report(f"{tmp_path}/data/report.json")
-    check(lambda: prepare(config.build(Prepare, values), log), Refused("tile.mask", "m_a.png"))
+    assert outcome(lambda: prepare(config.build(Prepare, values), log)) == Refused(
+        "tile.mask", "m_a.png"
+    )
 
 
 def test_slides_that_can_be_read_are_not_listed_among_those_that_cannot(tmp_path, capsys):
@@ -162,7 +164,7 @@ def test_slides_that_can_be_read_are_not_listed_among_those_that_cannot(tmp_path
     values = {"slides": f"{tmp_path}/slides/*", "out": f"{tmp_path}/data", "verbs": "tile"}
     settings = config.build(Prepare, {**values, "names": True, "tile": tile})
     log = Report(f"{tmp_path}/data/report.json")
-    check(lambda: prepare(settings, log), Refused("2 of 3 slides cannot be read"))
+    assert outcome(lambda: prepare(settings, log)) == Refused("2 of 3 slides cannot be read")
     listed = capsys.readouterr().out
     assert "bad1.tif" in listed
     assert "bad2.tif" in listed

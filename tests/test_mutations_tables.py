@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mutations import Refused, check, pick
+from mutations import Refused, outcome, pick
 
 from raylarge.data import roster, split_table
 from raylarge.data.candidates import Tile
@@ -122,7 +122,7 @@ def test_a_table_says_the_same_however_it_is_written(tmp_path, seed):
     rows = truth(rng)
     path = write(rng, tmp_path, *table_of(rng, rows))
     config = Tile(table=path, labels=["grade"])
-    check(lambda: seen(roster.index(list(rows), config)), expected_of(rows))
+    assert outcome(lambda: seen(roster.index(list(rows), config))) == expected_of(rows)
 
 
 def double_header(rng, columns, lines, paths):
@@ -216,7 +216,7 @@ def test_a_table_with_one_fault_is_refused_for_it(tmp_path, seed):
     else:
         path = write(rng, tmp_path, columns, lines)
     config = Tile(table=path, labels=["grade"])
-    check(lambda: seen(roster.index(list(rows), config)), refused)
+    assert outcome(lambda: seen(roster.index(list(rows), config))) == refused
 
 
 @pytest.mark.parametrize("seed", range(15))
@@ -242,7 +242,7 @@ def test_a_csv_that_is_broken_is_refused(tmp_path, seed):
     path = tmp_path / "t.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     config = Tile(table=str(path))
-    check(lambda: seen(roster.index(list(rows), config)), Refused(words))
+    assert outcome(lambda: seen(roster.index(list(rows), config))) == Refused(words)
 
 
 def split_file(rng, split):
@@ -282,8 +282,9 @@ def test_a_split_file_says_the_same_in_every_form(tmp_path, seed):
         "lost": Refused("1 of", "no split", "another.svs"),
         "other": Refused("names none of the slides"),
     }[fault]
-    check(
-        lambda: {e.path: e.split for e in roster.index(slides, Tile(split=path)).entries}, expected
+    assert (
+        outcome(lambda: {e.path: e.split for e in roster.index(slides, Tile(split=path)).entries})
+        == expected
     )
 
 
@@ -304,7 +305,7 @@ def test_a_split_file_that_contradicts_itself_is_refused(tmp_path, seed):
     )
     columns, lines = ["slide", "split"], [*lines, fault]
     path = write(rng, tmp_path, columns, lines)
-    check(lambda: len(split_table.read(path)[0].match(list(rows))), refused)
+    assert outcome(lambda: len(split_table.read(path)[0].match(list(rows)))) == refused
 
 
 @pytest.mark.parametrize("longer", ["S-1.5.svs", "S-1.svs.tif", "S-1.x.y.tif"])
@@ -313,7 +314,7 @@ def test_a_row_is_not_of_a_slide_with_a_longer_name(tmp_path, longer, nearer):
     (tmp_path / "t.csv").write_text("slide,split\nS-1,test\n")
     config = Tile(table=str(tmp_path / "t.csv"))
     refused = Refused("1 of 2", "no split", f"'{longer}'")
-    check(lambda: roster.index([nearer, longer], config), refused)
+    assert outcome(lambda: roster.index([nearer, longer], config)) == refused
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mutations import TEXTS, Refused, check, pick
+from mutations import TEXTS, Refused, outcome, pick
 
 from raylarge.data.given import Given
 
@@ -54,7 +54,7 @@ def test_a_text_is_of_its_own_example(tmp_path, seed):
         table = pa.table({"key": pa.array(keys, pa.uint64()), "text": texts}).take(order)
         pq.write_table(table, path, row_group_size=int(rng.integers(1, 9)))
     expected = [None if text in MISSING else text for text in texts]
-    check(lambda: answer(path, "text", [*keys, 5]), [*expected, None])
+    assert outcome(lambda: answer(path, "text", [*keys, 5])) == [*expected, None]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -69,7 +69,7 @@ def test_a_vector_is_of_its_own_example(tmp_path, seed):
     table = pa.table({"v": pa.array(cells, kind), "key": pa.array(keys, pa.uint64())})
     order = rng.permutation(len(keys))
     pq.write_table(table.take(order), tmp_path / "v.parquet", row_group_size=4)
-    check(lambda: answer(tmp_path / "v.parquet", "v", keys, vectors=True), vectors)
+    assert outcome(lambda: answer(tmp_path / "v.parquet", "v", keys, vectors=True)) == vectors
 
 
 FAULTS = [
@@ -98,7 +98,7 @@ FAULTS = [
 def test_a_table_of_texts_with_one_fault_is_refused_for_it(tmp_path, fault):
     content, words = FAULTS[fault]
     (tmp_path / "t.csv").write_text(content)
-    check(lambda: answer(tmp_path / "t.csv", "text", [1, 2]), Refused("t.csv", words))
+    assert outcome(lambda: answer(tmp_path / "t.csv", "text", [1, 2])) == Refused("t.csv", words)
 
 
 VECTORS = [
@@ -120,11 +120,11 @@ def test_vectors_with_one_fault_are_refused_for_it(tmp_path, fault):
     table = pa.table({"key": pa.array([1, 2], pa.uint64()), "v": cells})
     pq.write_table(table, tmp_path / "v.parquet")
     refused = Refused("v.parquet", words)
-    check(lambda: answer(tmp_path / "v.parquet", "v", [1, 2], vectors=True), refused)
+    assert outcome(lambda: answer(tmp_path / "v.parquet", "v", [1, 2], vectors=True)) == refused
 
 
 def test_a_column_twice_in_parquet_is_refused(tmp_path):
     arrays = [pa.array([1, 2], pa.uint64()), pa.array(["a", "b"]), pa.array(["x", "y"])]
     table = pa.Table.from_arrays(arrays, ["key", "text", "text"])
     pq.write_table(table, tmp_path / "t.parquet")
-    check(lambda: answer(tmp_path / "t.parquet", "text", [1]), Refused("'text' twice"))
+    assert outcome(lambda: answer(tmp_path / "t.parquet", "text", [1])) == Refused("'text' twice")

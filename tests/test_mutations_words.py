@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from mutations import Refused, check, numbers, pick, texts
+from mutations import Refused, numbers, outcome, pick, texts
 
 from raylarge import order
 from raylarge.config import parse
@@ -72,7 +72,7 @@ def test_text_stands_as_it_is(seed):
     word = texts(rng)
     if schema is Train and key == "logs" and word == "null":
         return  # the field may have no value
-    check(lambda: value_of(schema, key, word), word)
+    assert outcome(lambda: value_of(schema, key, word)) == word
 
 
 @pytest.mark.parametrize("seed", range(90))
@@ -82,7 +82,7 @@ def test_numbers_are_plain_decimal_numbers(seed):
     word, number = numbers(rng)
     value = typed(number, kind)
     expected = Refused(f"{key}=", "a whole number" if kind is int else "a number such as 0.5")
-    check(lambda: value_of(schema, key, word), expected if value is None else value)
+    assert outcome(lambda: value_of(schema, key, word)) == (expected if value is None else value)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -94,7 +94,7 @@ def test_lists_hold_plain_numbers(seed):
     word = f"[{pick(rng, [',', ', ', ' ,'])[:3].join(word for word, _ in pairs)}]"
     values = [typed(number, kind) for _, number in pairs]
     expected = Refused(f"{key}=", "a list") if None in values else values
-    check(lambda: value_of(Prepare, key, word), expected)
+    assert outcome(lambda: value_of(Prepare, key, word)) == expected
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -106,7 +106,7 @@ def test_a_place_is_two_plain_numbers(seed):
     fine = len(pairs) == 2 and all(type(n) is int and 0 <= n <= 1 << 17 for n in numbers_)
     word = pick(rng, [word, f"[{word}]"])
     expected = tuple(numbers_) if fine else Refused(f"at {word}", "a row and a column")
-    check(lambda: place_of(value_of(Sample, "at", word)), expected)
+    assert outcome(lambda: place_of(value_of(Sample, "at", word))) == expected
 
 
 RANGES = {  # what the documentation of the order says
@@ -145,7 +145,9 @@ def test_whole_numbers_of_an_order(seed):
     value, right = pick(
         rng, [(one, True) for one in fine] + [(one, False) for one in (*beyond, *ODD)]
     )
-    check(lambda: order_of(key, value), value if right else Refused(key.split(".")[-1]))
+    assert outcome(lambda: order_of(key, value)) == (
+        value if right else Refused(key.split(".")[-1])
+    )
 
 
 SIZES = [
@@ -165,7 +167,7 @@ SIZES = [
 @pytest.mark.parametrize("size", range(len(SIZES)))
 def test_sizes_of_an_order(size):
     value, expected = SIZES[size]
-    check(lambda: order_of("size", value), expected or Refused("size"))
+    assert outcome(lambda: order_of("size", value)) == (expected or Refused("size"))
 
 
 WORDS = {
@@ -188,7 +190,7 @@ def test_words_of_an_order(seed):
     expected = word if value == word else Refused(key.split(".")[-1])
     if value is None and "null" in WORDS[key]:
         expected = "null"  # JSON's own null names that kind, too
-    check(lambda: order_of(key, value), expected)
+    assert outcome(lambda: order_of(key, value)) == expected
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -198,9 +200,9 @@ def test_a_key_that_is_not_there_is_named(seed):
     odd = [known[:-1], f"{known}s", f"{known} ", known.upper(), f"{known}.x", "\udcff", "__class__"]
     key = pick(rng, [*odd, "sampler.__init__", "é", "x" * 3000])
     last = key.split(".")[-1] if len(key) < 99 and key.isprintable() else ""
-    check(lambda: order_of(key, 1), Refused(last))
+    assert outcome(lambda: order_of(key, 1)) == Refused(last)
     words = ["bundle=b", "out=o", f"order.{key}=1"]
-    check(lambda: parse(Sample, words, {}), Refused(last))
+    assert outcome(lambda: parse(Sample, words, {})) == Refused(last)
 
 
 UNREAD = [
@@ -223,4 +225,6 @@ UNREAD = [
 def test_what_an_order_would_not_read_is_refused(index):
     values, key = UNREAD[index]
     patch = Patch(side_px=64, factor=4, channels=3, scales=4)
-    check(lambda: joint.plan(order.parse(values), patch), Refused(key, "would not be used"))
+    assert outcome(lambda: joint.plan(order.parse(values), patch)) == Refused(
+        key, "would not be used"
+    )

@@ -16,6 +16,8 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
 
+from raylarge.errors import printable
+
 MISSING: Any = "???"
 """The default of a field that must be given."""
 
@@ -89,7 +91,7 @@ def shown(value: Any) -> str:
         text = "null" if value is None else str(value)
     if len(text) > _SHOWN:
         text = f"{text[:_SHOWN]}… ({len(text)} characters)"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text)
 
 
 def _any_of(kinds: Sequence[Any], value: Any) -> Any:

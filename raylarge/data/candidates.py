@@ -197,6 +197,12 @@ def splits(cells: Cells, k: int, rows: int, split: str, val_fraction: float) -> 
     return [str(name) for name in np.select([above, below], ["train", "val"], "")]
 
 
+def band_rows(rows_px: int, config: Tile) -> int:
+    """Return how many rows of base tiles `split=band` divides."""
+    padded = config.border == "pad"
+    return -(-rows_px // config.patch_px) if padded else rows_px // config.patch_px
+
+
 def band_edge(rows: int, val_fraction: float) -> int:
     """Return the first row of the base grid that `split=band` holds out."""
     return rows - (max(1, round(val_fraction * rows)) if val_fraction else 0)

@@ -24,7 +24,7 @@ from raylarge import storage
 from raylarge.data import given_rows
 from raylarge.data.given_rows import PLACE
 from raylarge.data.shard import key
-from raylarge.data.text_table import MISSING
+from raylarge.data.text_table import MISSING, missing_line, refuse_doubled
 from raylarge.errors import UserError
 
 _READ_TWICE = 50
@@ -68,10 +68,8 @@ class Given:
         """A line that says which words stood for no text, and how often; none where none did."""
         if not self._missing:
             return []
-        return [
-            f"{self.path}: {self._missing.total()} of {sum(self._source.counts)} cells of "
-            f"'{self._column}' say {', '.join(sorted(self._missing))} and count as empty"
-        ]
+        count = sum(self._source.counts)
+        return [missing_line(self.path, self._column, self._missing, count)]
 
     def find(self, keys: pa.ChunkedArray) -> Rows:
         """For each example's key its row here, or -1."""
@@ -217,9 +215,7 @@ def source_of(path: str) -> str:
 def _place(path: str, column: str, names: Sequence[str]) -> list[str]:
     """The columns that say which example a row is about."""
     there = ", ".join(names)
-    twice = [name for name in names if name and names.count(name) > 1]
-    if twice:
-        raise UserError(f"{path} has the column '{twice[0]}' twice; keep one.")
+    refuse_doubled(path, names)
     if column not in names:
         raise UserError(f"{path} has no column '{column}', but {there}.")
     place = ["key"] if "key" in names else list(PLACE)

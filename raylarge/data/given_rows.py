@@ -14,6 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from raylarge import storage
+from raylarge.data import text_table
 from raylarge.errors import UserError
 
 HELD_BYTES = 1 << 30
@@ -128,10 +129,7 @@ def _refuse_broken(path: str, content: bytes) -> None:
         for _ in reader:
             pass
     except csv.Error as error:
-        raise UserError(
-            f"{path} is no CSV table ({error} in line {reader.line_num}); save it as CSV in UTF-8, "
-            "or as .parquet."
-        ) from error
+        raise text_table.broken(path, error, reader.line_num) from error
 
 
 class _Csv(Source):

@@ -57,8 +57,7 @@ class TextTable:
     def missing_words(self, columns: Sequence[str]) -> list[str]:
         """A line for each of some columns in which words stand for no value."""
         return [
-            f"{self.path}: {self.missing[name].total()} of {len(self.rows)} cells of '{name}' say "
-            f"{', '.join(sorted(self.missing[name]))} and count as empty"
+            missing_line(self.path, name, self.missing[name], len(self.rows))
             for name in dict.fromkeys(columns)
             if self.missing.get(name)
         ]
@@ -96,9 +95,7 @@ def read(path: str) -> TextTable:
     is_parquet = path.endswith(".parquet") or content.startswith(_PARQUET)
     header, lines = _parquet(path, content) if is_parquet else _csv(path, content)
     columns = tuple(tidy(name) for name in header)
-    twice = [name for name, count in Counter(columns).items() if name and count > 1]
-    if twice:
-        raise UserError(f"{path} has {len(twice)} columns twice, such as '{twice[0]}'; keep one.")
+    refuse_doubled(path, columns)
     missing: dict[str, Counter[str]] = {}
     rows = []
     for line in lines:
@@ -111,6 +108,32 @@ def read(path: str) -> TextTable:
             row[name] = row.get(name) or text  # several columns may have no name
         rows.append(row)
     return TextTable(path, columns, rows, {k: words for k, words in missing.items() if words})
+
+
+def missing_line(path: str, column: str, words: Counter[str], count: int) -> str:
+    """Return a line that says which words stood for no value in a column of `count` cells."""
+    return (
+        f"{path}: {words.total()} of {count} cells of '{column}' say {', '.join(sorted(words))} "
+        "and count as empty"
+    )
+
+
+def refuse_doubled(path: str, columns: Sequence[str]) -> None:
+    """Refuse a table with two columns of one name.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    twice = [name for name, count in Counter(columns).items() if name and count > 1]
+    if twice:
+        raise UserError(f"{path} has the column '{twice[0]}' twice; keep one.")
+
+
+def broken(path: str, error: csv.Error, line: int) -> UserError:
+    """Return what to raise for a table that is no CSV, from a line on."""
+    return UserError(
+        f"{path} is no CSV table ({error} in line {line}); save it as CSV in UTF-8, or as .parquet."
+    )
 
 
 def tidy(text: str) -> str:
@@ -161,10 +184,7 @@ def _lines(path: str, text: str, separator: str) -> list[tuple[int, list[str]]]:
             if any(map(tidy, cells)) or (cells and not lines):
                 lines.append((reader.line_num, cells))
     except csv.Error as error:
-        raise UserError(
-            f"{path} is no CSV table ({error} in line {reader.line_num}); save it as CSV in UTF-8, "
-            "or as .parquet."
-        ) from error
+        raise broken(path, error, reader.line_num) from error
     if not lines:
         raise UserError(f"{path} is empty; give a table with a header.")
     return lines

@@ -21,6 +21,7 @@ from raylarge.data import name_table, parts, readable, roster
 from raylarge.data.candidates import (
     Grid,
     Tile,
+    band_rows,
     base_grid,
     box_means,
     candidates,
@@ -265,10 +266,10 @@ class Tiling(Maker):
         cells = candidates(slide.size_px, k, config, unit["slide_id"])
         shares = box_means(tissue, cells, 1 << k)
         grid = base_grid(slide.size_px, config)
-        rows = -(-slide.size_px[0] // config.patch_px) if config.border == "pad" else grid[0]
         if unit["view"]:
             named = view_splits(cells, k, slide, unit["split"], config)
         else:
+            rows = band_rows(slide.size_px[0], config)
             named = splits(cells, k, rows, unit["split"], config.val_fraction)
         least = config.tissue[min(k, len(config.tissue) - 1)]
         reasons = [

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from raylarge.data import roster
-from raylarge.data.candidates import Cells, Tile, band_edge
+from raylarge.data.candidates import Cells, Tile, band_edge, band_rows
 from raylarge.data.name_table import stems
 from raylarge.slides.reader import Slide
 from raylarge.slides.view import View
@@ -53,13 +53,7 @@ def view_splits(cells: Cells, k: int, slide: Slide, split: str, config: Tile) ->
     if split != "band":
         return [split] * len(cells)
     side = config.patch_px
-    edge_px = side * band_edge(_grid_rows(slide.whole_px[0], config), config.val_fraction)
+    edge_px = side * band_edge(band_rows(slide.whole_px[0], config), config.val_fraction)
     boxes = [(int(r) * side, int(c) * side, side << k, side << k) for r, c in cells]
     sources = [slide.view.source(box, slide.whole_px) for box in boxes]
     return ["train" if top + height <= edge_px else "" for top, _, height, _ in sources]
-
-
-def _grid_rows(rows_px: int, config: Tile) -> int:
-    """Return how many rows of base tiles count for the held-out band."""
-    padded = config.border == "pad"
-    return -(-rows_px // config.patch_px) if padded else rows_px // config.patch_px

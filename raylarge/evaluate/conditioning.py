@@ -21,6 +21,8 @@ from raylarge.diffusion.loss import draws, per_sample
 from raylarge.models.bundle import Bundle
 
 ROWS = 64
+ALIKE = 0.005
+"""A loss with another image's condition that is higher by less than this share counts as equal."""
 
 
 @torch.no_grad()
@@ -92,7 +94,7 @@ def meaning(losses: Mapping[Any, Mapping[str, float | int]]) -> str:
 def _verdict(loss: Mapping[str, float | int]) -> str:
     if loss["null"] <= loss["true"]:
         return "hurts"
-    return "ignored" if loss["shuffled"] <= loss["true"] else "helps"
+    return "ignored" if loss["shuffled"] <= (1 + ALIKE) * loss["true"] else "helps"
 
 
 def _against(loss: Mapping[str, float | int], name: str) -> str:

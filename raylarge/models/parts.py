@@ -211,6 +211,8 @@ def part(folder: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
     filled = weights.fill(module, _tensors(folder, name), f"{folder}: {name}")
     dtype = torch.float32 if isinstance(filled, AutoencoderTiny) else dtype
     nn.Module.to(filled, dtype)  # diffusers' own `to` warns of what does not concern it
+    if dtype == torch.float32:  # `fill` has looked at the values
+        return filled
     large = [name for name, value in filled.state_dict().items() if not weights.is_finite(value)]
     if large:
         raise UserError(

@@ -128,6 +128,7 @@ def put_if(path: str, content: bytes, etag: str | None) -> str | None:
     condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
 
     def write(fs: Any, root: str) -> str | None:
+        """One request, without the condition where the store knows none."""
         if not _is_s3(fs):
             fs.pipe_file(root, content)
             return None

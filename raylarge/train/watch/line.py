@@ -12,7 +12,7 @@ from raylarge import report
 from raylarge.train.context import Status
 
 FIRST_STEPS = 5
-"""Steps of this session after which its end is estimated."""
+"""Steps of this process after which the end is estimated."""
 
 
 @contextmanager
