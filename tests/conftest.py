@@ -175,3 +175,15 @@ def s3_bucket():
     yield "s3://raylarge"
     server.stop()
     patch.undo()
+
+
+@pytest.fixture
+def words(tiny_bundle, law_order):
+    """The command line of `jobs/sample.py` for the law's order."""
+
+    def flat(values, prefix):
+        for key, value in values.items():
+            name = f"{prefix}.{key}"
+            yield from flat(value, name) if isinstance(value, dict) else [f"{name}={value}"]
+
+    return [f"bundle={tiny_bundle}", *flat(law_order, "order")]

@@ -1,74 +1,27 @@
 """The service: what its HTTP says, without Ray."""
 
-import asyncio
 import logging
 import re
 import socket
 from pathlib import Path
 
-import httpx
 import numpy as np
 import psutil
 import pytest
+from service import serving
 
 from raylarge import images
 from raylarge.errors import UserError
-from raylarge.fleet.facts import Facts
 from raylarge.fleet.worker import Worker
 from raylarge.models import bundle
 from raylarge.serve import app
-from raylarge.serve.api import Api
-from raylarge.serve.desk import Desk, Limits
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"size": 64, "sampler": {"steps": 1}}
 
 
 @pytest.fixture(scope="module")
 def worker(tiny_bundle):
     return Worker(bundle.load(tiny_bundle))
-
-
-class Service:
-    """The API over a desk in this process, whose worker answers when the gate is open."""
-
-    def __init__(self, worker, **limits):
-        self.worker, self.gate, self.asked = worker, asyncio.Event(), 0
-        self.desk = Desk(self.answer, self.facts, Limits(**limits))
-        transport = httpx.ASGITransport(Api(self.desk).app())
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://here")
-
-    async def facts(self):
-        return Facts.of(self.worker.bundle)
-
-    async def answer(self, task, *inputs):
-        self.asked += 1
-        await self.gate.wait()
-        return self.worker.answer(task, *inputs)
-
-    async def post(self, values=SMALL, **more):
-        return await self.http.post("/v1/images", json={**values, **more})
-
-    async def state(self, id, *until):
-        while True:
-            state = (await self.http.get(f"/v1/images/{id}")).json()
-            if not until or state["state"] in until:
-                return state
-            await asyncio.sleep(0.01)
-
-
-def serving(worker, talk, **limits):
-    async def main():
-        service = Service(worker, **limits)
-        try:
-            async with service.http:
-                await asyncio.wait_for(talk(service), 60)
-        finally:
-            service.desk.close()
-            scratch = Path(service.desk._scratch.name)
-        assert not scratch.exists()
-
-    asyncio.run(main())
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -158,110 +111,6 @@ def test_an_order_that_is_no_order_is_one_sentence(worker, body, status, says, m
         assert service.asked == 0
 
     serving(worker, talk, body_bytes=4096)
-
-
-HOSTILE = [
-    b"",
-    b"null",
-    b'"size"',
-    b"\xff\xfe\xfa",
-    b'{"size": "\xc3("}',
-    b'{"size": NaN}',
-    b'{"size": 64, "sampler": {"rate": Infinity}}',
-    b'{"size": 64, "sampler": {"rate": -Infinity}}',
-    b'{"size": 64, "sampler": {"rate": 1e999}}',
-    b'{"size": 64, "size": 128}',
-    b'{"size": "\\ud800"}',
-    b'{"recipe": "\\ud800\\udfff"}',
-    b'{"\\ud800": 1}',
-    b'{"sampler": {"\\udc80": 1}}',
-    b'{"size": 64, "algorithm": "\\udcff"}',
-    b'{"size": 64, "condition": {"kind": "\\udcff"}}',
-    b'{"size": 64, "condition": {"kind": "embeddings", "data": "\\udcff", "shape": [1, 1, 8]}}',
-    b'{"size": 64, "seed": ' + b"9" * 3000 + b"}",
-    b'{"size": ' + b"[" * 900 + b"]" * 900 + b"}",
-    b'{"condition": ' * 500 + b"1" + b"}" * 500,
-    b'{"size": {"rows": 64}}',
-    b'{"size": [64, 64, 64]}',
-    b'{"size": true}',
-    b'{"size": 64, "sampler": []}',
-    b'{"size": 64, "sampler": "fast"}',
-    b'{"size": 64, "condition": 3}',
-    b'{"size": 64, "levels": 5}',
-    b'{"size": 64, "levels": {"a": 1}}',
-    b'{"size": 64, "condition": {"kind": "embeddings", "shape": [1e400]}}',
-    b'{"size": 64, "condition": {"kind": "embeddings", "shape": 8}}',
-    b'{"size": 64, "sampler": {"interval": [null, 1]}}',
-    b'{"size": 64, "source": {"octaves": "two"}}',
-    b'{"size": 64, "seed": -1}',
-    b'{"size": 64, "batch": 0}',
-    b'{"size": 64, "chunk": 0}',
-    b'{"count": -1}',
-    b'{"": 1}',
-    b'{"a.b": 1}',
-    b'{"size": 64, "x": "\\u0000"}',
-]
-
-
-@pytest.mark.parametrize("body", HOSTILE, ids=lambda body: ascii(body[:40]))
-def test_hostile_bodies_are_refused_at_once(worker, body):
-    async def talk(service):
-        answer = await service.http.post("/v1/images", content=body)
-        assert answer.status_code == 422, answer.text
-        assert answer.json()["detail"]
-        assert len(answer.content) < 9000
-        assert service.asked == 0
-
-    serving(worker, talk)
-
-
-@pytest.mark.parametrize(
-    ("kind", "status"),
-    [
-        ("application/json", 202),
-        ("application/json; charset=utf-8", 202),
-        ("application/vnd.order+json", 202),
-        ("", 202),
-        ("text/plain", 415),
-        ("application/x-www-form-urlencoded", 415),
-        ("multipart/form-data; boundary=x", 415),
-        ("\xe4", 415),
-    ],
-)
-def test_other_content_types_are_refused(worker, kind, status):
-    async def talk(service):
-        headers = {"content-type": kind.encode("latin-1")}
-        content = b'{"size": 64, "sampler": {"steps": 1}}'
-        answer = await service.http.post("/v1/images", content=content, headers=headers)
-        assert answer.status_code == status, answer.text
-        assert answer.json()
-
-    serving(worker, talk)
-
-
-def test_a_body_is_measured_before_it_is_read(worker):
-    async def endless():
-        while True:
-            yield b" " * 1000
-
-    async def talk(service):
-        for headers in ({"content-length": "99999999999"}, {}):
-            answer = await service.http.post("/v1/images", content=endless(), headers=headers)
-            assert answer.status_code == 413
-            assert "at most 4096 bytes" in answer.json()["detail"]
-
-    serving(worker, talk, body_bytes=4096)
-
-
-def test_names_of_images_are_echoed_harmlessly(worker):
-    async def talk(service):
-        for name in ("%ff%fe", "%ED%A0%80", "x" * 5000, "%00", "%E2%80%AE"):
-            answer = await service.http.get(f"/v1/images/{name}")
-            assert answer.status_code == 404
-            assert answer.json()["detail"].isascii()
-            assert len(answer.content) < 500
-
-    serving(worker, talk)
 
 
 def test_unknown_images_are_not_found(worker):

@@ -1,20 +1,14 @@
-import contextlib
 import functools
 import http.server
 import os
-import re
 import threading
-from pathlib import Path
 
 import fsspec.implementations.http
 import numpy as np
 import pytest
 
 from raylarge import pyramid, storage
-from raylarge.data import roster
-from raylarge.data.prepare import prepare
 from raylarge.errors import SlideError, UserError
-from raylarge.report import Report
 from raylarge.slides import fetch
 from raylarge.slides.fetch import companions, fetched
 from raylarge.slides.protocol import Refusal
@@ -153,137 +147,28 @@ def test_a_web_address_is_fetched_too(web, tmp_path, image, cache):
         open_slide(f"{web}/case.mrxs")
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Answers as `style` says: full, no-ranges, chunked, redirect, presigned, login, forbidden."""
-
-    protocol_version = "HTTP/1.1"
-    style, body, seen = "full", b"", None
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        style, head = self.style, self.command == "HEAD"
-        self.seen.append((self.command, self.headers.get("Range")))
-        signed = "X-Amz-Signature=S3CR3T" in self.path
-        if style == "forbidden" or (style == "presigned" and (head or not signed)):
-            return self.answer(403, b"")
-        if style == "redirect" and "/elsewhere/" not in self.path:
-            return self.answer(302, b"", Location="/elsewhere/a.tif?token=S3CR3T")
-        if style == "login":
-            return self.answer(200, b"\n<!DOCTYPE html><html>Log in</html>")
-        wanted = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if wanted and style in ("full", "redirect", "presigned"):
-            start, stop = int(wanted[1]), int(wanted[2] or len(self.body)) + 1
-            part = self.body[start:stop]
-            place = f"bytes {start}-{start + len(part) - 1}/{len(self.body)}"
-            return self.answer(206, part, **{"Content-Range": place, "ETag": '"one"'})
-        if style == "chunked":
-            self.send_response(200)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            if not head:
-                for at in range(0, len(self.body), 5000):
-                    piece = self.body[at : at + 5000]
-                    self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-                self.wfile.write(b"0\r\n\r\n")
-            return None
-        return self.answer(200, self.body)
-
-    def answer(self, status, body, **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            with contextlib.suppress(ConnectionError):  # who asked has read enough
-                self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def served(tmp_path, image):
-    """Starts a server of some style; gives the address of a slide."""
-    pyramid.write_image(str(tmp_path / "a.tif"), image, 0.5)
-    body, servers = (tmp_path / "a.tif").read_bytes(), []
+def fetching(monkeypatch):
+    """Lets a function fetch web addresses, for one test: file systems keep what they began with."""
+    system = fsspec.implementations.http.HTTPFileSystem
 
-    def start(style):
-        handler = type("One", (Server,), {"style": style, "body": body, "seen": []})
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/slides/a.tif"
+    def by(function):
+        monkeypatch.setattr(system, "_get_file", function)
+        system.clear_instance_cache()
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    yield by
+    monkeypatch.undo()
+    system.clear_instance_cache()
 
 
-QUERY = "?X-Amz-Credential=a/b/c&X-Amz-Signature=S3CR3T"
-
-
-@pytest.mark.parametrize("style", ["full", "no-ranges", "chunked", "redirect", "presigned"])
-def test_any_web_server_will_do_and_no_query_is_kept(
-    served, image, tmp_path, style, tiny_prepare, capsys, caplog
-):
-    url = served(style) + QUERY
-    with open_slide(url) as slide:
-        assert (slide.read(0, 0, *slide.size_px) == image).all()
-    config = tiny_prepare(slides=url, verbs="tile,embed", tile={"mask": "all", "scales": [0]})
-    prepare(config, Report(str(tmp_path / "report.json")))
-    assert list(storage.read_json(f"{config.out}/names.json").values()) == [url.partition("?")[0]]
-    assert list(storage.read_json(f"{config.out}/names.json")) == [
-        roster.pseudonym(config.tile.salt, "a.tif")
-    ]
-    prepare(config, Report(str(tmp_path / "report.json")))
-    files = [path for path in Path(config.out).rglob("*") if path.is_file()]
-    assert not [
-        path for path in [*files, tmp_path / "report.json"] if b"S3CR3T" in path.read_bytes()
-    ]
-    spoken = capsys.readouterr()
-    assert "S3CR3T" not in spoken.out + spoken.err + caplog.text
-
-
-def test_a_web_page_in_the_place_of_a_slide_is_one_sentence(served, cache):
-    url = served("login")
-    with pytest.raises(SlideError, match=rf"^slide {url} is a web page and no slide: .*login"):
-        open_slide(url + QUERY)
-    assert not list(cache.rglob("a.tif"))
-
-
-def test_a_refused_address_does_not_show_its_query(served, tmp_path, tiny_prepare):
-    url = served("forbidden")
-    with pytest.raises(UserError, match=rf"{url}: the server answers 403; .*run out") as told:
-        open_slide(url.replace("http://", "http://me:S3CR3T@") + QUERY)
-    assert "S3CR3T" not in str(told.value)
-    config = tiny_prepare(slides=url + QUERY, verbs="tile")
-    with pytest.raises(UserError, match="answers 403") as told:
-        prepare(config, Report(str(tmp_path / "report.json")))
-    assert "S3CR3T" not in str(told.value)
-
-
-def test_a_fingerprint_over_the_web_fetches_no_whole_slide(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(roster, "_PEEK_BYTES", 1000)
-    content = (tmp_path / "a.tif").read_bytes()
-    expected = storage.digest(f"{len(content)} ".encode() + content[:1000] + content[-1000:])
-    assert roster.fingerprint(served("full")) == roster.fingerprint(str(tmp_path / "a.tif"))
-    assert roster.fingerprint(served("full")) == expected
-    assert roster.fingerprint(served("no-ranges")) == roster.fingerprint(served("no-ranges"))
-
-
-def test_a_full_disk_while_fetching_is_one_sentence(web, tmp_path, monkeypatch, cache):
+def test_a_full_disk_while_fetching_is_one_sentence(web, tmp_path, fetching, cache):
     async def full(self, source, target, **_):
         with open(target, "wb") as stream:
             stream.write(b"half")
         raise OSError(28, "No space left on device")
 
     (tmp_path / "web/made.tif").write_bytes(b"x" * 100)
-    monkeypatch.setattr(fsspec.implementations.http.HTTPFileSystem, "_get_file", full)
-    fsspec.implementations.http.HTTPFileSystem.clear_instance_cache()
+    fetching(full)
     with pytest.raises(
         UserError, match=r"made\.tif does not fit on the disk of the cache .*larger"
     ) as told:
@@ -378,14 +263,13 @@ def test_a_range_that_fails_for_good_leaves_nothing(memory, lanes, monkeypatch, 
     assert list(cache.rglob("large.tif")) == []
 
 
-def test_a_stream_that_is_cut_short_is_no_fault_of_the_slide(web, tmp_path, monkeypatch, cache):
+def test_a_stream_that_is_cut_short_is_no_fault_of_the_slide(web, tmp_path, fetching, cache):
     async def short(self, source, target, **_):
         with open(target, "wb") as stream:
             stream.write(b"half")
 
     (tmp_path / "web/made.tif").write_bytes(b"x" * 100)
-    monkeypatch.setattr(fsspec.implementations.http.HTTPFileSystem, "_get_file", short)
-    fsspec.implementations.http.HTTPFileSystem.clear_instance_cache()
+    fetching(short)
     with pytest.raises(UserError, match="4 of 100 bytes came") as told:
         open_slide(f"{web}/made.tif")
     assert told.type is UserError

@@ -2,11 +2,14 @@
 
 import importlib
 import os
+import tempfile
 
 import pytest
 
 from raylarge import storage
 from raylarge.errors import UserError
+
+NOBODY = 65534
 
 
 def test_a_check_leaves_no_trace(tmp_path):
@@ -39,11 +42,31 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, place, says):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "dangling"}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_rights_is_one_sentence(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="Permission denied"):
-        storage.require_writable("out", str(tmp_path / "new"))
+def refusal_of_anybody(folder):
+    """What a user without rights is told of a folder: a process of its own, as root has all."""
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if not child:
+        if os.geteuid() == 0:
+            os.setuid(NOBODY)
+        try:
+            storage.require_writable("out", folder)
+        except UserError as error:
+            os.write(sender, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(sender)
+    os.waitpid(child, 0)
+    with open(receiver) as stream:
+        return stream.read()
+
+
+def test_a_folder_without_rights_is_one_sentence():
+    with tempfile.TemporaryDirectory() as folder:  # that of pytest is closed to other users
+        os.chmod(folder, 0o555)
+        assert "Permission denied" in refusal_of_anybody(f"{folder}/new")
+        os.chmod(folder, 0o777)
+        assert refusal_of_anybody(f"{folder}/new") == ""
 
 
 def test_a_bucket_is_asked_too(s3_bucket):

@@ -85,6 +85,7 @@ def record(config):
     def change(**more):
         storage.write_json(path, storage.read_json(path) | more)
         identity.refuse_mixing(config, run_folder(config))
+        return storage.read_json(path)
 
     return change
 
@@ -99,7 +100,7 @@ def test_a_key_that_is_gone_is_named(record, monkeypatch):
 
 
 def test_keys_that_may_change_or_are_of_other_models_do_not_count(record):
-    record(workers=7, vae={"width": 3}, gpu=True)
+    assert record(workers=7, vae={"width": 3}, gpu=True)["ldm"] == record()["ldm"]
 
 
 def test_a_key_may_be_renamed_and_a_default_may_change(config, record, monkeypatch):

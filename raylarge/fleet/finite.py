@@ -13,20 +13,8 @@ from torch import Tensor
 
 from raylarge.errors import UserError
 from raylarge.models.weights import is_finite
-from raylarge.sampling.tasks import (
-    Band,
-    Decode,
-    DecodeEach,
-    Draw,
-    Given,
-    Guide,
-    Imagine,
-    Invert,
-    Mosaic,
-    Parts,
-    Task,
-    Windows,
-)
+from raylarge.sampling import tasks
+from raylarge.sampling.tasks import Parts, Task
 
 NAMED_WINDOWS = 4
 """Windows that a message names; of more it names the first ones."""
@@ -61,19 +49,19 @@ def _cells(windows: tuple[tuple[int, int], ...]) -> str:
 
 
 _DESCRIPTIONS: dict[type[Task], Callable[[Any], str]] = {
-    Draw: lambda t: (
+    tasks.Draw: lambda t: (
         f"the conditions ({t.kind}) of windows (row, column) {_cells(t.windows)} at scale {t.scale}"
     ),
-    Given: lambda t: "the pixels of order.source.image",
-    Imagine: lambda t: "the embeddings that the grid prior drew",
-    Invert: lambda t: f"the embeddings inferred from an image at scale {t.scale}",
-    Guide: lambda t: f"the guide's frames at scale {t.scale}",
-    Windows: lambda t: (
+    tasks.Given: lambda t: "the pixels of order.source.image",
+    tasks.Imagine: lambda t: "the embeddings that the grid prior drew",
+    tasks.Invert: lambda t: f"the embeddings inferred from an image at scale {t.scale}",
+    tasks.Guide: lambda t: f"the guide's frames at scale {t.scale}",
+    tasks.Windows: lambda t: (
         f"the latents of windows (row, column) {_cells(t.windows)} at scale {t.scale} "
         f"after steps {t.first + 1} to {t.last}"
     ),
-    Band: lambda t: f"the latents of band {t.band} at step {t.step}",
-    Mosaic: lambda t: f"the latents of row {t.row} of windows at correction {t.look}",
-    Decode: lambda t: f"the decoded pixel rows {t.top} to {t.bottom - 1}",
-    DecodeEach: lambda t: "the decoded patches",
+    tasks.Band: lambda t: f"the latents of band {t.band} at step {t.step}",
+    tasks.Mosaic: lambda t: f"the latents of row {t.row} of windows at correction {t.look}",
+    tasks.Decode: lambda t: f"the decoded pixel rows {t.top} to {t.bottom - 1}",
+    tasks.DecodeEach: lambda t: "the decoded patches",
 }

@@ -1,0 +1,54 @@
+"""The API in this process, without Ray, for the tests of the service."""
+
+import asyncio
+from pathlib import Path
+
+import httpx
+
+from raylarge.fleet.facts import Facts
+from raylarge.serve.api import Api
+from raylarge.serve.desk import Desk, Limits
+
+SMALL = {"size": 64, "sampler": {"steps": 1}}
+
+
+class Service:
+    """The API over a desk in this process, whose worker answers when the gate is open."""
+
+    def __init__(self, worker, **limits):
+        self.worker, self.gate, self.asked = worker, asyncio.Event(), 0
+        self.desk = Desk(self.answer, self.facts, Limits(**limits))
+        transport = httpx.ASGITransport(Api(self.desk).app())
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://here")
+
+    async def facts(self):
+        return Facts.of(self.worker.bundle)
+
+    async def answer(self, task, *inputs):
+        self.asked += 1
+        await self.gate.wait()
+        return self.worker.answer(task, *inputs)
+
+    async def post(self, values=SMALL, **more):
+        return await self.http.post("/v1/images", json={**values, **more})
+
+    async def state(self, id, *until):
+        while True:
+            state = (await self.http.get(f"/v1/images/{id}")).json()
+            if not until or state["state"] in until:
+                return state
+            await asyncio.sleep(0.01)
+
+
+def serving(worker, talk, **limits):
+    async def main():
+        service = Service(worker, **limits)
+        try:
+            async with service.http:
+                await asyncio.wait_for(talk(service), 60)
+        finally:
+            service.desk.close()
+            scratch = Path(service.desk._scratch.name)
+        assert not scratch.exists()
+
+    asyncio.run(main())
