@@ -31,7 +31,7 @@ def tiny() -> Overrides:
     From one small slide, whose lowest band of rows is held out. Expect mud, to the slide's
     palette and coarse structure; the learning rate falls to 0 when the time is up. It predicts
     v: predicting noise, 216 steps gave saturated green and black (benchmarks/LOG.md).
-    Measured: benchmarks/results/demo_2cores_202611.md.
+    Measured: benchmarks/results/demo_2cores_202612.md.
     """
     tile = {
         "patch_px": 64,
