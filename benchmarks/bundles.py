@@ -13,7 +13,7 @@ from raylarge.models import unet
 from raylarge.models.autoencoder import Autoencoder, vq_f4
 from raylarge.models.bundle import Bundle
 from raylarge.models.cdm import CDM
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.summarizer import ConvSummarizer, Summarizer
 from raylarge.models.unet import UNetConfig
 

@@ -26,7 +26,7 @@ from raylarge import config as configuration
 from raylarge import schema, storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
-from raylarge.models import parts
+from raylarge.models import bundle_parts
 from raylarge.models.bundle import Bundle
 from raylarge.train.ingest import latents_table
 from raylarge.train.launch import Train, train
@@ -103,15 +103,15 @@ def few(data: str, bundle: str, out: str, counts: Counts) -> None:
 
 def begun(bundle: str, out: str) -> str:
     """A bundle with the autoencoder of another, unless it stands already; its folder."""
-    bundle = parts.local(bundle)
-    if not Path(out, parts.INDEX).exists():
+    bundle = bundle_parts.local(bundle)
+    if not Path(out, bundle_parts.INDEX).exists():
         shutil.copytree(Path(bundle, "vae"), Path(out, "vae"), dirs_exist_ok=True)
-        index = storage.read_json(storage.join(bundle, parts.INDEX))
+        index = storage.read_json(storage.join(bundle, bundle_parts.INDEX))
         known = index["raylarge"]
         kept = {name: known[name] for name in ("format", "patch_px") if name in known}
         kept["digests"] = {"vae": known["digests"]["vae"]}
         entries = {name: value for name, value in index.items() if name[0] == "_" or name == "vae"}
-        storage.write_json(storage.join(out, parts.INDEX), entries | {"raylarge": kept})
+        storage.write_json(storage.join(out, bundle_parts.INDEX), entries | {"raylarge": kept})
     return out
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from raylarge import report, storage
 from raylarge.config import parse
-from raylarge.models.imported import Import, import_bundle
+from raylarge.models.bundle_import import Import, import_bundle
 
 
 def main(arguments: list[str]) -> None:

@@ -5,7 +5,7 @@ from diffusers import AutoencoderTiny
 
 from raylarge.models import autoencoder, bundle, unet
 from raylarge.models.embedder import VectorEmbedder
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.summarizer import ConvSummarizer, Summarizer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

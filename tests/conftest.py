@@ -20,7 +20,7 @@ def tiny_bundle(tmp_path_factory):
 
     from raylarge.models import bundle, unet
     from raylarge.models.cdm import CDM
-    from raylarge.models.light import LightAutoencoder
+    from raylarge.models.light_autoencoder import LightAutoencoder
     from raylarge.models.summarizer import Summarizer
 
     torch.manual_seed(0)

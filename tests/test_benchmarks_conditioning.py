@@ -14,7 +14,7 @@ from raylarge.errors import UserError
 from raylarge.metrics.frechet import frechet, moments
 from raylarge.metrics.kernel import kernel_distance
 from raylarge.models import bundle as bundles
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.report import Report
 from raylarge.train.ingest import Ingest, latents_table
 from raylarge.train.task import Recipe

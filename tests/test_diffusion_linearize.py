@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as attention
 
 from raylarge.diffusion.linearize import linearize
 from raylarge.models.autoencoder import Autoencoder
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 
 
 def drawn(*shape, seed=0, dtype=torch.float64):

@@ -12,7 +12,7 @@ from raylarge.data.prepare import Prepare
 from raylarge.errors import UserError
 from raylarge.models import ssl
 from raylarge.models.cdm import CDM
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.unet import UNetConfig
 from raylarge.train.ldm import LdmTask
 from raylarge.train.settings import Train, checked

@@ -12,7 +12,7 @@ from PIL import Image
 
 from jobs import prepare, sample, train
 from raylarge import storage
-from raylarge.models import bundle, parts
+from raylarge.models import bundle, bundle_parts
 from raylarge.slides import procedural
 
 PRIVATE = ("names.json",)
@@ -85,7 +85,7 @@ def test_settings_stay_without_their_places(made):
     facts = bundle.facts(str(made / "bundle"))
     config = facts["ldm"]["config"]
     assert config["batch"] == 2
-    assert not config.keys() & set(parts.PLACES)
+    assert not config.keys() & set(bundle_parts.PLACES)
     assert storage.read_json(f"{made}/data/tile.json")["config"]["tile"]["patch_px"] == 64
 
 

@@ -15,8 +15,8 @@ from raylarge import storage
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
 from raylarge.fleet.facts import Facts
-from raylarge.models import autoencoder, bundle, controlnet, parts
-from raylarge.models.cells import Conditioner
+from raylarge.models import autoencoder, bundle, bundle_parts, controlnet
+from raylarge.models.conditioner import Conditioner
 from raylarge.models.prior import GridPrior
 from raylarge.models.summarizer import ConvSummarizer
 
@@ -163,10 +163,10 @@ def test_a_kill_between_parts_leaves_nothing_that_does_not_belong_together(tmp_p
     with pytest.raises(KeyboardInterrupt):
         bundle.save(folder, new, {"note": 1})
     monkeypatch.undo()
-    index, known = parts.index(folder), bundle.facts(folder)
+    index, known = bundle_parts.index(folder), bundle.facts(folder)
     assert {"vae", "unet", "scheduler"} == set(index) - {"raylarge"} == set(known["digests"])
     assert known["digests"]["unet"] != before["digests"]["unet"]
-    assert known["digests"]["unet"] == parts.computed_digest(f"{folder}/unet")
+    assert known["digests"]["unet"] == bundle_parts.computed_digest(f"{folder}/unet")
     with pytest.raises(UserError, match="lacks summarizer"):
         bundle.load(folder)
     bundle.save(folder, {"summarizer": new["summarizer"]}, {})

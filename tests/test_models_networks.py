@@ -12,10 +12,10 @@ from raylarge.metrics.seams import seam_ratio
 from raylarge.models import bundle as bundles
 from raylarge.models import unet
 from raylarge.models.cdm import CDM
-from raylarge.models.cells import cells_of, normalise
+from raylarge.models.conditioner import cells_of, normalise
 from raylarge.models.denoiser import GaussianDenoiser, Guided, guided
 from raylarge.models.embedder import VectorEmbedder
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.summarizer import Summarizer, _spread
 from raylarge.resample import upsample
 from raylarge.train.cdm import CdmConfig, CdmTask

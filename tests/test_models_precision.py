@@ -14,7 +14,7 @@ from raylarge.metrics.restoration import psnr
 from raylarge.models import published
 from raylarge.models.autoencoder import Autoencoder
 from raylarge.models.denoiser import NetworkDenoiser
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.order import Sampler
 from raylarge.resample import downsample
 from raylarge.sampling.constraint import correct, differentiated

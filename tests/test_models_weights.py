@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from raylarge.errors import UserError
-from raylarge.models import weights, wrappers
+from raylarge.models import state_dicts, weights
 
 
 def network():
@@ -83,8 +83,8 @@ def test_wrappers_without_tensors_are_passed_over():
         ({"student": other, "teacher": named}, named),
         ({7: torch.ones(1), "note": np.array(["a"]), "object": np.array([None]), **named}, named),
     ]:
-        assert torch.equal(wrappers.tensors(found)["w"], wanted["w"])
-        assert list(wrappers.tensors(found)) == ["w"]
+        assert torch.equal(state_dicts.tensors(found)["w"], wanted["w"])
+        assert list(state_dicts.tensors(found)) == ["w"]
 
 
 def test_a_network_owns_its_tensors():

@@ -9,7 +9,7 @@ from torch import nn
 from raylarge.diffusion.noise import normal
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
-from raylarge.models.cells import Conditioner, normalise, read
+from raylarge.models.conditioner import Conditioner, normalise, read
 from raylarge.models.denoiser import GaussianDenoiser
 from raylarge.models.summarizer import Summarizer
 from raylarge.sampling import invert as inversion

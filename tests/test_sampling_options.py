@@ -18,7 +18,7 @@ from raylarge.models import bundle as bundles
 from raylarge.models import controlnet
 from raylarge.models.autoencoder import Autoencoder
 from raylarge.models.denoiser import GaussianDenoiser, Guided, NetworkDenoiser, bound
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.order import Condition
 from raylarge.sampling import joint, trajectory
 from raylarge.sampling.plan import run

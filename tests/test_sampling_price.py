@@ -15,7 +15,7 @@ from raylarge.models import bundle as bundles
 from raylarge.models import controlnet
 from raylarge.models.autoencoder import Autoencoder
 from raylarge.models.cost import Counts
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.prior import GridPrior
 from raylarge.order import Condition
 from raylarge.sampling import joint, price

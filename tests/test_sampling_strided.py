@@ -18,7 +18,7 @@ from raylarge.diffusion.steps import ddim
 from raylarge.errors import UserError
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import Patch, windows
-from raylarge.models.cells import normalise
+from raylarge.models.conditioner import normalise
 from raylarge.models.denoiser import GaussianDenoiser, NetworkDenoiser, standard_guidance
 from raylarge.order import Condition
 from raylarge.sampling import bands, joint

@@ -13,7 +13,7 @@ from raylarge import config as config_of
 from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.launch import Train, run_folder, train
 

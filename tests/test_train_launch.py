@@ -17,7 +17,7 @@ from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models.cdm import CDM
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.prior import GridPrior
 from raylarge.models.summarizer import Summarizer
 from raylarge.train import vae

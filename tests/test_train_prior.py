@@ -15,7 +15,7 @@ from raylarge.data.text_embed import TextEmbed
 from raylarge.diffusion.noise import generator
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
-from raylarge.models import parts
+from raylarge.models import bundle_parts
 from raylarge.models.prior import Walk
 from raylarge.train import prior
 from raylarge.train.prior import PriorConfig
@@ -239,7 +239,7 @@ def test_the_average_is_what_a_bundle_holds(make, tmp_path):
     task = make()
     averaged = {name: value + 1 for name, value in task.averaged.state_dict().items()}
     task.finish(str(tmp_path / "bundle"), averaged, {"step": 3}, Rows().batch(range(64)))
-    found = parts.part(str(tmp_path / "bundle"), "prior")
+    found = bundle_parts.part(str(tmp_path / "bundle"), "prior")
     assert torch.equal(found.grid_out.bias, torch.ones(CHANNELS))
     assert (found.config.side, found.config.vector) == (4, VECTOR)
     known = bundles.facts(str(tmp_path / "bundle"))["prior"]

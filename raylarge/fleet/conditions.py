@@ -18,7 +18,7 @@ from raylarge import images, uploads
 from raylarge.errors import UserError
 from raylarge.geometry import batches
 from raylarge.models.bundle import Bundle
-from raylarge.models.cells import SIDE
+from raylarge.models.conditioner import SIDE
 from raylarge.models.prior import Walk
 from raylarge.sampling import canvas, invert, strided
 from raylarge.sampling.tasks import Draw, Given, Imagine, Invert

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from raylarge.errors import UserError
 from raylarge.geometry import Patch
 from raylarge.models import bundle as bundles
-from raylarge.models import parts
+from raylarge.models import bundle_parts
 from raylarge.models.bundle import Bundle
 from raylarge.order import Order
 
@@ -93,13 +93,13 @@ class Facts:
             UserError: there is no bundle, or a part was not trained yet.
         """
         require(folder)
-        index = parts.index(folder)
+        index = bundle_parts.index(folder)
         return cls(
             bundles.patch_of(folder),
             bundles.digest(folder),
-            int(parts.config(folder, "summarizer")["channels"]),
+            int(bundle_parts.config(folder, "summarizer")["channels"]),
             "cdm" in index,
-            int(parts.config(folder, "prior")["vector"]) if "prior" in index else 0,
+            int(bundle_parts.config(folder, "prior")["vector"]) if "prior" in index else 0,
             "controlnet" in index,
             "vae_small" in index,
             bundles.facts(folder).get("base_mpp"),
@@ -112,5 +112,5 @@ def require(folder: str) -> None:
     Raises:
         UserError: there is none, or a part was not trained yet.
     """
-    if not parts.there(folder) or not set(bundles.NEEDED) <= set(parts.index(folder)):
+    if not bundle_parts.there(folder) or not set(bundles.NEEDED) <= set(bundle_parts.index(folder)):
         bundles.load(folder)  # fails, and its error says what is missing and how to make it

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 
 NETWORKS: tuple[type, ...] = (LightAutoencoder, VQModel, AutoencoderKL, AutoencoderTiny)
 

@@ -24,12 +24,12 @@ from raylarge import storage
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
 from raylarge.geometry import Patch
-from raylarge.models import parts as files
+from raylarge.models import bundle_parts as files
 from raylarge.models import weights
 from raylarge.models.autoencoder import Autoencoder, sizes
+from raylarge.models.bundle_lock import saving
+from raylarge.models.bundle_parts import PARTS, digest
 from raylarge.models.denoiser import Denoiser, NetworkDenoiser
-from raylarge.models.parts import PARTS, digest
-from raylarge.models.saving import saving
 
 __all__ = ["PARTS", "Bundle", "digest", "facts", "load", "load_autoencoder", "patch_of", "save"]
 NEEDED = ("vae", "unet", "summarizer")
@@ -50,7 +50,7 @@ _MAKING = ".part-"
 class Bundle:
     """The parts in evaluation mode on one device, and the facts that sampling plans with.
 
-    `summarizer` is any conditioner (`models/cells.py`); the parts that a bundle does not have
+    `summarizer` is any conditioner (`models/conditioner.py`); the parts that a bundle does not have
     are None.
     """
 

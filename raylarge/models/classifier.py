@@ -24,7 +24,7 @@ from timm.layers import DropPath, freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from raylarge.errors import UserError
-from raylarge.models import weights, wrappers
+from raylarge.models import state_dicts, weights
 
 _GROUP = 16  # channels
 
@@ -124,7 +124,7 @@ def _grouped(module: nn.Module) -> nn.Module:
     return module
 
 
-def _stored(path: str) -> wrappers.State:
+def _stored(path: str) -> state_dicts.State:
     """A file's tensors in timm's names."""
     state = weights.read(path)
     if any(name.startswith("body.") for name in state):  # a Classifier's own
@@ -132,14 +132,14 @@ def _stored(path: str) -> wrappers.State:
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
-def _fill(network: Any, state: wrappers.State, name: str) -> None:
+def _fill(network: Any, state: state_dicts.State, name: str) -> None:
     """Copy all weights but a head's of other classes.
 
     Raises:
         UserError: they are not this network's.
     """
     wanted = network.state_dict()
-    state = wrappers.unprefixed(state, wanted)
+    state = state_dicts.unprefixed(state, wanted)
     heads = network.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     own = tuple(f"{head}." for head in heads)

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from raylarge.models.cells import SLOTS, read
+from raylarge.models.conditioner import SLOTS, read
 
 
 class VectorEmbedder(ModelMixin, ConfigMixin):

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from raylarge.errors import UserError
-from raylarge.models import ssl, ssl_networks, weights, wrappers
+from raylarge.models import ssl, ssl_networks, state_dicts, weights
 
 _STAGES = 3
 """Stages of EfficientNet-Lite0 that are compared: 1/2, 1/4 and 1/8 of the image's side."""
@@ -115,7 +115,7 @@ def _package() -> Any:
         ) from error
 
 
-def _from_torchvision() -> wrappers.State:
+def _from_torchvision() -> state_dicts.State:
     from torchvision.models import VGG16_Weights
 
     try:

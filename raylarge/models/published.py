@@ -21,7 +21,7 @@ from raylarge.errors import UserError
 from raylarge.models.autoencoder import Autoencoder, kl, vq
 from raylarge.models.cdm import CDM
 from raylarge.models.embedder import VectorEmbedder
-from raylarge.models.ldm_names import (
+from raylarge.models.published_names import (
     absent,
     averaged,
     check_heads,
@@ -35,10 +35,10 @@ from raylarge.models.ldm_names import (
     vae_sizes,
 )
 from raylarge.models.published_schedule import rounding
+from raylarge.models.state_dicts import tensors
 from raylarge.models.summarizer import Summarizer
 from raylarge.models.unet import UNet, build
 from raylarge.models.weights import Checked, check, without
-from raylarge.models.wrappers import tensors
 
 State = Mapping[Any, Any]
 """What a file holds: tensors or arrays by name, perhaps in wrappers, and anything beside."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
-from raylarge.models.wrappers import tensors
+from raylarge.models.state_dicts import tensors
 
 
 def schedule_from_published(state: Mapping[Any, Any]) -> Schedule:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from raylarge import report
 from raylarge.diffusion.noise import generator
 from raylarge.errors import UserError
-from raylarge.models import weights, wrappers
+from raylarge.models import state_dicts, weights
 from raylarge.models.ssl_cards import Card, Colours
-from raylarge.models.wrappers import State
+from raylarge.models.state_dicts import State
 
 Network = Callable[[Tensor], Tensor]
 TEXT_EXTRA = 'pip install "raylarge[text]"'
@@ -62,7 +62,7 @@ def load(card: Card, path: Path) -> nn.Module:
     except UserError as error:
         part = f"'{choice.key}' was read" if choice.key else "its top level was read"
         raise UserError(
-            f"{error} {part}; the file has the keys {wrappers.keys(content)}."
+            f"{error} {part}; the file has the keys {state_dicts.keys(content)}."
         ) from error
 
 
@@ -76,11 +76,11 @@ def choice_of(card: Card, path: Path) -> str:
     return choice.key if choice.others else ""
 
 
-def _choice(card: Card, network: nn.Module, content: Mapping[str, Any]) -> wrappers.Choice:
+def _choice(card: Card, network: nn.Module, content: Mapping[str, Any]) -> state_dicts.Choice:
     """Return the copy of a network in a file; transformers renames what is below `encoder.`."""
     own = "encoder." if card.library == "transformers" else ""
-    prefixes = [prefix for prefix in wrappers.PREFIXES if prefix != own]
-    return wrappers.choose(content, network.state_dict(), prefixes)
+    prefixes = [prefix for prefix in state_dicts.PREFIXES if prefix != own]
+    return state_dicts.choose(content, network.state_dict(), prefixes)
 
 
 def _filled(card: Card, network: nn.Module, state: State, whose: str) -> nn.Module:

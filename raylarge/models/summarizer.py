@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from raylarge.models.cells import SIDE, SLOTS, normalise, read
+from raylarge.models.conditioner import SIDE, SLOTS, normalise, read
 
 
 class _Layer(nn.Module):

@@ -1,6 +1,6 @@
 """Files of other people's weights: opened without running what is in them, loaded whole.
 
-    file -> {name: tensor} without wrappers and prefixes (`wrappers.py`) -> network, strictly
+    file -> {name: tensor} without wrappers and prefixes (`state_dicts.py`) -> network, strictly
 
 A safetensors file, whatever it is called, holds tensors alone. A torch file is a pickle: torch's
 restricted unpickler builds tensors, plain containers and the few inert classes listed here, and
@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raylarge.errors import UserError
-from raylarge.models import wrappers
-from raylarge.models.wrappers import State
+from raylarge.models import state_dicts
+from raylarge.models.state_dicts import State
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -71,17 +71,17 @@ def content(path: str | Path) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> State:
-    """Return the tensors of a weight file, of several copies the preferred one (`wrappers.py`).
+    """Return the tensors of a weight file, of several copies the preferred one (`state_dicts.py`).
 
     Raises:
         UserError: as `content`, or no tensors in it.
     """
     stored = content(path)
-    state = wrappers.tensors(stored)
+    state = state_dicts.tensors(stored)
     if not state:
         raise UserError(
-            f"{path} holds no named tensors, but the keys {wrappers.keys(stored)}; give a file of "
-            "a network's weights."
+            f"{path} holds no named tensors, but the keys {state_dicts.keys(stored)}; give a file "
+            "of a network's weights."
         )
     return state
 

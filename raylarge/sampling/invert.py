@@ -27,7 +27,7 @@ from raylarge.diffusion.noise import normal
 from raylarge.diffusion.schedule import Schedule
 from raylarge.diffusion.steps import eps_of
 from raylarge.errors import UserError
-from raylarge.models.cells import Conditioner, normalise
+from raylarge.models.conditioner import Conditioner, normalise
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class _Network(nn.Module):
 
 
 class CdmTask:
-    """Trains the conditioning diffusion model, for any conditioner (`models/cells.py`)."""
+    """Trains the conditioning diffusion model, for any conditioner (`models/conditioner.py`)."""
 
     def __init__(self, config: CdmConfig, bundle: Any, seed: int) -> None:
         summarizer = bundle.summarizer

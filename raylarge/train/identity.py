@@ -17,7 +17,7 @@ from raylarge import config as configuration
 from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
-from raylarge.models import parts
+from raylarge.models import bundle_parts
 from raylarge.train.checkpoint import Checkpoints, document
 from raylarge.train.ingest import latents_table
 from raylarge.train.journal import HISTORY
@@ -51,7 +51,7 @@ def told(config: Train) -> dict[str, Any]:
 
 def shareable(config: Train) -> dict[str, Any]:
     """Return the config for the facts of a bundle: it tells no place where things lay."""
-    values = {key: value for key, value in told(config).items() if key not in parts.PLACES}
+    values = {key: value for key, value in told(config).items() if key not in bundle_parts.PLACES}
     named: dict[str, Any] = storage.without_places(values)
     return named
 

@@ -23,7 +23,7 @@ from raylarge import images, storage, tables
 from raylarge.errors import UserError
 from raylarge.images import Pixels
 from raylarge.models import bundle as bundles
-from raylarge.models.cells import SLOTS
+from raylarge.models.conditioner import SLOTS
 from raylarge.train.rows import Group, RowGroup, Table, manifest_groups, mirrored
 from raylarge.train.sequence import Place, Sequencer
 from raylarge.train.task import Batch, Facts, Recipe

@@ -21,7 +21,7 @@ from raylarge import images, storage, tables
 from raylarge.diffusion.loss import draws, per_sample
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
-from raylarge.models.cells import SIDE
+from raylarge.models.conditioner import SIDE
 from raylarge.models.prior import GridPrior
 from raylarge.train.ingest import Ingest
 from raylarge.train.task import Batch, Facts, Source

@@ -20,7 +20,7 @@ from jaxtyping import Float16, Float32, Int
 
 from raylarge import schema, storage, tables
 from raylarge.errors import UserError
-from raylarge.models.cells import SLOTS
+from raylarge.models.conditioner import SLOTS
 
 
 class NoRows(UserError):

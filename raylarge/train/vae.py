@@ -27,7 +27,7 @@ from raylarge.metrics.restoration import psnr
 from raylarge.models import bundle as bundles
 from raylarge.models.autoencoder import Autoencoder, kl, vq
 from raylarge.models.discriminator import Discriminator, DiscriminatorConfig, adversarial
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.perceptual import SMALLEST, FeatureDistance, Perceptual
 from raylarge.train.ingest import Ingest
 from raylarge.train.task import Batch, Facts

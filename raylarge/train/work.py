@@ -14,7 +14,7 @@ import torch
 
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.models import card
+from raylarge.models import model_card
 from raylarge.train import identity
 from raylarge.train.activations import recompute
 from raylarge.train.checkpoint import Checkpoints
@@ -86,7 +86,7 @@ def _trained(config: Train, made: Work, context: Context) -> dict[str, Any]:
     facts = fit(engine, context, made, config)
     facts |= {"config": identity.shareable(config), "data_digest": made.source.digest}
     counts = {str(k): rows for k, rows in made.source.facts.counts.items()}
-    facts |= {"rows": counts, "commit": card.commit()}
+    facts |= {"rows": counts, "commit": model_card.commit()}
     average = engine.average()
     with engine.whole():
         if context.rank == 0:
@@ -149,7 +149,7 @@ def _tell(config: Train, made: Work, facts: dict[str, Any]) -> None:
     """What a run leaves for people."""
     root = run_folder(config)
     if storage.exists(storage.join(config.out, "model_index.json")):
-        card.write(config.out)
+        model_card.write(config.out)
     rows = rows_of(storage.read_bytes(storage.join(root, HISTORY)).decode())
     curve(rows, storage.join(root, "curve.png"))
     report(root, {**facts, **made.watcher.figures()}, rows)

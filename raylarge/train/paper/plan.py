@@ -18,7 +18,7 @@ import torch
 
 from raylarge import report
 from raylarge.config import require
-from raylarge.models.cells import SIDE, SLOTS
+from raylarge.models.conditioner import SIDE, SLOTS
 from raylarge.train.paper.held import Part, States, fixed_bytes, parts, states
 from raylarge.train.paper.memory import Activations, activations
 from raylarge.train.pieces import passes

@@ -26,7 +26,7 @@ from raylarge.errors import UserError
 from raylarge.models import hub, weights
 from raylarge.models.cdm import CDM
 from raylarge.models.embedder import VectorEmbedder
-from raylarge.models.light import LightAutoencoder
+from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.prior import GridPrior
 from raylarge.models.summarizer import ConvSummarizer, Summarizer
 from raylarge.models.unet import UNet

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from raylarge import storage
-from raylarge.models import parts as files
+from raylarge.models import bundle_parts as files
 
 NAME = "README.md"
 AERIAL_MPP = 1e5

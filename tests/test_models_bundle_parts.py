@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from raylarge import storage
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
-from raylarge.models import bundle, parts
+from raylarge.models import bundle, bundle_parts
 from raylarge.models.prior import GridPrior
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +91,7 @@ def test_a_digest_names_the_weights_under_any_name_of_the_folder(tmp_path, s3_bu
     assert len(same) == 1
     for folder in map(str, folders):
         noted = bundle.facts(folder)["digests"]
-        assert noted["unet"] == parts.computed_digest(storage.join(folder, "unet"))
+        assert noted["unet"] == bundle_parts.computed_digest(storage.join(folder, "unet"))
         before = bundle.digest(folder)
         bundle.save(folder, {"vae": other(networks()["light"])}, {})
         assert bundle.digest(folder, ("vae",)) not in same
@@ -187,7 +187,7 @@ def test_facts_that_cannot_be_are_told(tmp_path):
 def test_a_part_without_files_has_no_digest(tmp_path):
     folder, _ = written(tmp_path / "b")
     index = json.loads(Path(folder, "model_index.json").read_text())
-    parts.write_index(folder, index, {"patch_px": 32, "format": 2})
+    bundle_parts.write_index(folder, index, {"patch_px": 32, "format": 2})
     shutil.rmtree(Path(folder, "unet"))
     with pytest.raises(UserError, match="unet holds no files: the bundle is incomplete"):
         bundle.digest(folder)
@@ -238,7 +238,7 @@ def test_a_bundle_of_format_1_computes_what_it_did(tmp_path):
         assert figures_of(bundle.load(again)) == found
         assert json.loads(Path(again, "cdm/config.json").read_text())["learn_sigma"] is False
         noted = bundle.facts(again)["digests"]
-        assert noted["cdm"] == parts.computed_digest(f"{again}/cdm")
+        assert noted["cdm"] == bundle_parts.computed_digest(f"{again}/cdm")
         assert bundle.digest(again, ("vae",)) == latents
 
 
@@ -251,7 +251,7 @@ def test_a_killed_migration_changes_nothing_and_goes_on(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(parts, "write_index", killed)
+    monkeypatch.setattr(bundle_parts, "write_index", killed)
     with pytest.raises(KeyboardInterrupt):
         bundle.save(folder, prior, {})
     monkeypatch.undo()

@@ -6,7 +6,7 @@ import timm
 import torch
 
 from raylarge.errors import UserError
-from raylarge.models import ssl, wrappers
+from raylarge.models import ssl, state_dicts
 
 WANTED = {"stem.weight": torch.zeros(2), "stem.bias": torch.zeros(2), "head.weight": torch.zeros(3)}
 RAW = {name: torch.full_like(tensor, 1.0) for name, tensor in WANTED.items()}
@@ -52,7 +52,7 @@ def under(prefix, state):
     ],
 )
 def test_the_copy_that_is_evaluated_is_preferred(content, key):
-    choice = wrappers.choose(content, WANTED)
+    choice = state_dicts.choose(content, WANTED)
     assert choice.key == key
     assert list(choice.state) == list(WANTED)
     assert all(torch.equal(choice.state[name], GOOD[name]) for name in WANTED)
@@ -67,27 +67,27 @@ def test_the_copy_that_is_evaluated_is_preferred(content, key):
     ],
 )
 def test_prefixes_are_removed_in_any_order(prefix):
-    assert list(wrappers.unprefixed(under(prefix, GOOD), WANTED)) == list(WANTED)
+    assert list(state_dicts.unprefixed(under(prefix, GOOD), WANTED)) == list(WANTED)
 
 
 def test_the_networks_own_names_stay():
     wanted = {"encoder.layer.weight": torch.zeros(2)}
     state = {"module.encoder._orig_mod.layer.weight": torch.ones(2)}
-    assert list(wrappers.unprefixed(state, wanted)) == list(wanted)
+    assert list(state_dicts.unprefixed(state, wanted)) == list(wanted)
 
 
 def test_two_tensors_of_one_name_are_refused():
     state = {"backbone.stem.bias": torch.ones(2), "module.stem.bias": torch.zeros(2)}
     with pytest.raises(UserError, match=r"backbone\.stem\.bias and module\.stem\.bias are two"):
-        wrappers.unprefixed(state, WANTED)
+        state_dicts.unprefixed(state, WANTED)
     state["module.stem.bias"] = torch.ones(2)
-    assert list(wrappers.unprefixed(state, WANTED)) == ["stem.bias"]
+    assert list(state_dicts.unprefixed(state, WANTED)) == ["stem.bias"]
 
 
 def test_other_copies_are_named():
-    choice = wrappers.choose({"state_dict": RAW, "state_dict_ema": GOOD, "ema": GOOD}, WANTED)
+    choice = state_dicts.choose({"state_dict": RAW, "state_dict_ema": GOOD, "ema": GOOD}, WANTED)
     assert choice.others == ("ema", "state_dict")
-    assert wrappers.choose({"state_dict": GOOD}, WANTED).others == ()
+    assert state_dicts.choose({"state_dict": GOOD}, WANTED).others == ()
 
 
 def test_an_encoder_says_which_copy_it_takes(tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from raylarge.errors import UserError
-from raylarge.models import bundle, card, ssl
+from raylarge.models import bundle, model_card, ssl
 
 LDM = {
     "step": 1234,
@@ -57,18 +57,18 @@ def row(text, first):
 
 
 def test_the_hub_can_read_it():
-    found = front(card.card(known()))
+    found = front(model_card.card(known()))
     assert (found["license"], found["library_name"]) == ("other", "raylarge")
     assert {"synthetic-images", "medical", "histopathology", "diffusers"} <= set(found["tags"])
-    aerial = front(card.card(known(base_mpp=1e6)))
+    aerial = front(model_card.card(known(base_mpp=1e6)))
     assert "remote-sensing" in aerial["tags"]
     assert "medical" not in aerial["tags"]
-    nobody_knows = front(card.card(known(base_mpp=None)))
+    nobody_knows = front(model_card.card(known(base_mpp=None)))
     assert not {"medical", "remote-sensing"} & set(nobody_knows["tags"])
 
 
 def test_what_is_known_stands_there():
-    text = card.card(known())
+    text = model_card.card(known())
     assert "Patches of 256 px; a pixel of the finest scale: 0.5 µm." in text
     parts = section(text, "Parts")
     assert row(parts, "unet")[1:4] == ["UNet2DConditionModel", "400,920,579", "cafe"]
@@ -86,31 +86,31 @@ def test_what_is_known_stands_there():
 
 
 def test_limits_and_licences_are_told():
-    text = card.card(known())
+    text = model_card.card(known())
     limits = section(text, "Intended use and limits")
     assert "synthetic" in limits
     assert "Not for diagnosis" in limits
     licences = section(text, "Licences")
     assert row(licences, "encoder")[1].startswith("CC-BY-NC-ND-4.0")
     assert row(licences, "data")[1] == "TCGA \\| open access"
-    assert row(licences, "weights")[1] == card.UNKNOWN
+    assert row(licences, "weights")[1] == model_card.UNKNOWN
 
 
 def test_no_path_is_told():
-    text = card.card(known())
+    text = model_card.card(known())
     assert "someone" not in text
     assert "s3://bucket" not in text
     assert "init: model.ckpt" in text
 
 
 def test_what_is_not_known_is_said():
-    text = card.card({})
-    assert text.count(card.UNKNOWN) > 5
-    assert row(section(text, "Licences"), "encoder")[1] == card.UNKNOWN
-    assert f"How the data were split: {card.UNKNOWN}" in text
-    bare = card.card({"ldm": {"loss": None}})
-    assert row(section(bare, "Training"), "ldm")[1:] == [card.UNKNOWN] * 6
-    imported = card.card({"source": {"checkpoint": "weights.ckpt sha256:ab"}})
+    text = model_card.card({})
+    assert text.count(model_card.UNKNOWN) > 5
+    assert row(section(text, "Licences"), "encoder")[1] == model_card.UNKNOWN
+    assert f"How the data were split: {model_card.UNKNOWN}" in text
+    bare = model_card.card({"ldm": {"loss": None}})
+    assert row(section(bare, "Training"), "ldm")[1:] == [model_card.UNKNOWN] * 6
+    imported = model_card.card({"source": {"checkpoint": "weights.ckpt sha256:ab"}})
     assert "Imported from checkpoint weights.ckpt sha256:ab." in imported
     assert "Not trained here." in section(imported, "Training")
 
@@ -118,17 +118,17 @@ def test_what_is_not_known_is_said():
 def test_a_bundle_gets_its_card(tiny_bundle, tmp_path):
     folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     digest = bundle.digest(str(folder))
-    card.write(str(folder))
+    model_card.write(str(folder))
     text = (folder / "README.md").read_text()
     unet = bundle.load(str(folder)).unet
     count = sum(one.numel() for one in unet.parameters())
     assert row(section(text, "Parts"), "unet")[1:3] == ["UNet2DConditionModel", f"{count:,}"]
     assert [row(text, part)[0] for part in ("vae", "summarizer", "cdm")]
     assert bundle.digest(str(folder)) == digest
-    card.write(str(folder))
+    model_card.write(str(folder))
     assert (folder / "README.md").read_text() == text
     with pytest.raises(UserError, match="there is no bundle at"):
-        card.write(str(tmp_path / "nothing"))
+        model_card.write(str(tmp_path / "nothing"))
 
 
 @pytest.mark.s3
@@ -143,7 +143,7 @@ def test_a_bundle_in_s3_gets_its_card(tiny_bundle, s3_bucket):
         config = Path(tiny_bundle, name, "config.json")
         if config.exists():
             storage.write_bytes(f"{there}/{name}/config.json", config.read_bytes())
-    card.write(there)
+    model_card.write(there)
     assert "| unet | UNet2DConditionModel |" in storage.read_bytes(f"{there}/README.md").decode()
 
 
@@ -160,20 +160,20 @@ def test_the_commit_is_the_working_tree_s(tmp_path, monkeypatch):
     module = tmp_path / "raylarge" / "models" / "card.py"
     module.parent.mkdir(parents=True)
     module.write_text("one")
-    monkeypatch.setattr(card, "__file__", str(module))
-    assert card.commit() == released  # nobody's repository
+    monkeypatch.setattr(model_card, "__file__", str(module))
+    assert model_card.commit() == released  # nobody's repository
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "one")
     git(tmp_path, "tag", "v1")
     commit = git(tmp_path, "rev-parse", "HEAD")[:12]
-    assert card.commit() == commit
+    assert model_card.commit() == commit
     module.write_text("two")
-    assert card.commit() == f"{commit}-dirty"
+    assert model_card.commit() == f"{commit}-dirty"
     inside = tmp_path / "site" / "raylarge" / "models" / "card.py"
-    monkeypatch.setattr(card, "__file__", str(inside))
+    monkeypatch.setattr(model_card, "__file__", str(inside))
     inside.parent.mkdir(parents=True)
-    assert card.commit() == released  # installed into somebody else's
+    assert model_card.commit() == released  # installed into somebody else's
 
 
 @pytest.mark.parametrize(
@@ -184,4 +184,4 @@ def test_git_that_fails_stops_nobody(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(subprocess, "run", fail)
-    assert card.commit() == f"raylarge {version('raylarge')}"
+    assert model_card.commit() == f"raylarge {version('raylarge')}"

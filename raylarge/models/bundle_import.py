@@ -18,7 +18,7 @@ from torch import nn
 
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.models import bundle, parts, published, published_schedule, ssl, weights
+from raylarge.models import bundle, bundle_parts, published, published_schedule, ssl, weights
 from raylarge.models.autoencoder import Autoencoder
 from raylarge.models.weights import Checked
 
@@ -141,9 +141,9 @@ def _check_place(out: str, source: dict[str, str]) -> None:
     Raises:
         UserError: saying where it is.
     """
-    if not parts.there(out):
+    if not bundle_parts.there(out):
         return
-    listed = parts.index(out)
+    listed = bundle_parts.index(out)
     whole = all(name in listed for name in (*bundle.NEEDED, *(["cdm"] if "cdm" in source else [])))
     if whole or bundle.facts(out).get("source") != source:
         raise UserError(f"there is a bundle at {out}; give another out= or remove it.")
