@@ -7,6 +7,8 @@ from raylarge.data.prepare import prepare
 from raylarge.errors import UserError
 from raylarge.models.bundle import load_autoencoder
 from raylarge.report import Report
+from raylarge.train.ingest import Ingest
+from raylarge.train.task import Recipe
 
 
 @pytest.fixture
@@ -53,6 +55,21 @@ def test_each_example_has_its_latent(tiny_prepare, run, monkeypatch):
         assert (np.array(latent["latent"], np.float16).reshape(3, 16, 16) == expected).all()
         assert latent["grid"] == example["grid"]
         assert all(latent[k] == example[k] for k in ("slide_id", "split", "scale", "row", "column"))
+
+
+def test_a_part_without_examples_is_encoded_and_trained_on(tiny_prepare, run, tiny_bundle):
+    config = tiny_prepare(
+        verbs="tile,embed,shard,encode",
+        bundle=tiny_bundle,
+        tile={"tissue": [0.99, 0.99], "crops": 0, "block_tiles": 12},
+        shard={"buckets": 16},
+    )
+    table = run(config)["encode"]["table"]
+    rows = [storage.read_table(path).num_rows for path in storage.listing(f"{table}/*.parquet")]
+    assert 0 in rows
+    assert sum(rows) > 0
+    name = f"latents-{load_autoencoder(tiny_bundle).digest}"
+    assert Ingest(config.out, {name: ("latent",)}, Recipe()).facts.latent == (3, 16, 16)
 
 
 def test_a_bundles_autoencoder_names_the_table(tiny_prepare, run, tiny_bundle):

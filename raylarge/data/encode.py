@@ -8,6 +8,7 @@ computes them. With flips an example becomes four rows, and its grid turns with 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -81,7 +82,8 @@ class Encoding(Maker):
         table = table.drop_columns(["image"]).take(np.repeat(np.arange(table.num_rows), flips))
         flip = np.tile(np.arange(flips, dtype=np.int8), table.num_rows // flips)
         table = table.append_column("flip", pa.array(flip))
-        table = table.append_column("latent", _lists(latents.reshape(len(latents), -1)))
+        flat = latents.reshape(len(latents), math.prod(latents.shape[1:]))
+        table = table.append_column("latent", _lists(flat))
         if flips > 1:
             where = table.column_names.index("grid")
             table = table.set_column(where, "grid", _flipped(table))
