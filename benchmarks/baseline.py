@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from raylarge.diffusion.noise import normal
-from raylarge.diffusion.schedule import Step
+from raylarge.diffusion.schedule import SamplerStep
 from raylarge.diffusion.steps import ddim
 from raylarge.geometry import windows
 from raylarge.models.bundle import Bundle
@@ -76,7 +76,7 @@ class Published:
                 z[here] = self._walk(z[here], step, tokens[here], y[here])
         return z
 
-    def _walk(self, z: Tensor, step: Step, tokens: Tensor, y: Tensor) -> Tensor:
+    def _walk(self, z: Tensor, step: SamplerStep, tokens: Tensor, y: Tensor) -> Tensor:
         """K corrections and a step of DDIM, in the letters of Algorithm S2 (descending)."""
         sampler, vae = self.order.sampler, self.bundle.vae
         delta = zeta = sampler.step

@@ -25,7 +25,7 @@ from torchvision import transforms
 from benchmarks.data_makers import Timing
 from benchmarks.data_slides import PATCH_PX, Slides
 from raylarge.models import ssl, ssl_networks
-from raylarge.models.ssl_cards import Card
+from raylarge.models.ssl_cards import EncoderCard
 
 Transform = Callable[[Image.Image], Tensor]
 Encode = Callable[[np.ndarray], Any]
@@ -107,7 +107,7 @@ def clam(slides: Slides, encoder: str | None, batch: int, workers: int) -> Timin
 
 def clam_encoder(name: str) -> tuple[Transform, ssl_networks.Network]:
     """An encoder as CLAM has it: PIL resizes and standardises each tile."""
-    card: Card = ssl.card(name)
+    card: EncoderCard = ssl.card(name)
     modes = transforms.InterpolationMode
     mode = modes.BICUBIC if card.resample == "bicubic" else modes.BILINEAR
     steps = [
@@ -115,7 +115,7 @@ def clam_encoder(name: str) -> tuple[Transform, ssl_networks.Network]:
         transforms.ToTensor(),
         transforms.Normalize(card.mean, card.std),
     ]
-    return transforms.Compose(steps), ssl_networks.own(card)
+    return transforms.Compose(steps), ssl_networks.load_builtin(card)
 
 
 def pixels_alone(image: Image.Image) -> Tensor:

@@ -145,16 +145,16 @@ def main(words: list[str]) -> None:
         page.write(out, f"Sampling on {card.name}", command, sections)
 
 
-def networks(config: Bench) -> tuple[Bundle, cost.Costs]:
+def networks(config: Bench) -> tuple[Bundle, cost.CallFlops]:
     """The bundle in bf16, channels-last, and the FLOPs of its networks."""
     made = bundles.tiny() if config.tiny else bundles.full(config.device)
     context = made.summarizer.null(1).shape[1:]
-    costs = cost.costs(made.unet, made.vae, made.patch, (context[0], context[1]))
+    costs = cost.network_flops(made.unet, made.vae, made.patch, (context[0], context[1]))
     return bundles.in_precision(made, torch.bfloat16), costs
 
 
 @torch.no_grad()
-def rates(config: Bench, card: Card, bundle: Bundle, costs: cost.Costs) -> Section:
+def rates(config: Bench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> Section:
     """Each network alone, by batch size: milliseconds and TFLOP/s."""
     rows, more = [], () if config.tiny else (2 * config.batch, 4 * config.batch)
     for batch in (1, config.batch, *more):
@@ -180,7 +180,7 @@ def rates(config: Bench, card: Card, bundle: Bundle, costs: cost.Costs) -> Secti
 
 
 def _calls(
-    config: Bench, bundle: Bundle, costs: cost.Costs, batch: int
+    config: Bench, bundle: Bundle, costs: cost.CallFlops, batch: int
 ) -> dict[str, tuple[Callable[[], Any], float]]:
     """What sampling asks of the networks for a batch, and its FLOPs per window."""
     patch, like = bundle.patch, {"device": config.device, "dtype": torch.bfloat16}
@@ -215,7 +215,7 @@ def attention(config: Bench, card: Card) -> Section:
     )
 
 
-def joint_images(config: Bench, card: Card, bundle: Bundle, costs: cost.Costs) -> Section:
+def joint_images(config: Bench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> Section:
     """Joint images by the paper's recipe."""
     rows = []
     for size in map(int, config.size.split(",")):
@@ -229,7 +229,7 @@ def joint_images(config: Bench, card: Card, bundle: Bundle, costs: cost.Costs) -
     )
 
 
-def strided_images(config: Bench, card: Card, bundle: Bundle, costs: cost.Costs) -> Section:
+def strided_images(config: Bench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> Section:
     """Strided sampling of a square canvas by stride."""
     rows, side = [], 2 if config.tiny else 4
     for share in map(int, config.shares.split(",")):
@@ -257,7 +257,7 @@ _NOTE = (
 )
 
 
-def _carried_out(card: Card, bundle: Bundle, order: Order, costs: cost.Costs) -> list[str]:
+def _carried_out(card: Card, bundle: Bundle, order: Order, costs: cost.CallFlops) -> list[str]:
     """One order: seconds, rate, floor, shares and peak memory."""
     plan, phases = joint.plan(order, bundle.patch), {"Draw": 0.0}
     worker = Worker(bundle)
@@ -271,7 +271,7 @@ def _carried_out(card: Card, bundle: Bundle, order: Order, costs: cost.Costs) ->
 
     seconds, peak = card.once(lambda: run(plan, answer))
     counts = price.counts(plan, order, bundle.patch)
-    flops, floor = cost.flops(counts, costs), cost.flops(counts, costs) / card.rate
+    flops, floor = cost.total_flops(counts, costs), cost.total_flops(counts, costs) / card.rate
     share = counts.unet * costs.unet / flops
     return [
         f"{seconds:.2f}", f"{flops / seconds / 1e12:.2f}", f"{floor:.2f}", f"{seconds / floor:.2f}",

@@ -22,13 +22,13 @@ from torch import Tensor
 from benchmarks.page import Section
 from raylarge import order as orders
 from raylarge import storage
-from raylarge.evaluate.references import Reference, references
+from raylarge.evaluate.references import ReferenceExample, references
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import windows
 from raylarge.images import to_float
 from raylarge.metrics.consistency import cross_scale_error, window_error
 from raylarge.metrics.kernel import kernel_distances
-from raylarge.metrics.lines import FEWEST, window_lines
+from raylarge.metrics.lines import MIN_WINDOWS, window_lines
 from raylarge.metrics.seams import seam_ratio
 from raylarge.models import bundle as bundles
 from raylarge.models import ssl
@@ -66,8 +66,8 @@ class Judge:
 
     bundle: Bundle
     encoder: Callable[[np.ndarray], np.ndarray]
-    tiles: Sequence[Reference]
-    regions: Sequence[Reference]
+    tiles: Sequence[ReferenceExample]
+    regions: Sequence[ReferenceExample]
     side: int
     seeds: int
     steps: int = 20
@@ -121,7 +121,7 @@ class Judge:
             [pixels[r : r + side, c : c + side] for r, c in windows(order.size, side, side)]
         )
         features = torch.from_numpy(self.encoder(cut)).float()
-        lines = window_lines(image, side) if max(order.size) >= FEWEST * side else -1.0
+        lines = window_lines(image, side) if max(order.size) >= MIN_WINDOWS * side else -1.0
         return seconds, inside, across, seam_ratio(image, side), lines, features
 
     def train_prior(self, seconds: float) -> None:
@@ -135,7 +135,7 @@ class Judge:
         adam, ended = torch.optim.Adam(prior.parameters(), 1e-3), time.monotonic() + seconds
         while time.monotonic() < ended:
             some = torch.randint(len(grids), (32,))
-            clean, t = prior.standardised(grids[some]), torch.randint(1000, (32,))
+            clean, t = prior.to_standard(grids[some]), torch.randint(1000, (32,))
             given = vectors[some] * (torch.rand(32, 1) > 0.5)
             noisy = prior.schedule.noised(clean, torch.randn_like(clean), t)
             loss = (prior(noisy, t, given) - clean).square().mean()

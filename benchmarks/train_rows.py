@@ -103,7 +103,7 @@ def few(data: str, bundle: str, out: str, counts: Counts) -> None:
 
 def begun(bundle: str, out: str) -> str:
     """A bundle with the autoencoder of another, unless it stands already; its folder."""
-    bundle = bundle_parts.local(bundle)
+    bundle = bundle_parts.resolve(bundle)
     if not Path(out, bundle_parts.INDEX).exists():
         shutil.copytree(Path(bundle, "vae"), Path(out, "vae"), dirs_exist_ok=True)
         index = storage.read_json(storage.join(bundle, bundle_parts.INDEX))

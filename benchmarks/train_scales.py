@@ -23,11 +23,11 @@ from raylarge import images
 from raylarge.diffusion.noise import normal
 from raylarge.diffusion.solvers import solve
 from raylarge.evaluate.conditioning import shuffled_loss
-from raylarge.evaluate.references import Reference, references
+from raylarge.evaluate.references import ReferenceExample, references
 from raylarge.metrics.kernel import kernel_distance
 from raylarge.models import ssl
 from raylarge.models.bundle import Bundle
-from raylarge.models.denoiser import bound, guided
+from raylarge.models.denoiser import bind_context, guided
 
 DRAWS = 400
 """Half samples of an interval."""
@@ -97,7 +97,7 @@ class Judge:
         """Take the rows apart: some give conditions, the others are what patches are held to."""
         self.study, self.sizes = study, sizes
         self.encoder = ssl.load("efficientnet_lite0")
-        self.given: dict[int, list[Reference]] = {}
+        self.given: dict[int, list[ReferenceExample]] = {}
         self.real: dict[int, Tensor] = {}
         self.floor: dict[int, float] = {}
         for k in range(len(sizes.rows)):
@@ -178,7 +178,7 @@ class Judge:
 
 
 @torch.no_grad()
-def patches(bundle: Bundle, given: Sequence[Reference], k: int, sizes: Sizes) -> np.ndarray:
+def patches(bundle: Bundle, given: Sequence[ReferenceExample], k: int, sizes: Sizes) -> np.ndarray:
     """Patches of a scale under the grids of some rows; noise stands at (scale, place)."""
     grids = torch.from_numpy(np.stack([one.grid for one in given])).float().movedim(-1, 1)
     noise = normal(
@@ -187,7 +187,7 @@ def patches(bundle: Bundle, given: Sequence[Reference], k: int, sizes: Sizes) ->
     denoiser = guided(bundle.denoiser(), sizes.guidance, bundle.summarizer.null(1))
     made = []
     for cells, begin in zip(grids.split(AT_ONCE), noise.split(AT_ONCE), strict=True):
-        estimate = bound(denoiser, bundle.summarizer(cells, torch.full((len(cells),), k)))
+        estimate = bind_context(denoiser, bundle.summarizer(cells, torch.full((len(cells),), k)))
         latent = solve(estimate, begin, bundle.schedule, "ddim", sizes.sampler_steps)
         made.append(images.to_uint8(bundle.vae.decode(latent)))
     return np.concatenate(made)

@@ -31,7 +31,7 @@ from raylarge import images, report, storage
 from raylarge.data.prepare import Prepare, prepare
 from raylarge.errors import UserError
 from raylarge.evaluate.conditioning import shuffled_loss
-from raylarge.evaluate.references import Reference, references
+from raylarge.evaluate.references import ReferenceExample, references
 from raylarge.fleet.session import session
 from raylarge.fleet.worker import Worker
 from raylarge.geometry import guide_scale
@@ -236,7 +236,7 @@ class Thread:
         order = {"size": self.config.size, "seed": self.config.seed, "condition": condition}
         return {**order, "sampler": {**SAMPLER, **inner}}
 
-    def _region(self) -> Reference:
+    def _region(self) -> ReferenceExample:
         """The held-out region of the canvas' size with the most tissue."""
         side_px = PREPARE["tiny"]["tile"]["patch_px"]
         k = guide_scale((self.config.size, self.config.size), side_px).k
@@ -272,7 +272,7 @@ class Thread:
         return {"images": found, "loss": {str(k): dict(v) for k, v in losses.items()}}
 
 
-def patches(worker: Worker, scale: int, seed: int, chosen: list[Reference]) -> np.ndarray:
+def patches(worker: Worker, scale: int, seed: int, chosen: list[ReferenceExample]) -> np.ndarray:
     """One generated patch per reference, from its embeddings: uint8 [n, P, P, 3]."""
     condition = asdict(Condition.of(np.stack([found.grid for found in chosen])))
     order = parse(

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from raylarge import images, report
-from raylarge.evaluate.conditioning import loss_rows, meaning
+from raylarge.evaluate.conditioning import loss_rows, summarize_losses
 from raylarge.metrics.consistency import cross_scale_error
-from raylarge.metrics.lines import FEWEST, window_lines
+from raylarge.metrics.lines import MIN_WINDOWS, window_lines
 from raylarge.metrics.seams import seam_ratio
 
 
@@ -35,7 +35,7 @@ def measures(
         "cross_scale_error": round(cross_scale_error(whole, small), 4),
         "seam_ratio": round(seam_ratio(whole, side), 4),
     }
-    if max(image.shape[:2]) >= FEWEST * side:
+    if max(image.shape[:2]) >= MIN_WINDOWS * side:
         figures["window_lines"] = round(window_lines(whole, side), 2)
     return figures
 
@@ -59,6 +59,6 @@ def summary(checks: dict[str, Any]) -> str:
             "cross-scale error: how far the large image, made small, is from its guide (0: equal)",
             "",
             report.table(header, loss_rows(losses)),
-            meaning(losses),
+            summarize_losses(losses),
         ]
     )

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from raylarge import report, storage
 from raylarge.config import parse
-from raylarge.models.bundle_import import Import, import_bundle
+from raylarge.models.bundle_import import ImportConfig, import_bundle
 
 
 def main(arguments: list[str]) -> None:
     """Import and print what was found."""
-    config = parse(Import, arguments, {}, __doc__)
+    config = parse(ImportConfig, arguments, {}, __doc__)
     if config.out.strip():
         storage.require_writable("out", config.out)
     counts = import_bundle(config)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import bundles, gpu, memory, quality, sample
 from raylarge.errors import UserError
-from raylarge.evaluate.references import Reference
+from raylarge.evaluate.references import ReferenceExample
 from raylarge.models.bundle import load
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,9 @@ def test_choices_are_judged_by_pictures(tiny_bundle, one_thread):
 
     def example(side):
         grid = random.normal(size=(side, side, 8)).astype(np.float16)
-        return Reference(random.integers(0, 255, (64, 64, 3), np.uint8), grid, random.random())
+        return ReferenceExample(
+            random.integers(0, 255, (64, 64, 3), np.uint8), grid, random.random()
+        )
 
     judge = quality.Judge(
         load(tiny_bundle),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from raylarge.diffusion.loss import draws, snr_weights
+from raylarge.diffusion.loss import min_snr_weights, training_draws
 from raylarge.diffusion.noise import generator, normal
 from raylarge.diffusion.schedule import Schedule
 from raylarge.diffusion.solvers import solve
@@ -161,26 +161,30 @@ def test_an_address_out_of_range_is_refused(address):
 
 
 def test_draws_belong_to_samples_not_to_batches():
-    whole = draws(torch.arange(6), (2, 3), 5, "ldm", 1000)
-    part = draws(torch.tensor([4, 1]), (2, 3), 5, "ldm", 1000)
+    whole = training_draws(torch.arange(6), (2, 3), 5, "ldm", 1000)
+    part = training_draws(torch.tensor([4, 1]), (2, 3), 5, "ldm", 1000)
     for one, other in zip(whole, part, strict=True):
         assert torch.equal(one[[4, 1]], other)
 
 
 def test_stratified_timesteps_fill_the_schedule_evenly_from_any_sample_on():
     for first in (0, 12345, 2**50):
-        t = draws(torch.arange(first, first + 100), (1,), 5, "ldm", 1000, stratified=True).t
+        t = training_draws(
+            torch.arange(first, first + 100), (1,), 5, "ldm", 1000, stratified=True
+        ).t
         counts = torch.bincount(t // 50, minlength=20)  # 5 in each twentieth
         assert counts.min() >= 4
         assert counts.max() <= 6
-    other = draws(torch.arange(100), (1,), 6, "ldm", 1000, stratified=True).t
-    assert (other != draws(torch.arange(100), (1,), 5, "ldm", 1000, stratified=True).t).any()
+    other = training_draws(torch.arange(100), (1,), 6, "ldm", 1000, stratified=True).t
+    assert (
+        other != training_draws(torch.arange(100), (1,), 5, "ldm", 1000, stratified=True).t
+    ).any()
 
 
 def test_stratified_draws_belong_to_samples_and_change_timesteps_alone():
-    plain = draws(torch.arange(6), (2, 3), 5, "ldm", 1000)
-    whole = draws(torch.arange(6), (2, 3), 5, "ldm", 1000, stratified=True)
-    part = draws(torch.tensor([4, 1]), (2, 3), 5, "ldm", 1000, stratified=True)
+    plain = training_draws(torch.arange(6), (2, 3), 5, "ldm", 1000)
+    whole = training_draws(torch.arange(6), (2, 3), 5, "ldm", 1000, stratified=True)
+    part = training_draws(torch.tensor([4, 1]), (2, 3), 5, "ldm", 1000, stratified=True)
     assert torch.equal(whole.t[[4, 1]], part.t)
     assert torch.equal(whole.eps, plain.eps)
     assert torch.equal(whole.coin, plain.coin)
@@ -194,7 +198,7 @@ def test_min_snr_weighs_the_error_of_x_0_alike_whatever_is_predicted(prediction)
     x_0, x_t = torch.zeros(3, 1), torch.zeros(3, 1)
     output = torch.full((3, 1), 0.1)
     wrong = schedule.x_0(x_t, output, t)  # of a prediction that is off by 0.1
-    weighted = snr_weights(schedule, t, 5.0) * 0.1**2
+    weighted = min_snr_weights(schedule, t, 5.0) * 0.1**2
     expected = snr.clamp(max=5.0) * wrong.flatten().double().square()
     torch.testing.assert_close(weighted.double(), expected, rtol=1e-4, atol=0)
     assert torch.equal(x_0, schedule.x_0(x_t, torch.zeros(3, 1), t))

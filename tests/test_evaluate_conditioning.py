@@ -6,7 +6,7 @@ import pytest
 import torch
 import toy
 
-from raylarge.evaluate.conditioning import loss_rows, meaning, shuffled_loss
+from raylarge.evaluate.conditioning import loss_rows, shuffled_loss, summarize_losses
 from raylarge.geometry import Patch
 from raylarge.models import bundle as bundles
 
@@ -19,13 +19,13 @@ LOSSES = {
 
 def test_a_condition_that_is_worse_than_none_does_not_help():
     """Shuffling costs 14 % at scale 3, and still no condition is better than the true one."""
-    lines = meaning(LOSSES).split("; ")
+    lines = summarize_losses(LOSSES).split("; ")
     assert lines == [
         "scale 0: the true condition gives the lowest loss, so it helps",
         "scale 3: no condition at all does better than the true one, so it does not help yet",
         "scale 1: another image's condition does as well as the true one, so it is ignored",
     ]
-    assert "scales 0, 2: the true" in meaning({0: LOSSES[0], 2: LOSSES[0]})
+    assert "scales 0, 2: the true" in summarize_losses({0: LOSSES[0], 2: LOSSES[0]})
 
 
 def test_all_three_losses_are_in_the_table():

@@ -68,7 +68,7 @@ def test_help_holds_the_keys_of_what_is_named(job, words, inside, outside, capsy
         ("raylarge.data.exchange.h5_embed", "Import"),
         ("raylarge.data.exchange.h5_features", "Features"),
         ("raylarge.data.exchange.published", "Published"),
-        ("raylarge.models.bundle_import", "Import"),
+        ("raylarge.models.bundle_import", "ImportConfig"),
         ("jobs.demo", "Demo"),
     ],
 )

@@ -85,7 +85,7 @@ def test_settings_stay_without_their_places(made):
     facts = bundle.facts(str(made / "bundle"))
     config = facts["ldm"]["config"]
     assert config["batch"] == 2
-    assert not config.keys() & set(bundle_parts.PLACES)
+    assert not config.keys() & set(bundle_parts.PATH_KEYS)
     assert storage.read_json(f"{made}/data/tile.json")["config"]["tile"]["patch_px"] == 64
 
 

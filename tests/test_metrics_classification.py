@@ -45,8 +45,8 @@ def test_each_class_against_the_rest():
     scores = np.array([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.5, 0.4, 0.1]])
     labels = np.array([0, 1, 1, 0])
     # Class 0: 0.9 and 0.5 against 0.2 and 0.6, three of four; class 1: 0.7, 0.3 against 0.1, 0.4.
-    assert c.one_vs_rest(scores, labels) == [0.75, 0.75, None]
-    assert c.one_vs_rest(scores[:1], labels[:1]) == [None, None, None]
+    assert c.one_vs_rest_aucs(scores, labels) == [0.75, 0.75, None]
+    assert c.one_vs_rest_aucs(scores[:1], labels[:1]) == [None, None, None]
 
 
 def test_log_odds_rank_where_probabilities_round_to_one():
@@ -71,7 +71,7 @@ def test_balanced_accuracy_weighs_classes_alike():
 
 def test_all_figures_of_a_classifier():
     logits = np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 3.0]])
-    found = c.told(logits, np.array([0, 0, 1, 1]), ("benign", "tumour"))
+    found = c.classification_metrics(logits, np.array([0, 0, 1, 1]), ("benign", "tumour"))
     assert found == {
         "samples": 4,
         "accuracy": 0.5,
@@ -80,6 +80,6 @@ def test_all_figures_of_a_classifier():
         "aucs": {"benign": 0.75, "tumour": 0.75},
         "counts": {"benign": 2, "tumour": 2},
     }
-    alone = c.told(logits[:2], np.array([0, 0]), ("benign", "tumour"))
+    alone = c.classification_metrics(logits[:2], np.array([0, 0]), ("benign", "tumour"))
     assert alone["auc"] is None
     assert alone["counts"] == {"benign": 2, "tumour": 0}

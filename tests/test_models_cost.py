@@ -6,10 +6,10 @@ from torch import nn
 
 from raylarge.geometry import Patch
 from raylarge.models import autoencoder, cost, unet
-from raylarge.models.cost import Costs, Counts
+from raylarge.models.cost import CallCounts, CallFlops
 from raylarge.models.summarizer import Summarizer
 
-PUBLISHED = Costs(unet=210.6e9, decode=670.8e9, encode=345.2e9)
+PUBLISHED = CallFlops(unet=210.6e9, decode=670.8e9, encode=345.2e9)
 PATCH = Patch(side_px=256, factor=4, channels=3, scales=8)
 PEAK = 989.4  # dense bf16 TFLOP/s of an H100
 
@@ -19,14 +19,14 @@ def overlapping(side_px, stride_lat):
 
 
 def petaflops(counts):
-    return cost.flops(counts, PUBLISHED) / 1e15
+    return cost.total_flops(counts, PUBLISHED) / 1e15
 
 
 def test_the_published_networks_cost_what_was_measured():
     with torch.device("meta"):
         network = unet.build(unet.UNetConfig(), PATCH.latent, 512)
         codec = autoencoder.Autoencoder(autoencoder.vq_f4())
-    found = cost.costs(network, codec, PATCH, context=(65, 512))
+    found = cost.network_flops(network, codec, PATCH, context=(65, 512))
     assert found.unet == pytest.approx(PUBLISHED.unet, rel=0.03)
     assert found.decode == pytest.approx(PUBLISHED.decode, rel=0.03)
     assert found.encode == pytest.approx(PUBLISHED.encode, rel=0.03)
@@ -93,14 +93,14 @@ JOINT = [
 )
 def test_joint_sampling(how, windows, total, at_60, at_50):
     counts, steps = cost.joint(*how), how[1]
-    assert counts == Counts(*windows) + Counts(unet=2 * steps, decode=steps)
+    assert counts == CallCounts(*windows) + CallCounts(unet=2 * steps, decode=steps)
     assert petaflops(counts) == pytest.approx(total, rel=0.005)
     assert cost.seconds(counts, PUBLISHED, 0.6 * PEAK) == pytest.approx(at_60, rel=0.015)
     assert cost.seconds(counts, PUBLISHED, 0.5 * PEAK) == pytest.approx(at_50, rel=0.015)
 
 
 def test_without_correction_or_guidance():
-    assert cost.joint(16, 50, 0, guided=1) == Counts(unet=16 * 50 + 50, decode=50)
+    assert cost.joint(16, 50, 0, guided=1) == CallCounts(unet=16 * 50 + 50, decode=50)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +108,13 @@ def test_without_correction_or_guidance():
 )
 def test_seam_removal(side_px, evaluations, total):
     counts = cost.refine(overlapping(side_px, 16))
-    assert counts == Counts(unet=evaluations)
+    assert counts == CallCounts(unet=evaluations)
     assert petaflops(counts) == pytest.approx(total, rel=0.01)
 
 
 def test_the_final_decode():
     counts = cost.decode(overlapping(4096, 16))
-    assert counts == Counts(decode=3721)
+    assert counts == CallCounts(decode=3721)
     assert petaflops(counts) == pytest.approx(2.50, rel=0.005)
     assert cost.seconds(counts, PUBLISHED, 0.6 * PEAK) == pytest.approx(4.2, rel=0.015)
 
@@ -133,4 +133,4 @@ def test_strided_sampling(side_px, stride, total):
 
 def test_a_rate_is_positive():
     with pytest.raises(ValueError, match="TFLOP/s carries nothing out"):
-        cost.seconds(Counts(unet=1), PUBLISHED, 0.0)
+        cost.seconds(CallCounts(unet=1), PUBLISHED, 0.0)

@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 from raylarge.errors import UserError
-from raylarge.models.discriminator import Discriminator, DiscriminatorConfig, adversarial, hinge
+from raylarge.models.discriminator import (
+    Discriminator,
+    DiscriminatorConfig,
+    adversarial_loss,
+    hinge_loss,
+)
 
 SMALL = DiscriminatorConfig(width=16, layers=2)
 
@@ -41,7 +46,7 @@ def test_a_score_is_of_its_own_image_alone():
 
 def test_hinge_is_of_the_margin():
     real, made = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([-2.0, 0.0, 3.0])
-    told = hinge(real.view(3, 1, 1, 1), made.view(3, 1, 1, 1))
+    told = hinge_loss(real.view(3, 1, 1, 1), made.view(3, 1, 1, 1))
     assert told.tolist() == [0.0, 1.0, 3.0]
 
 
@@ -50,11 +55,11 @@ def test_each_term_reaches_its_own_network():
     network = Discriminator(SMALL)
     real, made = pair()
     made.requires_grad_()
-    adversarial(network, real, made, 0.25).sum().backward()
+    adversarial_loss(network, real, made, 0.25).sum().backward()
     both = [p.grad.clone() for p in network.parameters()], made.grad.clone()
     network.zero_grad()
     made.grad = None
-    hinge(network(real), network(made.detach())).sum().backward()
+    hinge_loss(network(real), network(made.detach())).sum().backward()
     assert made.grad is None
     for together, alone in zip(both[0], [p.grad for p in network.parameters()], strict=True):
         torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-4)
@@ -71,10 +76,10 @@ def test_it_learns_to_tell():
     real, made = pair()
     for _ in range(30):
         optimizer.zero_grad()
-        adversarial(network, real, made, 1.0).mean().backward()
+        adversarial_loss(network, real, made, 1.0).mean().backward()
         optimizer.step()
     with torch.no_grad():
-        assert hinge(network(real), network(made)).max() < 0.2
+        assert hinge_loss(network(real), network(made)).max() < 0.2
 
 
 @pytest.mark.parametrize(

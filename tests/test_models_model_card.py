@@ -57,18 +57,18 @@ def row(text, first):
 
 
 def test_the_hub_can_read_it():
-    found = front(model_card.card(known()))
+    found = front(model_card.render(known()))
     assert (found["license"], found["library_name"]) == ("other", "raylarge")
     assert {"synthetic-images", "medical", "histopathology", "diffusers"} <= set(found["tags"])
-    aerial = front(model_card.card(known(base_mpp=1e6)))
+    aerial = front(model_card.render(known(base_mpp=1e6)))
     assert "remote-sensing" in aerial["tags"]
     assert "medical" not in aerial["tags"]
-    nobody_knows = front(model_card.card(known(base_mpp=None)))
+    nobody_knows = front(model_card.render(known(base_mpp=None)))
     assert not {"medical", "remote-sensing"} & set(nobody_knows["tags"])
 
 
 def test_what_is_known_stands_there():
-    text = model_card.card(known())
+    text = model_card.render(known())
     assert "Patches of 256 px; a pixel of the finest scale: 0.5 µm." in text
     parts = section(text, "Parts")
     assert row(parts, "unet")[1:4] == ["UNet2DConditionModel", "400,920,579", "cafe"]
@@ -86,7 +86,7 @@ def test_what_is_known_stands_there():
 
 
 def test_limits_and_licences_are_told():
-    text = model_card.card(known())
+    text = model_card.render(known())
     limits = section(text, "Intended use and limits")
     assert "synthetic" in limits
     assert "Not for diagnosis" in limits
@@ -97,20 +97,20 @@ def test_limits_and_licences_are_told():
 
 
 def test_no_path_is_told():
-    text = model_card.card(known())
+    text = model_card.render(known())
     assert "someone" not in text
     assert "s3://bucket" not in text
     assert "init: model.ckpt" in text
 
 
 def test_what_is_not_known_is_said():
-    text = model_card.card({})
+    text = model_card.render({})
     assert text.count(model_card.UNKNOWN) > 5
     assert row(section(text, "Licences"), "encoder")[1] == model_card.UNKNOWN
     assert f"How the data were split: {model_card.UNKNOWN}" in text
-    bare = model_card.card({"ldm": {"loss": None}})
+    bare = model_card.render({"ldm": {"loss": None}})
     assert row(section(bare, "Training"), "ldm")[1:] == [model_card.UNKNOWN] * 6
-    imported = model_card.card({"source": {"checkpoint": "weights.ckpt sha256:ab"}})
+    imported = model_card.render({"source": {"checkpoint": "weights.ckpt sha256:ab"}})
     assert "Imported from checkpoint weights.ckpt sha256:ab." in imported
     assert "Not trained here." in section(imported, "Training")
 

@@ -12,7 +12,7 @@ from raylarge.metrics.seams import seam_ratio
 from raylarge.models import bundle as bundles
 from raylarge.models import unet
 from raylarge.models.cdm import CDM
-from raylarge.models.conditioner import cells_of, normalise
+from raylarge.models.conditioner import normalise, to_cells
 from raylarge.models.denoiser import GaussianDenoiser, Guided, guided
 from raylarge.models.embedder import VectorEmbedder
 from raylarge.models.light_autoencoder import LightAutoencoder
@@ -40,7 +40,7 @@ def test_cells_stand_in_the_middle_of_64_slots(summarizer, side, first):
 
 def test_a_batch_of_mixed_grids_equals_single_ones(summarizer):
     grids = [torch.randn(1, 6, side, side) for side in (1, 2, 8)]
-    cells, size = (torch.cat(parts) for parts in zip(*map(cells_of, grids), strict=True))
+    cells, size = (torch.cat(parts) for parts in zip(*map(to_cells, grids), strict=True))
     together = summarizer(cells, torch.tensor([0, 1, 2]), size)
     assert together.shape == (3, 65, 8)
     for k in range(3):
@@ -51,10 +51,10 @@ def test_a_batch_of_mixed_grids_equals_single_ones(summarizer):
 def test_larger_grids_are_pooled_and_rows_come_first():
     grid = torch.zeros(1, 1, 16, 16)
     grid[:, :, 0, 2:4] = 1
-    cells, size = cells_of(grid)
+    cells, size = to_cells(grid)
     assert size.tolist() == [[8, 8]]
     assert cells[0, :, 0].nonzero().flatten().tolist() == [1]
-    cells, size = cells_of(torch.arange(6.0).reshape(1, 1, 2, 3))
+    cells, size = to_cells(torch.arange(6.0).reshape(1, 1, 2, 3))
     assert cells[0, :7, 0].tolist() == [0, 1, 2, 3, 4, 5, 0]
     assert size.tolist() == [[2, 3]]
 
@@ -63,7 +63,7 @@ def test_larger_grids_are_pooled_and_rows_come_first():
 def test_a_grid_of_up_to_64_cells_is_taken_as_it_is(summarizer, shape):
     torch.manual_seed(0)
     count, grid = shape[0] * shape[1], torch.randn(1, 6, *shape)
-    cells, size = cells_of(grid)
+    cells, size = to_cells(grid)
     assert size.tolist() == [list(shape)]
     assert torch.equal(cells[0, :count], grid[0].flatten(1).T)
     assert (cells[0, count:] == 0).all()
@@ -76,7 +76,7 @@ def test_a_grid_of_up_to_64_cells_is_taken_as_it_is(summarizer, shape):
     ("shape", "wanted"), [((5, 13), (5, 8)), ((9, 8), (8, 8)), ((1, 65), (1, 8))]
 )
 def test_a_larger_grid_is_averaged_per_axis(shape, wanted):
-    cells, size = cells_of(torch.ones(1, 2, *shape))
+    cells, size = to_cells(torch.ones(1, 2, *shape))
     assert size.tolist() == [list(wanted)]
     assert (cells[0, :, 0].sum(), cells[0, :, 0].max()) == (wanted[0] * wanted[1], 1)
 
@@ -85,7 +85,7 @@ def test_a_larger_grid_is_averaged_per_axis(shape, wanted):
 def test_a_grid_of_any_shape_is_laid_out_by_nearest_neighbour(shape):
     rows, columns = shape
     grid = torch.arange(float(rows * columns)).reshape(1, 1, rows, columns)
-    spread = _spread(*cells_of(grid))[0, 0]
+    spread = _spread(*to_cells(grid))[0, 0]
     wanted = [[grid[0, 0, i * rows // 8, j * columns // 8] for j in range(8)] for i in range(8)]
     assert torch.equal(spread, torch.tensor(wanted))
 
@@ -147,11 +147,11 @@ def test_a_standardised_cdm_works_in_units_of_each_scale(tmp_path):
     raw = torch.randn(60, 4, 5) * loud + 7 * loud
     raw[:, 0, 0] = 3.0  # one value never varies
     cdm.standardise(raw, scale)
-    units = cdm.inward(raw, scale)
+    units = cdm.to_standard(raw, scale)
     for k in (0, 1):
         assert units[scale == k].mean(dim=0).abs().max() < 1e-3
         assert units[scale == k, 1:].std(dim=0, correction=0).sub(1).abs().max() < 1e-3
-    assert torch.allclose(cdm.outward(units, scale), raw, rtol=1e-4)
+    assert torch.allclose(cdm.to_raw(units, scale), raw, rtol=1e-4)
     cdm.save_pretrained(tmp_path)
     again = CDM.from_pretrained(tmp_path)
     drawn = again.draw(1, 7, [(i,) for i in range(4)])

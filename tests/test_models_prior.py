@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from raylarge.errors import UserError
-from raylarge.models.prior import GridPrior, Walk
+from raylarge.models.prior import GridPrior, GridSampling
 
 LEFT, RIGHT, NULL = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2)
 ADDRESSES = [(0, k) for k in range(64)]
@@ -43,7 +43,7 @@ def trained():
     slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=300)
     for _ in range(300):
         labels = torch.randint(2, (64,), generator=generator)
-        x_0 = prior.standardised(grids(labels, generator))
+        x_0 = prior.to_standard(grids(labels, generator))
         kept = torch.rand(64, 1, generator=generator) > 0.15
         t = torch.randint(1000, (64,), generator=generator)
         x_t = prior.schedule.noised(x_0, torch.randn(x_0.shape, generator=generator), t)
@@ -66,10 +66,10 @@ def untrained():
 
 def leftness(prior, found):
     """How far standardised grids lie along class 0 minus class 1; about 1 and -1 at the means."""
-    axis = prior.standardised(means())
+    axis = prior.to_standard(means())
     axis = (axis[0] - axis[1])[None] / 2
-    middle = prior.standardised(means()).mean(dim=0, keepdim=True)
-    along = ((prior.standardised(found) - middle) * axis).sum(dim=(1, 2, 3))
+    middle = prior.to_standard(means()).mean(dim=0, keepdim=True)
+    along = ((prior.to_standard(found) - middle) * axis).sum(dim=(1, 2, 3))
     return (along / axis.square().sum()).mean().item()
 
 
@@ -89,10 +89,10 @@ def test_draws_have_the_spread_of_the_data(trained):
 
 
 def test_the_ancestral_walk_finds_the_class_too(trained):
-    found = trained.walk(LEFT, 0, ADDRESSES[:8], Walk(steps=999, eta=1.0))
+    found = trained.sample(LEFT, 0, ADDRESSES[:8], GridSampling(steps=999, eta=1.0))
     assert leftness(trained, found) == pytest.approx(1.0, abs=0.25)
-    again = trained.walk(LEFT, 0, ADDRESSES[:2], Walk(steps=20, eta=1.0))
-    alone = trained.walk(LEFT, 0, ADDRESSES[1:2], Walk(steps=20, eta=1.0))
+    again = trained.sample(LEFT, 0, ADDRESSES[:2], GridSampling(steps=20, eta=1.0))
+    alone = trained.sample(LEFT, 0, ADDRESSES[1:2], GridSampling(steps=20, eta=1.0))
     assert torch.allclose(again[1:], alone, rtol=1e-5, atol=1e-4)
 
 
@@ -125,7 +125,7 @@ def test_a_draw_is_a_function_of_its_address(untrained):
 
 
 def test_grids_of_any_shape_and_the_null_condition(untrained):
-    found = untrained.walk(torch.ones(1, 3), 0, [(0,)], Walk(steps=2, shape=(2, 7)))
+    found = untrained.sample(torch.ones(1, 3), 0, [(0,)], GridSampling(steps=2, shape=(2, 7)))
     assert found.shape == (1, 4, 2, 7)
     assert (
         untrained(torch.randn(2, 4, 1, 1), torch.tensor([0, 999]), torch.ones(2, 3))
@@ -143,7 +143,7 @@ def test_a_new_prior_predicts_the_mean():
     prior = GridPrior(channels=4, vector=3, width=16, blocks=1)
     raw = 3 + 2 * torch.randn(64, 4, 4, 4)
     prior.standardise(raw, torch.ones(64, 3))  # a constant condition: nothing is divided by zero
-    x_0 = prior.standardised(raw)
+    x_0 = prior.to_standard(raw)
     assert x_0.mean(dim=(0, 2, 3)).abs().max() < 1e-5
     assert (x_0.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-5
     assert (prior(x_0, torch.zeros(64), torch.ones(64, 3)) == 0).all()

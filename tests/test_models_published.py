@@ -6,7 +6,7 @@ import pytest
 import torch
 from published import figures, filled, kl_of, state
 
-from raylarge.diffusion.loss import learned_range
+from raylarge.diffusion.loss import learned_variance_losses
 from raylarge.errors import UserError
 from raylarge.models import published, weights
 from raylarge.models.unet import UNet
@@ -26,7 +26,7 @@ def dotless(name):
 def loads(tmp_path, content):
     path = str(tmp_path / "weights.ckpt")
     torch.save(content, path)
-    return weights.content(path)
+    return weights.open_checkpoint(path)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_the_cdm_is_the_published_one(parity, tensors):
     assert largest(cdm(x, t, y), wanted["out"]) <= NETWORK
     assert largest(cdm.schedule.betas, wanted["betas"]) <= 1e-12
     x_t = cdm.schedule.noised(x, wanted["noise"], t)
-    error, bound = learned_range(cdm(x_t, t, y), x, x_t, t, cdm.schedule)
+    error, bound = learned_variance_losses(cdm(x_t, t, y), x, x_t, t, cdm.schedule)
     assert largest(error / wanted["mse"], torch.ones(2)) <= NETWORK
     assert largest(bound / wanted["vb"], torch.ones(2)) <= NETWORK
     assert largest((error + bound) / wanted["loss"], torch.ones(2)) <= NETWORK

@@ -282,7 +282,7 @@ def test_lightnings_checkpoints_open_without_lightning(tensors, tmp_path):
     torch.save({"state_dict": tensors["unet_a"], "callbacks": {stand_in: {"best": 1}}}, path)
     for name in modules:
         del sys.modules[name]
-    unet = published.unet_from_published(weights.content(str(path)))
+    unet = published.unet_from_published(weights.open_checkpoint(str(path)))
     assert torch.equal(unet.conv_in.bias, tensors["unet_a"]["input_blocks.0.0.bias"])
 
 
@@ -302,17 +302,17 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path):
     ]:
         write(tmp_path / name)
         with pytest.raises(UserError, match="cannot be opened as a file of tensors"):
-            weights.content(str(tmp_path / name))
+            weights.open_checkpoint(str(tmp_path / name))
     assert not marker.exists()
 
 
 def test_broken_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="there are no weights at"):
-        weights.content(str(tmp_path / "none.ckpt"))
+        weights.open_checkpoint(str(tmp_path / "none.ckpt"))
     for name in ("cut.ckpt", "cut.safetensors"):
         (tmp_path / name).write_bytes(b"PK\x03\x04 no more")
         with pytest.raises(UserError, match="cannot be opened as a file of tensors"):
-            weights.content(str(tmp_path / name))
+            weights.open_checkpoint(str(tmp_path / name))
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="holds no named tensors but a list"):
-        weights.content(str(tmp_path / "list.pt"))
+        weights.open_checkpoint(str(tmp_path / "list.pt"))

@@ -111,7 +111,7 @@ def test_every_card_builds_a_network_of_its_width(name):
     assert device.type == "meta" or name == "ctranspath"  # whose buffers are computed
     side = card.input_px
     with torch.inference_mode():
-        out = ssl_networks.pooled(card, network)(torch.zeros(2, 3, side, side, device=device))
+        out = ssl_networks.with_pooling(card, network)(torch.zeros(2, 3, side, side, device=device))
     assert out.shape == (2, card.width)
     parameters = round(sum(p.numel() for p in network.parameters()) / 1e6)
     assert parameters == MILLIONS.get(name, parameters)

@@ -33,7 +33,7 @@ def vit():
 
 
 def expected(network, card, tiles):
-    x = ssl_networks.inputs(tiles, card.input_px, card.colour, card.resample, "cpu")
+    x = ssl_networks.to_inputs(tiles, card.input_px, card.colour, card.resample, "cpu")
     with torch.inference_mode():
         return network(x).numpy().astype(np.float16)
 
@@ -106,7 +106,7 @@ def test_class_token_and_mean_of_patches_without_registers(tmp_path, vit, tiles)
     card = replace(CARDS["virchow2"], model="test_vit", options=options, input_px=160, width=128)
     network = timm.create_model("test_vit", **options).eval()
     path = saved(tmp_path / "a.pth", network.state_dict())
-    x = ssl_networks.inputs(tiles, 160, card.colour, card.resample, "cpu")
+    x = ssl_networks.to_inputs(tiles, 160, card.colour, card.resample, "cpu")
     with torch.inference_mode():
         tokens = network.forward_features(x)
     wanted = torch.cat([tokens[:, 0], tokens[:, 5:].mean(1)], dim=1).numpy()
@@ -170,7 +170,7 @@ def test_transformers_networks_take_a_file_too(tmp_path, tiles):
     encoder = ssl.Encoder(card, str(tmp_path))
     wanted = expected(lambda x: network(pixel_values=x).last_hidden_state[:, 0], card, tiles)
     assert (encoder(tiles) == wanted).all()
-    tensors = weights.read(tmp_path / "model.safetensors")
+    tensors = weights.read_tensors(tmp_path / "model.safetensors")
     tensors.pop(next(name for name in tensors if "cls_token" in name))
     with pytest.raises(UserError, match=r"not the weights of phikon .*1 missing \(.*cls_token"):
         ssl.Encoder(card, saved(tmp_path / "less.safetensors", tensors))

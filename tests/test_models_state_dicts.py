@@ -67,21 +67,21 @@ def test_the_copy_that_is_evaluated_is_preferred(content, key):
     ],
 )
 def test_prefixes_are_removed_in_any_order(prefix):
-    assert list(state_dicts.unprefixed(under(prefix, GOOD), WANTED)) == list(WANTED)
+    assert list(state_dicts.strip_prefixes(under(prefix, GOOD), WANTED)) == list(WANTED)
 
 
 def test_the_networks_own_names_stay():
     wanted = {"encoder.layer.weight": torch.zeros(2)}
     state = {"module.encoder._orig_mod.layer.weight": torch.ones(2)}
-    assert list(state_dicts.unprefixed(state, wanted)) == list(wanted)
+    assert list(state_dicts.strip_prefixes(state, wanted)) == list(wanted)
 
 
 def test_two_tensors_of_one_name_are_refused():
     state = {"backbone.stem.bias": torch.ones(2), "module.stem.bias": torch.zeros(2)}
     with pytest.raises(UserError, match=r"backbone\.stem\.bias and module\.stem\.bias are two"):
-        state_dicts.unprefixed(state, WANTED)
+        state_dicts.strip_prefixes(state, WANTED)
     state["module.stem.bias"] = torch.ones(2)
-    assert list(state_dicts.unprefixed(state, WANTED)) == ["stem.bias"]
+    assert list(state_dicts.strip_prefixes(state, WANTED)) == ["stem.bias"]
 
 
 def test_other_copies_are_named():

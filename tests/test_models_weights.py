@@ -38,7 +38,7 @@ def test_damage_of_any_kind_is_nothing_but_a_user_error(tmp_path):
         for content in [*changed, b"", b"hello\n", b"<html>", b"PK\x03\x04"]:
             path.write_bytes(content)
             try:  # changed values in a tensor cannot be seen, all else is told
-                assert isinstance(weights.content(path), dict)
+                assert isinstance(weights.open_checkpoint(path), dict)
             except UserError as error:
                 told.append(str(error))
     assert len(told) > 75  # every cut file, and most of the others
@@ -48,19 +48,19 @@ def test_damage_of_any_kind_is_nothing_but_a_user_error(tmp_path):
 def test_a_text_file_and_a_folder_are_no_weights(tmp_path):
     (tmp_path / "a.ckpt").write_text("hello\n")
     with pytest.raises(UserError, match="it is damaged, or of another kind"):
-        weights.content(tmp_path / "a.ckpt")
+        weights.open_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="there are no weights at"):
-        weights.content(tmp_path)
+        weights.open_checkpoint(tmp_path)
 
 
 def test_a_refused_class_is_named_and_torchs_advice_is_not_passed_on(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"a": Fraction(1, 2)}, path)
     with pytest.raises(UserError, match=r"\(it holds a fractions\.Fraction, which is no") as error:
-        weights.content(path)
+        weights.open_checkpoint(path)
     path.write_bytes(pickle.dumps({"a": os.getcwd}, protocol=2))
     with pytest.raises(UserError, match=r"\(it holds a posix\.getcwd, which is no") as other:
-        weights.content(path)
+        weights.open_checkpoint(path)
     assert not any(
         word in str(e.value) for e in (error, other) for word in ("safe_globals", "http")
     )
@@ -69,7 +69,7 @@ def test_a_refused_class_is_named_and_torchs_advice_is_not_passed_on(tmp_path):
 @pytest.mark.parametrize("name", ["a.ckpt", "a.SAFETENSORS", "a"])
 def test_safetensors_are_known_by_their_content(tmp_path, name):
     save_file({"w": torch.arange(3.0)}, tmp_path / name)
-    assert torch.equal(weights.read(tmp_path / name)["w"], torch.arange(3.0))
+    assert torch.equal(weights.read_tensors(tmp_path / name)["w"], torch.arange(3.0))
 
 
 def test_wrappers_without_tensors_are_passed_over():
@@ -83,8 +83,8 @@ def test_wrappers_without_tensors_are_passed_over():
         ({"student": other, "teacher": named}, named),
         ({7: torch.ones(1), "note": np.array(["a"]), "object": np.array([None]), **named}, named),
     ]:
-        assert torch.equal(state_dicts.tensors(found)["w"], wanted["w"])
-        assert list(state_dicts.tensors(found)) == ["w"]
+        assert torch.equal(state_dicts.preferred_tensors(found)["w"], wanted["w"])
+        assert list(state_dicts.preferred_tensors(found)) == ["w"]
 
 
 def test_a_network_owns_its_tensors():
@@ -109,7 +109,7 @@ def test_a_network_outlives_its_file(tmp_path):
     torch.save({"0.weight": torch.ones(512, 512), "0.bias": torch.ones(512)}, path)
     with torch.device("meta"):
         empty = torch.nn.Sequential(torch.nn.Linear(512, 512))
-    filled = weights.fill(empty, weights.read(path), "a network")
+    filled = weights.fill(empty, weights.read_tensors(path), "a network")
     path.write_bytes(b"")
     assert float(filled[0].weight.sum()) == 512 * 512
 

@@ -9,7 +9,7 @@ from torch import nn
 from raylarge.diffusion.noise import normal
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
-from raylarge.models.conditioner import Conditioner, normalise, read
+from raylarge.models.conditioner import Conditioner, normalise, read_cells
 from raylarge.models.denoiser import GaussianDenoiser
 from raylarge.models.summarizer import Summarizer
 from raylarge.sampling import invert as inversion
@@ -28,7 +28,7 @@ class Plain(nn.Module):
         self.channels = channels
 
     def forward(self, grid, scale, size=None):
-        return normalise(read(grid, size, self.channels).values[:, : SHAPE[1] * SHAPE[2]])
+        return normalise(read_cells(grid, size, self.channels).values[:, : SHAPE[1] * SHAPE[2]])
 
     def null(self, count):
         return torch.zeros(count, SHAPE[1] * SHAPE[2], self.channels)

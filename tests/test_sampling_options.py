@@ -17,7 +17,7 @@ from raylarge.fleet.worker import Worker
 from raylarge.models import bundle as bundles
 from raylarge.models import controlnet
 from raylarge.models.autoencoder import Autoencoder
-from raylarge.models.denoiser import GaussianDenoiser, Guided, NetworkDenoiser, bound
+from raylarge.models.denoiser import GaussianDenoiser, Guided, NetworkDenoiser, bind_context
 from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.order import Condition
 from raylarge.sampling import joint, trajectory
@@ -74,7 +74,9 @@ def test_guidance_outside_its_interval_is_the_condition_alone(bundle):
         for t, w in ((100, 1.0), (200, 3.0), (600, 3.0), (601, 1.0)):
             c, u = plain(x_t, t, tokens), plain(x_t, t, torch.zeros_like(tokens))
             assert torch.allclose(guided(x_t, t, tokens), u + w * (c - u), atol=1e-4), t
-            assert torch.allclose(bound(guided, tokens)(x_t, t), u + w * (c - u), atol=1e-4), t
+            assert torch.allclose(
+                bind_context(guided, tokens)(x_t, t), u + w * (c - u), atol=1e-4
+            ), t
 
 
 def test_correcting_in_every_third_step_leaves_the_others_alone():

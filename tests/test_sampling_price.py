@@ -14,7 +14,7 @@ from raylarge.fleet.worker import Worker
 from raylarge.models import bundle as bundles
 from raylarge.models import controlnet
 from raylarge.models.autoencoder import Autoencoder
-from raylarge.models.cost import Counts
+from raylarge.models.cost import CallCounts
 from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.prior import GridPrior
 from raylarge.order import Condition
@@ -79,7 +79,7 @@ def test_every_evaluation_is_counted(tiny_bundle, values, one_thread):
     )
     worker = Worker(bundle)
     order = orders.parse({"batch": 4, "sampler": {"steps": 3}, **values})
-    seen = dataclasses.asdict(Counts())
+    seen = dataclasses.asdict(CallCounts())
 
     def counted(name, call):
         def counting(x, *rest, **more):

@@ -104,7 +104,7 @@ def test_seam_removal_is_the_published_one(parity, monkeypatch):
     monkeypatch.setattr(bands, "normal", noise)
     patch = Patch(side_px=256, factor=4, channels=3, scales=8)
     bundle = dataclasses.replace(oracle.bundle(patch), summarizer=PublishedSummarizer())
-    worker = Worker(bundle, NetworkDenoiser(published_unet, Schedule(), late=1))
+    worker = Worker(bundle, NetworkDenoiser(published_unet, Schedule(), timestep_offset=1))
     condition = dataclasses.asdict(Condition.of(np.zeros((2, 2, 32), np.float16)))
     order = orders.parse(
         {

@@ -11,7 +11,7 @@ import torch
 from raylarge.data import encode
 from raylarge.data.encode import Encode
 from raylarge.data.pipeline import Crew
-from raylarge.diffusion.loss import per_sample
+from raylarge.diffusion.loss import mse_per_sample
 from raylarge.diffusion.noise import generator
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
@@ -133,7 +133,7 @@ def test_it_starts_as_the_plain_unet(folder):
     tokens[dropped] = bundle.summarizer.null(int(dropped.sum()))
     x_t = bundle.schedule.noised(batch["latent"], batch["eps"], batch["t"])
     target = bundle.schedule.target(batch["latent"], batch["eps"], batch["t"])
-    plain = per_sample(bundle.unet(x_t, batch["t"], tokens), target)
+    plain = mse_per_sample(bundle.unet(x_t, batch["t"], tokens), target)
     assert torch.allclose(task.network(batch), plain, rtol=1e-5)
     assert bundle.schedule.prediction == "v_prediction"
 

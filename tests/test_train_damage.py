@@ -95,14 +95,14 @@ def test_more_held_out_samples_than_there_are_is_all_of_them(config):
 def test_parts_that_stand_on_a_replaced_one_are_named(tiny_bundle, tmp_path):
     out = str(tmp_path / "bundle")
     shutil.copytree(tiny_bundle, out)
-    for model, part in bundles.MADE.items():
+    for model, part in bundles.MAIN_PART.items():
         if part in storage.read_json(f"{out}/model_index.json"):
-            on = bundles.digest(out, bundles.ON[model])
+            on = bundles.digest(out, bundles.TRAINED_ON[model])
             bundles.save(out, {}, {model: {"on": on}})
             assert part in bundles.load(out).__dict__
-    assert bundles.strangers(out) == {}
+    assert bundles.mismatched_parts(out) == {}
     bundles.save(out, {"vae": LightAutoencoder(width=8, blocks=1)}, {})
-    assert set(bundles.strangers(out)) == {"unet"}
+    assert set(bundles.mismatched_parts(out)) == {"unet"}
     with pytest.raises(UserError, match=r"unet in .* was trained on another vae than there is now"):
         bundles.load(out)
 
@@ -124,11 +124,13 @@ def test_models_know_what_they_were_trained_on(tmp_path):
     }
     for model, its in sizes.items():
         train(config_of.build(Train, short, {"model": model, model: its}))
-    told = {model: bundles.facts(out)[model]["on"] for model in bundles.ON}
-    assert told == {model: bundles.digest(out, parts) for model, parts in bundles.ON.items()}
+    told = {model: bundles.facts(out)[model]["on"] for model in bundles.TRAINED_ON}
+    assert told == {
+        model: bundles.digest(out, parts) for model, parts in bundles.TRAINED_ON.items()
+    }
     assert bundles.load(out).cdm.shift.any()
     bundles.save(out, {"vae": LightAutoencoder(factor=2, **codec)}, {})
-    assert set(bundles.strangers(out)) == {"unet", "vae_small"}
+    assert set(bundles.mismatched_parts(out)) == {"unet", "vae_small"}
     with pytest.raises(UserError, match=r"vae_small in .* was trained on another vae"):
         bundles.load(out)
 

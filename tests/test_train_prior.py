@@ -16,7 +16,7 @@ from raylarge.diffusion.noise import generator
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models import bundle_parts
-from raylarge.models.prior import Walk
+from raylarge.models.prior import GridSampling
 from raylarge.train import prior
 from raylarge.train.prior import PriorConfig
 from raylarge.train.task import Facts, Recipe, Task
@@ -115,12 +115,12 @@ def drawn_means(task, vectors, **how):
     """Standardised means over cells of one draw per address."""
     net = task.network.prior
     grids = net.draw(torch.as_tensor(vectors), 0, ADDRESSES, steps=20, **how)
-    return net.standardised(grids).mean(dim=(2, 3))
+    return net.to_standard(grids).mean(dim=(2, 3))
 
 
 def wanted_means(task, vectors):
     raw = torch.from_numpy(mean_of(vectors))
-    return task.network.prior.standardised(raw[..., None, None])[..., 0, 0]
+    return task.network.prior.to_standard(raw[..., None, None])[..., 0, 0]
 
 
 def test_training_lowers_the_loss(trained):
@@ -198,7 +198,7 @@ def test_the_units_are_known_before_training_and_the_same_for_everybody(make):
     one, other = make(batch=8), make(batch=64)
     for name, value in one.network.state_dict().items():
         assert torch.equal(value, other.network.state_dict()[name])
-    x_0 = one.network.prior.standardised(prior.grids_of(Rows().batch(range(2000, 2400)), 4))
+    x_0 = one.network.prior.to_standard(prior.grids_of(Rows().batch(range(2000, 2400)), 4))
     assert x_0.mean(dim=(0, 2, 3)).abs().max() < 0.15
     assert (x_0.std(dim=(0, 2, 3)) - 1).abs().max() < 0.15
     loss = one.network(one.draw(Rows().batch(range(64)))).mean().item()
@@ -239,7 +239,7 @@ def test_the_average_is_what_a_bundle_holds(make, tmp_path):
     task = make()
     averaged = {name: value + 1 for name, value in task.averaged.state_dict().items()}
     task.finish(str(tmp_path / "bundle"), averaged, {"step": 3}, Rows().batch(range(64)))
-    found = bundle_parts.part(str(tmp_path / "bundle"), "prior")
+    found = bundle_parts.load_part(str(tmp_path / "bundle"), "prior")
     assert torch.equal(found.grid_out.bias, torch.ones(CHANNELS))
     assert (found.config.side, found.config.vector) == (4, VECTOR)
     known = bundles.facts(str(tmp_path / "bundle"))["prior"]
@@ -288,7 +288,7 @@ def test_vectors_of_a_table_meet_their_grids(small_examples, tmp_path, missing):
     losses = fitted(task, rows, 40, batch=16)
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
     vector = batch["vector"][given][:1]
-    raw = task.network.prior.walk(vector, 0, [(0,)], Walk(20, shape=(8, 12)))
+    raw = task.network.prior.sample(vector, 0, [(0,)], GridSampling(20, shape=(8, 12)))
     assert raw.shape == (1, rows.facts.channels, 8, 12)
     assert task.sheet(batch).shape[2] == 3
 

@@ -12,7 +12,7 @@ from waves import FACTS, JUDGE, JUDGED, SIDE, SMALL, Config, gradients, learn, m
 
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
-from raylarge.models.discriminator import DiscriminatorConfig, hinge
+from raylarge.models.discriminator import DiscriminatorConfig, hinge_loss
 from raylarge.models.perceptual import FeatureDistance, Perceptual
 from raylarge.train import vae
 from raylarge.train.activations import recompute
@@ -166,7 +166,7 @@ def test_one_optimiser_does_for_both_networks():
     image = rows(range(16))["image"]
     with torch.no_grad():
         blurred = task.network.codec.network(image)
-        assert hinge(task.network.judge(image), task.network.judge(blurred)).mean() < 0.9
+        assert hinge_loss(task.network.judge(image), task.network.judge(blurred)).mean() < 0.9
 
 
 @pytest.mark.parametrize("start", [0, 100])

@@ -74,7 +74,7 @@ def folder_digest(folder: str) -> str:
     """
     if not folder:
         return ""
-    found = hub.find(folder)
+    found = hub.find_weights(folder)
     names = {name for name in storage.sizes(str(found.parent)) if name.endswith(_SMALL_FILES)}
     files = [found, *(Path(found.parent, name) for name in sorted(names))]
     return storage.digest(*(storage.digest_file(file).encode() for file in files))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from raylarge.diffusion.tangents import LIKE, RULES, Call, Key, Rule, by_itself
+from raylarge.diffusion.tangents import LIKE, RULES, Call, Key, Rule, jvp_rule
 
 _ACTIVE = ContextVar("linearizing", default=False)
 
@@ -122,7 +122,7 @@ class _Tape(TorchFunctionMode):
             return func(*args, **kwargs)  # the value does not depend on x
         if _changes(call):
             raise RuntimeError(f"{call.name} changes a tensor in place: it cannot be linearized")
-        value, rule = RULES.get(call.name, by_itself)(call)
+        value, rule = RULES.get(call.name, jvp_rule)(call)
         several = isinstance(value, (tuple, list))
         made = list(value) if several else [value]
         self.constants += [

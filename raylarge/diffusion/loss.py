@@ -24,7 +24,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 """2^64 / golden ratio, rounded to odd."""
 
 
-class Draws(NamedTuple):
+class TrainingDraws(NamedTuple):
     """What is random about a batch of training samples.
 
     Attributes:
@@ -38,14 +38,14 @@ class Draws(NamedTuple):
     eps: Float[Tensor, "B ..."]
 
 
-def draws(
+def training_draws(
     samples: Int[Tensor, "B"],
     shape: Sequence[int],
     seed: int,
     stream: str,
     length: int,
     stratified: bool = False,
-) -> Draws:
+) -> TrainingDraws:
     """The draws of global sample indices; the same for every batch split and world size.
 
     Args:
@@ -62,7 +62,7 @@ def draws(
         coins.append(source.random())
         noises.append(source.standard_normal(tuple(shape), dtype=np.float32))
     device = samples.device
-    return Draws(
+    return TrainingDraws(
         torch.tensor(ts, device=device),
         torch.tensor(coins, dtype=torch.float32, device=device),
         torch.from_numpy(np.stack(noises)).to(device),
@@ -77,7 +77,7 @@ def _golden(offset: float, sample: int) -> float:
     return ((int(offset * 2.0**64) + sample * _GOLDEN) % (1 << 64)) / 2.0**64
 
 
-def snr_weights(schedule: Schedule, t: Int[Tensor, "B"], gamma: float) -> Float[Tensor, "B"]:
+def min_snr_weights(schedule: Schedule, t: Int[Tensor, "B"], gamma: float) -> Float[Tensor, "B"]:
     """Return the min-SNR weight of each sample's loss.
 
     min(SNR, gamma) as weight of the error of x_0, in units of the prediction's own error:
@@ -92,14 +92,14 @@ def snr_weights(schedule: Schedule, t: Int[Tensor, "B"], gamma: float) -> Float[
     return (snr.clamp(max=gamma) / unit[schedule.prediction]).float().to(t.device)
 
 
-def per_sample(
+def mse_per_sample(
     predicted: Float[Tensor, "B ..."], wanted: Float[Tensor, "B ..."]
 ) -> Float[Tensor, "B"]:
     """Mean squared error of each sample, in float32."""
     return (predicted.float() - wanted.float()).square().flatten(1).mean(dim=1)
 
 
-def learned_range(
+def learned_variance_losses(
     output: Float[Tensor, "B C2 ..."],
     x_0: Float[Tensor, "B C ..."],
     x_t: Float[Tensor, "B C ..."],
@@ -129,7 +129,7 @@ def learned_range(
     nll = -_discretised(x_0, guess, 0.5 * log_sigma2)
     first = (t == 0).reshape(-1, *[1] * (x_0.ndim - 1))
     bound = torch.where(first, nll, kl).flatten(1).mean(dim=1) / math.log(2)
-    return per_sample(predicted, x_0), bound
+    return mse_per_sample(predicted, x_0), bound
 
 
 def _posterior_mean(x_0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:

@@ -22,7 +22,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 """What a network may give; `sample` is x_0."""
 
 
-class Step(NamedTuple):
+class SamplerStep(NamedTuple):
     """One step of a sampler: from timestep t, at `abar`, down to `abar_prev`.
 
     `beta` is the variance of training step t, which only `steps.ancestral` reads.
@@ -114,7 +114,7 @@ class Schedule:
             return abar.sqrt() * eps - (1 - abar).sqrt() * x_0
         return x_0
 
-    def steps(self, count: int) -> list[Step]:
+    def steps(self, count: int) -> list[SamplerStep]:
         """The published uniform spacing, noisiest first: t = 1 + i (T // count); 50 -> 981 … 1.
 
         The last step leads to alpha-bar of timestep 0, not to 1, as published.
@@ -128,12 +128,12 @@ class Schedule:
         ts = [1 + i * stride for i in range(count)]
         before = [0, *ts[:-1]]
         pairs = [
-            Step(t, float(self.abar[t]), float(self.abar[s]))
+            SamplerStep(t, float(self.abar[t]), float(self.abar[s]))
             for t, s in zip(ts, before, strict=True)
         ]
         return pairs[::-1]
 
-    def respaced(self, count: int) -> list[Step]:
+    def respaced(self, count: int) -> list[SamplerStep]:
         """Improved DDPM's spacing from timestep 0 to T - 1, noisiest first; it ends at abar = 1.
 
         Source: `space_timesteps` of the CDM's released code: round(i (T - 1) / (count - 1)).
@@ -147,9 +147,11 @@ class Schedule:
             raise ValueError(f"{count} respaced steps do not fit a schedule of {self.length}")
         ts = [round(i * (self.length - 1) / (count - 1)) for i in range(count)]
         before = [1.0, *(float(self.abar[t].float()) for t in ts[:-1])]
-        return [Step(t, float(self.abar[t]), b) for t, b in zip(ts, before, strict=True)][::-1]
+        return [SamplerStep(t, float(self.abar[t]), b) for t, b in zip(ts, before, strict=True)][
+            ::-1
+        ]
 
-    def strided(self, first: int, stride: int) -> list[Step]:
+    def strided(self, first: int, stride: int) -> list[SamplerStep]:
         """The released large-image walk: timesteps first, first - stride, … down to 0.
 
         Where the released loops say t they read abar[t - 1]; this is abar's own index, so their
@@ -162,6 +164,8 @@ class Schedule:
             raise ValueError(f"timestep {first} by {stride} does not fit {self.length} steps")
         ts = range(first, 0, -stride)
         return [
-            Step(t, float(self.abar[t]), float(self.abar[max(t - stride, 0)]), float(self.betas[t]))
+            SamplerStep(
+                t, float(self.abar[t]), float(self.abar[max(t - stride, 0)]), float(self.betas[t])
+            )
             for t in ts
         ]

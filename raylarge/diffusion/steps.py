@@ -11,7 +11,7 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
-from raylarge.diffusion.schedule import Step
+from raylarge.diffusion.schedule import SamplerStep
 
 
 def eps_of(x_t: Tensor, x_0: Tensor, abar: float) -> Tensor:
@@ -27,7 +27,7 @@ def x_0_of(x_t: Tensor, eps: Tensor, abar: float) -> Tensor:
 def ddim(
     x_t: Float[Tensor, "B ..."],
     x_0: Float[Tensor, "B ..."],
-    step: Step,
+    step: SamplerStep,
     eta: float = 0.0,
     noise: Float[Tensor, "B ..."] | None = None,
 ) -> Float[Tensor, "B ..."]:
@@ -44,7 +44,7 @@ def ddim(
 def ancestral(
     x_t: Float[Tensor, "B ..."],
     x_0: Float[Tensor, "B ..."],
-    step: Step,
+    step: SamplerStep,
     noise: Float[Tensor, "B ..."],
 ) -> Float[Tensor, "B ..."]:
     """x_{t-s} with the posterior variance of a *single* training step, as released.
@@ -58,7 +58,9 @@ def ancestral(
     return _down(x_t, x_0, step, sigma, noise)
 
 
-def _down(x_t: Tensor, x_0: Tensor, step: Step, sigma: float, noise: Tensor | None) -> Tensor:
+def _down(
+    x_t: Tensor, x_0: Tensor, step: SamplerStep, sigma: float, noise: Tensor | None
+) -> Tensor:
     eps = eps_of(x_t, x_0, step.abar)
     x_prev = math.sqrt(step.abar_prev) * x_0 + math.sqrt(1 - step.abar_prev - sigma**2) * eps
     if sigma == 0.0:

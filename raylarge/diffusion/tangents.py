@@ -69,7 +69,7 @@ class Call:
         return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
 
 
-def by_itself(call: Call) -> tuple[Any, Rule]:
+def jvp_rule(call: Call) -> tuple[Any, Rule]:
     """Any differentiable operation, with its value computed twice."""
     return call.run({}), partial(_forward_mode, call)
 
@@ -102,7 +102,7 @@ def _linear(call: Call) -> tuple[Any, Rule]:
 def _affine(call: Call) -> tuple[Any, Rule]:
     """A convolution or matrix of constant weights: the tangent goes without the bias."""
     if call.active != (0,):
-        return by_itself(call)
+        return jvp_rule(call)
     bias: Key = 2 if len(call.args) > 2 else "bias"
     return call.run({}), lambda tangents: call.run({bias: None, **tangents})
 
@@ -110,7 +110,7 @@ def _affine(call: Call) -> tuple[Any, Rule]:
 def _sum(call: Call) -> tuple[Any, Rule]:
     """Sums and differences; one side may be a constant, and the active one smaller."""
     if len(call.args) != 2 or call.kwargs:  # alpha
-        return by_itself(call)
+        return jvp_rule(call)
     value = call.run({})
     if len(call.active) == 2:
         return value, call.run
@@ -127,7 +127,7 @@ def _product(call: Call) -> tuple[Any, Rule]:
 
 def _quotient(call: Call) -> tuple[Any, Rule]:
     """By a constant."""
-    return _product(call) if call.active == (0,) and not call.kwargs else by_itself(call)
+    return _product(call) if call.active == (0,) and not call.kwargs else jvp_rule(call)
 
 
 def _pointwise(backward: Callable[[Tensor, Tensor, Call], Tensor]) -> Callable[[Call], Any]:
@@ -172,7 +172,7 @@ def _attention(call: Call) -> tuple[Any, Rule]:
     of = call.bound("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
     plain = of.get("attn_mask") is None and not of.get("is_causal") and not of.get("dropout_p")
     if not plain or not {*call.active} <= {0, 1, 2}:
-        return by_itself(call)
+        return jvp_rule(call)
     q, k, v = of["query"], of["key"], of["value"]
     s = q.shape[-1] ** -0.5 if of.get("scale") is None else of["scale"]
     return call.run({}), partial(_attended, q * s, k, v, s)

@@ -17,11 +17,11 @@ import pyarrow.compute as pc
 import torch
 
 from raylarge import tables
-from raylarge.diffusion.loss import draws, per_sample
+from raylarge.diffusion.loss import mse_per_sample, training_draws
 from raylarge.models.bundle import Bundle
 
 ROWS = 64
-ALIKE = 0.005
+TOLERANCE = 0.005
 """A loss with another image's condition that is higher by less than this share counts as equal."""
 
 
@@ -70,7 +70,7 @@ def loss_rows(losses: Mapping[Any, Mapping[str, float | int]]) -> list[list[str]
     ]
 
 
-def meaning(losses: Mapping[Any, Mapping[str, float | int]]) -> str:
+def summarize_losses(losses: Mapping[Any, Mapping[str, float | int]]) -> str:
     """Return one line that says at which scales the condition helps.
 
     Args:
@@ -94,7 +94,7 @@ def meaning(losses: Mapping[Any, Mapping[str, float | int]]) -> str:
 def _verdict(loss: Mapping[str, float | int]) -> str:
     if loss["null"] <= loss["true"]:
         return "hurts"
-    return "ignored" if loss["shuffled"] <= (1 + ALIKE) * loss["true"] else "helps"
+    return "ignored" if loss["shuffled"] <= (1 + TOLERANCE) * loss["true"] else "helps"
 
 
 def _against(loss: Mapping[str, float | int], name: str) -> str:
@@ -107,10 +107,10 @@ def _loss(
     losses = []
     for repeat in range(repeats):
         samples = torch.arange(len(x_0)) + repeat * len(x_0)
-        drawn = draws(samples, x_0.shape[1:], seed, "evaluate", bundle.schedule.length)
+        drawn = training_draws(samples, x_0.shape[1:], seed, "evaluate", bundle.schedule.length)
         x_t = bundle.schedule.noised(x_0, drawn.eps, drawn.t)
         output = bundle.unet(x_t, drawn.t, context)
-        losses.append(per_sample(output, bundle.schedule.target(x_0, drawn.eps, drawn.t)))
+        losses.append(mse_per_sample(output, bundle.schedule.target(x_0, drawn.eps, drawn.t)))
     return float(torch.cat(losses).mean())
 
 

@@ -12,7 +12,7 @@ from raylarge import images, tables
 from raylarge.errors import UserError
 
 
-class Reference(NamedTuple):
+class ReferenceExample(NamedTuple):
     """One row of EXAMPLES."""
 
     image: UInt8[np.ndarray, "P P 3"]
@@ -20,7 +20,9 @@ class Reference(NamedTuple):
     tissue: float
 
 
-def references(data: str, scale: int, count: int | None, split: str = "val") -> list[Reference]:
+def references(
+    data: str, scale: int, count: int | None, split: str = "val"
+) -> list[ReferenceExample]:
     """Held-out examples of one scale, spread evenly over the table; all of them if count is None.
 
     Without a row of the split the training rows stand in.
@@ -38,7 +40,7 @@ def references(data: str, scale: int, count: int | None, split: str = "val") -> 
     return [_reference(rows.slice(int(i), 1).to_pylist()[0]) for i in picked]
 
 
-def _reference(row: dict[str, object]) -> Reference:
+def _reference(row: dict[str, object]) -> ReferenceExample:
     shape = (row["grid_rows"], row["grid_columns"], -1)
     grid = np.array(row["grid"], dtype=np.float16).reshape(shape)  # type: ignore[arg-type]
-    return Reference(images.from_bytes(row["image"]), grid, float(row["tissue"]))  # type: ignore[arg-type]
+    return ReferenceExample(images.from_bytes(row["image"]), grid, float(row["tissue"]))  # type: ignore[arg-type]

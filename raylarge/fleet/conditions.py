@@ -19,7 +19,7 @@ from raylarge.errors import UserError
 from raylarge.geometry import batches
 from raylarge.models.bundle import Bundle
 from raylarge.models.conditioner import SIDE
-from raylarge.models.prior import Walk
+from raylarge.models.prior import GridSampling
 from raylarge.sampling import canvas, invert, strided
 from raylarge.sampling.tasks import Draw, Given, Imagine, Invert
 
@@ -96,8 +96,8 @@ class Conditions:
         negative = condition.against()
         u = None if negative is None else torch.from_numpy(negative)[None].to(self.bundle.device)
         rows, columns = (-(-length // side) << order.scale for length in order.size)
-        walk = Walk(condition.prior_steps, condition.prior_guidance, shape=(rows, columns))
-        grid: Tensor = prior.walk(vector, order.seed, [(order.scale, 0, 0)], walk, u)[0]
+        walk = GridSampling(condition.prior_steps, condition.prior_guidance, shape=(rows, columns))
+        grid: Tensor = prior.sample(vector, order.seed, [(order.scale, 0, 0)], walk, u)[0]
         return grid
 
     def _null(self, task: Draw) -> Tensor:

@@ -93,13 +93,13 @@ class Facts:
             UserError: there is no bundle, or a part was not trained yet.
         """
         require(folder)
-        index = bundle_parts.index(folder)
+        index = bundle_parts.read_index(folder)
         return cls(
             bundles.patch_of(folder),
             bundles.digest(folder),
-            int(bundle_parts.config(folder, "summarizer")["channels"]),
+            int(bundle_parts.read_config(folder, "summarizer")["channels"]),
             "cdm" in index,
-            int(bundle_parts.config(folder, "prior")["vector"]) if "prior" in index else 0,
+            int(bundle_parts.read_config(folder, "prior")["vector"]) if "prior" in index else 0,
             "controlnet" in index,
             "vae_small" in index,
             bundles.facts(folder).get("base_mpp"),
@@ -112,5 +112,7 @@ def require(folder: str) -> None:
     Raises:
         UserError: there is none, or a part was not trained yet.
     """
-    if not bundle_parts.there(folder) or not set(bundles.NEEDED) <= set(bundle_parts.index(folder)):
+    if not bundle_parts.exists(folder) or not set(bundles.REQUIRED) <= set(
+        bundle_parts.read_index(folder)
+    ):
         bundles.load(folder)  # fails, and its error says what is missing and how to make it

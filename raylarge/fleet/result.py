@@ -20,7 +20,7 @@ from raylarge import pyramid as pyramids
 from raylarge.fleet.facts import Facts
 from raylarge.geometry import spans
 from raylarge.metrics.consistency import WindowError
-from raylarge.metrics.lines import FEWEST, WindowLines
+from raylarge.metrics.lines import MIN_WINDOWS, WindowLines
 from raylarge.metrics.seams import SeamRatio
 from raylarge.order import Order
 from raylarge.sampling.joint import Large
@@ -101,7 +101,7 @@ class _Measured:
             self._error = WindowError(result.frames[-1], order.size)
         if order.algorithm == "joint" and max(order.size) > side:
             self._seams = SeamRatio(side)
-        if self._seams is not None and max(order.size) >= FEWEST * side:
+        if self._seams is not None and max(order.size) >= MIN_WINDOWS * side:
             self._lines = WindowLines(side)
 
     def following(

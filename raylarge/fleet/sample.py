@@ -42,7 +42,7 @@ NETWORKS = (
     *("U-Net", "decoder", "encoder", "CDM", "grid prior (per cell)", "ControlNet"),
     *("small decoder", "small encoder"),
 )
-"""The networks of `cost.Counts`, in its order."""
+"""The networks of `cost.CallCounts`, in its order."""
 VERSIONS = ("raylarge", "torch", "diffusers", "ray")
 
 
@@ -144,13 +144,13 @@ def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
     """Print requests, evaluations, FLOPs and GPU-seconds of an order."""
     bundle = bundles.load(folder)
     counted = price.counts(plan, order, bundle.patch)
-    costs = cost.of_bundle(bundle)
+    costs = cost.bundle_flops(bundle)
     here = _seconds_here(config, bundle, counted, costs)
     named = zip(NETWORKS, dataclasses.astuple(counted), strict=True)
     rows = [
         ["requests", len(plan.requests)],
         *([f"{name} evaluations", count] for name, count in named if count),
-        ["PFLOP", f"{cost.flops(counted, costs) / 1e15:.4g}"],
+        ["PFLOP", f"{cost.total_flops(counted, costs) / 1e15:.4g}"],
         [
             f"GPU-seconds at {config.tflops:g} TFLOP/s",
             f"{cost.seconds(counted, costs, config.tflops):.4g}",
@@ -161,7 +161,7 @@ def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
 
 
 def _seconds_here(
-    config: Sample, bundle: bundles.Bundle, counted: cost.Counts, costs: cost.Costs
+    config: Sample, bundle: bundles.Bundle, counted: cost.CallCounts, costs: cost.CallFlops
 ) -> float:
     """Expected seconds on this machine's CPU, by a few timed evaluations of the U-Net."""
     before = torch.get_num_threads()
@@ -193,7 +193,7 @@ class _Run:
         self.ledger = output.ledger
         self.resumed = self.ledger.resume(plan)
         self.phases: dict[str, float] = {}
-        self.costs: cost.Costs | None = None
+        self.costs: cost.CallFlops | None = None
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[Plan], None]]:
@@ -222,7 +222,7 @@ class _Run:
         if torch.cuda.is_available():
             found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
         if self.costs is not None:
-            found["flops"] = cost.flops(counted, self.costs)
+            found["flops"] = cost.total_flops(counted, self.costs)
             if not self.resumed:
                 seconds = self.log.facts["stages"]["sample"]["seconds"]
                 found["tflops_reached"] = found["flops"] / 1e12 / max(seconds, 1e-9)
@@ -253,7 +253,7 @@ def _here(config: Sample, folder: str, this: _Run) -> dict[str, str]:
     try:
         with this.log.stage("start"):
             worker = Worker.opened(folder, this.means)
-            this.costs = cost.of_bundle(worker.bundle)
+            this.costs = cost.bundle_flops(worker.bundle)
 
         def answer(task: Task, *inputs: Any) -> Any:
             began = time.monotonic()

@@ -19,7 +19,7 @@ from raylarge.fleet.finite import check_reply
 from raylarge.fleet.means import Means
 from raylarge.images import to_uint8
 from raylarge.models.autoencoder import Codec
-from raylarge.models.bundle import Bundle, load, usable_device
+from raylarge.models.bundle import Bundle, default_device, load
 from raylarge.models.denoiser import Denoiser, NetworkDenoiser, guided
 from raylarge.order import Order
 from raylarge.sampling import bands, canvas, mosaic, superres, trajectory
@@ -64,12 +64,12 @@ class Worker:
         self._denoiser = denoiser or network()
         self._conditions = Conditions(bundle)
         # The released seam removal tells its network t + 1, and so does ours.
-        self._told_late = denoiser or network(late=1)
+        self._told_late = denoiser or network(timestep_offset=1)
 
     @classmethod
     def opened(cls, folder: str, means: Means) -> Worker:
         """The worker of a bundle's folder, on whatever device this process may use."""
-        device = "cpu" if means.gpus == 0 else usable_device()
+        device = "cpu" if means.gpus == 0 else default_device()
         bundle = load(folder, device, means.torch_dtype)
         return cls(bundle, compiled=means.compile)
 

@@ -35,7 +35,7 @@ def auc(scores: Float[np.ndarray, "n"], positive: Bool[np.ndarray, "n"]) -> floa
     return float(above / (yes * no))
 
 
-def one_vs_rest(
+def one_vs_rest_aucs(
     scores: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, "n"]
 ) -> list[float | None]:
     """The AUC of each class against all others; None of one that has no, or every, sample."""
@@ -80,7 +80,7 @@ def balanced_accuracy(predicted: Int[np.ndarray, "n"], labels: Int[np.ndarray, "
     return float(np.mean(recalls))
 
 
-def told(
+def classification_metrics(
     logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, "n"], classes: tuple[str, ...]
 ) -> dict[str, object]:
     """All of these for a classifier's outputs, by name, as JSON holds them.
@@ -90,7 +90,7 @@ def told(
         be told from the rest); aucs and counts by class.
     """
     predicted = logits.argmax(axis=1)
-    aucs = one_vs_rest(log_odds(logits), labels)
+    aucs = one_vs_rest_aucs(log_odds(logits), labels)
     known = [one for one in aucs if one is not None]
     return {
         "samples": len(labels),

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FEWEST = 4
+MIN_WINDOWS = 4
 """Windows along an axis from which a period can be told from chance."""
 HARMONICS = (4, 16)
 """How many of the first harmonics are looked at, besides all: soft seams have only low ones."""
-FAINT = 0.1 / 127.5
+MIN_AMPLITUDE = 0.1 / 127.5
 """Amplitude, in units of [-1, 1], of lines too faint to count: a tenth of a grey level."""
 
 
@@ -30,7 +30,7 @@ def window_lines(image: Float[Tensor, "3 H W"], side: int) -> float:
     """`WindowLines` of an image in memory.
 
     Raises:
-        ValueError: fewer than `FEWEST` windows along both axes.
+        ValueError: fewer than `MIN_WINDOWS` windows along both axes.
     """
     lines = WindowLines(side)
     lines.add(image)
@@ -108,21 +108,21 @@ class WindowLines:
         """The strength of the grid over the rows that have come: the larger one of both axes.
 
         Raises:
-            ValueError: fewer than `FEWEST` windows along both axes.
+            ValueError: fewer than `MIN_WINDOWS` windows along both axes.
         """
         height = self._blocks * self._cell
         found = []
-        if height >= FEWEST * self._side:
+        if height >= MIN_WINDOWS * self._side:
             steps = torch.cat(self._row_steps, dim=1)
             profiles = [torch.cat(self._rows, dim=1), _filled(steps, height, self._reach)]
             found.append(_strength(torch.cat(profiles).numpy(), self._side))
-        if self._columns.shape[1] >= FEWEST * self._side and height:
+        if self._columns.shape[1] >= MIN_WINDOWS * self._side and height:
             profiles = [self._columns / height, self._column_steps / self._blocks]
             found.append(_strength(torch.cat(profiles).numpy(), self._side))
         if not found:
             size = (height, self._columns.shape[-1])
             raise ValueError(
-                f"an image of {size} px has fewer than {FEWEST} windows of {self._side} px"
+                f"an image of {size} px has fewer than {MIN_WINDOWS} windows of {self._side} px"
             )
         return max(found)
 
@@ -156,6 +156,6 @@ def _ratios(profile: Float[np.ndarray, "n"], count: int) -> Float[np.ndarray, "k
     kernel = np.ones(4 * count + 1)
     kernel[2 * count] = 0
     around = np.convolve(power * between, kernel, "same") / np.convolve(between, kernel, "same")
-    ratios = (power + (count * FAINT) ** 2) / (around + (count * FAINT) ** 2)
+    ratios = (power + (count * MIN_AMPLITUDE) ** 2) / (around + (count * MIN_AMPLITUDE) ** 2)
     harmonics = len(power) // count - 1
     return ratios[count : count * (harmonics + 1)].reshape(harmonics, count)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Context:
+class CachedContext:
     """What every layer attends to, for a batch whose last samples may have zero tokens.
 
     Attributes:
@@ -32,7 +32,7 @@ class Context:
 
 
 class CrossAttention(AttnProcessor2_0):
-    """A layer's attention to a `Context`, or to tokens as they are."""
+    """A layer's attention to a `CachedContext`, or to tokens as they are."""
 
     def __init__(self, layer: int) -> None:
         super().__init__()
@@ -47,11 +47,13 @@ class CrossAttention(AttnProcessor2_0):
         temb: Tensor | None = None,
     ) -> Float[Tensor, "B N C"]:
         """The layer's output."""
-        context = encoder_hidden_states
-        if not isinstance(context, Context):
-            made: Tensor = super().__call__(attn, hidden_states, context, attention_mask, temb)
+        cached_context = encoder_hidden_states
+        if not isinstance(cached_context, CachedContext):
+            made: Tensor = super().__call__(
+                attn, hidden_states, cached_context, attention_mask, temb
+            )
             return made
-        k, v = context.kept[self.layer]
+        k, v = cached_context.kept[self.layer]
         out, dropout = attn.to_out
         x, silent = hidden_states[: len(k)], len(hidden_states) - len(k)
         q = _heads(attn, attn.to_q(x))
@@ -62,27 +64,27 @@ class CrossAttention(AttnProcessor2_0):
         return given
 
 
-def listening(network: nn.Module) -> list[Attention]:
+def cross_attention_layers(network: nn.Module) -> list[Attention]:
     """The layers that attend to the context, in their order."""
     return [m for name, m in network.named_modules() if name.endswith(".attn2")]
 
 
-def attend(network: nn.Module) -> None:
-    """Let a network's cross-attention take a `Context`."""
-    for layer, attn in enumerate(listening(network)):
+def enable_cached_context(network: nn.Module) -> None:
+    """Let a network's cross-attention take a `CachedContext`."""
+    for layer, attn in enumerate(cross_attention_layers(network)):
         attn.set_processor(CrossAttention(layer))
 
 
-def context(network: nn.Module, tokens: Float[Tensor, "B n D"]) -> Context:
+def cached_context(network: nn.Module, tokens: Float[Tensor, "B n D"]) -> CachedContext:
     """A context for a network whose cross-attention was made to take it."""
     zero = (~tokens.flatten(1).any(dim=1)).tolist()
     silent = next((i for i, is_zero in enumerate(reversed(zero)) if not is_zero), len(zero))
     spoken = tokens[: len(tokens) - silent]
     kept = tuple(
         (_heads(attn, attn.to_k(spoken)), _heads(attn, attn.to_v(spoken)))
-        for attn in listening(network)
+        for attn in cross_attention_layers(network)
     )
-    return Context(tokens, kept)
+    return CachedContext(tokens, kept)
 
 
 def _heads(attn: Attention, x: Float[Tensor, "B n C"]) -> Float[Tensor, "B h n d"]:

@@ -55,7 +55,7 @@ class Autoencoder(nn.Module):
             known = ", ".join(kind.__name__ for kind in NETWORKS)
             raise TypeError(f"{type(network).__name__} is not one of {known}")
         self.network = network
-        self.factor, self.channels = sizes(type(network).__name__, dict(self.network.config))
+        self.factor, self.channels = latent_sizes(type(network).__name__, dict(self.network.config))
 
     def encode(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B c h w"]:
         """The latent of an image in [-1, 1]; its sides are multiples of `factor`."""
@@ -109,7 +109,7 @@ class Autoencoder(nn.Module):
         return config.scaling_factor or 1.0, config.shift_factor or 0.0
 
 
-def sizes(kind: str, config: dict[str, Any]) -> tuple[int, int]:
+def latent_sizes(kind: str, config: dict[str, Any]) -> tuple[int, int]:
     """Pixels per latent cell along one side, and latent channels, of a network's config."""
     if kind == "LightAutoencoder":
         return config["factor"], config["latent_channels"]

@@ -26,21 +26,21 @@ from raylarge.errors import UserError
 from raylarge.geometry import Patch
 from raylarge.models import bundle_parts as files
 from raylarge.models import weights
-from raylarge.models.autoencoder import Autoencoder, sizes
+from raylarge.models.autoencoder import Autoencoder, latent_sizes
 from raylarge.models.bundle_lock import saving
 from raylarge.models.bundle_parts import PARTS, digest
 from raylarge.models.denoiser import Denoiser, NetworkDenoiser
 
 __all__ = ["PARTS", "Bundle", "digest", "facts", "load", "load_autoencoder", "patch_of", "save"]
-NEEDED = ("vae", "unet", "summarizer")
-ON = {
+REQUIRED = ("vae", "unet", "summarizer")
+TRAINED_ON = {
     "vae_small": ("vae",),
     "ldm": ("vae",),
     "cdm": ("summarizer",),
     "controlnet": ("unet", "summarizer"),
 }
 """By trained model, the parts that it was trained on; its facts tell their digest as `on`."""
-MADE = {"ldm": "unet", **{name: name for name in ("vae_small", "cdm", "prior", "controlnet")}}
+MAIN_PART = {"ldm": "unet", **{name: name for name in ("vae_small", "cdm", "prior", "controlnet")}}
 """By trained model, the part that it is known by."""
 _MAKING = ".part-"
 """How the folders begin in which parts are made; a killed run leaves one behind."""
@@ -72,7 +72,7 @@ class Bundle:
         return NetworkDenoiser(self.unet, self.schedule)
 
 
-def usable_device() -> str:
+def default_device() -> str:
     """`cuda` where this process may use a GPU (Ray hides those it was not given), else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -119,7 +119,7 @@ def _save(folder: str, parts: dict[str, Any], facts: dict[str, Any], near: str |
     for name, part in parts.items():
         part = part.network if isinstance(part, Autoencoder) else part
         digests[name] = _put(part, storage.join(folder, name), near)
-        index[name] = files.entry(part)
+        index[name] = files.index_entry(part)
         files.write_index(folder, index, known)
     if not parts:
         files.write_index(folder, index, known)
@@ -127,7 +127,7 @@ def _save(folder: str, parts: dict[str, Any], facts: dict[str, Any], near: str |
 
 def _without(folder: str, names: Set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The index and the facts of a bundle that ceases to list some parts and their digests."""
-    index = files.migrate(folder, names)
+    index = files.upgrade(folder, names)
     known = index.pop("raylarge", {})
     digests = known.get("digests", {})
     if names & (index.keys() | digests.keys()):
@@ -172,7 +172,7 @@ def _put(part: Any, target: str, near: str | None) -> str:
             raise UserError(
                 f"{target} could not be written ({error}); make room, then run the same again."
             ) from error
-        files.forget_place(str(made))
+        files.remove_load_path(str(made))
         for path in made.iterdir():  # safetensors lets only the owner read what it writes
             path.chmod(made.stat().st_mode & 0o666)
         digest = files.computed_digest(str(made))
@@ -199,11 +199,11 @@ def load(
             on other parts than there are now, a damaged file (which it names), or tensors that
             are missing or unknown.
     """
-    folder = files.local(folder)
-    index = files.index(folder)
+    folder = files.resolve(folder)
+    index = files.read_index(folder)
     _check(folder, index, without)
     parts: dict[str, Any] = {
-        name: files.part(folder, name, dtype) if name in index.keys() - without else None
+        name: files.load_part(folder, name, dtype) if name in index.keys() - without else None
         for name in PARTS
     }
     fast = dtype != torch.float32 or device != "cpu"
@@ -222,22 +222,22 @@ def load(
 
 def _check(folder: str, index: dict[str, Any], without: Set[str]) -> None:
     """Refuse a bundle that is not whole, or whose parts do not belong together."""
-    missing = [name for name in NEEDED if name not in index]
+    missing = [name for name in REQUIRED if name not in index]
     if missing:
         raise UserError(
             f"the bundle {folder} lacks {', '.join(missing)}; train it with "
             f"python jobs/train.py model={'vae' if 'vae' in missing else 'ldm'} out={folder}."
         )
-    if problems := [said for name, said in strangers(folder).items() if name not in without]:
+    if problems := [said for name, said in mismatched_parts(folder).items() if name not in without]:
         raise UserError(problems[0])
 
 
-def strangers(folder: str) -> dict[str, str]:
+def mismatched_parts(folder: str) -> dict[str, str]:
     """By part, what is to be said of those that were trained on others than there are now."""
-    index = files.index(folder) if files.there(folder) else {}
+    index = files.read_index(folder) if files.exists(folder) else {}
     known, said = index.get("raylarge", {}), {}
-    for model, ground in ON.items():
-        its, part = known.get(model), MADE[model]
+    for model, ground in TRAINED_ON.items():
+        its, part = known.get(model), MAIN_PART[model]
         on = its.get("on") if isinstance(its, dict) else None
         if not on or part not in index or not index.keys() >= set(ground):
             continue
@@ -274,13 +274,13 @@ def load_autoencoder(folder: str) -> Any:
     Raises:
         UserError: no bundle at the path, or no trained autoencoder in it.
     """
-    folder = files.local(folder)
-    if "vae" not in files.index(folder):
+    folder = files.resolve(folder)
+    if "vae" not in files.read_index(folder):
         raise UserError(
             f"the bundle {folder} has no autoencoder; train one with "
             f"python jobs/train.py model=vae out={folder}."
         )
-    vae = Autoencoder(files.part(folder, "vae"))
+    vae = Autoencoder(files.load_part(folder, "vae"))
     vae.digest = digest(folder, ("vae",))  # type: ignore[assignment]
     return vae
 
@@ -291,15 +291,17 @@ def patch_of(folder: str) -> Patch:
     Raises:
         UserError: no bundle at the path, or one that does not tell it.
     """
-    side_px = files.index(folder)["raylarge"].get("patch_px")
+    side_px = files.read_index(folder)["raylarge"].get("patch_px")
     if not isinstance(side_px, int) or side_px < 1:
         raise UserError(
             f"{storage.join(folder, files.INDEX)} gives {side_px} as patch_px; write the side of "
             f'the training images there, such as "patch_px": 256, under "raylarge".'
         )
     try:
-        factor, channels = sizes(files.kind(folder, "vae"), files.config(folder, "vae"))
-        scales = files.config(folder, "summarizer")["scales"]
+        factor, channels = latent_sizes(
+            files.class_name(folder, "vae"), files.read_config(folder, "vae")
+        )
+        scales = files.read_config(folder, "summarizer")["scales"]
     except KeyError as error:
         raise UserError(f"the bundle {folder} lacks {error}; copy it again.") from error
     return Patch(side_px=side_px, factor=factor, channels=channels, scales=scales)
@@ -307,7 +309,7 @@ def patch_of(folder: str) -> Patch:
 
 def facts(folder: str) -> dict[str, Any]:
     """What a bundle knows about itself beside its weights; empty where there is none yet."""
-    return dict(files.index(folder).get("raylarge", {})) if files.there(folder) else {}
+    return dict(files.read_index(folder).get("raylarge", {})) if files.exists(folder) else {}
 
 
 _SQUAREDCOS = ("squaredcos", "squaredcos_cap_v2")

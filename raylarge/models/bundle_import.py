@@ -20,14 +20,14 @@ from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.models import bundle, bundle_parts, published, published_schedule, ssl, weights
 from raylarge.models.autoencoder import Autoencoder
-from raylarge.models.weights import Checked
+from raylarge.models.weights import FittedNetwork
 
 _ENCODERS = {(1024, 8): "uni", (1024, 4): "dinov2_vitl14_reg"}
 """Embedding width and scales of ZoomLDM's two published models, and what embedded for them."""
 
 
 @dataclass(frozen=True)
-class Import:
+class ImportConfig:
     """Which files become which bundle.
 
     Attributes:
@@ -50,7 +50,7 @@ class Import:
     heads: tuple[int, int, int] = (1, 8, 12)
 
 
-def import_bundle(config: Import) -> dict[str, int]:
+def import_bundle(config: ImportConfig) -> dict[str, int]:
     """Write the bundle, once every part is known to fit the others.
 
     An import that was killed while it wrote is finished by the same command; no other bundle is
@@ -66,7 +66,7 @@ def import_bundle(config: Import) -> dict[str, int]:
     """
     if not (config.checkpoint.strip() and config.out.strip()):
         raise UserError("checkpoint= and out= are needed: the file, and the bundle to write.")
-    state = weights.content(config.checkpoint)
+    state = weights.open_checkpoint(config.checkpoint)
     found = _parts(state, config)
     schedule = published_schedule.schedule_from_published(state)
     _check_fit(found, config.patch_px)
@@ -84,23 +84,23 @@ def import_bundle(config: Import) -> dict[str, int]:
     return counts
 
 
-def _parts(state: published.State, config: Import) -> dict[str, Checked[Any]]:
+def _parts(state: published.State, config: ImportConfig) -> dict[str, FittedNetwork[Any]]:
     """Every part by name, its tensors named and shaped as they must be."""
     if published.has_embedder(state):
-        conditioner: Checked[Any] = published.checked_embedder(state)
+        conditioner: FittedNetwork[Any] = published.checked_embedder(state)
     else:
         conditioner = published.checked_summarizer(state, config.heads[1], raw=True)
-    found: dict[str, Checked[Any]] = {
+    found: dict[str, FittedNetwork[Any]] = {
         "vae": published.checked_autoencoder(state),
         "summarizer": conditioner,
         "unet": published.checked_unet(state, config.heads[0], config.ema),
     }
     if config.cdm:
-        found["cdm"] = published.checked_cdm(weights.content(config.cdm), config.heads[2])
+        found["cdm"] = published.checked_cdm(weights.open_checkpoint(config.cdm), config.heads[2])
     return found
 
 
-def _check_fit(found: dict[str, Checked[Any]], patch_px: int) -> None:
+def _check_fit(found: dict[str, FittedNetwork[Any]], patch_px: int) -> None:
     """Refuse parts that cannot work together.
 
     Raises:
@@ -141,15 +141,17 @@ def _check_place(out: str, source: dict[str, str]) -> None:
     Raises:
         UserError: saying where it is.
     """
-    if not bundle_parts.there(out):
+    if not bundle_parts.exists(out):
         return
-    listed = bundle_parts.index(out)
-    whole = all(name in listed for name in (*bundle.NEEDED, *(["cdm"] if "cdm" in source else [])))
+    listed = bundle_parts.read_index(out)
+    whole = all(
+        name in listed for name in (*bundle.REQUIRED, *(["cdm"] if "cdm" in source else []))
+    )
     if whole or bundle.facts(out).get("source") != source:
         raise UserError(f"there is a bundle at {out}; give another out= or remove it.")
 
 
-def _encoder_facts(name: str, conditioner: Checked[Any]) -> dict[str, Any]:
+def _encoder_facts(name: str, conditioner: FittedNetwork[Any]) -> dict[str, Any]:
     """The encoder's card and the licence terms that come with it.
 
     Raises:
@@ -169,7 +171,7 @@ def _encoder_facts(name: str, conditioner: Checked[Any]) -> dict[str, Any]:
     return {"encoder": card.as_json(), "licence": terms}
 
 
-def _source(config: Import) -> dict[str, str]:
+def _source(config: ImportConfig) -> dict[str, str]:
     """Names and digests of the files, without their folders."""
     named = {"checkpoint": config.checkpoint, "cdm": config.cdm}
     return {

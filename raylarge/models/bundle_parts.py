@@ -55,24 +55,24 @@ PARTS: dict[str, dict[str, Any]] = {
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-PLACES = ("data", "out", "logs")
+PATH_KEYS = ("data", "out", "logs")
 """Keys of a training that say where things lay, and nothing about its result."""
 CONFIGS = {"scheduler": "scheduler_config.json"}
 """What stands beside the parts and has no weights."""
 
 
-def there(folder: str) -> bool:
+def exists(folder: str) -> bool:
     """Whether a bundle, whole or begun, stands at a path or URL."""
     return storage.exists(storage.join(folder, INDEX))
 
 
-def local(folder: str) -> str:
+def resolve(folder: str) -> str:
     """A folder or URL as it is; a hub id `owner/name` as the folder of its download.
 
     Raises:
         UserError: the hub cannot be reached, or has no such bundle.
     """
-    if there(folder) or not hub.is_name(folder) or storage.exists(folder):
+    if exists(folder) or not hub.is_repo_id(folder) or storage.exists(folder):
         return folder
     told = "there is no such folder either: copy the bundle to a disk and give its path."
     patterns = ("*.json", "*.safetensors")
@@ -83,7 +83,7 @@ def _whole(marker: Path) -> bool:
     """Whether every file that a downloaded index asks for has come."""
     folder = str(marker.parent)
     try:
-        listed = index(folder)
+        listed = read_index(folder)
         configs = [
             storage.join(folder, name, CONFIGS.get(name, "config.json"))
             for name in (*PARTS, *CONFIGS)
@@ -95,14 +95,14 @@ def _whole(marker: Path) -> bool:
     return all(storage.exists(path) for path in configs + paths)
 
 
-def index(folder: str) -> dict[str, Any]:
+def read_index(folder: str) -> dict[str, Any]:
     """A bundle's index, of today's format.
 
     Raises:
         UserError: no bundle at the path, one of a newer format, or a damaged index.
     """
     path = storage.join(folder, INDEX)
-    if not there(folder):
+    if not exists(folder):
         raise UserError(
             f"there is no bundle at {folder} (no model_index.json); give the folder that "
             f"python jobs/train.py wrote as out=, or run make demo for a small one."
@@ -118,13 +118,13 @@ def index(folder: str) -> dict[str, Any]:
     return found
 
 
-def kind(folder: str, name: str) -> str:
+def class_name(folder: str, name: str) -> str:
     """The class of a part that the index lists.
 
     Raises:
         UserError: none that a bundle holds.
     """
-    found = index(folder)[name]
+    found = read_index(folder)[name]
     named = found[1] if isinstance(found, list) and len(found) == 2 else found
     known = list(PARTS[name])
     if named not in known:
@@ -143,11 +143,11 @@ def _without_places(facts: Any) -> Any:
     """Return the facts of a training without where its data lay; others as they are."""
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
         return facts
-    kept = {key: value for key, value in facts["config"].items() if key not in PLACES}
+    kept = {key: value for key, value in facts["config"].items() if key not in PATH_KEYS}
     return {**facts, "config": storage.without_places(kept)}
 
 
-def migrate(folder: str, beside: Collection[str]) -> dict[str, Any]:
+def upgrade(folder: str, beside: Collection[str]) -> dict[str, Any]:
     """Bring a bundle's files to today's format, and give its index; {} where there is none.
 
     Configs are rewritten under the old format, which reads them as well, before the index says
@@ -158,15 +158,15 @@ def migrate(folder: str, beside: Collection[str]) -> dict[str, Any]:
         beside: parts that are about to be replaced, and are left alone.
 
     Raises:
-        UserError: as `index`, or a damaged config.
+        UserError: as `read_index`, or a damaged config.
     """
-    found = index(folder) if there(folder) else {}
+    found = read_index(folder) if exists(folder) else {}
     known = found.get("raylarge", {})
     if known.get("format", FORMAT) == FORMAT:
         return found
     digests = known.setdefault("digests", {})
     for name in [name for name in PARTS if name in found and name not in beside]:
-        path, values = storage.join(folder, name, "config.json"), config(folder, name)
+        path, values = storage.join(folder, name, "config.json"), read_config(folder, name)
         if values != storage.read_json(path):
             if digests.pop(name, None):
                 write_index(folder, found, known)
@@ -177,7 +177,7 @@ def migrate(folder: str, beside: Collection[str]) -> dict[str, Any]:
     return found
 
 
-def entry(part: Any) -> list[str]:
+def index_entry(part: Any) -> list[str]:
     """How the index names a part's class: diffusers' own where diffusers can load it."""
     if isinstance(part, UNet):
         return ["diffusers", "UNet2DConditionModel"]
@@ -185,7 +185,7 @@ def entry(part: Any) -> list[str]:
     return [library, type(part).__name__]
 
 
-def config(folder: str, name: str) -> dict[str, Any]:
+def read_config(folder: str, name: str) -> dict[str, Any]:
     """A part's config, of today's format.
 
     Raises:
@@ -193,21 +193,21 @@ def config(folder: str, name: str) -> dict[str, Any]:
     """
     values = _mapping(storage.join(folder, name, "config.json"))
     values.pop("_name_or_path", None)  # where diffusers once loaded the part from
-    for version in range(int(index(folder)["raylarge"]["format"]), FORMAT):
+    for version in range(int(read_index(folder)["raylarge"]["format"]), FORMAT):
         values = _MIGRATIONS[version](name, values)
     return values
 
 
-def part(folder: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_part(folder: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A part with its weights, in evaluation mode, on the CPU; tiny autoencoders in float32.
 
     Raises:
         UserError: a class that no bundle holds, a damaged file, tensors that are missing or
             unknown, or values that are NaN, infinite, or too large for the precision.
     """
-    made = PARTS[name][kind(folder, name)]
+    made = PARTS[name][class_name(folder, name)]
     with torch.device("meta"):
-        module = made.from_config(config(folder, name))
+        module = made.from_config(read_config(folder, name))
     filled = weights.fill(module, _tensors(folder, name), f"{folder}: {name}")
     dtype = torch.float32 if isinstance(filled, AutoencoderTiny) else dtype
     nn.Module.to(filled, dtype)  # diffusers' own `to` warns of what does not concern it
@@ -233,8 +233,8 @@ def digest(folder: str, names: tuple[str, ...] = ()) -> str:
     Raises:
         UserError: no bundle, a part that it does not list, or one without files.
     """
-    folder = local(folder)
-    found = index(folder)
+    folder = resolve(folder)
+    found = read_index(folder)
     known = found["raylarge"]
     lacking = [name for name in names if name not in found]
     if lacking:
@@ -263,7 +263,7 @@ def computed_digest(folder: str) -> str:
     )
 
 
-def forget_place(folder: str) -> None:
+def remove_load_path(folder: str) -> None:
     """Remove from a part's config where diffusers loaded it from, a path of this machine."""
     for path in storage.children(folder, "*.json"):
         values = _mapping(path)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from raylarge.diffusion.noise import normal
-from raylarge.diffusion.schedule import Schedule, Step
+from raylarge.diffusion.schedule import SamplerStep, Schedule
 from raylarge.diffusion.steps import ddim
 from raylarge.errors import UserError
 
@@ -62,7 +62,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class _Block(nn.Module):
+class _AdaLNBlock(nn.Module):
     """A transformer block modulated by (timestep, scale), the identity at the start."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
@@ -123,7 +123,7 @@ class CDM(ModelMixin, ConfigMixin):
         self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.y_embedder = nn.Embedding(scales, width)
         self.blocks = nn.ModuleList(
-            [_Block(width, heads, hidden or 4 * width) for _ in range(depth)]
+            [_AdaLNBlock(width, heads, hidden or 4 * width) for _ in range(depth)]
         )
         self.final_layer = _Final(width, channels * (2 if learn_sigma else 1))
         if standardised:
@@ -172,7 +172,7 @@ class CDM(ModelMixin, ConfigMixin):
             self.shift[k] = some.mean(dim=0)
             self.spread[k] = deviation.clamp(min=least) if least > 0 else 1.0
 
-    def inward(
+    def to_standard(
         self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, "B"]
     ) -> Float[Tensor, "B C n"]:
         """Raw tokens in the units of `forward`."""
@@ -181,7 +181,7 @@ class CDM(ModelMixin, ConfigMixin):
         units: Tensor = (tokens - self.shift[scale]) / self.spread[scale]
         return units
 
-    def outward(
+    def to_raw(
         self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, "B"]
     ) -> Float[Tensor, "B C n"]:
         """Raw tokens of those in the units of `forward`."""
@@ -192,14 +192,14 @@ class CDM(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def denoise(
-        self, x_t: Float[Tensor, "B C n"], steps: Sequence[Step], scale: int
+        self, x_t: Float[Tensor, "B C n"], steps: Sequence[SamplerStep], scale: int
     ) -> Float[Tensor, "B C n"]:
         """Raw tokens of noise by DDIM (eta 0) over some steps."""
         scales = torch.full((len(x_t),), scale, device=x_t.device)
         for step in steps:
             x_0 = self(x_t, torch.full_like(scales, step.t), scales)[:, : x_t.shape[1]]
             x_t = ddim(x_t, x_0, step)
-        return self.outward(x_t, scales)
+        return self.to_raw(x_t, scales)
 
     def draw(
         self, scale: int, seed: int, addresses: Sequence[Sequence[int]], recipe: str = "paper"
@@ -220,8 +220,8 @@ class CDM(ModelMixin, ConfigMixin):
         return self.denoise(noise.mT, RECIPES[recipe](self.schedule), scale).mT
 
 
-STEPS = {"paper": 50, "released": 200}
-RECIPES: dict[str, Callable[[Schedule], list[Step]]] = {
-    "paper": lambda schedule: schedule.steps(STEPS["paper"]),
-    "released": lambda schedule: schedule.respaced(STEPS["released"]),
+RECIPE_STEPS = {"paper": 50, "released": 200}
+RECIPES: dict[str, Callable[[Schedule], list[SamplerStep]]] = {
+    "paper": lambda schedule: schedule.steps(RECIPE_STEPS["paper"]),
+    "released": lambda schedule: schedule.respaced(RECIPE_STEPS["released"]),
 }

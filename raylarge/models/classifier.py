@@ -126,7 +126,7 @@ def _grouped(module: nn.Module) -> nn.Module:
 
 def _stored(path: str) -> state_dicts.State:
     """A file's tensors in timm's names."""
-    state = weights.read(path)
+    state = weights.read_tensors(path)
     if any(name.startswith("body.") for name in state):  # a Classifier's own
         state = {k.removeprefix("body."): v for k, v in state.items() if k[:5] == "body."}
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
@@ -139,7 +139,7 @@ def _fill(network: Any, state: state_dicts.State, name: str) -> None:
         UserError: they are not this network's.
     """
     wanted = network.state_dict()
-    state = state_dicts.unprefixed(state, wanted)
+    state = state_dicts.strip_prefixes(state, wanted)
     heads = network.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     own = tuple(f"{head}." for head in heads)
@@ -149,6 +149,6 @@ def _fill(network: Any, state: state_dicts.State, name: str) -> None:
         if key.startswith(own)
     )
     if not same and own:
-        state, wanted = weights.without(state, own), weights.without(wanted, own)
-    weights.compare(wanted, state, f"classifier.network={name}")
+        state, wanted = weights.without_prefixes(state, own), weights.without_prefixes(wanted, own)
+    weights.check_names(wanted, state, f"classifier.network={name}")
     network.load_state_dict(state, strict=False)

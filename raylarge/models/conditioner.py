@@ -47,7 +47,7 @@ class Conditioner(Protocol):
         ...
 
 
-def pool(grid: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h2 w2"]:
+def pool_grid(grid: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h2 w2"]:
     """A grid of up to 64 cells as it is, whatever its shape; a larger one averaged down.
 
     Averaging is adaptive, per axis, to at most 8: 9 x 8 becomes 8 x 8, 1 x 100 becomes 1 x 8.
@@ -58,15 +58,15 @@ def pool(grid: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h2 w2"]:
     return nn.functional.adaptive_avg_pool2d(grid, (min(rows, SIDE), min(columns, SIDE)))
 
 
-def cells_of(grid: Float[Tensor, "B C h w"]) -> Cells:
+def to_cells(grid: Float[Tensor, "B C h w"]) -> Cells:
     """A batch of equal raw grids as padded cells."""
-    pooled = pool(grid)
+    pooled = pool_grid(grid)
     values = pooled.flatten(2).mT
     size = torch.tensor(pooled.shape[-2:], device=grid.device).expand(len(grid), 2)
     return Cells(nn.functional.pad(values, (0, 0, 0, SLOTS - values.shape[1])), size)
 
 
-def read(grid: Tensor, size: Tensor | None, channels: int) -> Cells:
+def read_cells(grid: Tensor, size: Tensor | None, channels: int) -> Cells:
     """The cells of either form that a conditioner takes.
 
     Raises:
@@ -81,7 +81,7 @@ def read(grid: Tensor, size: Tensor | None, channels: int) -> Cells:
     if grid.ndim == 4:
         if 0 in grid.shape[-2:]:
             raise UserError(f"a grid of {tuple(grid.shape[-2:])} embeddings is empty.")
-        return cells_of(grid)
+        return to_cells(grid)
     if size is None or grid.shape[1] != SLOTS:
         raise UserError(f"give grids [B, C, h, w], or cells [B, {SLOTS}, C] with their sizes.")
     return Cells(grid, size)

@@ -29,7 +29,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Costs:
+class CallFlops:
     """FLOPs of one evaluation for one window.
 
     Attributes:
@@ -54,7 +54,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Counts:
+class CallCounts:
     """Evaluations of the networks, each for one window (the prior's: for one cell of a grid).
 
     Sums of counts are counts.
@@ -69,8 +69,8 @@ class Counts:
     small_decode: int = 0
     small_encode: int = 0
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: CallCounts) -> CallCounts:
+        return CallCounts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 def on_meta(network: Network) -> Network:
@@ -114,10 +114,10 @@ _CELLS = 16
 """Side of the grid that a grid prior's cost per cell is taken of."""
 
 
-def of_bundle(bundle: Bundle) -> Costs:
+def bundle_flops(bundle: Bundle) -> CallFlops:
     """The costs of all networks of a bundle."""
     context = bundle.summarizer.null(1).shape[1:]
-    found = costs(bundle.unet, bundle.vae, bundle.patch, (context[0], context[1]))
+    found = network_flops(bundle.unet, bundle.vae, bundle.patch, (context[0], context[1]))
     one = torch.zeros(1, dtype=torch.long)
     if bundle.cdm is not None:
         x_t = torch.empty(1, bundle.cdm.config.channels, bundle.cdm.config.tokens)
@@ -128,7 +128,7 @@ def of_bundle(bundle: Bundle) -> Costs:
         whole = forward_flops(bundle.prior, grid, one, vector)
         found = replace(found, prior=whole / _CELLS**2)
     if bundle.vae_small is not None:
-        small = costs(bundle.unet, bundle.vae_small, bundle.patch, (context[0], context[1]))
+        small = network_flops(bundle.unet, bundle.vae_small, bundle.patch, (context[0], context[1]))
         found = replace(found, small_decode=small.decode, small_encode=small.encode)
     if bundle.controlnet is not None:
         patch, network = bundle.patch, on_meta(bundle.controlnet)
@@ -139,9 +139,9 @@ def of_bundle(bundle: Bundle) -> Costs:
     return found
 
 
-def costs(
+def network_flops(
     unet: nn.Module, autoencoder: Autoencoder, patch: Patch, context: tuple[int, int]
-) -> Costs:
+) -> CallFlops:
     """The costs of the networks that every bundle has.
 
     Args:
@@ -152,7 +152,7 @@ def costs(
     codec = on_meta(autoencoder)
     latent, image = torch.empty(1, *patch.latent), torch.empty(1, 3, patch.side_px, patch.side_px)
     timestep, tokens = torch.empty(1, dtype=torch.long), torch.empty(1, *context)
-    return Costs(
+    return CallFlops(
         unet=float(forward_flops(unet, latent, timestep, tokens)),
         decode=float(forward_flops(codec.decode, latent)),
         encode=float(forward_flops(codec.encode, image)),
@@ -171,7 +171,7 @@ def windows(size: tuple[int, int], side: int, stride: int) -> int:
     return rows * columns
 
 
-def joint(patches: int, steps: int, inner: int, guided: int = 2, again: int = 1) -> Counts:
+def joint(patches: int, steps: int, inner: int, guided: int = 2, again: int = 1) -> CallCounts:
     """Joint multi-scale sampling (Algorithm S2), the guide included, without the final decode.
 
     N S [g (1 + m K) U + K (D + 2 E)] + S (g U + D)
@@ -185,14 +185,14 @@ def joint(patches: int, steps: int, inner: int, guided: int = 2, again: int = 1)
             latter out, 3 evaluates the base point once more, as `torch.func.jvp` does.
     """
     corrections = patches * steps * inner
-    return Counts(
+    return CallCounts(
         unet=guided * (patches * steps + again * corrections + steps),
         decode=corrections + steps,
         encode=2 * corrections,
     )
 
 
-def strided(count: int, steps: int, guided: int = 2) -> Counts:
+def strided(count: int, steps: int, guided: int = 2) -> CallCounts:
     """Overlapping windows denoised together (Graikos et al.), without the final decode.
 
     n S g U
@@ -202,25 +202,25 @@ def strided(count: int, steps: int, guided: int = 2) -> Counts:
         steps: S.
         guided: g, as in `joint`.
     """
-    return Counts(unet=count * steps * guided)
+    return CallCounts(unet=count * steps * guided)
 
 
-def refine(count: int, steps: int = 6, guided: int = 2) -> Counts:
+def refine(count: int, steps: int = 6, guided: int = 2) -> CallCounts:
     """Seam removal: the steps of `strided` from a little noise; 6 as released."""
     return strided(count, steps, guided)
 
 
-def decode(count: int) -> Counts:
+def decode(count: int) -> CallCounts:
     """The blended decode of n overlapping windows."""
-    return Counts(decode=count)
+    return CallCounts(decode=count)
 
 
-def flops(counts: Counts, costs: Costs) -> float:
+def total_flops(counts: CallCounts, costs: CallFlops) -> float:
     """FLOPs of all evaluations together."""
     return sum(n * each for n, each in zip(astuple(counts), astuple(costs), strict=True))
 
 
-def seconds(counts: Counts, costs: Costs, tflops: float) -> float:
+def seconds(counts: CallCounts, costs: CallFlops, tflops: float) -> float:
     """Seconds of all evaluations at a rate.
 
     Args:
@@ -233,11 +233,11 @@ def seconds(counts: Counts, costs: Costs, tflops: float) -> float:
     """
     if not tflops > 0:
         raise ValueError(f"a rate of {tflops} TFLOP/s carries nothing out")
-    return flops(counts, costs) / (tflops * 1e12)
+    return total_flops(counts, costs) / (tflops * 1e12)
 
 
 @torch.no_grad()
-def measured_tflops(bundle: Bundle, costs: Costs, evaluations: int = 2) -> float:
+def measured_tflops(bundle: Bundle, costs: CallFlops, evaluations: int = 2) -> float:
     """Return the rate, in 10^12 FLOP/s, of the bundle's own U-Net on this machine.
 
     One evaluation for one latent warms up, the fastest of the others counts. Networks in whose
@@ -245,7 +245,7 @@ def measured_tflops(bundle: Bundle, costs: Costs, evaluations: int = 2) -> float
 
     Args:
         bundle: on any device.
-        costs: of its networks (`of_bundle`).
+        costs: of its networks (`bundle_flops`).
         evaluations: how many are timed.
     """
     device, dtype = bundle.device, next(bundle.unet.parameters()).dtype

@@ -19,7 +19,7 @@ from raylarge.order import ALWAYS
 
 
 @runtime_checkable
-class Estimate(Protocol):
+class BoundDenoiser(Protocol):
     """The estimate of x_0 under a context that is fixed."""
 
     def __call__(self, x_t: Tensor, t: int) -> Tensor:
@@ -43,19 +43,22 @@ class Denoiser(Protocol):
 class NetworkDenoiser:
     """A U-Net as a denoiser, whatever the schedule says that it predicts.
 
-    `late` is added to the timestep that the network is told: the released large-image loops
-    tell it t + 1 (0 is what the networks were trained with). `compiled` is the same U-Net,
-    compiled, and is asked wherever no derivative is wanted.
+    Args:
+        unet: called as (x_t, t, context).
+        schedule: says what the network predicts.
+        timestep_offset: added to the timestep that the network receives. 0 as in training; the
+            released large-image loops pass t + 1.
+        compiled: the same U-Net, compiled; used wherever no derivative is needed.
     """
 
     def __init__(
         self,
         unet: Callable[..., Tensor],
         schedule: Schedule,
-        late: int = 0,
+        timestep_offset: int = 0,
         compiled: Callable[..., Tensor] | None = None,
     ) -> None:
-        self.unet, self.schedule, self.late = unet, schedule, late
+        self.unet, self.schedule, self.timestep_offset = unet, schedule, timestep_offset
         self.compiled = compiled
 
     def __call__(
@@ -64,14 +67,14 @@ class NetworkDenoiser:
         """x_0 of the prediction, in x_t's precision; the U-Net sees its own."""
         return self._x_0(context, x_t, t)
 
-    def bound(self, context: Float[Tensor, "B n D"]) -> Estimate:
-        """As `bound` says; tokens' keys and values stay."""
+    def bind(self, context: Float[Tensor, "B n D"]) -> BoundDenoiser:
+        """As `bind_context` says; tokens' keys and values stay."""
         prepare = getattr(self.unet, "context", None)
         prepared = prepare(context) if prepare else context
         return lambda x_t, t: self._x_0(prepared, x_t, t)
 
     def _x_0(self, context: Any, x_t: Tensor, t: int) -> Tensor:
-        told, z = t + self.late, x_t.to(getattr(self.unet, "dtype", x_t.dtype))
+        told, z = t + self.timestep_offset, x_t.to(getattr(self.unet, "dtype", x_t.dtype))
         if self.compiled is None or linearizing():
             return self.schedule.x_0(x_t, self.unet(z, told, context).to(x_t), t)
         timestep = torch.tensor(told, device=x_t.device)  # a number would be compiled in
@@ -100,16 +103,16 @@ class Guided:
         self, x_t: Float[Tensor, "B c h w"], t: int, context: Float[Tensor, "B n D"]
     ) -> Float[Tensor, "B c h w"]:
         """The guided estimate of x_0."""
-        return self.bound(context)(x_t, t)
+        return self.bind(context)(x_t, t)
 
-    def bound(self, context: Float[Tensor, "B n D"]) -> Estimate:
-        """As `bound` says."""
+    def bind(self, context: Float[Tensor, "B n D"]) -> BoundDenoiser:
+        """As `bind_context` says."""
         null = torch.zeros_like(context) if self.null is None else self.null.expand_as(context)
-        both = bound(self.denoiser, torch.cat([context, null.to(context)]))
-        alone = both if self.interval == ALWAYS else bound(self.denoiser, context)
+        both = bind_context(self.denoiser, torch.cat([context, null.to(context)]))
+        alone = both if self.interval == ALWAYS else bind_context(self.denoiser, context)
 
         def estimate(x_t: Tensor, t: int) -> Tensor:
-            if not within(self.interval, t / self.schedule.length):
+            if not in_interval(self.interval, t / self.schedule.length):
                 return alone(x_t, t)
             c, u = both(torch.cat([x_t, x_t]), t).chunk(2)
             return u + self.w * (c - u)
@@ -117,14 +120,14 @@ class Guided:
         return estimate
 
 
-def within(interval: tuple[float, float], share: float) -> bool:
+def in_interval(interval: tuple[float, float], share: float) -> bool:
     """Whether a share of the schedule lies in an interval, its ends included."""
     return interval[0] <= share <= interval[1]
 
 
-def bound(denoiser: Denoiser, context: Float[Tensor, "B n D"]) -> Estimate:
+def bind_context(denoiser: Denoiser, context: Float[Tensor, "B n D"]) -> BoundDenoiser:
     """The estimate under a context that stays: what depends on it alone is computed once."""
-    bind = getattr(denoiser, "bound", None)
+    bind = getattr(denoiser, "bind", None)
     return bind(context) if bind else lambda x_t, t: denoiser(x_t, t, context)
 
 

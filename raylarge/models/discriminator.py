@@ -74,7 +74,9 @@ class Discriminator(nn.Module):
         return scores
 
 
-def hinge(real: Float[Tensor, "B 1 h w"], made: Float[Tensor, "B 1 h w"]) -> Float[Tensor, "B"]:
+def hinge_loss(
+    real: Float[Tensor, "B 1 h w"], made: Float[Tensor, "B 1 h w"]
+) -> Float[Tensor, "B"]:
     """The discriminator's loss of each sample.
 
     ½ mean max(0, 1 - D(x)) + ½ mean max(0, 1 + D(x̂))
@@ -83,7 +85,7 @@ def hinge(real: Float[Tensor, "B 1 h w"], made: Float[Tensor, "B 1 h w"]) -> Flo
     return 0.5 * (lacks[0].flatten(1).mean(dim=1) + lacks[1].flatten(1).mean(dim=1))
 
 
-def adversarial(
+def adversarial_loss(
     discriminator: nn.Module,
     image: Float[Tensor, "B 3 P P"],
     made: Float[Tensor, "B 3 P P"],
@@ -105,4 +107,4 @@ def adversarial(
     fixed = {name: value.detach() for name, value in discriminator.named_parameters()}
     fooled = functional_call(discriminator, fixed, (made,)).float().flatten(1).mean(dim=1)
     real, told = discriminator(torch.cat([image, made.detach()])).chunk(2)
-    return hinge(real, told) - weight * fooled
+    return hinge_loss(real, told) - weight * fooled

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from raylarge.models.conditioner import SLOTS, read
+from raylarge.models.conditioner import SLOTS, read_cells
 
 
 class VectorEmbedder(ModelMixin, ConfigMixin):
@@ -47,7 +47,7 @@ class VectorEmbedder(ModelMixin, ConfigMixin):
         Raises:
             UserError: embeddings of another width, or an empty grid.
         """
-        cells, size = read(grid, size, self.config.channels)
+        cells, size = read_cells(grid, size, self.config.channels)
         real = torch.arange(SLOTS, device=cells.device) < size.prod(dim=-1)[:, None]
         mean = (cells * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True)
         weight = self.patch_fc.weight

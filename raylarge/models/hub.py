@@ -16,7 +16,7 @@ _NAMES = ("model.safetensors", "pytorch_model.bin")
 _PATIENCE_S = 10
 
 
-def find(path: str, names: Sequence[str] = _NAMES) -> Path:
+def find_weights(path: str, names: Sequence[str] = _NAMES) -> Path:
     """The file of weights at a path: the file itself, or one of `names` in a folder.
 
     Raises:
@@ -33,7 +33,7 @@ def find(path: str, names: Sequence[str] = _NAMES) -> Path:
     return found
 
 
-def is_name(path: str) -> bool:
+def is_repo_id(path: str) -> bool:
     """Whether a path could be a repository of the hub, `owner/name`, by the hub's own rule."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]

@@ -59,13 +59,13 @@ def write(folder: str) -> None:
     Raises:
         UserError: no bundle there, or a damaged one.
     """
-    index = files.index(folder)
+    index = files.read_index(folder)
     sizes = {name: _size(folder, name) for name in files.PARTS if name in index}
     facts = {**index.get("raylarge", {}), "parts": sizes, "written_by": commit()}
-    storage.write_bytes(storage.join(folder, NAME), card(facts).encode())
+    storage.write_bytes(storage.join(folder, NAME), render(facts).encode())
 
 
-def card(facts: Mapping[str, Any]) -> str:
+def render(facts: Mapping[str, Any]) -> str:
     """The content of a model card.
 
     Args:
@@ -113,9 +113,9 @@ def _git(root: Path, *words: str) -> str:
 
 def _size(folder: str, name: str) -> list[Any]:
     """Class and parameters of a part, by its config alone."""
-    kind = files.kind(folder, name)
+    kind = files.class_name(folder, name)
     with torch.device("meta"):
-        network = files.PARTS[name][kind].from_config(files.config(folder, name))
+        network = files.PARTS[name][kind].from_config(files.read_config(folder, name))
     return [kind, sum(one.numel() for one in network.parameters())]
 
 

@@ -42,7 +42,7 @@ class Perceptual(nn.Module):
     def __init__(self, backbone: str = "") -> None:
         super().__init__()
         package = _package()
-        found = weights.read(backbone) if backbone else _from_torchvision()
+        found = weights.read_tensors(backbone) if backbone else _from_torchvision()
         with warnings.catch_warnings():  # the package calls torchvision by old names
             warnings.simplefilter("ignore", UserWarning)
             # With its dropout, which evaluation mode switches off: without it the package's
@@ -52,7 +52,7 @@ class Perceptual(nn.Module):
         wanted = self.network.net.state_dict()  # slice3.10.weight is torchvision's features.10
         stored = {name: f"features.{name.split('.', 1)[1]}" for name in wanted}
         named = {stored[name]: value for name, value in wanted.items()}
-        weights.compare(named, features, "torchvision's VGG16")
+        weights.check_names(named, features, "torchvision's VGG16")
         self.network.net.load_state_dict({name: features[stored[name]] for name in wanted})
         self.eval().requires_grad_(False)
 
@@ -79,7 +79,7 @@ class FeatureDistance(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         card = ssl.card("efficientnet_lite0")
-        self.network: Any = ssl_networks.own(card)
+        self.network: Any = ssl_networks.load_builtin(card)
         self.mean, self.deviation = card.colour
         self.eval().requires_grad_(False)
 

@@ -30,7 +30,7 @@ _GROUP = 16  # channels per group of every group norm: a cell alone has statisti
 
 
 @dataclass(frozen=True)
-class Walk:
+class GridSampling:
     """How grids are drawn from noise.
 
     Attributes:
@@ -46,7 +46,7 @@ class Walk:
     shape: tuple[int, int] | None = None
 
 
-class _Block(nn.Module):
+class _FilmBlock(nn.Module):
     """x + conv(silu(film(norm(conv(silu(norm(x))))))), with FiLM (1 + scale) h + shift."""
 
     def __init__(self, width: int) -> None:
@@ -93,7 +93,7 @@ class GridPrior(ModelMixin, ConfigMixin):
         super().__init__()
         self.vector_in = nn.Sequential(nn.Linear(vector + 1, width), nn.SiLU())
         self.grid_in = nn.Conv2d(channels + _TIME, width, 3, padding=1)
-        self.body = nn.ModuleList([_Block(width) for _ in range(blocks)])
+        self.body = nn.ModuleList([_FilmBlock(width) for _ in range(blocks)])
         self.norm_out = _norm(width)
         self.grid_out = nn.Conv2d(width, channels, 3, padding=1)
         for parameter in self.grid_out.parameters():
@@ -121,7 +121,7 @@ class GridPrior(ModelMixin, ConfigMixin):
             self.vector_shift.copy_(given.mean(dim=0, keepdim=True))
             self.vector_scale.copy_(_spread(given.std(dim=0, keepdim=True)))
 
-    def standardised(self, grids: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+    def to_standard(self, grids: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """Raw embeddings in the units of `forward`: the x_0 of training."""
         x_0: Tensor = (grids - self.shift) / self.scale
         return x_0
@@ -161,16 +161,16 @@ class GridPrior(ModelMixin, ConfigMixin):
         guidance: float = 1.0,
         negative: Float[Tensor, "#B _"] | None = None,
     ) -> Float[Tensor, "B C h w"]:
-        """Raw grids by DDIM: `walk` in its common form."""
-        return self.walk(vectors, seed, addresses, Walk(steps, guidance), negative)
+        """Raw grids by DDIM: `sample` in its common form."""
+        return self.sample(vectors, seed, addresses, GridSampling(steps, guidance), negative)
 
     @torch.no_grad()
-    def walk(
+    def sample(
         self,
         vectors: Float[Tensor, "#B V"],
         seed: int,
         addresses: Sequence[Sequence[int]],
-        how: Walk,
+        how: GridSampling,
         negative: Float[Tensor, "#B _"] | None = None,
     ) -> Float[Tensor, "B C h w"]:
         """Grids of raw embeddings, one per noise address, whoever is in the batch with it.

@@ -22,23 +22,23 @@ from raylarge.models.autoencoder import Autoencoder, kl, vq
 from raylarge.models.cdm import CDM
 from raylarge.models.embedder import VectorEmbedder
 from raylarge.models.published_names import (
-    absent,
-    averaged,
     check_heads,
-    extent,
-    has,
-    need,
+    count_indices,
+    ema_tensors,
+    has_prefix,
+    refuse_missing,
+    refuse_unsupported,
+    require_tensor,
     unet_name,
     unet_sizes,
-    unsupported,
     vae_name,
     vae_sizes,
 )
 from raylarge.models.published_schedule import rounding
-from raylarge.models.state_dicts import tensors
+from raylarge.models.state_dicts import preferred_tensors
 from raylarge.models.summarizer import Summarizer
 from raylarge.models.unet import UNet, build
-from raylarge.models.weights import Checked, check, without
+from raylarge.models.weights import FittedNetwork, fit, without_prefixes
 
 State = Mapping[Any, Any]
 """What a file holds: tensors or arrays by name, perhaps in wrappers, and anything beside."""
@@ -64,16 +64,16 @@ def unet_from_published(state: State, heads: int = 1, ema: bool = True) -> UNet:
     return checked_unet(state, heads, ema).load()
 
 
-def checked_unet(state: State, heads: int = 1, ema: bool = True) -> Checked[UNet]:
+def checked_unet(state: State, heads: int = 1, ema: bool = True) -> FittedNetwork[UNet]:
     """The U-Net of `unet_from_published`, its values not read yet; same errors."""
-    flat = tensors(state)
+    flat = preferred_tensors(state)
     prefixes = ("model.diffusion_model.", "diffusion_model.", "")
-    named = averaged(flat) if ema else {}
+    named = ema_tensors(flat) if ema else {}
     named = named or _section(flat, prefixes, "input_blocks.0.0.weight", _UNET)
     sizes = unet_sizes(named, heads)
     with torch.device("meta"):
         unet = build(sizes.config, sizes.latent, sizes.context, sizes.inputs, sizes.depth)
-    return check(unet, named, lambda name: unet_name(name, sizes.config), "a U-Net")
+    return fit(unet, named, lambda name: unet_name(name, sizes.config), "a U-Net")
 
 
 def vq_from_published(state: State) -> Autoencoder:
@@ -85,7 +85,7 @@ def vq_from_published(state: State) -> Autoencoder:
     Raises:
         UserError: no VQ autoencoder in it, names missing or unknown, or scaled latents.
     """
-    return _wrapped(_checked_vq(tensors(state)))
+    return _wrapped(_checked_vq(preferred_tensors(state)))
 
 
 def kl_from_published(state: State, scale: float | None = None) -> Autoencoder:
@@ -99,7 +99,7 @@ def kl_from_published(state: State, scale: float | None = None) -> Autoencoder:
     Raises:
         UserError: no KL autoencoder in it, or names missing or unknown.
     """
-    return _wrapped(_checked_kl(tensors(state), scale))
+    return _wrapped(_checked_kl(preferred_tensors(state), scale))
 
 
 def autoencoder_from_published(state: State) -> Autoencoder:
@@ -107,10 +107,10 @@ def autoencoder_from_published(state: State) -> Autoencoder:
     return _wrapped(checked_autoencoder(state))
 
 
-def checked_autoencoder(state: State) -> Checked[Any]:
+def checked_autoencoder(state: State) -> FittedNetwork[Any]:
     """The network of a checkpoint's autoencoder, its values not read yet; same errors."""
-    flat = tensors(state)
-    has_codes = has(flat, "first_stage_model.quantize.") or has(flat, "quantize.")
+    flat = preferred_tensors(state)
+    has_codes = has_prefix(flat, "first_stage_model.quantize.") or has_prefix(flat, "quantize.")
     return _checked_vq(flat) if has_codes else _checked_kl(flat)
 
 
@@ -120,19 +120,19 @@ def tiny_from_published(encoder: State, decoder: State) -> Autoencoder:
     Raises:
         UserError: names missing or unknown.
     """
-    first = _section(tensors(encoder), ("encoder.", ""), "0.weight")
-    second = _section(tensors(decoder), ("decoder.", ""), "1.weight")
+    first = _section(preferred_tensors(encoder), ("encoder.", ""), "0.weight")
+    second = _section(preferred_tensors(decoder), ("decoder.", ""), "1.weight")
     named = {f"encoder.{name}": tensor for name, tensor in first.items()}
     named |= {f"decoder.{name}": tensor for name, tensor in second.items()}
     with torch.device("meta"):
-        latent = need(named, "encoder.14.weight", 4).shape[0]
+        latent = require_tensor(named, "encoder.14.weight", 4).shape[0]
         network = AutoencoderTiny(latent_channels=latent)
 
     def stored(name: str) -> str:  # the original decoder begins with a clamp, layer 0
         side, _, layer, rest = name.split(".", 3)
         return f"{side}.{int(layer) + (side == 'decoder')}.{rest}"
 
-    return _wrapped(check(network, named, stored, "a tiny autoencoder"))
+    return _wrapped(fit(network, named, stored, "a tiny autoencoder"))
 
 
 def summarizer_from_published(state: State, heads: int = 8, raw: bool = False) -> Summarizer:
@@ -149,15 +149,17 @@ def summarizer_from_published(state: State, heads: int = 8, raw: bool = False) -
     return checked_summarizer(state, heads, raw).load()
 
 
-def checked_summarizer(state: State, heads: int = 8, raw: bool = False) -> Checked[Summarizer]:
+def checked_summarizer(
+    state: State, heads: int = 8, raw: bool = False
+) -> FittedNetwork[Summarizer]:
     """The Summarizer of `summarizer_from_published`, its values not read yet; same errors."""
     prefixes = ("cond_stage_model.", "")
-    named = _section(tensors(state), prefixes, "dim_reduce.weight", _SUMMARIZER)
-    width, channels = need(named, "dim_reduce.weight", 2).shape
+    named = _section(preferred_tensors(state), prefixes, "dim_reduce.weight", _SUMMARIZER)
+    width, channels = require_tensor(named, "dim_reduce.weight", 2).shape
     check_heads(heads, [width], "a Summarizer")
-    layers = extent(named, "encoder.layers.encoder_layer_")
-    scales = need(named, "mag_embedding.weight", 2).shape[0]
-    hidden = need(named, "encoder.layers.encoder_layer_0.mlp.0.weight", 2).shape[0]
+    layers = count_indices(named, "encoder.layers.encoder_layer_")
+    scales = require_tensor(named, "mag_embedding.weight", 2).shape[0]
+    hidden = require_tensor(named, "encoder.layers.encoder_layer_0.mlp.0.weight", 2).shape[0]
     with torch.device("meta"):
         summarizer = Summarizer(channels, width, layers, heads, scales, raw, hidden)
 
@@ -165,7 +167,7 @@ def checked_summarizer(state: State, heads: int = 8, raw: bool = False) -> Check
         name = name.replace("encoder_layers.", "layers.encoder_layer_").replace("mlp.2.", "mlp.3.")
         return f"encoder.{name}" if name.startswith(("layers.", "ln.", "pos_")) else name
 
-    return check(summarizer, named, stored, "a Summarizer")
+    return fit(summarizer, named, stored, "a Summarizer")
 
 
 def embedder_from_published(state: State) -> VectorEmbedder:
@@ -180,21 +182,23 @@ def embedder_from_published(state: State) -> VectorEmbedder:
     return checked_embedder(state).load()
 
 
-def checked_embedder(state: State) -> Checked[VectorEmbedder]:
+def checked_embedder(state: State) -> FittedNetwork[VectorEmbedder]:
     """The conditioning of `embedder_from_published`, its values not read yet; same errors."""
-    named = _section(tensors(state), ("cond_stage_model.", ""), "patch_fc.weight", _EMBEDDER)
-    width, channels = need(named, "patch_fc.weight", 2).shape
-    has_region = has(named, "region_fc.")
-    region = need(named, "region_fc.weight", 2).shape[1] if has_region else 0
+    named = _section(
+        preferred_tensors(state), ("cond_stage_model.", ""), "patch_fc.weight", _EMBEDDER
+    )
+    width, channels = require_tensor(named, "patch_fc.weight", 2).shape
+    has_region = has_prefix(named, "region_fc.")
+    region = require_tensor(named, "region_fc.weight", 2).shape[1] if has_region else 0
     with torch.device("meta"):
         embedder = VectorEmbedder(channels, region, width)
-    return check(embedder, named, str, "an embedder")
+    return fit(embedder, named, str, "an embedder")
 
 
 def has_embedder(state: State) -> bool:
     """Whether a checkpoint is conditioned as Graikos et al. do, by vectors."""
-    flat = tensors(state)
-    return has(flat, "cond_stage_model.patch_fc.") or has(flat, "patch_fc.")
+    flat = preferred_tensors(state)
+    return has_prefix(flat, "cond_stage_model.patch_fc.") or has_prefix(flat, "patch_fc.")
 
 
 def cdm_from_published(state: State, heads: int = 12) -> CDM:
@@ -210,29 +214,29 @@ def cdm_from_published(state: State, heads: int = 12) -> CDM:
     return checked_cdm(state, heads).load()
 
 
-def checked_cdm(state: State, heads: int = 12) -> Checked[CDM]:
+def checked_cdm(state: State, heads: int = 12) -> FittedNetwork[CDM]:
     """The CDM of `cdm_from_published`, its values not read yet; same errors."""
-    named = _section(tensors(state), ("module.", ""), "x_embedder.weight")
-    width, channels = need(named, "x_embedder.weight", 2).shape
+    named = _section(preferred_tensors(state), ("module.", ""), "x_embedder.weight")
+    width, channels = require_tensor(named, "x_embedder.weight", 2).shape
     check_heads(heads, [width], "a CDM")
-    outputs = need(named, "final_layer.linear.weight", 2).shape[0]
+    outputs = require_tensor(named, "final_layer.linear.weight", 2).shape[0]
     with torch.device("meta"):
         cdm = CDM(
             channels,
-            tokens=need(named, "pos_embed", 3).shape[1],
+            tokens=require_tensor(named, "pos_embed", 3).shape[1],
             width=width,
-            depth=extent(named, "blocks."),
+            depth=count_indices(named, "blocks."),
             heads=heads,
-            scales=need(named, "y_embedder.embedding_table.weight", 2).shape[0],
+            scales=require_tensor(named, "y_embedder.embedding_table.weight", 2).shape[0],
             learn_sigma=outputs == 2 * channels,
-            hidden=need(named, "blocks.0.mlp.fc1.weight", 2).shape[0],
+            hidden=require_tensor(named, "blocks.0.mlp.fc1.weight", 2).shape[0],
         )
 
     def stored(name: str) -> str:
         name = name.replace("t_embedder.", "t_embedder.mlp.")
         return name.replace("y_embedder.", "y_embedder.embedding_table.")
 
-    return check(cdm, named, stored, "a CDM")
+    return fit(cdm, named, stored, "a CDM")
 
 
 def _section(
@@ -249,36 +253,44 @@ def _section(
         if prefix + marker in flat:
             named = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
             if prefix:
-                return without(named, ("loss.",)) if prefix == "first_stage_model." else named
+                return (
+                    without_prefixes(named, ("loss.",)) if prefix == "first_stage_model." else named
+                )
             return {k: v for k, v in named.items() if not words or k.split(".")[0] in words}
-    absent([prefix + marker for prefix in prefixes], flat)
+    refuse_missing([prefix + marker for prefix in prefixes], flat)
 
 
-def _checked_vq(flat: dict[str, Tensor]) -> Checked[VQModel]:
+def _checked_vq(flat: dict[str, Tensor]) -> FittedNetwork[VQModel]:
     scale = _scale(flat, 1.0)
     if scale != 1:
-        unsupported(f"a VQ autoencoder with scale_factor {scale:g}, where latents are not scaled")
+        refuse_unsupported(
+            f"a VQ autoencoder with scale_factor {scale:g}, where latents are not scaled"
+        )
     named = _section(flat, ("first_stage_model.", ""), "quantize.embedding.weight", _VAE)
     sizes = vae_sizes(named)
-    codes, width = need(named, "quantize.embedding.weight", 2).shape
-    z = need(named, "decoder.conv_in.weight", 4).shape[1]
+    codes, width = require_tensor(named, "quantize.embedding.weight", 2).shape
+    z = require_tensor(named, "decoder.conv_in.weight", 4).shape[1]
     with torch.device("meta"):
         network = vq(sizes.widths, sizes.layers, (codes, width), z)
         network = _for_images(network, sizes.inputs, sizes.outputs)
     return _checked_vae(network, named, "a VQ autoencoder")
 
 
-def _checked_kl(flat: dict[str, Tensor], scale: float | None = None) -> Checked[AutoencoderKL]:
+def _checked_kl(
+    flat: dict[str, Tensor], scale: float | None = None
+) -> FittedNetwork[AutoencoderKL]:
     scale = _scale(flat, 0.18215) if scale is None else scale
     named = _section(flat, ("first_stage_model.", ""), "quant_conv.weight", _VAE)
     if "quantize.embedding.weight" in named:
         raise UserError("this autoencoder has a codebook: it is a VQ, not a KL one.")
     sizes = vae_sizes(named)
-    z, latent = need(named, "post_quant_conv.weight", 4).shape[:2]
-    if need(named, "encoder.conv_out.weight", 4).shape[0] == z:
-        absent(["quantize.embedding.weight"], named)  # no variances: the codebook was lost
+    z, latent = require_tensor(named, "post_quant_conv.weight", 4).shape[:2]
+    if require_tensor(named, "encoder.conv_out.weight", 4).shape[0] == z:
+        refuse_missing(["quantize.embedding.weight"], named)  # no variances: the codebook was lost
     if z != latent:
-        unsupported(f"a KL autoencoder whose {latent} latent channels become {z} in its decoder")
+        refuse_unsupported(
+            f"a KL autoencoder whose {latent} latent channels become {z} in its decoder"
+        )
     with torch.device("meta"):
         network = kl(sizes.widths, sizes.layers, latent, scale)
         network = _for_images(network, sizes.inputs, sizes.outputs)
@@ -304,18 +316,18 @@ def _for_images(network: Any, inputs: int, outputs: int) -> Any:
     return network if inputs == outputs == 3 else network.from_config(network.config, **channels)
 
 
-def _checked_vae(network: Any, named: Mapping[str, Tensor], whose: str) -> Checked[Any]:
+def _checked_vae(network: Any, named: Mapping[str, Tensor], whose: str) -> FittedNetwork[Any]:
     stored = {  # the attention's 1 × 1 convolutions are linear layers in diffusers
         name: tensor.flatten(1) if ".attn_1." in name and _is_point(tensor) else tensor
         for name, tensor in named.items()
     }
     levels = len(network.config.block_out_channels)
-    return check(network, stored, lambda name: vae_name(name, levels), whose)
+    return fit(network, stored, lambda name: vae_name(name, levels), whose)
 
 
 def _is_point(tensor: Tensor) -> bool:
     return tensor.ndim > 2 and tensor.shape[2:].numel() == 1
 
 
-def _wrapped(checked: Checked[Any]) -> Autoencoder:
+def _wrapped(checked: FittedNetwork[Any]) -> Autoencoder:
     return Autoencoder(checked.load()).eval()

@@ -26,7 +26,7 @@ GROUPS = 32
 """Groups of every group norm of these networks."""
 
 
-def absent(wanted: Sequence[str], flat: Named) -> NoReturn:
+def refuse_missing(wanted: Sequence[str], flat: Named) -> NoReturn:
     """Refuse a checkpoint without what it must have.
 
     Raises:
@@ -38,7 +38,7 @@ def absent(wanted: Sequence[str], flat: Named) -> NoReturn:
     )
 
 
-def unsupported(what: str) -> NoReturn:
+def refuse_unsupported(what: str) -> NoReturn:
     """Refuse a kind of network that is not built here.
 
     Raises:
@@ -47,14 +47,14 @@ def unsupported(what: str) -> NoReturn:
     raise UserError(f"not supported: {what}; give a checkpoint of another configuration.")
 
 
-def need(named: Named, name: str, dimensions: int) -> Tensor:
+def require_tensor(named: Named, name: str, dimensions: int) -> Tensor:
     """A tensor that tells a size, so must be there.
 
     Raises:
         UserError: it is not, or it is empty or of another number of dimensions.
     """
     if name not in named:
-        absent([name], named)
+        refuse_missing([name], named)
     tensor = named[name]
     if tensor.ndim != dimensions or not tensor.numel():
         raise UserError(
@@ -64,12 +64,12 @@ def need(named: Named, name: str, dimensions: int) -> Tensor:
     return tensor
 
 
-def has(named: Named, start: str) -> bool:
+def has_prefix(named: Named, start: str) -> bool:
     """Whether a name begins so."""
     return any(name.startswith(start) for name in named)
 
 
-def extent(named: Named, start: str) -> int:
+def count_indices(named: Named, start: str) -> int:
     """One more than the largest index that follows a beginning of names; 0 without any.
 
     An index beyond the number of tensors counts nothing: such a name is unexpected, no size.
@@ -93,7 +93,7 @@ def check_heads(heads: int, widths: Sequence[int], whose: str) -> None:
         )
 
 
-def averaged(flat: Named) -> dict[str, Tensor]:
+def ema_tensors(flat: Named) -> dict[str, Tensor]:
     """The EMA's tensors by their dotted names, by way of every name that a U-Net can have.
 
     Raises:
@@ -164,16 +164,20 @@ def unet_sizes(named: Named, heads: int) -> UNetSizes:
     layers = len(levels[0])
     if any(len(level) > layers for level in levels):
         each = ", ".join(str(len(level)) for level in levels)
-        unsupported(f"levels of {each} residual blocks, where all must have as many")
+        refuse_unsupported(f"levels of {each} residual blocks, where all must have as many")
     first = [1 + level * (layers + 1) for level in range(len(levels))]
-    widths = [need(named, f"input_blocks.{i}.0.in_layers.2.weight", 4).shape[0] for i in first]
-    stem = need(named, "input_blocks.0.0.weight", 4)
+    widths = [
+        require_tensor(named, f"input_blocks.{i}.0.in_layers.2.weight", 4).shape[0] for i in first
+    ]
+    stem = require_tensor(named, "input_blocks.0.0.weight", 4)
     _check_widths(stem.shape[0], widths)
-    attention = [any(has(named, f"input_blocks.{i}.1.") for i in level) for level in levels]
+    attention = [any(has_prefix(named, f"input_blocks.{i}.1.") for i in level) for level in levels]
     attending = [width for width, on in zip(widths, attention, strict=True) if on]
     check_heads(heads, [*attending, widths[-1]], "a U-Net")
-    context = need(named, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2).shape[1]
-    outputs = need(named, "out.2.weight", 4).shape[0]
+    context = require_tensor(
+        named, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2
+    ).shape[1]
+    outputs = require_tensor(named, "out.2.weight", 4).shape[0]
     config = UNetConfig(tuple(widths), tuple(attention), layers, heads, GROUPS)
     return UNetSizes(config, (outputs, 64, 64), context, stem.shape[1], _depth(named, levels))
 
@@ -185,20 +189,20 @@ def _refuse_other_unets(named: Named) -> None:
     }
     for pattern, kind in kinds.items():
         if found := next((name for name in named if re.search(pattern, name)), ""):
-            unsupported(f"{kind} ({found})")
+            refuse_unsupported(f"{kind} ({found})")
     projection = named.get("middle_block.1.proj_in.weight")
     if projection is not None and projection.ndim == 2:
-        unsupported("linear layers around the transformers (middle_block.1.proj_in.weight)")
+        refuse_unsupported("linear layers around the transformers (middle_block.1.proj_in.weight)")
 
 
 def _levels(named: Named) -> list[list[int]]:
     """The numbers of the residual input blocks of each level; an `op` ends one."""
     levels: list[list[int]] = [[]]
-    for block in range(1, extent(named, "input_blocks.")):
-        if not has(named, f"input_blocks.{block}."):
+    for block in range(1, count_indices(named, "input_blocks.")):
+        if not has_prefix(named, f"input_blocks.{block}."):
             ends = ("op", "in_layers.2")
-            absent([f"input_blocks.{block}.0.{end}.weight" for end in ends], named)
-        if has(named, f"input_blocks.{block}.0.op."):
+            refuse_missing([f"input_blocks.{block}.0.{end}.weight" for end in ends], named)
+        if has_prefix(named, f"input_blocks.{block}.0.op."):
             levels.append([])
         else:
             levels[-1].append(block)
@@ -209,19 +213,21 @@ def _depth(named: Named, levels: list[list[int]]) -> int:
     """Transformer blocks at each place of attention."""
     places = [f"input_blocks.{i}.1." for level in levels for i in level]
     found = {
-        extent(named, f"{place}transformer_blocks.")
-        for place in ["middle_block.1.", *(place for place in places if has(named, place))]
+        count_indices(named, f"{place}transformer_blocks.")
+        for place in ["middle_block.1.", *(place for place in places if has_prefix(named, place))]
     }
     if len(found) > 1:
-        unsupported(f"{' and '.join(map(str, sorted(found)))} transformer blocks in one U-Net")
+        refuse_unsupported(
+            f"{' and '.join(map(str, sorted(found)))} transformer blocks in one U-Net"
+        )
     return found.pop()
 
 
 def _check_widths(stem: int, widths: Sequence[int]) -> None:
     if stem != widths[0]:
-        unsupported(f"a first level {widths[0]} wide after a first layer of {stem} channels")
+        refuse_unsupported(f"a first level {widths[0]} wide after a first layer of {stem} channels")
     if odd := [width for width in widths if width % GROUPS]:
-        unsupported(f"{odd[0]} channels, where every width must be a multiple of {GROUPS}")
+        refuse_unsupported(f"{odd[0]} channels, where every width must be a multiple of {GROUPS}")
 
 
 @dataclass(frozen=True)
@@ -241,13 +247,15 @@ def vae_sizes(named: Named) -> VAESizes:
         UserError: a tensor that tells one is missing, or a kind that is not built here.
     """
     if attention := next((name for name in named if ".attn." in name), ""):
-        unsupported(f"attention within the levels of an autoencoder ({attention})")
-    levels = range(max(1, extent(named, "encoder.down.")))
-    widths = [need(named, f"encoder.down.{i}.block.0.conv1.weight", 4).shape[0] for i in levels]
-    stem = need(named, "encoder.conv_in.weight", 4)
+        refuse_unsupported(f"attention within the levels of an autoencoder ({attention})")
+    levels = range(max(1, count_indices(named, "encoder.down.")))
+    widths = [
+        require_tensor(named, f"encoder.down.{i}.block.0.conv1.weight", 4).shape[0] for i in levels
+    ]
+    stem = require_tensor(named, "encoder.conv_in.weight", 4)
     _check_widths(stem.shape[0], widths)
-    layers = extent(named, "encoder.down.0.block.")
-    outputs = need(named, "decoder.conv_out.weight", 4).shape[0]
+    layers = count_indices(named, "encoder.down.0.block.")
+    outputs = require_tensor(named, "decoder.conv_out.weight", 4).shape[0]
     return VAESizes(tuple(widths), layers, stem.shape[1], outputs)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
-from raylarge.models.state_dicts import tensors
+from raylarge.models.state_dicts import preferred_tensors
 
 
 def schedule_from_published(state: Mapping[Any, Any]) -> Schedule:
@@ -25,7 +25,7 @@ def schedule_from_published(state: Mapping[Any, Any]) -> Schedule:
         UserError: betas that are neither `scaled_linear` nor `linear`, up to the rounding of
             their own type.
     """
-    betas = tensors(state).get("betas")
+    betas = preferred_tensors(state).get("betas")
     if betas is None:
         return Schedule()
     if betas.ndim != 1 or len(betas) < 2:

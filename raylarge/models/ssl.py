@@ -21,7 +21,7 @@ from torch import nn
 from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.models import hub, ssl_networks
-from raylarge.models.ssl_cards import CARDS, Card
+from raylarge.models.ssl_cards import CARDS, EncoderCard
 from raylarge.models.ssl_networks import Network
 
 
@@ -30,7 +30,7 @@ class Encoder:
 
     def __init__(
         self,
-        card: Card,
+        card: EncoderCard,
         weights: str = "",
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -43,7 +43,7 @@ class Encoder:
     def __call__(self, images: UInt8[np.ndarray, "B P P 3"]) -> Float16[np.ndarray, "B width"]:
         """Raw embeddings of a batch of tiles; blank tiles are tiles like any other."""
         one = self.card
-        x = ssl_networks.inputs(images, one.input_px, one.colour, one.resample, self._device)
+        x = ssl_networks.to_inputs(images, one.input_px, one.colour, one.resample, self._device)
         with torch.inference_mode():
             raw = self._network(x.to(self._dtype))
         embeddings: np.ndarray = raw.float().cpu().numpy().astype(np.float16)
@@ -68,7 +68,7 @@ def load(
     return Encoder(card(name), weights, device, dtype)
 
 
-def card(name: str) -> Card:
+def card(name: str) -> EncoderCard:
     """The card of a name.
 
     Raises:
@@ -82,7 +82,7 @@ def card(name: str) -> Card:
     return CARDS[name]
 
 
-def require(card: Card, weights: str) -> None:
+def check_weights(card: EncoderCard, weights: str) -> None:
     """Refuse at once what could not be loaded later.
 
     Raises:
@@ -92,31 +92,31 @@ def require(card: Card, weights: str) -> None:
     if weights and not card.files:
         raise UserError(f"encoder '{card.name}' takes no weights; leave embed.weights out.")
     if weights:
-        hub.find(weights, card.files)
+        hub.find_weights(weights, card.files)
     elif card.files and not card.hub:
         raise UserError(f"encoder '{card.name}' is on no hub: {_cure(card)}")
 
 
-def weights_digest(card: Card, weights: str) -> str:
+def weights_digest(card: EncoderCard, weights: str) -> str:
     """Return a short name for the weights that a user gives; empty where they come with the card.
 
     Where the file holds several copies of the network, the key of the one in use follows the
     digest: `0123456789abcdef state_dict_ema`.
 
     Raises:
-        UserError: as `require`.
+        UserError: as `check_weights`.
     """
-    require(card, weights)
+    check_weights(card, weights)
     if not weights:
         return ""
-    path = hub.find(weights, card.files)
+    path = hub.find_weights(weights, card.files)
     key = ""
     with suppress(UserError):  # `load` says what is wrong with the file
-        key = ssl_networks.choice_of(card, path)
+        key = ssl_networks.chosen_key(card, path)
     return f"{storage.digest_file(path)} {key}".rstrip()
 
 
-def _cure(card: Card) -> str:
+def _cure(card: EncoderCard) -> str:
     have = f"get its weights from {card.where}" if card.where else "give its weights"
     if card.gated:
         have = f"it is gated: ask for access at {card.where} and log in with `hf auth login`"
@@ -124,18 +124,18 @@ def _cure(card: Card) -> str:
 
 
 def _network(
-    card: Card, weights: str, device: str, dtype: torch.dtype
+    card: EncoderCard, weights: str, device: str, dtype: torch.dtype
 ) -> tuple[Network, torch.dtype]:
     """The card's network and its precision: statistics without weights stay in float32."""
-    require(card, weights)
+    check_weights(card, weights)
     if not card.files:
-        network = ssl_networks.own(card)
+        network = ssl_networks.load_builtin(card)
         if isinstance(network, nn.Module):
             return network.to(device, dtype), dtype
         return network, torch.float32
     if weights:
-        path = hub.find(weights, card.files)
+        path = hub.find_weights(weights, card.files)
     else:
         told = f"encoder '{card.name}': {_cure(card)}"
         path = hub.fetch(card.hub, card.files, told)
-    return ssl_networks.pooled(card, ssl_networks.load(card, path).to(device, dtype)), dtype
+    return ssl_networks.with_pooling(card, ssl_networks.load(card, path).to(device, dtype)), dtype

@@ -19,14 +19,14 @@ IMAGENET: Colours = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: Colours = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 OPENAI: Colours = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 H_OPTIMUS: Colours = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
-AS_IT_IS: Colours = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+UNSCALED: Colours = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 MAHMOOD = "CC-BY-NC-ND-4.0: non-commercial academic research"
 OWKIN = "Owkin non-commercial"
 
 
 @dataclass(frozen=True)
-class Card:
+class EncoderCard:
     """One encoder.
 
     Attributes:
@@ -98,21 +98,21 @@ def _tokens(**options: Any) -> dict[str, Any]:
 _WIDE_24 = {"img_size": 224, "patch_size": 14, "embed_dim": 1536, "depth": 24, "num_heads": 24}
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
 
-_TOY = Card(
+_TOY = EncoderCard(
     name="toy",
     width=32,
     model="toy",
     licence="Apache-2.0",
     note="Colour and gradient statistics under a fixed random projection; for tests.",
     input_px=32,
-    colour=AS_IT_IS,
+    colour=UNSCALED,
     pooling="network",
     library="raylarge",
     files=(),
     resample="bicubic",
 )
 _OFFLINE = (
-    Card(
+    EncoderCard(
         name="efficientnet_lite0",
         width=1280,
         model="tf_efficientnet_lite0",
@@ -140,7 +140,7 @@ _OFFLINE = (
     ),
 )
 
-_UNI = Card(
+_UNI = EncoderCard(
     name="uni",
     width=1024,
     model="vit_large_patch16_224",
@@ -151,7 +151,7 @@ _UNI = Card(
     hub="MahmoodLab/UNI",
     gated=True,
 )
-_H_OPTIMUS_0 = Card(
+_H_OPTIMUS_0 = EncoderCard(
     name="h_optimus_0",
     width=1536,
     model="vit_giant_patch14_reg4_dinov2",
@@ -164,7 +164,7 @@ _H_OPTIMUS_0 = Card(
 )
 _GATED = (
     _UNI,
-    Card(
+    EncoderCard(
         name="uni2_h",
         width=1536,
         model="vit_giant_patch14_224",
@@ -181,7 +181,7 @@ _GATED = (
         hub="MahmoodLab/UNI2-h",
         gated=True,
     ),
-    Card(
+    EncoderCard(
         name="virchow2",
         width=2560,
         model="vit_huge_patch14_224",
@@ -194,7 +194,7 @@ _GATED = (
         gated=True,
         resample="bicubic",
     ),
-    Card(
+    EncoderCard(
         name="prov_gigapath",
         width=1536,
         model="vit_giant_patch14_dinov2",
@@ -212,7 +212,7 @@ _GATED = (
     replace(
         _H_OPTIMUS_0, name="h_optimus_1", hub="bioptimus/H-optimus-1", licence="CC-BY-NC-ND-4.0"
     ),
-    Card(
+    EncoderCard(
         name="conch_v1_5",
         width=768,
         model="conch_v1_5",
@@ -235,7 +235,7 @@ _LAYERS_12 = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads"
 _LAYERS_24 = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 _HEADS = ("head.", "masked_embed", "mask_token")
 
-_IBOT = Card(
+_IBOT = EncoderCard(
     name="ibot_vitb16",
     width=768,
     model="vit_base_patch16_224",
@@ -248,7 +248,7 @@ _IBOT = Card(
     drops=_HEADS,
 )
 _OPEN = (
-    Card(
+    EncoderCard(
         name="phikon",
         width=768,
         model="ViTModel",
@@ -259,7 +259,7 @@ _OPEN = (
         hub="owkin/phikon",
         drops=("pooler.",),
     ),
-    Card(
+    EncoderCard(
         name="phikon_v2",
         width=1024,
         model="Dinov2Model",
@@ -270,7 +270,7 @@ _OPEN = (
         options=dict(_LAYERS_24, patch_size=16, image_size=224),
         hub="owkin/phikon-v2",
     ),
-    Card(
+    EncoderCard(
         name="ctranspath",
         width=768,
         model="swin_tiny_patch4_window7_224",
@@ -282,7 +282,7 @@ _OPEN = (
         source="https://github.com/Xiyue-Wang/TransPath",
         drops=("head.",),
     ),
-    Card(
+    EncoderCard(
         name="hipt_vit256",
         width=384,
         model="vit_small_patch16_224",
@@ -299,7 +299,7 @@ _OPEN = (
     replace(_IBOT, name="ibot_vits16", width=384, model="vit_small_patch16_224"),
     _IBOT,
     replace(_IBOT, name="ibot_vitl16", width=1024, model="vit_large_patch16_224"),
-    Card(
+    EncoderCard(
         name="vit_b16_imagenet",
         width=768,
         model="vit_base_patch16_224",
@@ -315,7 +315,7 @@ _OPEN = (
 )
 
 _DINO_V2 = tuple(
-    Card(
+    EncoderCard(
         name=f"dinov2_vit{letter}14_reg",
         width=width,
         model=f"vit_{size}_patch14_reg4_dinov2",
@@ -329,7 +329,7 @@ _DINO_V2 = tuple(
     for letter, size, width in (("s", "small", 384), ("b", "base", 768), ("l", "large", 1024))
 )
 _CLIP = tuple(
-    Card(
+    EncoderCard(
         name=name,
         width=width,
         model=f"vit_{size}_clip_quickgelu_224",
@@ -345,6 +345,6 @@ _CLIP = tuple(
     for name, size, width in (("clip", "base_patch32", 512), ("clip_l14", "large_patch14", 768))
 )
 
-CARDS: dict[str, Card] = {
+CARDS: dict[str, EncoderCard] = {
     card.name: card for card in (*_OFFLINE, *_GATED, *_OPEN, *_DINO_V2, *_CLIP)
 }

@@ -23,14 +23,14 @@ from raylarge import report
 from raylarge.diffusion.noise import generator
 from raylarge.errors import UserError
 from raylarge.models import state_dicts, weights
-from raylarge.models.ssl_cards import Card, Colours
+from raylarge.models.ssl_cards import Colours, EncoderCard
 from raylarge.models.state_dicts import State
 
 Network = Callable[[Tensor], Tensor]
 TEXT_EXTRA = 'pip install "raylarge[text]"'
 
 
-def build(card: Card) -> nn.Module:
+def build(card: EncoderCard) -> nn.Module:
     """A card's network without weights: on the meta device where nothing is computed at birth."""
     with torch.device("meta"):
         network = _built(card)
@@ -40,14 +40,14 @@ def build(card: Card) -> nn.Module:
     return network
 
 
-def load(card: Card, path: Path) -> nn.Module:
+def load(card: EncoderCard, path: Path) -> nn.Module:
     """A card's network with the weights of a file.
 
     Raises:
         UserError: the file is no file of tensors, or not of this network.
     """
     network = build(card)
-    content = weights.content(path)
+    content = weights.open_checkpoint(path)
     whose = f"{card.name} ({card.model})"
     try:
         choice = _choice(card, network, content)
@@ -56,34 +56,36 @@ def load(card: Card, path: Path) -> nn.Module:
     if choice.others:
         others = ", ".join(choice.others)
         report.say(f"encoder {card.name}: '{choice.key}' of {path.name} is used, not {others}")
-    state = weights.without(choice.state, card.drops)
+    state = weights.without_prefixes(choice.state, card.drops)
     try:
         return _filled(card, network, state, whose)
     except UserError as error:
         part = f"'{choice.key}' was read" if choice.key else "its top level was read"
         raise UserError(
-            f"{error} {part}; the file has the keys {state_dicts.keys(content)}."
+            f"{error} {part}; the file has the keys {state_dicts.key_list(content)}."
         ) from error
 
 
-def choice_of(card: Card, path: Path) -> str:
+def chosen_key(card: EncoderCard, path: Path) -> str:
     """Return which of several copies in a file `load` uses, such as `state_dict_ema`; else empty.
 
     Raises:
         UserError: the file is no file of tensors.
     """
-    choice = _choice(card, build(card), weights.content(path))
+    choice = _choice(card, build(card), weights.open_checkpoint(path))
     return choice.key if choice.others else ""
 
 
-def _choice(card: Card, network: nn.Module, content: Mapping[str, Any]) -> state_dicts.Choice:
+def _choice(
+    card: EncoderCard, network: nn.Module, content: Mapping[str, Any]
+) -> state_dicts.ChosenState:
     """Return the copy of a network in a file; transformers renames what is below `encoder.`."""
-    own = "encoder." if card.library == "transformers" else ""
-    prefixes = [prefix for prefix in state_dicts.PREFIXES if prefix != own]
+    load_builtin = "encoder." if card.library == "transformers" else ""
+    prefixes = [prefix for prefix in state_dicts.PREFIXES if prefix != load_builtin]
     return state_dicts.choose(content, network.state_dict(), prefixes)
 
 
-def _filled(card: Card, network: nn.Module, state: State, whose: str) -> nn.Module:
+def _filled(card: EncoderCard, network: nn.Module, state: State, whose: str) -> nn.Module:
     """Return the network with a state whose names may be of older versions."""
     if card.library == "transformers":
         kind, config = type(network), network.config
@@ -96,7 +98,7 @@ def _filled(card: Card, network: nn.Module, state: State, whose: str) -> nn.Modu
     return network
 
 
-def pooled(card: Card, network: nn.Module) -> Network:
+def with_pooling(card: EncoderCard, network: nn.Module) -> Network:
     """The network as a function from inputs to embeddings."""
     if card.library == "transformers":
         return lambda x: network(pixel_values=x).last_hidden_state[:, 0]
@@ -114,7 +116,7 @@ def pooled(card: Card, network: nn.Module) -> Network:
     return run
 
 
-def inputs(
+def to_inputs(
     images: UInt8[np.ndarray, "B P P 3"], side: int, colour: Colours, resample: str, device: str
 ) -> Float[Tensor, "B 3 side side"]:
     """Tiles as a network takes them: resized whole, and standardised by mean and deviation."""
@@ -126,7 +128,7 @@ def inputs(
     return (x - mean) / std
 
 
-def timm_card(architecture: str) -> Card:
+def timm_card(architecture: str) -> EncoderCard:
     """The card of `timm:ARCHITECTURE`: what timm knows of it, pooled as the network does.
 
     Raises:
@@ -140,7 +142,7 @@ def timm_card(architecture: str) -> Card:
         network = timm.create_model(architecture, pretrained=False, num_classes=0)
     known: dict[str, Any] = network.pretrained_cfg
     heads = known.get("classifier") or ()
-    return Card(
+    return EncoderCard(
         name=f"timm:{architecture}",
         width=int(getattr(network, "head_hidden_size", None) or network.num_features),
         model=architecture,
@@ -156,7 +158,7 @@ def timm_card(architecture: str) -> Card:
     )
 
 
-def _built(card: Card) -> nn.Module:
+def _built(card: EncoderCard) -> nn.Module:
     if card.library == "transformers":
         return _built_by_transformers(card)
     if card.model == "conch_v1_5":
@@ -172,18 +174,18 @@ def _built(card: Card) -> nn.Module:
     return made
 
 
-def _built_by_transformers(card: Card) -> nn.Module:
-    transformers = needs("transformers", f"encoder '{card.name}'")
+def _built_by_transformers(card: EncoderCard) -> nn.Module:
+    transformers = import_extra("transformers", f"encoder '{card.name}'")
     kind = getattr(transformers, card.model)
     made: nn.Module = kind(kind.config_class(**card.options), **_pooling(card))
     return made
 
 
-def _pooling(card: Card) -> dict[str, bool]:
+def _pooling(card: EncoderCard) -> dict[str, bool]:
     return {"add_pooling_layer": False} if card.model == "ViTModel" else {}
 
 
-def needs(package: str, who: str) -> Any:
+def import_extra(package: str, who: str) -> Any:
     """A package of the extra `text`.
 
     Raises:
@@ -298,7 +300,7 @@ class Conch(nn.Module):
         return embedding
 
 
-def own(card: Card) -> Network:
+def load_builtin(card: EncoderCard) -> Network:
     """The network of a card that needs no file.
 
     Raises:

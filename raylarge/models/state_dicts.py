@@ -36,7 +36,7 @@ _ALIKE = 0.5
 """Share of the names, or of the largest copy's tensors, that makes a copy a network's."""
 
 
-class Copy(NamedTuple):
+class StateCopy(NamedTuple):
     """One of the copies of a network's tensors that a file holds."""
 
     key: str
@@ -44,7 +44,7 @@ class Copy(NamedTuple):
     state: State
 
 
-class Choice(NamedTuple):
+class ChosenState(NamedTuple):
     """The copy that counts, and what else the file holds."""
 
     key: str
@@ -53,7 +53,7 @@ class Choice(NamedTuple):
     """Keys of the copies that were not taken."""
 
 
-def tensors(content: Mapping[Any, Any]) -> State:
+def preferred_tensors(content: Mapping[Any, Any]) -> State:
     """Return the preferred copy's tensors by name; empty if there are none.
 
     Values that are no tensors or arrays, and names that are no strings, are left out.
@@ -64,7 +64,7 @@ def tensors(content: Mapping[Any, Any]) -> State:
 
 def choose(
     content: Mapping[Any, Any], wanted: Mapping[str, Tensor], prefixes: Sequence[str] = PREFIXES
-) -> Choice:
+) -> ChosenState:
     """Return the preferred copy of one network's tensors, without prefixes of training tools.
 
     Args:
@@ -77,23 +77,23 @@ def choose(
     """
     copies = list(_copies(content))
     if not copies:
-        raise UserError(f"it holds no named tensors; its keys: {keys(content)}.")
+        raise UserError(f"it holds no named tensors; its keys: {key_list(content)}.")
     flat = [copy for copy in copies for copy in (*_groups(copy, AVERAGED), copy)]
     flat += [group for copy in copies for group in _groups(copy, PLAIN)]
     flat.sort(key=lambda copy: _rank(copy.key))
     fitting = (copy for copy in flat if _fits(copy.state, wanted))
     best = next(fitting, None) or _without_small(copies)[0]
     others = tuple(dict.fromkeys(copy.key for copy in copies if copy.key and copy.key != best.key))
-    return Choice(best.key, unprefixed(best.state, wanted, prefixes), others)
+    return ChosenState(best.key, strip_prefixes(best.state, wanted, prefixes), others)
 
 
-def keys(content: Mapping[Any, Any]) -> str:
+def key_list(content: Mapping[Any, Any]) -> str:
     """Return the first keys of a file, for a message."""
     names = [str(key)[:60] for key in content]
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "none"
 
 
-def unprefixed(
+def strip_prefixes(
     state: Mapping[str, Tensor], wanted: Collection[str], prefixes: Sequence[str] = PREFIXES
 ) -> State:
     """Return a state without the prefixes of training tools that the network itself does not use.
@@ -129,7 +129,7 @@ def _short(name: str, prefixes: tuple[str, ...]) -> str:
     return short
 
 
-def _copies(content: Mapping[Any, Any], path: str = "") -> Iterator[Copy]:
+def _copies(content: Mapping[Any, Any], path: str = "") -> Iterator[StateCopy]:
     """Yield the copies in a file, the preferred first."""
     yield from _nested(content, path, AVERAGED)
     yield from _nested(content, path, PLAIN)
@@ -139,24 +139,24 @@ def _copies(content: Mapping[Any, Any], path: str = "") -> Iterator[Copy]:
         if isinstance(name, str) and (tensor := _tensor(value)) is not None
     }
     if named:
-        yield Copy(path, named)
+        yield StateCopy(path, named)
 
 
-def _nested(content: Mapping[Any, Any], path: str, names: Collection[str]) -> Iterator[Copy]:
+def _nested(content: Mapping[Any, Any], path: str, names: Collection[str]) -> Iterator[StateCopy]:
     for key in names:
         inner = content.get(key)
         if isinstance(inner, Mapping):
             yield from _copies(inner, f"{path}.{key}" if path else key)
 
 
-def _groups(copy: Copy, words: Collection[str]) -> Iterator[Copy]:
+def _groups(copy: StateCopy, words: Collection[str]) -> Iterator[StateCopy]:
     """Yield the copies whose flat names begin with one of the words."""
     short = {_short(name, PREFIXES): tensor for name, tensor in copy.state.items()}
     for word in words:
         start = f"{word}."
         named = {k.removeprefix(start): v for k, v in short.items() if k.startswith(start)}
         if named:
-            yield Copy(f"{copy.key}.{word}" if copy.key else word, named)
+            yield StateCopy(f"{copy.key}.{word}" if copy.key else word, named)
 
 
 def _rank(key: str) -> bool:
@@ -172,7 +172,7 @@ def _fits(state: State, wanted: Mapping[str, Tensor]) -> bool:
     return alike > _ALIKE * len(wanted)
 
 
-def _without_small(copies: list[Copy]) -> list[Copy]:
+def _without_small(copies: list[StateCopy]) -> list[StateCopy]:
     """Return the copies in their order, less those that are too small to be the network."""
     most = max(len(copy.state) for copy in copies)
     return [copy for copy in copies if len(copy.state) >= _ALIKE * most]

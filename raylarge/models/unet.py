@@ -15,7 +15,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from raylarge.models import attention
-from raylarge.models.attention import Context
+from raylarge.models.attention import CachedContext
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,20 @@ class UNet(UNet2DConditionModel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        attention.attend(self)
+        attention.enable_cached_context(self)
 
     # The signature names the config's keys to diffusers.
     __init__.__wrapped__ = UNet2DConditionModel.__init__  # type: ignore[attr-defined]
 
-    def context(self, tokens: Float[Tensor, "B n D"]) -> Context:
+    def context(self, tokens: Float[Tensor, "B n D"]) -> CachedContext:
         """Tokens as a context for many calls, for which its part is computed once."""
-        return attention.context(self, tokens)
+        return attention.cached_context(self, tokens)
 
     def forward(
         self,
         x_t: Float[Tensor, "B c h w"],
         t: Num[Tensor, "..."] | int | float,
-        context: Float[Tensor, "B n D"] | Context,
+        context: Float[Tensor, "B n D"] | CachedContext,
         **residuals: Any,
     ) -> Float[Tensor, "B c2 h w"]:
         """What the network predicts (noise, v or x_0; its schedule says which).

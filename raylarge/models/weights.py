@@ -44,7 +44,7 @@ ALLOWED: tuple[Any, ...] = (
 )
 
 
-def content(path: str | Path) -> dict[str, Any]:
+def open_checkpoint(path: str | Path) -> dict[str, Any]:
     """What a weight file holds, wrappers and all; tensors stay on the disk until they are used.
 
     Raises:
@@ -70,29 +70,29 @@ def content(path: str | Path) -> dict[str, Any]:
     return dict(found)
 
 
-def read(path: str | Path) -> State:
+def read_tensors(path: str | Path) -> State:
     """Return the tensors of a weight file, of several copies the preferred one (`state_dicts.py`).
 
     Raises:
-        UserError: as `content`, or no tensors in it.
+        UserError: as `open_checkpoint`, or no tensors in it.
     """
-    stored = content(path)
-    state = state_dicts.tensors(stored)
+    stored = open_checkpoint(path)
+    state = state_dicts.preferred_tensors(stored)
     if not state:
         raise UserError(
-            f"{path} holds no named tensors, but the keys {state_dicts.keys(stored)}; give a file "
-            "of a network's weights."
+            f"{path} holds no named tensors, but the keys {state_dicts.key_list(stored)}; give "
+            "a file of a network's weights."
         )
     return state
 
 
-def without(state: State, prefixes: tuple[str, ...]) -> State:
+def without_prefixes(state: State, prefixes: tuple[str, ...]) -> State:
     """A state less the tensors whose names start with one of the prefixes."""
     return {name: value for name, value in state.items() if not name.startswith(prefixes)}
 
 
 @dataclass(frozen=True)
-class Checked(Generic[Module]):
+class FittedNetwork(Generic[Module]):
     """A network on the meta device and the tensors that fit it; none of them is read yet.
 
     Attributes:
@@ -114,9 +114,9 @@ class Checked(Generic[Module]):
         return fill(self.network, self.state, self.whose)
 
 
-def check(
+def fit(
     network: Module, found: Mapping[str, Tensor], stored: Callable[[str], str], whose: str
-) -> Checked[Module]:
+) -> FittedNetwork[Module]:
     """Fit tensors to a network, in the names of the file.
 
     Args:
@@ -129,8 +129,8 @@ def check(
         UserError: names or shapes differ; tells the first ones, as the file names them.
     """
     wanted = network.state_dict()
-    compare({stored(name): tensor for name, tensor in wanted.items()}, found, whose)
-    return Checked(network, {name: found[stored(name)] for name in wanted}, whose)
+    check_names({stored(name): tensor for name, tensor in wanted.items()}, found, whose)
+    return FittedNetwork(network, {name: found[stored(name)] for name in wanted}, whose)
 
 
 def fill(network: Module, state: Mapping[str, Tensor], whose: str) -> Module:
@@ -141,7 +141,7 @@ def fill(network: Module, state: Mapping[str, Tensor], whose: str) -> Module:
             NaN or infinite; tells the first ones.
     """
     wanted = network.state_dict()
-    compare(wanted, state, whose)
+    check_names(wanted, state, whose)
     mistyped = [
         f"{name} {tensor.dtype}"
         for name, tensor in state.items()
@@ -184,7 +184,7 @@ def check_finite(state: Mapping[str, Tensor], whose: str) -> None:
         )
 
 
-def compare(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], whose: str) -> None:
+def check_names(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], whose: str) -> None:
     """Refuse tensors that are not exactly those wanted.
 
     Raises:

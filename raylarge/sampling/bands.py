@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from raylarge.diffusion.noise import normal
-from raylarge.diffusion.schedule import Schedule, Step
+from raylarge.diffusion.schedule import SamplerStep, Schedule
 from raylarge.diffusion.steps import ancestral, ddim
 from raylarge.geometry import batches, origins
 from raylarge.order import Order
@@ -42,7 +42,7 @@ def rows_of(length: int, side: int, band: int) -> tuple[int, int]:
 REFINE_STEPS = 6
 
 
-def walk(order: Order, schedule: Schedule, refine: bool) -> list[Step]:
+def walk(order: Order, schedule: Schedule, refine: bool) -> list[SamplerStep]:
     """The steps of strided sampling, or of seam removal (released: t0 = 300 by 50)."""
     return schedule.strided(299, 50) if refine else schedule.steps(order.sampler.steps)
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from raylarge.geometry import Patch, batches
-from raylarge.models.denoiser import bound
+from raylarge.models.denoiser import bind_context
 from raylarge.order import Order
 from raylarge.resample import bicubic_matrix
 from raylarge.sampling.constraint import differentiated, encoded, scaled
@@ -152,7 +152,7 @@ class _Row:
         task, inner, codec = self.task, self.sampler.inner, self.networks.correcting
         cells = [self.layout.windows(task.row)[i] for i in here]
         walk = Walk(self.networks, task.order, task.scale, cells, tokens)
-        estimate = bound(self.networks.denoiser, tokens)
+        estimate = bind_context(self.networks.denoiser, tokens)
         if not before:
             x_t = walk.start()
         else:

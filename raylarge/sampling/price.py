@@ -13,9 +13,9 @@ from functools import singledispatch
 
 from raylarge.diffusion.schedule import Schedule
 from raylarge.geometry import Patch, batches, origins
-from raylarge.models.cdm import STEPS as CDM_STEPS
-from raylarge.models.cost import Counts
-from raylarge.models.denoiser import within
+from raylarge.models.cdm import RECIPE_STEPS as CDM_STEPS
+from raylarge.models.cost import CallCounts
+from raylarge.models.denoiser import in_interval
 from raylarge.order import Order
 from raylarge.sampling.bands import walk
 from raylarge.sampling.canvas import touching
@@ -38,13 +38,13 @@ WALK = Schedule()
 """Stands for any schedule: prices only ask for its timesteps."""
 
 
-def counts(plan: Plan, order: Order, patch: Patch) -> Counts:
+def counts(plan: Plan, order: Order, patch: Patch) -> CallCounts:
     """Evaluations of the networks for one window each, over all requests of a plan.
 
     Args:
         order: the plan's, whole: requests carry it without its condition.
     """
-    total = Counts()
+    total = CallCounts()
     for request in plan.requests.values():
         total += _counts(request.task, order, patch)
     return total
@@ -57,7 +57,7 @@ def passes(order: Order, kind: str, t: int = 0) -> int:
         t: the timestep of 1,000; guidance may be limited to an interval of them.
     """
     guided = kind != "null" and order.sampler.guidance != 1.0
-    return 2 if guided and within(order.sampler.interval, t / WALK.length) else 1
+    return 2 if guided and in_interval(order.sampler.interval, t / WALK.length) else 1
 
 
 def _timesteps(order: Order, first: int, last: int) -> list[int]:
@@ -66,102 +66,102 @@ def _timesteps(order: Order, first: int, last: int) -> list[int]:
 
 
 @singledispatch
-def _counts(task: Task, order: Order, patch: Patch) -> Counts:
-    return Counts()
+def _counts(task: Task, order: Order, patch: Patch) -> CallCounts:
+    return CallCounts()
 
 
 @_counts.register
-def _(task: Draw, order: Order, patch: Patch) -> Counts:
+def _(task: Draw, order: Order, patch: Patch) -> CallCounts:
     if task.kind != "cdm":
-        return Counts()
-    return Counts(cdm=CDM_STEPS[order.condition.draw] * len(task.windows))
+        return CallCounts()
+    return CallCounts(cdm=CDM_STEPS[order.condition.draw] * len(task.windows))
 
 
 @_counts.register
-def _(task: Imagine, order: Order, patch: Patch) -> Counts:
+def _(task: Imagine, order: Order, patch: Patch) -> CallCounts:
     cells = math.prod(-(-length // patch.side_px) << order.scale for length in order.size)
     both = 1 if order.condition.prior_guidance == 1.0 else 2
-    return Counts(prior=both * order.condition.prior_steps * cells)
+    return CallCounts(prior=both * order.condition.prior_steps * cells)
 
 
 @_counts.register
-def _(task: Invert, order: Order, patch: Patch) -> Counts:
+def _(task: Invert, order: Order, patch: Patch) -> CallCounts:
     n = 1
     if order.algorithm == "superres":  # else the guide, one patch
         inside = math.prod(n // (patch.side_px << order.source.octaves) for n in order.size)
         n = sum(map(len, batches(inside, min(inside, order.batch))))
-    return Counts(unet=2 * order.condition.iterations * n, encode=n)
+    return CallCounts(unet=2 * order.condition.iterations * n, encode=n)
 
 
 @_counts.register
-def _(task: Guide, order: Order, patch: Patch) -> Counts:
+def _(task: Guide, order: Order, patch: Patch) -> CallCounts:
     steps, kind = order.sampler.steps, order.condition.kind
     unet = sum(passes(order, kind, t) for t in _timesteps(order, 0, steps))
-    return Counts(unet=unet, decode=steps + 1)
+    return CallCounts(unet=unet, decode=steps + 1)
 
 
 @_counts.register
-def _(task: Windows, order: Order, patch: Patch) -> Counts:
+def _(task: Windows, order: Order, patch: Patch) -> CallCounts:
     sampler, n = order.sampler, len(task.windows)
     guided, again = task.guided_by is not None, sampler.solver == "plms"
     kind = order.condition.fine_kind if guided and not task.given else order.condition.kind
     steered = task.given and order.source.control  # a ControlNet in place of the corrections
     inner = sampler.inner if guided and not steered else 0
-    found = Counts(decode=n * (task.last - task.first) if task.traced else 0)
+    found = CallCounts(decode=n * (task.last - task.first) if task.traced else 0)
     for i, t in enumerate(_timesteps(order, task.first, task.last), start=task.first):
         corrections = inner if i % sampler.every == 0 else 0
         unet = passes(order, kind, t) * n * (1 + 2 * corrections)
         if again and i == 0:  # plms begins with a step of Heun's
             unet += n * passes(order, kind, [*_timesteps(order, 0, sampler.steps), 0][1])
-        found += Counts(unet=unet, control=unet if steered else 0)
+        found += CallCounts(unet=unet, control=unet if steered else 0)
         found += _corrected(order, n * corrections)
     return found
 
 
 @_counts.register
-def _(task: Mosaic, order: Order, patch: Patch) -> Counts:
+def _(task: Mosaic, order: Order, patch: Patch) -> CallCounts:
     columns = Layout.of(order, patch, task.guided_by).columns
     n = sum(map(len, batches(columns, min(columns, order.batch))))
     kind = order.condition.kind if task.given else order.condition.fine_kind
     inner, steps = order.sampler.inner, order.sampler.steps
     times = _timesteps(order, 0, steps)
-    found = Counts()
+    found = CallCounts()
     if task.look:
         t = times[(task.look - 1) // inner]
         stepped = task.look % inner == 0
-        found += Counts(unet=passes(order, kind, t) * n * (2 + stepped))
+        found += CallCounts(unet=passes(order, kind, t) * n * (2 + stepped))
         found += _corrected(order, n)
     if task.look < inner * steps:
-        found += Counts(unet=passes(order, kind, times[task.look // inner]) * n)
+        found += CallCounts(unet=passes(order, kind, times[task.look // inner]) * n)
     return found
 
 
-def _corrected(order: Order, n: int) -> Counts:
+def _corrected(order: Order, n: int) -> CallCounts:
     """The autoencoder's share in n corrections: a decode, and the encoder's derivative."""
     if order.sampler.correction == "backprop":
-        return Counts(small_decode=2 * n) if order.sampler.small else Counts(decode=2 * n)
+        return CallCounts(small_decode=2 * n) if order.sampler.small else CallCounts(decode=2 * n)
     if order.sampler.small:
-        return Counts(small_decode=n, small_encode=2 * n)
-    return Counts(decode=n, encode=2 * n)
+        return CallCounts(small_decode=n, small_encode=2 * n)
+    return CallCounts(decode=n, encode=2 * n)
 
 
 @_counts.register
-def _(task: Band, order: Order, patch: Patch) -> Counts:
+def _(task: Band, order: Order, patch: Patch) -> CallCounts:
     n = len(batches(len(task.windows), order.batch)) * order.batch
     steps = walk(order, WALK, task.refine)
     if task.step == len(steps):
-        return Counts()
-    return Counts(unet=passes(order, order.condition.kind, steps[task.step].t) * n)
+        return CallCounts()
+    return CallCounts(unet=passes(order, order.condition.kind, steps[task.step].t) * n)
 
 
 @_counts.register
-def _(task: Decode, order: Order, patch: Patch) -> Counts:
+def _(task: Decode, order: Order, patch: Patch) -> CallCounts:
     side = patch.side_px
     rows = touching(order.size[0], side, side // 4, task.top, task.bottom)
     count = len(rows) * len(origins(order.size[1], side, side // 4))
-    return Counts(decode=len(batches(count, order.batch)) * order.batch)
+    return CallCounts(decode=len(batches(count, order.batch)) * order.batch)
 
 
 @_counts.register
-def _(task: DecodeEach, order: Order, patch: Patch) -> Counts:
-    return Counts(decode=order.batch)
+def _(task: DecodeEach, order: Order, patch: Patch) -> CallCounts:
+    return CallCounts(decode=order.batch)

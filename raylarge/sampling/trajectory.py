@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from raylarge.diffusion.noise import normal
-from raylarge.diffusion.schedule import Step
+from raylarge.diffusion.schedule import SamplerStep
 from raylarge.diffusion.solvers import solve
 from raylarge.diffusion.steps import ddim
 from raylarge.geometry import Patch
 from raylarge.models.autoencoder import Codec
-from raylarge.models.denoiser import Denoiser, bound
+from raylarge.models.denoiser import Denoiser, bind_context
 from raylarge.order import Order
 from raylarge.sampling.backprop import correct_by_backprop
 from raylarge.sampling.canvas import gather
@@ -58,7 +58,7 @@ def guide(
 ) -> Float[Tensor, "S1 3 P P"]:
     """The guide's whole trajectory: its S estimates decoded, then its finished image."""
     order, walk = task.order, Walk(networks, task.order, task.scale, ((0, 0),), tokens)
-    frames, x_t, estimate = [], walk.start(), bound(networks.denoiser, tokens)
+    frames, x_t, estimate = [], walk.start(), bind_context(networks.denoiser, tokens)
     for i, step in enumerate(networks.denoiser.schedule.steps(order.sampler.steps)):
         x_0 = estimate(x_t, step.t)
         frames.append(networks.autoencoder.decode(x_0))
@@ -84,7 +84,7 @@ def windows(
     correction = CORRECTIONS[sampler.correction]
     walk = Walk(networks, task.order, task.scale, task.windows, tokens)
     x_t = walk.start() if x_t is None else x_t.to(walk.dtype)
-    schedule, estimate = networks.denoiser.schedule, bound(networks.denoiser, tokens)
+    schedule, estimate = networks.denoiser.schedule, bind_context(networks.denoiser, tokens)
     if sampler.solver != "ddim":  # they remember earlier steps: all are one request
         return solve(estimate, x_t, schedule, sampler.solver, sampler.steps)
     steps = schedule.steps(sampler.steps)
@@ -139,7 +139,7 @@ class Walk:
         """x_T."""
         return self._noise(0)
 
-    def down(self, i: int, step: Step, x_t: Tensor, x_0: Tensor) -> Tensor:
+    def down(self, i: int, step: SamplerStep, x_t: Tensor, x_0: Tensor) -> Tensor:
         """The latents after step i."""
         eta = self.order.sampler.eta
         return ddim(x_t, x_0, step, eta, self._noise(i + 1) if eta else None)

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from raylarge.config import require
-from raylarge.diffusion.loss import draws, learned_range, per_sample
+from raylarge.diffusion.loss import learned_variance_losses, mse_per_sample, training_draws
 from raylarge.models import bundle as bundles
 from raylarge.models.cdm import CDM
 from raylarge.train.ingest import Ingest, latents_table
@@ -67,13 +67,13 @@ class _Network(nn.Module):
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """The loss of each sample."""
-        x_0 = self.cdm.inward(self.tokens(batch), batch["scale"])
+        x_0 = self.cdm.to_standard(self.tokens(batch), batch["scale"])
         eps, t, schedule = batch["eps"], batch["t"], self.cdm.schedule
         x_t = schedule.noised(x_0, eps, t)
         output = self.cdm(x_t, t, batch["scale"])
         if not self.cdm.config.learn_sigma:
-            return per_sample(output, x_0)
-        return torch.add(*learned_range(output, x_0, x_t, t, schedule))
+            return mse_per_sample(output, x_0)
+        return torch.add(*learned_variance_losses(output, x_0, x_t, t, schedule))
 
     @torch.no_grad()
     def tokens(self, batch: Batch) -> Float[Tensor, "B C n"]:
@@ -106,7 +106,10 @@ class CdmTask:
         """Timesteps and noise."""
         config, length = self.network.cdm.config, self.network.cdm.schedule.length
         shape = (config.channels, config.tokens)
-        return {**batch, **draws(batch["sample"], shape, self.seed, "cdm-train", length)._asdict()}
+        return {
+            **batch,
+            **training_draws(batch["sample"], shape, self.seed, "cdm-train", length)._asdict(),
+        }
 
     def sheet(self, batch: Batch) -> UInt8[np.ndarray, "H W 3"]:
         """Images of the tokens that are drawn for each scale."""

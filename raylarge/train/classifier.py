@@ -175,7 +175,7 @@ class ClassifierTask:
             "synthetic_share": self._config.share if self._config.synthetic else 0.0,
             "training": facts,
         }
-        figures = classification.told(logits, labels, self._classes)
+        figures = classification.classification_metrics(logits, labels, self._classes)
         storage.write_json(storage.join(bundle, "classifier.json"), {**known, **figures})
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from raylarge import images
-from raylarge.diffusion.loss import draws, per_sample
+from raylarge.diffusion.loss import mse_per_sample, training_draws
 from raylarge.diffusion.noise import generator, normal
 from raylarge.diffusion.solvers import solve
 from raylarge.errors import UserError
@@ -27,7 +27,7 @@ from raylarge.models import bundle as bundles
 from raylarge.models import controlnet as controlnets
 from raylarge.models.bundle import Bundle
 from raylarge.models.controlnet import Controlled, lift
-from raylarge.models.denoiser import bound
+from raylarge.models.denoiser import bind_context
 from raylarge.resample import downsample
 from raylarge.train.ingest import Ingest, latents_table
 from raylarge.train.ldm import check_conditioner, condition
@@ -98,7 +98,7 @@ class _Network(nn.Module):
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
         )
-        return per_sample(output, self.schedule.target(x_0, eps, t))
+        return mse_per_sample(output, self.schedule.target(x_0, eps, t))
 
 
 class ControlnetTask:
@@ -113,7 +113,9 @@ class ControlnetTask:
     def draw(self, batch: Batch) -> Batch:
         """The batch with timesteps, noise, the coin that drops embeddings, and controls."""
         samples, shape = batch["sample"], batch["latent"].shape[1:]
-        drawn = draws(samples, shape, self.seed, "controlnet-train", self.network.schedule.length)
+        drawn = training_draws(
+            samples, shape, self.seed, "controlnet-train", self.network.schedule.length
+        )
         control = controls(batch["image"], self._factors(samples))
         return {**batch, **drawn._asdict(), "control": control}
 
@@ -136,7 +138,7 @@ class ControlnetTask:
         tokens = condition(summarizer, batch)
         addresses = _addresses(batch["sample"])
         noise = normal(batch["latent"].shape[1:], self.seed, "controlnet-sheet", addresses)
-        estimate = bound(Controlled(unet, controlnet, schedule, control), tokens)
+        estimate = bind_context(Controlled(unet, controlnet, schedule, control), tokens)
         x_0 = solve(estimate, noise.to(device), schedule, "ddim", SHEET_STEPS)
         vae = self.bundle.vae.to(device)  # one by one: a decoder at full size is large
         return torch.cat([vae.decode(one[None]).cpu() for one in x_0])

@@ -51,7 +51,9 @@ def told(config: Train) -> dict[str, Any]:
 
 def shareable(config: Train) -> dict[str, Any]:
     """Return the config for the facts of a bundle: it tells no place where things lay."""
-    values = {key: value for key, value in told(config).items() if key not in bundle_parts.PLACES}
+    values = {
+        key: value for key, value in told(config).items() if key not in bundle_parts.PATH_KEYS
+    }
     named: dict[str, Any] = storage.without_places(values)
     return named
 
@@ -166,7 +168,7 @@ def refuse_lacking(config: Train) -> None:
 def _ground(config: Train) -> tuple[str, ...]:
     """Parts of the bundle that a model is trained on."""
     small = config.model == "vae" and config.vae.distill
-    return bundles.ON.get("vae_small" if small else config.model, ())
+    return bundles.TRAINED_ON.get("vae_small" if small else config.model, ())
 
 
 def _replaced(config: Train, root: str) -> str:
@@ -218,7 +220,7 @@ def finished(config: Train, root: str, data: str) -> dict[str, Any] | None:
         return None
     if facts["config"].get("result", config.result) != config.result:
         return None
-    part = bundles.MADE.get(config.model, "")
+    part = bundles.MAIN_PART.get(config.model, "")
     if part and not _stands(config.out, part):
         return None
     over = config.minutes is not None and facts["seconds"] >= config.minutes * 60

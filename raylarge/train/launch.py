@@ -66,7 +66,7 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
             facts |= {"seconds_total": round(time.monotonic() - began, 2)}
             storage.write_json(storage.join(root, "facts.json"), storage.without_places(facts))
     report.say(_closing(config, facts))
-    for said in bundles.strangers(config.out).values():
+    for said in bundles.mismatched_parts(config.out).values():
         report.say(said)
     return facts
 

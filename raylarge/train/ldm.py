@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from raylarge.config import require, shown
-from raylarge.diffusion.loss import draws, per_sample, snr_weights
+from raylarge.diffusion.loss import min_snr_weights, mse_per_sample, training_draws
 from raylarge.diffusion.schedule import PREDICTIONS, Schedule
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
@@ -159,9 +159,9 @@ class _Network(nn.Module):
         kept = (batch["coin"] >= self.drop)[:, None, None]
         tokens = torch.where(kept, tokens, self.summarizer.null(len(tokens)))
         output = self.unet(self.schedule.noised(x_0, eps, t), t, tokens)
-        loss = per_sample(output, self.schedule.target(x_0, eps, t))
+        loss = mse_per_sample(output, self.schedule.target(x_0, eps, t))
         if self.min_snr and torch.is_grad_enabled():  # held-out losses stay comparable
-            loss = loss * snr_weights(self.schedule, t, self.min_snr)
+            loss = loss * min_snr_weights(self.schedule, t, self.min_snr)
         return loss
 
 
@@ -185,7 +185,7 @@ class LdmTask:
     def draw(self, batch: Batch) -> Batch:
         """Timesteps, noise, and the coins that decide about the condition."""
         length, shape = self.network.schedule.length, batch["latent"].shape[1:]
-        drawn = draws(batch["sample"], shape, self.seed, "ldm", length, self.stratified)
+        drawn = training_draws(batch["sample"], shape, self.seed, "ldm", length, self.stratified)
         return {**batch, **drawn._asdict()}
 
     def sheet(self, batch: Batch) -> UInt8[np.ndarray, "H W 3"]:
@@ -244,8 +244,8 @@ def initialise(unet: UNet, path: str, heads: int) -> None:
     Raises:
         UserError: no U-Net in the file, names missing or unknown, or another size.
     """
-    found = published.unet_from_published(weights.content(path), heads).state_dict()
-    weights.compare(unet.state_dict(), found, "a U-Net of the size in ldm.unet")
+    found = published.unet_from_published(weights.open_checkpoint(path), heads).state_dict()
+    weights.check_names(unet.state_dict(), found, "a U-Net of the size in ldm.unet")
     unet.load_state_dict(found)
 
 

@@ -191,7 +191,7 @@ def _figures(mil: ABMIL, fold: Fold, split: str) -> dict[str, Any]:
         }
         for slide, label, share in zip(slides, labels, shares, strict=True)
     }
-    return {**classification.told(scores, labels, classes), "slides": each}
+    return {**classification.classification_metrics(scores, labels, classes), "slides": each}
 
 
 def _means(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

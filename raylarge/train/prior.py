@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from raylarge import images, storage, tables
-from raylarge.diffusion.loss import draws, per_sample
+from raylarge.diffusion.loss import mse_per_sample, training_draws
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models.conditioner import SIDE
@@ -87,10 +87,10 @@ class _Network(nn.Module):
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """The loss of each sample."""
         prior, t = self.prior, batch["t"]
-        x_0 = prior.standardised(grids_of(batch, prior.config.side))
+        x_0 = prior.to_standard(grids_of(batch, prior.config.side))
         vector = batch["vector"] * (batch["coin"] >= self.drop)[:, None]
         x_t = self.schedule.noised(x_0, batch["eps"], t)
-        return per_sample(prior(x_t, t, vector), x_0)
+        return mse_per_sample(prior(x_t, t, vector), x_0)
 
 
 class PriorTask:
@@ -105,7 +105,7 @@ class PriorTask:
         prior = self.network.prior
         side, length = prior.config.side, prior.schedule.length
         shape = (prior.config.channels, side, side)
-        drawn = draws(batch["sample"], shape, self.seed, "prior-train", length)
+        drawn = training_draws(batch["sample"], shape, self.seed, "prior-train", length)
         return {**batch, **drawn._asdict()}
 
     def sheet(self, batch: Batch) -> UInt8[np.ndarray, "H W 3"]:
@@ -119,7 +119,7 @@ class PriorTask:
         rows = {"data": true}
         for name, given in (("drawn", vectors), ("no vector", torch.zeros_like(vectors))):
             rows[name] = prior.draw(given.to(prior.device), self.seed, addresses, SHEET_STEPS)
-        pixels = false_colours([prior.standardised(grids) for grids in rows.values()])
+        pixels = false_colours([prior.to_standard(grids) for grids in rows.values()])
         return images.sheet([list(row) for row in pixels], list(rows), cell_px=64)
 
     def finish(

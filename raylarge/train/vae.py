@@ -26,7 +26,7 @@ from raylarge.errors import UserError
 from raylarge.metrics.restoration import psnr
 from raylarge.models import bundle as bundles
 from raylarge.models.autoencoder import Autoencoder, kl, vq
-from raylarge.models.discriminator import Discriminator, DiscriminatorConfig, adversarial
+from raylarge.models.discriminator import Discriminator, DiscriminatorConfig, adversarial_loss
 from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.perceptual import SMALLEST, FeatureDistance, Perceptual
 from raylarge.train.ingest import Ingest
@@ -121,7 +121,9 @@ class _Trained(nn.Module):
             loss = loss + config.lpips * self.perceptual.near(image)(made, image)
         if self.judge is not None and torch.is_grad_enabled():
             if "judged" in batch:
-                terms = adversarial(self.judge, image, made, config.adversarial) * batch["judged"]
+                terms = (
+                    adversarial_loss(self.judge, image, made, config.adversarial) * batch["judged"]
+                )
             else:
                 terms = 0.0 * sum(value.sum() for value in self.judge.parameters())
             loss = loss + (terms - terms.detach())

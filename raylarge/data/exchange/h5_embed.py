@@ -32,7 +32,7 @@ from raylarge.data.pipeline import Crew, Facts, Unit
 from raylarge.data.tile import kept, scale_and_cells, slides_of
 from raylarge.errors import SlideError, UserError
 from raylarge.models import ssl
-from raylarge.models.ssl_cards import Card
+from raylarge.models.ssl_cards import EncoderCard
 from raylarge.slides.mpp import zoom
 
 
@@ -280,7 +280,7 @@ class _AtNeed(TileGrid):
 class _Unloaded(NamedTuple):
     """Stands where an encoder would, if there is nothing to embed."""
 
-    card: Card
+    card: EncoderCard
 
 
 def _source(unit: Unit, tile: Tile) -> tuple[Patches, Index]:
@@ -296,7 +296,7 @@ def _source(unit: Unit, tile: Tile) -> tuple[Patches, Index]:
     return layout, index_of(layout, unit, tile)
 
 
-def _check_width(layout: Patches, card: Card) -> None:
+def _check_width(layout: Patches, card: EncoderCard) -> None:
     if not layout.features:
         raise SlideError(
             "its h5 holds no dataset 'features' [N, D], only coords; give source= the "

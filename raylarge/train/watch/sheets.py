@@ -23,7 +23,7 @@ from raylarge.diffusion.noise import normal
 from raylarge.diffusion.schedule import Schedule
 from raylarge.diffusion.solvers import solve
 from raylarge.models.autoencoder import Autoencoder
-from raylarge.models.denoiser import NetworkDenoiser, bound, guided
+from raylarge.models.denoiser import NetworkDenoiser, bind_context, guided
 from raylarge.train.task import Batch
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
@@ -62,7 +62,7 @@ class Painter:
         denoiser = guided(NetworkDenoiser(self.unet, self.schedule), self.guidance, null)
         found = []
         for some, begin in zip(tokens.split(AT_ONCE), noise.split(AT_ONCE), strict=True):
-            estimate = bound(denoiser, some.to(weight))
+            estimate = bind_context(denoiser, some.to(weight))
             x_t = begin.to(weight.device)
             found.append(solve(estimate, x_t, self.schedule, "ddim", self.steps).float().cpu())
         return torch.cat(found)
