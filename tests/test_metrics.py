@@ -115,7 +115,7 @@ def test_memory_is_rows_of_one_patch():
 def test_rows_that_do_not_fit_are_refused():
     guide = picture((SIDE, SIDE))
     error = WindowError(guide, (64, 64))
-    with pytest.raises(ValueError, match="0 rows of 64 have come"):
+    with pytest.raises(ValueError, match="0 rows of 64 were added"):
         _ = error.value
     with pytest.raises(ValueError, match="do not fit"):
         error.add(picture((8, 32)))

@@ -59,20 +59,24 @@ def test_log_odds_rank_where_probabilities_round_to_one():
     np.testing.assert_allclose(c.log_odds(three)[0], np.log(p / (1 - p)))
 
 
+def metrics_of(labels, predicted, classes=3):
+    return c.classification_metrics(np.eye(classes)[predicted], labels, tuple("abc"[:classes]))
+
+
 def test_balanced_accuracy_weighs_classes_alike():
-    labels, predicted = np.array([0] * 8 + [1, 1]), np.array([0] * 9 + [1])
-    assert c.accuracy(predicted, labels) == 0.9
-    assert c.balanced_accuracy(predicted, labels) == 0.75
+    figures = metrics_of(np.array([0] * 8 + [1, 1]), np.array([0] * 9 + [1]), classes=2)
+    assert figures["accuracy"] == 0.9
+    assert figures["balanced_accuracy"] == 0.75
     # A class that only the predictions name has no recall to count.
-    assert c.balanced_accuracy(np.array([0, 2]), np.array([0, 1])) == 0.5
-    with pytest.raises(ValueError, match="a sample"):
-        c.balanced_accuracy(labels[:0], labels[:0])
+    assert metrics_of(np.array([0, 1]), np.array([0, 2]))["balanced_accuracy"] == 0.5
+    with pytest.raises(ValueError, match="one sample"):
+        metrics_of(np.zeros(0, int), np.zeros(0, int))
 
 
 def test_all_figures_of_a_classifier():
     logits = np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 3.0]])
-    found = c.classification_metrics(logits, np.array([0, 0, 1, 1]), ("benign", "tumour"))
-    assert found == {
+    figures = c.classification_metrics(logits, np.array([0, 0, 1, 1]), ("benign", "tumour"))
+    assert figures == {
         "samples": 4,
         "accuracy": 0.5,
         "balanced_accuracy": 0.5,

@@ -54,5 +54,5 @@ def test_float32_samples_are_taken_in_float64():
 
 
 def test_one_sample_has_no_covariance():
-    with pytest.raises(ValueError, match="takes two"):
+    with pytest.raises(ValueError, match="needs two"):
         moments(np.zeros((1, 3)))

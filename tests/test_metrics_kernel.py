@@ -41,5 +41,5 @@ def test_subsets_give_its_scatter():
 
 
 def test_one_sample_has_no_distance():
-    with pytest.raises(ValueError, match="takes two"):
+    with pytest.raises(ValueError, match="needs two"):
         kernel_distance(drawn(1), drawn(3))

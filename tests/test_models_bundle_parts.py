@@ -18,7 +18,8 @@ from raylarge.models import bundle, bundle_parts
 from raylarge.models.prior import GridPrior
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OLD = Path(__file__).parent / "data" / "bundle_v1"
+FORMAT_1 = Path(__file__).parent / "data" / "bundle_v1"
+FORMAT_2 = Path(__file__).parent / "data" / "bundle_v2"
 
 
 def serve(server, folder):
@@ -219,20 +220,20 @@ def test_sharded_weights_are_read(tmp_path):
 
 def test_a_bundle_of_format_1_computes_what_it_did(tmp_path):
     """Written by the code of that format, which also noted the mean squares."""
-    wanted = json.loads((OLD / "expected.json").read_text())
-    loaded = bundle.load(str(OLD))
+    wanted = json.loads((FORMAT_1 / "expected.json").read_text())
+    loaded = bundle.load(str(FORMAT_1))
     found = figures_of(loaded)
     assert found == pytest.approx(wanted, rel=1e-5)
     # A part added to it makes it a bundle of today's format, and still a whole one.
     again = str(tmp_path / "again")
-    latents = bundle.digest(str(OLD), ("vae",))
+    latents = bundle.digest(str(FORMAT_1), ("vae",))
     for added in (
         {"cdm": loaded.cdm},
         {"prior": GridPrior(8, 3, width=16, blocks=1)},
         {"unet": loaded.unet, "summarizer": loaded.summarizer},
     ):
         shutil.rmtree(again, ignore_errors=True)
-        shutil.copytree(OLD, again)
+        shutil.copytree(FORMAT_1, again)
         bundle.save(again, added, {})
         assert bundle.facts(again)["format"] == 2
         assert figures_of(bundle.load(again)) == found
@@ -242,9 +243,37 @@ def test_a_bundle_of_format_1_computes_what_it_did(tmp_path):
         assert bundle.digest(again, ("vae",)) == latents
 
 
+def test_a_bundle_of_format_2_computes_what_it_did():
+    """Written with all parts but a ControlNet, by the first code of that format."""
+    expected = json.loads((FORMAT_2 / "expected.json").read_text())
+    loaded = bundle.load(str(FORMAT_2))
+    assert loaded.digest == expected.pop("digest")
+    assert loaded.schedule == Schedule(prediction="v_prediction")
+    assert (loaded.patch.side_px, loaded.patch.scales, loaded.base_mpp) == (32, 2, 0.5)
+
+    def noise(*shape):
+        generator = torch.Generator().manual_seed(sum(shape))
+        return torch.randn(*shape, generator=generator)
+
+    tokens, x_t = loaded.summarizer(noise(1, 8, 2, 2), torch.tensor([1])), noise(1, 3, 8, 8)
+    figures = {
+        "tokens": tokens,
+        "x_0": loaded.denoiser()(x_t, 500, tokens),
+        "drawn": loaded.cdm.draw(1, 0, [(0,)]),
+        "grid": loaded.prior.draw(noise(1, 4), 0, [(0,)], 5, 2.0),
+        "image": loaded.vae.decode(x_t),
+        "small": loaded.vae_small.decode(x_t),
+    }
+    sums = {name: float(value.abs().sum()) for name, value in figures.items()}
+    assert sums == pytest.approx(expected, rel=1e-5)
+    assert bundle.mismatched_parts(str(FORMAT_2)) == {}
+    for name, digest in bundle.facts(str(FORMAT_2))["digests"].items():
+        assert bundle_parts.computed_digest(str(FORMAT_2 / name)) == digest
+
+
 def test_a_killed_migration_changes_nothing_and_goes_on(tmp_path, monkeypatch):
     folder = str(tmp_path / "b")
-    shutil.copytree(OLD, folder)
+    shutil.copytree(FORMAT_1, folder)
     found = figures_of(bundle.load(folder))
     prior = {"prior": GridPrior(8, 3, width=16, blocks=1)}
 

@@ -1,10 +1,10 @@
-"""linearize: a network's value, and its derivative along a direction, for one pass each.
+"""Linearize a function: its value, and its derivative along a direction, for one pass each.
 
     value, along = linearize(f, x)        along(v) = df/dx . v
 
-`torch.func.jvp` computes the value anew with each derivative, convolves with the weights' zero
-tangents and cannot fuse attention. Here the value is computed as ever, and each operation on
-the way leaves a rule for tangents (`tangents.py`).
+`torch.func.jvp` computes the value again with each derivative, convolves with the zero tangents
+of weights and cannot use fused attention. Here the value is computed as usual while each torch
+operation records a rule for its tangent (`tangents.py`).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _ACTIVE = ContextVar("linearizing", default=False)
 
 
 def linearizing() -> bool:
-    """Whether a value is being linearized: only operations that torch functions see count."""
+    """Return whether a value is being linearized; compiled code would hide its operations."""
     return _ACTIVE.get()
 
 
 def linearize(
     f: Callable[[Tensor], Tensor], x: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """f(x), and the function that gives the derivative of f at x along a direction.
+    """Return f(x), and a function from a direction v to the derivative of f at x along v.
 
-    The function holds what lies between x and f(x) in memory, about as training would.
+    The function keeps the intermediate values of f in memory, about as many as training would.
 
     Raises:
-        RuntimeError: f does not depend on its argument, or changes a tensor in place; so does
-            the derivative, where a constant was changed after its use.
+        RuntimeError: f does not depend on its argument or changes a tensor in place. The
+            returned function raises it if a constant was changed in place after its use.
     """
     tape = _Tape()
-    x = x.view_as(x)  # a name of our own for it
+    x = x.view_as(x)  # the attribute set by `mark` must not stay on the argument
     start = tape.mark(x)
     before = _ACTIVE.set(True)
     try:
@@ -49,9 +49,8 @@ def linearize(
         _ACTIVE.reset(before)
     end = tape.slot(value)
     if end is None:
-        raise RuntimeError("what is linearized does not depend on its argument")
-
-    tape.forget_all_but(end)
+        raise RuntimeError("the linearized function does not depend on its argument")
+    tape.keep_ancestors(end)
 
     @torch.no_grad()
     def along(v: Tensor) -> Tensor:
@@ -61,50 +60,50 @@ def linearize(
 
 
 class _Tape(TorchFunctionMode):
-    """What was called between x and f(x): (call's slots, rule, value's slots), in order."""
+    """Records the calls between x and f(x) in order: (input slots, rule, output slots)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[tuple[dict[Key, int], Rule, list[int]]] = []
-        self.token = object()  # tensors bear it, not the tape: that would be a circle
+        self.token = object()  # tensors refer to it, not to the tape: no reference cycle
         self.count = 0
-        self.last: list[set[int]] = []
+        self.expired: list[set[int]] = []  # per step, the slots that no later step reads
         self.constants: list[tuple[Tensor, int]] = []
 
     def mark(self, tensor: Tensor) -> int:
-        """Give a tensor a slot: it depends on x."""
+        """Give a tensor that depends on x the next slot."""
         tensor._slot = (self.token, self.count)  # type: ignore[attr-defined]
         self.count += 1
         return self.count - 1
 
     def slot(self, value: Any) -> int | None:
-        """The slot of a value, None if it does not depend on x."""
+        """Return the slot of a value; None if it does not depend on x."""
         token, slot = getattr(value, "_slot", (None, None))
         return slot if token is self.token else None
 
-    def forget_all_but(self, end: int) -> None:
-        """Drop the steps that a slot does not come from, such as a quantiser's distances."""
-        needed, kept, self.last = {end}, [], []
-        for step in reversed(self.steps):
-            taken, _, given = step
-            if needed.intersection(given):
-                self.last.append({*taken.values()} - needed)
-                needed.update(taken.values())
-                kept.append(step)
-        self.steps, self.last = kept[::-1], self.last[::-1]
+    def keep_ancestors(self, end: int) -> None:
+        """Drop the steps that a slot does not depend on, such as a quantiser's distances."""
+        needed, steps, expired = {end}, [], []
+        for inputs, rule, outputs in reversed(self.steps):
+            if needed.intersection(outputs):
+                expired.append({*inputs.values()} - needed)
+                needed.update(inputs.values())
+                steps.append((inputs, rule, outputs))
+        self.steps, self.expired = steps[::-1], expired[::-1]
 
     def play(self, start: int, v: Tensor, end: int) -> Tensor:
-        """The tangent at a slot, of that at another."""
+        """Return the tangent at slot `end` for tangent v at slot `start`."""
         if any(constant._version != version for constant, version in self.constants):
-            raise RuntimeError("a constant of what was linearized was changed in place since")
+            raise RuntimeError("a constant of the linearized function was changed in place since")
         tangents: dict[int, Any] = {start: v}
-        for (taken, rule, given), last in zip(self.steps, self.last, strict=True):
-            made = rule({position: tangents[slot] for position, slot in taken.items()})
-            tangents.update(zip(given, made if isinstance(made, tuple) else (made,), strict=True))
-            for slot in last:  # nobody takes it any more
+        for (inputs, rule, outputs), expired in zip(self.steps, self.expired, strict=True):
+            value = rule({key: tangents[slot] for key, slot in inputs.items()})
+            values = value if isinstance(value, tuple) else (value,)
+            tangents.update(zip(outputs, values, strict=True))
+            for slot in expired:
                 del tangents[slot]
-        found: Tensor = tangents[end]
-        return found
+        tangent: Tensor = tangents[end]
+        return tangent
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -116,42 +115,48 @@ class _Tape(TorchFunctionMode):
         }
         if not slots:
             return func(*args, **kwargs)
-        args = [list(a) if isinstance(a, list) else a for a in args]  # theirs may grow
+        args = [
+            list(a) if isinstance(a, list) else a for a in args
+        ]  # the caller may extend its list
         call = Call(func, getattr(func, "__name__", ""), args, kwargs, tuple(slots))
         if call.name == "detach" or (call.name in LIKE and 0 not in slots):
             return func(*args, **kwargs)  # the value does not depend on x
-        if _changes(call):
+        if _is_in_place(call):
             raise RuntimeError(f"{call.name} changes a tensor in place: it cannot be linearized")
         value, rule = RULES.get(call.name, jvp_rule)(call)
-        several = isinstance(value, (tuple, list))
-        made = list(value) if several else [value]
+        values = list(value) if isinstance(value, (tuple, list)) else [value]
         self.constants += [
-            (one, one._version)
-            for key, one in _tensors(args, kwargs)
-            if isinstance(one, Tensor) and key not in slots and not one.is_inference()
+            (tensor, tensor._version)
+            for key, tensor in _tensors(args, kwargs)
+            if isinstance(tensor, Tensor) and key not in slots and not tensor.is_inference()
         ]
-        smooth = [isinstance(one, Tensor) and one.is_floating_point() for one in made]
+        smooth = [isinstance(v, Tensor) and v.is_floating_point() for v in values]
         if all(smooth):
-            self.steps.append((slots, rule, [self.mark(one) for one in made]))
-        elif any(smooth) or any(isinstance(one, Tensor) and one.is_complex() for one in made):
-            raise RuntimeError(f"{call.name} gives values without a derivative beside others")
+            self.steps.append((slots, rule, [self.mark(v) for v in values]))
+        elif any(smooth) or any(isinstance(v, Tensor) and v.is_complex() for v in values):
+            raise RuntimeError(f"{call.name} returns some values without a derivative")
         return value
 
 
 NOWHERE = (None, 0)
-"""The slot of a tensor that depends on nothing."""
+"""Slot of a tensor that does not depend on x."""
 
 
 def _tensors(args: Any, kwargs: Any) -> Iterator[tuple[Key, Any]]:
-    """A call's tensors, and where they stand; lists are looked into."""
+    """Yield the tensors of a call with their keys, also those inside lists."""
     for key, argument in (*enumerate(args), *kwargs.items()):
         if isinstance(argument, Tensor):
             yield key, argument
         elif isinstance(argument, (list, tuple)):
-            yield from (((key, j), one) for j, one in enumerate(argument))
+            yield from (((key, j), item) for j, item in enumerate(argument))
 
 
-def _changes(call: Call) -> bool:
-    name, told = call.name, call.kwargs.get("inplace") or call.kwargs.get("out") is not None
-    inplace = name.endswith("_") and not name.endswith("__")
-    return bool(inplace or name.startswith("__i") or name == "__setitem__" or told)
+def _is_in_place(call: Call) -> bool:
+    name, kwargs = call.name, call.kwargs
+    return bool(
+        (name.endswith("_") and not name.endswith("__"))
+        or name.startswith("__i")
+        or name == "__setitem__"
+        or kwargs.get("inplace")
+        or kwargs.get("out") is not None
+    )

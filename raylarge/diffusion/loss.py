@@ -1,4 +1,4 @@
-"""Losses per sample, with every draw at the sample's own address.
+"""Training losses per sample, with random numbers drawn at the address of each sample.
 
 eps-prediction:  mean (eps(x_t, t, c) - eps)^2          (DDPM, Eq. 14)
 x_0-prediction:  mean (x_0(x_t, t, c) - x_0)^2
@@ -25,7 +25,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class TrainingDraws(NamedTuple):
-    """What is random about a batch of training samples.
+    """Random numbers of a batch of training samples.
 
     Attributes:
         t: timesteps, uniform over the schedule.
@@ -46,12 +46,12 @@ def training_draws(
     length: int,
     stratified: bool = False,
 ) -> TrainingDraws:
-    """The draws of global sample indices; the same for every batch split and world size.
+    """Draw the random numbers of global sample indices, whatever the batch and the world size.
 
     Args:
         length: timesteps of the schedule.
         stratified: spread the timesteps of neighbouring samples evenly over the schedule: that of
-            sample n is frac(u + n / golden ratio) of its length, u drawn for the training.
+            sample n is frac(u + n / golden ratio) of its length; u is drawn once per training.
     """
     ts, coins, noises = [], [], []
     offset = generator(seed, f"{stream} strata").random()
@@ -72,7 +72,7 @@ def training_draws(
 def _golden(offset: float, sample: int) -> float:
     """Return frac(offset + sample / golden ratio), exact for large indices.
 
-    The ratio is a 64-bit fraction, and so the sum a wrap of integers (Weyl sequence).
+    The ratio is a 64-bit fraction, so the sum wraps like integers (Weyl sequence).
     """
     return ((int(offset * 2.0**64) + sample * _GOLDEN) % (1 << 64)) / 2.0**64
 
@@ -80,8 +80,8 @@ def _golden(offset: float, sample: int) -> float:
 def min_snr_weights(schedule: Schedule, t: Int[Tensor, "B"], gamma: float) -> Float[Tensor, "B"]:
     """Return the min-SNR weight of each sample's loss.
 
-    min(SNR, gamma) as weight of the error of x_0, in units of the prediction's own error:
-    divided by SNR for eps, by SNR + 1 for v. Source: Hang et al. 2023 (2303.09556), section 3.4.
+    min(SNR, gamma) weighs the error of x_0; for the error of eps it is divided by SNR, for that
+    of v by SNR + 1. Source: Hang et al. 2023 (2303.09556), section 3.4.
 
     Args:
         gamma: 5 in the paper.
@@ -93,10 +93,10 @@ def min_snr_weights(schedule: Schedule, t: Int[Tensor, "B"], gamma: float) -> Fl
 
 
 def mse_per_sample(
-    predicted: Float[Tensor, "B ..."], wanted: Float[Tensor, "B ..."]
+    predicted: Float[Tensor, "B ..."], target: Float[Tensor, "B ..."]
 ) -> Float[Tensor, "B"]:
-    """Mean squared error of each sample, in float32."""
-    return (predicted.float() - wanted.float()).square().flatten(1).mean(dim=1)
+    """Return the mean squared error of each sample, in float32."""
+    return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
 
 
 def learned_variance_losses(
@@ -106,19 +106,19 @@ def learned_variance_losses(
     t: Int[Tensor, "B"],
     schedule: Schedule,
 ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
-    """Mean squared error and variational bound (bits per dimension) of a learned variance.
+    """Return mean squared error and variational bound (bits per dimension) of a learned variance.
 
-    The first half of the output channels predicts x_0, the second where log sigma^2 lies
-    between the posterior's (-1) and beta's (+1). The bound does not reach the prediction. Their
-    sum is the CDM's loss; the term of t = 0 is the likelihood of a discretised image, as
-    released. Source: Nichol & Dhariwal 2021, sections 3.1 and 3.3; DiT.
+    The first half of the output channels predicts x_0; the second interpolates log sigma^2 between
+    the posterior's (-1) and beta's (+1). The bound has no gradient to the prediction. Their sum is
+    the CDM's loss; the term of t = 0 is the likelihood of a discretised image, as released.
+    Source: Nichol & Dhariwal 2021, sections 3.1 and 3.3; DiT.
     """
-    predicted, place = output.float().chunk(2, dim=1)
+    predicted, share = output.float().chunk(2, dim=1)
     x_0, x_t = x_0.float(), x_t.float()
     mean = _posterior_mean(x_0, x_t, t, schedule)
     guess = _posterior_mean(predicted.detach(), x_t, t, schedule)
     true_log, upper = (_at(v, t, x_t) for v in (schedule.posterior_log, schedule.betas.log()))
-    log_sigma2 = true_log + (place + 1) / 2 * (upper - true_log)
+    log_sigma2 = true_log + (share + 1) / 2 * (upper - true_log)
     kl = 0.5 * (
         log_sigma2
         - true_log
@@ -133,7 +133,7 @@ def learned_variance_losses(
 
 
 def _posterior_mean(x_0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """The mean of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 7)."""
+    """Return the mean of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 7)."""
     abar, betas = schedule.abar, schedule.betas
     before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
     to_x_0 = betas * before.sqrt() / (1 - abar)
@@ -146,7 +146,7 @@ def _at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
 
 
 def _discretised(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
-    """Log likelihood of values on a grid of 256 levels in [-1, 1] under a Gaussian."""
+    """Return the log likelihood of values on 256 levels in [-1, 1] under a Gaussian."""
 
     def below(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))

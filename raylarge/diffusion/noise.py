@@ -1,8 +1,8 @@
-"""Randomness is an address, not a state.
+"""Random numbers by address instead of by state.
 
-Every random draw is a pure function of (seed, stream, address): a window's noise of
-(scale, row, column, step), a training sample's of its global index. Who draws, in which
-order and after which crash, changes nothing. Philox is counter-based: the address is the
+Every draw is a pure function of (seed, stream, address): the address of a window's noise is
+(scale, row, column, step), that of a training sample its global index. Which process draws, in
+which order and after which crash does not matter. Philox is counter-based: the address is the
 counter (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 """
 
@@ -18,11 +18,11 @@ from torch import Tensor
 
 
 def generator(seed: int, stream: str, *address: int) -> np.random.Generator:
-    """The generator that stands at an address.
+    """Return the generator of an address.
 
     Args:
         seed: 0 .. 2**64 - 1.
-        stream: what the draws are for; streams never meet.
+        stream: purpose of the draws; streams are independent.
         address: up to six integers, each 0 .. 2**32 - 1.
 
     Raises:
@@ -43,7 +43,7 @@ def generator(seed: int, stream: str, *address: int) -> np.random.Generator:
 def normal(
     shape: Sequence[int], seed: int, stream: str, addresses: Iterable[Sequence[int]]
 ) -> Float[Tensor, "n ..."]:
-    """Standard normal draws on the CPU, one of the given shape per address, stacked."""
+    """Return standard normal noise on the CPU, one tensor of the shape per address, stacked."""
     draws = [
         generator(seed, stream, *address).standard_normal(tuple(shape), dtype=np.float32)
         for address in addresses

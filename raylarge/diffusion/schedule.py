@@ -1,4 +1,4 @@
-"""Noise schedules: alpha-bar over training timesteps, and the spacing that samplers walk.
+"""Noise schedules: alpha-bar over training timesteps, and the timesteps of samplers.
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                       (DDPM, Eq. 4)
 
@@ -19,13 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-"""What a network may give; `sample` is x_0."""
+"""What a network may predict; `sample` is x_0."""
 
 
 class SamplerStep(NamedTuple):
     """One step of a sampler: from timestep t, at `abar`, down to `abar_prev`.
 
-    `beta` is the variance of training step t, which only `steps.ancestral` reads.
+    `beta` is the variance of training step t; only `steps.ancestral` uses it.
     """
 
     t: int
@@ -36,10 +36,7 @@ class SamplerStep(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A named schedule; everything about it follows from its name and length.
-
-    `prediction` is what a network gives: one of `PREDICTIONS`.
-    """
+    """A noise schedule of `length` training timesteps; `prediction` is one of `PREDICTIONS`."""
 
     name: str = "scaled_linear"
     length: int = 1000
@@ -49,12 +46,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
-            known = ", ".join(PREDICTIONS)
-            raise ValueError(f"prediction '{self.prediction}' is not {known}")
+            raise ValueError(f"prediction '{self.prediction}' is not {', '.join(PREDICTIONS)}")
 
     @cached_property
     def betas(self) -> Float[Tensor, "T"]:
-        """Per-step noise variances, float64."""
+        """Noise variance of each timestep, float64."""
         if self.name == "scaled_linear":
             roots = torch.linspace(
                 self.beta_start**0.5, self.beta_end**0.5, self.length, dtype=torch.float64
@@ -75,27 +71,27 @@ class Schedule:
 
     @cached_property
     def posterior_log(self) -> Float[Tensor, "T"]:
-        """Logarithm of the posterior's variance, its first entry that of the second, float64."""
+        """Logarithm of the posterior's variance, float64; entry 0, log 0, repeats entry 1."""
         before = torch.cat([torch.ones_like(self.abar[:1]), self.abar[:-1]])
         variance = self.betas * (1 - before) / (1 - self.abar)
         return torch.cat([variance[1:2], variance[1:]]).log()
 
     def at(self, t: Int[Tensor, "B"] | int, like: Float[Tensor, "B ..."]) -> Float[Tensor, "..."]:
-        """alpha-bar at each sample's timestep, shaped to broadcast over `like`."""
+        """Return alpha-bar at each sample's timestep, shaped to broadcast over `like`."""
         values = self.abar[torch.as_tensor(t, device="cpu")].to(like)
         return values.reshape(-1, *[1] * (like.ndim - 1))
 
     def noised(
         self, x_0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."], t: Int[Tensor, "B"] | int
     ) -> Float[Tensor, "B ..."]:
-        """x_t of a clean x_0 and noise eps."""
+        """Return x_t of a clean x_0 and noise eps."""
         abar = self.at(t, x_0)
         return abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
 
     def x_0(
         self, x_t: Float[Tensor, "B ..."], output: Float[Tensor, "B ..."], t: Int[Tensor, "B"] | int
     ) -> Float[Tensor, "B ..."]:
-        """The clean sample that a network's output implies."""
+        """Return the clean sample x_0 that a network's output implies."""
         abar = self.at(t, x_t)
         if self.prediction == "epsilon":
             return (x_t - (1 - abar).sqrt() * output) / abar.sqrt()
@@ -106,7 +102,7 @@ class Schedule:
     def target(
         self, x_0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."], t: Int[Tensor, "B"] | int
     ) -> Float[Tensor, "B ..."]:
-        """What a network should give for a clean sample and its noise."""
+        """Return what a network should predict for a clean sample and its noise."""
         abar = self.at(t, x_0)
         if self.prediction == "epsilon":
             return eps
@@ -115,9 +111,9 @@ class Schedule:
         return x_0
 
     def steps(self, count: int) -> list[SamplerStep]:
-        """The published uniform spacing, noisiest first: t = 1 + i (T // count); 50 -> 981 … 1.
+        """Return the published uniform steps, noisiest first: t = 1 + i (T // count).
 
-        The last step leads to alpha-bar of timestep 0, not to 1, as published.
+        50 steps are 981 … 1. The last step ends at alpha-bar of timestep 0, not at 1.
 
         Raises:
             ValueError: more steps than the schedule has.
@@ -127,18 +123,17 @@ class Schedule:
         stride = self.length // count
         ts = [1 + i * stride for i in range(count)]
         before = [0, *ts[:-1]]
-        pairs = [
+        return [
             SamplerStep(t, float(self.abar[t]), float(self.abar[s]))
-            for t, s in zip(ts, before, strict=True)
+            for t, s in zip(ts[::-1], before[::-1], strict=True)
         ]
-        return pairs[::-1]
 
     def respaced(self, count: int) -> list[SamplerStep]:
-        """Improved DDPM's spacing from timestep 0 to T - 1, noisiest first; it ends at abar = 1.
+        """Return Improved DDPM's steps from timestep T - 1 to 0, noisiest first, ending at abar 1.
 
         Source: `space_timesteps` of the CDM's released code: round(i (T - 1) / (count - 1)).
-        Like that code it rounds the abar it steps to to float32: near abar = 1 that moves
-        1 - abar by a part in a thousand.
+        Like that code, `abar_prev` is rounded to float32, which near 1 changes 1 - abar by a part
+        in a thousand.
 
         Raises:
             ValueError: fewer steps than 2, or more than the schedule has.
@@ -147,15 +142,14 @@ class Schedule:
             raise ValueError(f"{count} respaced steps do not fit a schedule of {self.length}")
         ts = [round(i * (self.length - 1) / (count - 1)) for i in range(count)]
         before = [1.0, *(float(self.abar[t].float()) for t in ts[:-1])]
-        return [SamplerStep(t, float(self.abar[t]), b) for t, b in zip(ts, before, strict=True)][
-            ::-1
-        ]
+        pairs = zip(ts[::-1], before[::-1], strict=True)
+        return [SamplerStep(t, float(self.abar[t]), previous) for t, previous in pairs]
 
     def strided(self, first: int, stride: int) -> list[SamplerStep]:
-        """The released large-image walk: timesteps first, first - stride, … down to 0.
+        """Return the steps of the released large-image code: first, first - stride, … down to 0.
 
-        Where the released loops say t they read abar[t - 1]; this is abar's own index, so their
-        t0 = 300 with stride 50 is `strided(299, 50)`, whose last step leads to abar[0].
+        At its timestep t that code reads abar[t - 1]. Here t is the index of abar, so its t0 = 300
+        with stride 50 is `strided(299, 50)`, whose last step ends at abar[0].
 
         Raises:
             ValueError: a timestep outside the schedule, or no stride.

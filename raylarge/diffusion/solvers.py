@@ -1,10 +1,9 @@
-"""Solvers: from x_T to x_0 with a plain denoiser, deterministic.
+"""Deterministic solvers from x_T to x_0 with an unconstrained denoiser.
 
-`ddim` and `plms` walk the published timesteps (50 -> 981 … 1) as the published samplers do;
-`dpm++` (DPM-Solver++ 2M) and `unipc` are diffusers' schedulers with noise levels uniform in
-log sigma: on the published timesteps they are hardly better than DDIM, since the last few hold
-half of the way. Source: DDIM, Eq. 12; PNDM (Liu et al. 2022), Eq. 12; Lu et al. 2022; Zhao et
-al. 2023.
+`ddim` and `plms` use the published timesteps (50 -> 981 … 1). `dpm++` (DPM-Solver++ 2M) and
+`unipc` are diffusers' schedulers with noise levels uniform in log sigma: on the published
+timesteps they are hardly better than DDIM. Source: DDIM, Eq. 12; PNDM (Liu et al. 2022), Eq. 12;
+Lu et al. 2022; Zhao et al. 2023.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ Denoise = Callable[[Tensor, int], Tensor]
 def solve(
     denoise: Denoise, x_t: Float[Tensor, "B ..."], schedule: Schedule, solver: str, count: int
 ) -> Float[Tensor, "B ..."]:
-    """The sample that a solver makes of noise x_T in `count` steps.
+    """Return the sample x_0 that a solver computes from noise x_T in `count` steps.
 
     Raises:
-        ValueError: no such solver, or steps that do not fit the schedule.
+        ValueError: an unknown solver, or more steps than the schedule has.
     """
     if solver not in SOLVERS:
         raise ValueError(f"there is no solver '{solver}'; choose one of: {', '.join(SOLVERS)}")
@@ -42,7 +41,7 @@ def _ddim(denoise: Denoise, x_t: Tensor, schedule: Schedule, count: int) -> Tens
 
 
 def _plms(denoise: Denoise, x_t: Tensor, schedule: Schedule, count: int) -> Tensor:
-    """Adams-Bashforth on eps, up to fourth order; the first step asks twice (improved Euler)."""
+    """Adams-Bashforth on eps, up to fourth order; the first step is improved Euler."""
     steps = schedule.steps(count)
     past: list[Tensor] = []
     for step, following in zip(steps, [*steps[1:], steps[-1]], strict=True):
@@ -67,8 +66,9 @@ _ADAMS = {
 
 
 def _library(name: str) -> Callable[[Denoise, Tensor, Schedule, int], Tensor]:
-    def walk(denoise: Denoise, x_t: Tensor, schedule: Schedule, count: int) -> Tensor:
-        """The solver of that name."""
+    """Return a solver that runs diffusers' scheduler of a name."""
+
+    def run(denoise: Denoise, x_t: Tensor, schedule: Schedule, count: int) -> Tensor:
         import diffusers
 
         options = {"algorithm_type": "dpmsolver++"} if name.startswith("DPM") else {}
@@ -79,14 +79,14 @@ def _library(name: str) -> Callable[[Denoise, Tensor, Schedule, int], Tensor]:
             use_exponential_sigmas=True,
             **options,
         )
-        schedule.steps(count)  # refuses what does not fit
+        schedule.steps(count)  # raises for counts that do not fit
         scheduler.set_timesteps(count)
-        scheduler.set_begin_index(0)  # close noise levels share a timestep: count, do not look up
+        scheduler.set_begin_index(0)  # neighbouring noise levels may share a timestep
         for t in scheduler.timesteps:
             x_t = scheduler.step(denoise(x_t, int(t)), t, x_t, return_dict=False)[0]
         return x_t
 
-    return walk
+    return run
 
 
 SOLVERS: dict[str, Callable[[Denoise, Tensor, Schedule, int], Tensor]] = {

@@ -1,7 +1,7 @@
-"""One step of a sampler: arithmetic on x_t and x_0, without networks.
+"""Single steps of samplers: arithmetic on x_t and x_0, without networks.
 
-Source: DDIM (Song et al. 2021), Eq. 12 and 16; eta = 1 is the ancestral variance of the steps
-that are walked. `ancestral` is the step of the papers' released large-image code.
+Source: DDIM (Song et al. 2021), Eq. 12 and 16; eta = 1 is the ancestral variance between the
+sampler's own steps. `ancestral` is the step of the papers' released large-image code.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from raylarge.diffusion.schedule import SamplerStep
 
 
 def eps_of(x_t: Tensor, x_0: Tensor, abar: float) -> Tensor:
-    """The noise that an estimate of x_0 implies."""
+    """Return the noise that an estimate of x_0 implies."""
     return (x_t - math.sqrt(abar) * x_0) / math.sqrt(1 - abar)
 
 
 def x_0_of(x_t: Tensor, eps: Tensor, abar: float) -> Tensor:
-    """The clean sample that an estimate of the noise implies."""
+    """Return the clean sample that an estimate of the noise implies."""
     return (x_t - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
 
 
@@ -31,7 +31,7 @@ def ddim(
     eta: float = 0.0,
     noise: Float[Tensor, "B ..."] | None = None,
 ) -> Float[Tensor, "B ..."]:
-    """x_{t-1} of x_t and the current estimate of x_0.
+    """Return x_{t-1} of x_t and the current estimate of x_0.
 
     Raises:
         ValueError: eta > 0 without noise.
@@ -47,12 +47,12 @@ def ancestral(
     step: SamplerStep,
     noise: Float[Tensor, "B ..."],
 ) -> Float[Tensor, "B ..."]:
-    """x_{t-s} with the posterior variance of a *single* training step, as released.
+    """Return x_{t-s} with the posterior variance of a *single* training step, as released.
 
         x = sqrt(abar') x_0 + sqrt(1 - abar' - b) eps + sqrt(b) noise,
         b = beta_t (1 - abar') / (1 - abar)
 
-    Noise is added at the last step too.
+    The last step adds noise too.
     """
     sigma = math.sqrt(step.beta * (1 - step.abar_prev) / (1 - step.abar))
     return _down(x_t, x_0, step, sigma, noise)
@@ -66,5 +66,5 @@ def _down(
     if sigma == 0.0:
         return x_prev
     if noise is None:
-        raise ValueError("a step with noise needs it: eta > 0")
+        raise ValueError("eta > 0 needs noise")
     return x_prev + sigma * noise

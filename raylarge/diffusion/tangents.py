@@ -1,10 +1,10 @@
-"""Rules for tangents: how each operation of a network takes a direction from input to output.
+"""Tangent rules: how each torch operation maps a direction at its inputs to its output.
 
     rule(call) -> value, {argument: tangent} -> tangent of the value
 
-The rules are those of denoisers and autoencoders; an operation without one is differentiated
-by itself with `torch.func.jvp`. What normalises or acts on each element has a symmetric
-Jacobian, but for its weights, so that torch's kernels for gradients serve.
+There are rules for the operations of denoisers and autoencoders; all others are differentiated
+one by one with `torch.func.jvp`. Normalisations and element-wise functions have a symmetric
+Jacobian apart from their weights, so torch's backward kernels compute their tangents.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Key = int | str | tuple[int | str, int]
-"""Where an argument stands: its position, its name, or its place in a list at a position."""
+"""Position or name of an argument, or its index in a list at a position."""
 Tangents = Mapping[Key, Tensor]
-"""Tangents of a call's active arguments."""
+"""Tangents of the arguments that depend on x."""
 Rule = Callable[[Any], Any]
-"""Tangents -> tangent of the call's value. Rules are no annotated functions of their own: one
-is made for every call, and type checks in tests would be made with each."""
+"""Tangents -> tangent of the value. Rules are lambdas without annotations: one is created per call,
+and the type checks of the tests would slow each."""
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a torch function; `active` are keys of the arguments that depend on x."""
+    """A call of a torch function; `active` are the keys of the arguments that depend on x."""
 
     func: Callable[..., Any]
     name: str
@@ -40,7 +40,7 @@ class Call:
     active: tuple[Key, ...]
 
     def run(self, changed: dict[Key, Any]) -> Any:
-        """The call, with some arguments replaced."""
+        """Call the function with some arguments replaced."""
         args, kwargs = [*self.args], self.kwargs
         for key, value in changed.items():
             if isinstance(key, str):
@@ -48,40 +48,40 @@ class Call:
             elif isinstance(key, int):
                 args[key] = value
             elif isinstance(key[0], str):
-                told = [*kwargs[key[0]]]
-                told[key[1]] = value
-                kwargs = {**kwargs, key[0]: told}
+                items = [*kwargs[key[0]]]
+                items[key[1]] = value
+                kwargs = {**kwargs, key[0]: items}
             else:
                 args[key[0]] = [*args[key[0]]]
                 args[key[0]][key[1]] = value
         return self.func(*args, **kwargs)
 
     def at(self, key: Key) -> Any:
-        """An argument."""
+        """Return an argument."""
         if isinstance(key, str):
             return self.kwargs[key]
         if isinstance(key, int):
             return self.args[key]
         return self.at(key[0])[key[1]]
 
-    def bound(self, *names: str) -> dict[str, Any]:
-        """The arguments by name, the first ones as given."""
+    def named(self, *names: str) -> dict[str, Any]:
+        """Return the arguments by name; `names` are those of the positional ones."""
         return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
 
 
 def jvp_rule(call: Call) -> tuple[Any, Rule]:
-    """Any differentiable operation, with its value computed twice."""
+    """Differentiate any operation with `torch.func.jvp`, which computes its value again."""
     return call.run({}), partial(_forward_mode, call)
 
 
 def _forward_mode(call: Call, tangents: Tangents) -> Any:
-    at, along = zip(*((call.at(key), tangents[key]) for key in call.active), strict=True)
+    primals, along = zip(*((call.at(key), tangents[key]) for key in call.active), strict=True)
 
-    def of(*active):  # type: ignore[no-untyped-def]
+    def function(*active):  # type: ignore[no-untyped-def]
         return _tuple(call.run(dict(zip(call.active, active, strict=True))))
 
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
-        return torch.func.jvp(of, at, along)[1]
+        return torch.func.jvp(function, primals, along)[1]
 
 
 def _tuple(value: Any) -> Any:
@@ -89,18 +89,18 @@ def _tuple(value: Any) -> Any:
 
 
 def _linear(call: Call) -> tuple[Any, Rule]:
-    """Linear in all that depends on x, together; what does not counts as zero beside it."""
+    """Linear in the active arguments together; in lists, constants count as zero."""
     zeros: dict[Key, Tensor] = {}
     if call.name in ("cat", "stack", "concat"):
-        where: int | str = 0 if call.args else "tensors"
-        keys = [(where, j) for j in range(len(call.at(where)))]
+        position: int | str = 0 if call.args else "tensors"
+        keys = [(position, j) for j in range(len(call.at(position)))]
         constant = [key for key in keys if key not in call.active]
         zeros = {key: torch.zeros_like(call.at(key)) for key in constant}
     return call.run({}), lambda tangents: _tuple(call.run({**zeros, **tangents}))
 
 
 def _affine(call: Call) -> tuple[Any, Rule]:
-    """A convolution or matrix of constant weights: the tangent goes without the bias."""
+    """Convolution or matrix with constant weights: the tangent omits the bias."""
     if call.active != (0,):
         return jvp_rule(call)
     bias: Key = 2 if len(call.args) > 2 else "bias"
@@ -108,36 +108,36 @@ def _affine(call: Call) -> tuple[Any, Rule]:
 
 
 def _sum(call: Call) -> tuple[Any, Rule]:
-    """Sums and differences; one side may be a constant, and the active one smaller."""
+    """Sums and differences; one side may be a constant, the active one may broadcast."""
     if len(call.args) != 2 or call.kwargs:  # alpha
         return jvp_rule(call)
     value = call.run({})
     if len(call.active) == 2:
         return value, call.run
     (active,) = call.active
-    taken_off = {"sub": 1, "__sub__": 1, "rsub": 0, "__rsub__": 0}.get(call.name) == active
-    shape, dtype, sign = value.shape, value.dtype, torch.neg if taken_off else torch.positive
+    subtracted = {"sub": 1, "__sub__": 1, "rsub": 0, "__rsub__": 0}.get(call.name) == active
+    shape, dtype, sign = value.shape, value.dtype, torch.neg if subtracted else torch.positive
     return value, lambda tangents: sign(tangents[active].expand(shape).to(dtype))
 
 
 def _product(call: Call) -> tuple[Any, Rule]:
-    """Linear in each factor: the tangents of both, one after the other, are added."""
+    """Products: linear in each factor, so the sum of both tangents."""
     return call.run({}), lambda tangents: _added([call.run({k: v}) for k, v in tangents.items()])
 
 
 def _quotient(call: Call) -> tuple[Any, Rule]:
-    """By a constant."""
+    """Division by a constant."""
     return _product(call) if call.active == (0,) and not call.kwargs else jvp_rule(call)
 
 
 def _pointwise(backward: Callable[[Tensor, Tensor, Call], Tensor]) -> Callable[[Call], Any]:
-    """A function of each element: what takes gradients back takes tangents forth."""
+    """Element-wise functions: the backward kernel also maps tangents."""
     return lambda call: (call.run({}), lambda tangents: backward(tangents[0], call.at(0), call))
 
 
 def _group_norm(call: Call) -> tuple[Any, Rule]:
-    """Its Jacobian is symmetric but for the weight, so gradients' kernel serves tangents."""
-    of = call.bound("input", "num_groups", "weight", "bias", "eps")
+    """Its Jacobian is symmetric apart from the weight, so the backward kernel maps tangents."""
+    of = call.named("input", "num_groups", "weight", "bias", "eps")
     x, groups, weight, eps = of["input"], of["num_groups"], of.get("weight"), of.get("eps", 1e-5)
     size = (x.shape[0], x.shape[1], math.prod(x.shape[2:]), groups)
     value, mean, rstd = torch.native_group_norm(x, weight, of.get("bias"), *size, eps)
@@ -151,8 +151,8 @@ def _group_norm(call: Call) -> tuple[Any, Rule]:
 
 
 def _layer_norm(call: Call) -> tuple[Any, Rule]:
-    """As the group norm."""
-    of = call.bound("input", "normalized_shape", "weight", "bias", "eps")
+    """As for the group norm."""
+    of = call.named("input", "normalized_shape", "weight", "bias", "eps")
     x, shape, weight, eps = of["input"], of["normalized_shape"], of.get("weight"), of.get("eps")
     eps = 1e-5 if eps is None else eps
     value, mean, rstd = torch.native_layer_norm(x, list(shape), weight, of.get("bias"), eps)
@@ -162,14 +162,14 @@ def _layer_norm(call: Call) -> tuple[Any, Rule]:
     )
 
 
-def _scaled(made: tuple[Any, ...], weight: Tensor | None) -> Tensor:
-    x: Tensor = made[0]
+def _scaled(gradients: tuple[Any, ...], weight: Tensor | None) -> Tensor:
+    x: Tensor = gradients[0]
     return x if weight is None else x * weight
 
 
 def _attention(call: Call) -> tuple[Any, Rule]:
-    """softmax(q k^T s) v: fused for the value, written out for the tangent."""
-    of = call.bound("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+    """softmax(q k^T s) v: fused for the value, explicit for the tangent."""
+    of = call.named("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
     plain = of.get("attn_mask") is None and not of.get("is_causal") and not of.get("dropout_p")
     if not plain or not {*call.active} <= {0, 1, 2}:
         return jvp_rule(call)
@@ -179,21 +179,21 @@ def _attention(call: Call) -> tuple[Any, Rule]:
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, s: float, tangents: Tangents) -> Tensor:
-    """The tangent of softmax(q k^T) v, whose q was scaled by s already."""
+    """Return the tangent of softmax(q k^T) v, where q is already scaled by s."""
     dq, dk, dv = (tangents.get(i) for i in range(3))
     p = torch.softmax(q @ k.mT, dim=-1)
-    made = [p @ dv] if dv is not None else []
+    terms = [p @ dv] if dv is not None else []
     scores = [(dq * s) @ k.mT] if dq is not None else []
     scores += [q @ dk.mT] if dk is not None else []
     if scores:
-        made.append(aten._softmax_backward_data(_added(scores), p, -1, p.dtype) @ v)
-    return _added(made)
+        terms.append(aten._softmax_backward_data(_added(scores), p, -1, p.dtype) @ v)
+    return _added(terms)
 
 
 def _dropout(call: Call) -> tuple[Any, Rule]:
-    """Nothing, in a network that is not being trained."""
-    if call.bound("input", "p", "training").get("training", True):
-        raise RuntimeError("a network that draws dropout cannot be linearized; call eval() first")
+    """The identity, unless the network is in training mode."""
+    if call.named("input", "p", "training").get("training", True):
+        raise RuntimeError("a network with active dropout cannot be linearized; call eval() first")
     return call.run({}), lambda tangents: tangents[0]
 
 
@@ -207,13 +207,13 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 def _gelu(v: Tensor, x: Tensor, call: Call) -> Tensor:
-    how = call.bound("input").get("approximate", "none")
-    made: Tensor = aten.gelu_backward(v, x, approximate=how)
-    return made
+    approximate = call.named("input").get("approximate", "none")
+    tangent: Tensor = aten.gelu_backward(v, x, approximate=approximate)
+    return tangent
 
 
 INPUT_ALONE = [True, False, False]
-"""Of a norm's gradients, which to compute."""
+"""Output mask of a norm's backward kernel."""
 LINEAR = (
     *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze"),
     *("unsqueeze", "expand", "repeat", "contiguous", "chunk", "split", "unbind", "__getitem__"),
@@ -221,7 +221,7 @@ LINEAR = (
     *("pixel_shuffle", "pixel_unshuffle", "interpolate", "avg_pool2d", "cat", "stack", "concat"),
 )
 LIKE = ("to", "type_as", "view_as", "expand_as", "reshape_as")
-"""Operations that take of their second argument its type or shape alone."""
+"""Operations that use only type or shape of their second argument."""
 RULES: dict[str, Callable[[Call], tuple[Any, Rule]]] = {
     **dict.fromkeys(LINEAR, _linear),
     **dict.fromkeys(("conv2d", "linear", "conv_transpose2d"), _affine),

@@ -1,9 +1,8 @@
-"""Does the model follow its condition? The denoising loss with true, shuffled and no grids.
+"""Does the model follow its condition? Denoising losses with true, shuffled and no embeddings.
 
-A model that ignores its condition has equal losses; one that follows it does worse when each
-image gets another image's embeddings. That alone does not say that the condition helps: the loss
-without any condition must be higher than with the true one, too. All use the same noise and
-timesteps.
+A model that ignores its condition has equal losses; one that follows it has a higher loss with
+the embeddings of another image. The condition helps if the loss without any condition is higher
+than with the true one, too. All losses use the same noise and timesteps.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ from raylarge.models.bundle import Bundle
 
 ROWS = 64
 TOLERANCE = 0.005
-"""A loss with another image's condition that is higher by less than this share counts as equal."""
+"""Relative difference below which two losses count as equal."""
 
 
 @torch.no_grad()
 def shuffled_loss(
     bundle: Bundle, data: str, latents: str, split: str = "val", repeats: int = 8, seed: int = 0
 ) -> dict[int, Mapping[str, float | int]]:
-    """Mean denoising loss per scale with true, shuffled and null conditions.
+    """Return the mean denoising loss per scale with true, shuffled and null conditions.
 
     Args:
-        data: the data folder.
+        data: data folder.
         latents: its table `latents-<digest>` of the bundle's own autoencoder.
-        split: rows of this split are used, at most 64 per scale, spread over it.
+        split: rows to use, at most `ROWS` per scale, evenly spaced.
         repeats: noise draws per row.
 
     Raises:
         UserError: no such table, or no row of the split.
     """
     table = tables.rows(data, latents, split)
-    found: dict[int, Mapping[str, float | int]] = {}
+    losses: dict[int, Mapping[str, float | int]] = {}
     for k in sorted(set(table["scale"].to_pylist())):
         rows = table.filter(pc.equal(table["scale"], k))
         rows = rows.take(np.unique(np.linspace(0, len(rows) - 1, ROWS).round().astype(int)))
@@ -52,30 +51,29 @@ def shuffled_loss(
             "shuffled": true.roll(max(1, len(true) // 2), dims=0),
             "null": bundle.summarizer.null(len(true)),
         }
-        found[int(k)] = {"rows": len(x_0)} | {
+        losses[int(k)] = {"rows": len(x_0)} | {
             name: _loss(bundle, x_0, context, repeats, seed) for name, context in contexts.items()
         }
-    return found
+    return losses
 
 
 def loss_rows(losses: Mapping[Any, Mapping[str, float | int]]) -> list[list[str]]:
-    """Return rows (scale, true, shuffled, none) of a table, the last two with their changes.
+    """Return table rows (scale, true, shuffled, null) of the losses of `shuffled_loss`.
 
-    Args:
-        losses: by scale, as `shuffled_loss` returns them.
+    The last two with their change against the first.
     """
     return [
-        [str(k), f"{loss['true']:.4f}", *(_against(loss, name) for name in ("shuffled", "null"))]
+        [
+            str(k),
+            f"{loss['true']:.4f}",
+            *(_with_change(loss, name) for name in ("shuffled", "null")),
+        ]
         for k, loss in losses.items()
     ]
 
 
 def summarize_losses(losses: Mapping[Any, Mapping[str, float | int]]) -> str:
-    """Return one line that says at which scales the condition helps.
-
-    Args:
-        losses: by scale, as `shuffled_loss` returns them.
-    """
+    """Return one line that says at which scales the condition of `shuffled_loss` helps."""
     lines = {
         "helps": "the true condition gives the lowest loss, so it helps",
         "hurts": "no condition at all does better than the true one, so it does not help yet",
@@ -97,7 +95,7 @@ def _verdict(loss: Mapping[str, float | int]) -> str:
     return "ignored" if loss["shuffled"] <= (1 + TOLERANCE) * loss["true"] else "helps"
 
 
-def _against(loss: Mapping[str, float | int], name: str) -> str:
+def _with_change(loss: Mapping[str, float | int], name: str) -> str:
     return f"{loss[name]:.4f} ({loss[name] / loss['true'] - 1:+.1%})"
 
 
@@ -115,7 +113,7 @@ def _loss(
 
 
 def _tensors(rows: pa.Table, bundle: Bundle) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents and grids of rows of one scale, whose grids have one shape."""
+    """Return latents and grids of the rows of one scale, whose grids have one shape."""
     x_0 = np.array(rows["latent"].to_pylist(), dtype=np.float32)
     grid = np.array(rows["grid"].to_pylist(), dtype=np.float32)
     shape = (rows["grid_rows"][0].as_py(), rows["grid_columns"][0].as_py(), -1)

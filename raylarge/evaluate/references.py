@@ -1,4 +1,4 @@
-"""Real examples to set generated ones beside: image, grid of embeddings, amount of tissue."""
+"""Real examples to compare generated images with: image, grid of embeddings, share of tissue."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class ReferenceExample(NamedTuple):
 def references(
     data: str, scale: int, count: int | None, split: str = "val"
 ) -> list[ReferenceExample]:
-    """Held-out examples of one scale, spread evenly over the table; all of them if count is None.
+    """Return examples of one scale, evenly spaced over the table; all of them if count is None.
 
-    Without a row of the split the training rows stand in.
+    Rows of `split`, or training rows if there are none of the split.
 
     Raises:
-        UserError: the data hold no example of the scale.
+        UserError: the data contain no example of the scale.
     """
     rows = tables.rows(data, "examples")
     rows = rows.filter(pc.equal(rows["scale"], scale))
     if not len(rows):
-        raise UserError(f"{data} holds no example of scale {scale}; prepare it with that scale.")
+        raise UserError(f"{data} contains no example of scale {scale}; prepare it with that scale.")
     held_out = rows.filter(pc.equal(rows["split"], split))
     rows = held_out if len(held_out) else rows
-    picked = range(len(rows)) if count is None else np.arange(count) * len(rows) // count
-    return [_reference(rows.slice(int(i), 1).to_pylist()[0]) for i in picked]
+    indices = range(len(rows)) if count is None else np.arange(count) * len(rows) // count
+    return [_reference(rows.slice(int(i), 1).to_pylist()[0]) for i in indices]
 
 
 def _reference(row: dict[str, object]) -> ReferenceExample:

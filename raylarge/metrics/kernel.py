@@ -2,7 +2,8 @@
 
     k(x, y) = (x . y / d + 1)^3       MMD^2 = mean k(x, x') + mean k(y, y') - 2 mean k(x, y)
 
-over pairs of different samples. Source: Binkowski et al. 2018, Eq. 4 and section 4.
+averaged over pairs of different samples. Source: Binkowski et al. 2018, Eq. 4 and section 4.
+(torchmetrics accepts images only, computes in float32 and draws subsets without a seed.)
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from torch import Tensor
 
 
 def kernel_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
-    """MMD^2 of two sets of features; near 0, and then also below it, if they are alike.
+    """Return MMD^2 of two sets of features; for equal distributions it scatters about 0.
 
     Raises:
         ValueError: fewer than two samples in a set.
     """
     n, m = len(x), len(y)
     if min(n, m) < 2:
-        raise ValueError(f"{n} and {m} samples; a kernel distance takes two of each")
+        raise ValueError(f"{n} and {m} samples; a kernel distance needs two of each")
     x, y = x.double(), y.double()
     xx, yy, xy = (_kernel(a, b) for a, b in ((x, x), (y, y), (x, y)))
     within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
@@ -30,14 +31,15 @@ def kernel_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
 def kernel_distances(
     x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], subsets: int = 100, size: int = 100
 ) -> tuple[float, float]:
-    """Mean and standard deviation over random subsets, drawn without replacement, seed 0."""
+    """Return mean and standard deviation over random subsets, without replacement, seed 0."""
     generator = torch.Generator().manual_seed(0)
 
-    def some(of: Tensor) -> Tensor:
-        return of[torch.randperm(len(of), generator=generator)[:size].to(of.device)]
+    def subset(features: Tensor) -> Tensor:
+        rows = torch.randperm(len(features), generator=generator)[:size]
+        return features[rows.to(features.device)]
 
-    found = torch.tensor([kernel_distance(some(x), some(y)) for _ in range(subsets)])
-    return float(found.mean()), float(found.std())
+    distances = torch.tensor([kernel_distance(subset(x), subset(y)) for _ in range(subsets)])
+    return float(distances.mean()), float(distances.std())
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:

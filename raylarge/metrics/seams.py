@@ -1,7 +1,7 @@
-"""Seam ratio: how much sharper an image changes across window borders than elsewhere.
+"""Seam ratio: the gradient across window borders divided by the gradient inside windows.
 
-Every pair of neighbouring rows and of neighbouring columns is one line, whose gradient is the
-mean absolute difference along it; lines are averaged, whatever their length.
+Each pair of neighbouring rows or columns is one line, whose gradient is the mean absolute
+difference along it. Lines count equally, whatever their length.
 """
 
 from __future__ import annotations
@@ -12,27 +12,22 @@ from torch import Tensor
 
 
 def seam_ratio(image: Float[Tensor, "3 H W"], side: int) -> float:
-    """Mean gradient across the borders of windows of `side` px over that inside windows.
-
-    1 is seamless. Only differences that cross a border count as border, and only those well
-    inside a window (not next to a border) as inside.
-
-    Raises:
-        ValueError: the image is one window and has no borders.
-    """
+    """Return the `SeamRatio` of an image in memory; same errors."""
     ratio = SeamRatio(side)
     ratio.add(image)
     return ratio.value
 
 
 class SeamRatio:
-    """`seam_ratio` of an image that comes in bands, from top to bottom.
+    """Mean gradient across the borders of windows of `side` px over that inside windows.
 
-    Kept in memory: one row, a sum per column, and differences of at most `side` rows at a time.
+    1 is seamless. Differences that cross a border count as border, those that do not touch one
+    as inside. The image arrives in bands from top to bottom. Memory: one row, a sum per column,
+    and differences of at most `side` rows.
     """
 
     def __init__(self, side: int) -> None:
-        """Start above the first row of an image made of windows of `side` px."""
+        """Initialize for an image of windows of `side` px."""
         self._side = side
         self._above: Tensor | None = None
         self._across_rows: list[float] = []
@@ -40,7 +35,7 @@ class SeamRatio:
         self._rows = 0
 
     def add(self, rows: Float[Tensor, "3 rows W"]) -> None:
-        """Take the next rows, any number of them.
+        """Add the next rows, any number of them.
 
         Raises:
             ValueError: rows of another width.
@@ -63,7 +58,7 @@ class SeamRatio:
 
     @property
     def value(self) -> float:
-        """The ratio over the rows that have come; 1 is seamless.
+        """Ratio over the rows added so far.
 
         Raises:
             ValueError: they are one window and have no borders.
