@@ -27,6 +27,7 @@ def test_the_autoencoder_without_weights_is_orthogonal():
     torch.testing.assert_close((blocks.encode(x) * z).sum(), (x * blocks.decode(z)).sum())
 
 
+@pytest.mark.slow
 def test_memory_is_told_by_phase():
     """In a process of its own: here other tests have left memory that is taken again."""
     found = memory.measured("512", 1, 4)
@@ -45,6 +46,7 @@ def test_sampling_writes_its_page(one_thread, tmp_path, capsys):
     assert "times ours, median" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_choices_are_judged_by_pictures(tiny_bundle, one_thread):
     """Every way is carried out and has its figures; the features are means of colour here."""
     random = np.random.default_rng(0)

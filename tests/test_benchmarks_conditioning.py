@@ -141,6 +141,7 @@ def test_an_interval_holds_the_distance_and_tells_sets_apart():
     assert 0 < apart[1] < apart[0] < apart[2]
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_judges_all(made, tmp_path, one_thread, monkeypatch, capsys):
     data, bundle = made
     monkeypatch.setattr(train_conditioning, "OVERFIT", 3)

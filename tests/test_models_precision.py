@@ -20,6 +20,7 @@ from raylarge.resample import downsample
 from raylarge.sampling.constraint import correct, differentiated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SOAK = pytest.mark.slow
 
 
 HALVES = ("encoder", "decoder")
@@ -133,7 +134,7 @@ def test_real_tiny_autoencoders_on_real_tissue(shared_data):
     assert tiny.encode(images[:1].bfloat16()).dtype == torch.bfloat16  # computed in float32
 
 
-@pytest.mark.parametrize("t", [981, 500, 101])
+@pytest.mark.parametrize("t", [pytest.param(981, marks=SOAK), 500, pytest.param(101, marks=SOAK)])
 @pytest.mark.parametrize("unit", [False, True], ids=["paper", "released"])
 def test_the_whole_correction_keeps_its_direction_in_half_precision(
     parity, autoencoder, request, t, unit

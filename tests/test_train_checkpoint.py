@@ -25,7 +25,6 @@ from raylarge.train.saver import Saver
 from raylarge.train.state import State, Stored
 
 machine, store = servers.machine, servers.store  # fixtures
-KILLS = 20
 
 
 def save(checkpoints, step, score=None):
@@ -115,10 +114,11 @@ SAVING = """
 """
 
 
-def test_the_newest_whole_checkpoint_is_found_after_any_kill(tmp_path):
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_the_newest_whole_checkpoint_is_found_after_any_kill(tmp_path, kills):
     """SIGKILL at random moments of saving without end; each life goes on from the one before."""
     root, steps, chance = str(tmp_path), [0], random.Random(5)
-    for life in range(KILLS):
+    for life in range(kills):
         command = [sys.executable, "-c", textwrap.dedent(SAVING), root, str(life)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout.readline() == b"begun\n"
@@ -135,7 +135,7 @@ def test_the_newest_whole_checkpoint_is_found_after_any_kill(tmp_path):
             assert (folder / "loss.csv").read_text() == str(step)
         steps.append(step)
     assert steps == sorted(steps)
-    assert steps[-1] >= KILLS // 2
+    assert steps[-1] >= kills // 2
     checkpoints = opened(root, keep=2)
     checkpoints.clear()
     assert len(list(tmp_path.glob("step-*"))) <= 3

@@ -169,7 +169,7 @@ class Ingest:
 
     def _facts(self, classes: tuple[str, ...]) -> Facts:
         made = self._tables[0].made
-        shapes = {str(part.get("shape")) for part in self._tables[0].parts if part["rows"]}
+        shapes = {str(part.get("shape")) for part in self._tables[0].parts if part["groups"]}
         if len(shapes) > 1:
             raise UserError(
                 f"{self._tables[0].name} has latents of several shapes ({', '.join(shapes)}); "
