@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from jobs.presets import PRESETS, TRAIN, overrides
 from raylarge import report
-from raylarge.config import near, parse, show_help, wants_help
+from raylarge.config import nearest, parse, show_help, wants_help
 from raylarge.errors import UserError
 from raylarge.train.launch import Train, plan, train, train_folds
 from raylarge.train.settings import MODELS
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     words = dict(word.split("=", 1) for word in arguments if "=" in word)
     model, preset = words.get("model"), words.get("preset")
     if model not in MODELS:
-        meant = near(model or "", MODELS)
+        meant = nearest(model or "", MODELS)
         hint = f"did you mean model={meant}? They are" if meant else "choose one of"
         given = "model= is not given" if model is None else f"there is no model '{model}'"
         raise UserError(f"{given}; {hint}: {', '.join(MODELS)}.")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from raylarge import config, storage
-from raylarge.config import choice, number, shown, typed
+from raylarge.config import choice, format_value, number, read
 from raylarge.errors import UserError
 from raylarge.geometry import Patch, Scale, guide_scale
 
@@ -318,25 +318,25 @@ def parse(values: Mapping[str, Any]) -> Order:
     recipe = values.get("recipe", "paper")
     if not isinstance(recipe, str) or recipe not in RECIPES:
         known = ", ".join(RECIPES)
-        raise UserError(f"there is no recipe '{shown(recipe)}'; choose one of: {known}.")
+        raise UserError(f"there is no recipe '{format_value(recipe)}'; choose one of: {known}.")
     settings = {"sampler": RECIPES[recipe], "condition": {"draw": recipe}}
     return config.build(Order, settings, dict(values))
 
 
 def _interval(value: Any) -> tuple[float, ...]:
     try:
-        low, high = typed(tuple[float, float], value)
+        low, high = read(tuple[float, float], value)
     except ValueError as error:
         raise UserError(
-            f"sampler.interval {shown(value)} is not two shares such as [0.2,0.8]."
+            f"sampler.interval {format_value(value)} is not two shares such as [0.2,0.8]."
         ) from error
     if not 0 <= low <= high <= 1:
-        raise UserError(f"sampler.interval {shown(value)} does not rise between 0 and 1.")
+        raise UserError(f"sampler.interval {format_value(value)} does not rise between 0 and 1.")
     return low, high
 
 
 def _size(value: Any) -> tuple[int, int]:
     sides = config.whole_numbers("size", value, SIZE, 0, LIMIT_PX, "x")
     if len(sides) not in (1, 2) or (len(sides) == 2 and not all(sides) and any(sides)):
-        raise UserError(f"size {shown(value)} is not {SIZE}.")
+        raise UserError(f"size {format_value(value)} is not {SIZE}.")
     return sides[0], sides[-1]

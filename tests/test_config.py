@@ -1,60 +1,71 @@
 """Configuration: defaults < preset < overrides, and errors that help."""
 
 import json
+import pickle
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Literal
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import Field, model_validator
 
-from raylarge.config import MISSING, build, number, parse, plain, require_place
+from raylarge.config import Config, Form, build, parse, plain, read_numbers, require_place
 from raylarge.config.places import SUBMITTED
 from raylarge.errors import UserError
 
 
-@dataclass(frozen=True)
-class Inner:
+class Inner(Config):
     rate: float = 0.5
     names: tuple[str, ...] = ("a",)
     ends: tuple[float, float] = (0.0, 1.0)
     flags: tuple[bool, ...] = ()
 
 
-@dataclass(frozen=True)
-class Outer:
+class Outer(Config):
     steps: int = 10
     slides: str = ""
     limit: int | None = None
-    inner: Inner = field(default_factory=Inner)
+    inner: Inner = Inner()
 
 
-@dataclass(frozen=True)
 class Placed(Outer):
-    data: str = MISSING
-    out: str = MISSING
+    data: str
+    out: str
 
 
-@dataclass(frozen=True)
-class Typed:
-    """Every kind of field.
+Size = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=512)], ...],
+    Form("a number of pixels such as 64 or 64x96", lambda value: read_numbers(value, "x")),
+]
 
-    Attributes:
-        text: of any form. Example: a b.
-        whole: within bounds.
-    """
 
-    text: str = ""
+class Typed(Config):
+    """Every kind of field."""
+
+    text: str = Field("", examples=["a b"])
+    """of any form"""
     maybe: str | None = None
-    whole: int = number(1, 0, 1 << 40)
-    real: float = 0.5  # any number
+    whole: int = Field(1, ge=0, le=1 << 40)
+    """Within bounds."""
+    share: float = Field(0.5, gt=0, lt=1)
+    real: float = Field(0.5, description="any number")
     flag: bool = False
-    rates: list[float] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    kind: Literal["null", "cdm"] = "null"
+    zero: Literal[0, 1, 2] | None = None
+    size: Size = (64,)
+    rates: list[float] = Field([])
+    names: list[str] = Field([])
     """Names of columns."""
-    inner: Inner = field(default_factory=Inner)
-    order: dict[str, Any] = field(default_factory=dict, metadata={"keys": Inner})
+    inner: Inner = Inner()
+    fast: Inner = Inner(rate=0.9)
+    """Like `inner`, but fast."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.kind == "cdm" and not self.text:
+            raise ValueError("kind=cdm needs a text; give text=...")
+        return self
 
 
 PRESETS = {"tiny": {"steps": 2, "inner": {"rate": 0.1}}, "small": {"steps": 3}}
@@ -116,7 +127,7 @@ def test_numbers_survive(whole, real):
 
 @settings(max_examples=300)
 @given(
-    st.sampled_from(["whole", "real", "flag", "rates", "inner.ends", "order.rate", "inner", "zz"]),
+    st.sampled_from(["whole", "real", "flag", "rates", "inner.ends", "fast.rate", "inner", "zz"]),
     st.text("0123456789+-._exXobnaif[], rtu:#'\u0663\ud800\n", max_size=12),
 )
 def test_any_other_word_is_refused_in_one_line(key, value):
@@ -157,7 +168,7 @@ def test_no_whole_number(value):
 
 
 @pytest.mark.parametrize("value", ODD)
-@pytest.mark.parametrize("key", ["real", "inner.rate", "order.rate"])
+@pytest.mark.parametrize("key", ["real", "inner.rate", "fast.rate"])
 def test_no_number(key, value):
     with pytest.raises(UserError, match=rf"^{key}=.* does not fit; give a number such as 0.5\.$"):
         parse(Typed, [f"{key}={value}"], {})
@@ -169,15 +180,59 @@ def test_no_flag(value):
         parse(Typed, [f"flag={value}"], {})
 
 
-def test_a_mapping_holds_typed_keys_of_another_dataclass():
-    words = ["order.rate=1e-3", "order.names=[a b,012]", "order.ends=[0, 1]"]
-    order = {"rate": 1e-3, "names": ("a b", "012"), "ends": (0.0, 1.0)}
-    assert parse(Typed, words, {}).order == order
+def test_a_section_keeps_what_its_field_sets_by_default():
+    config = parse(Typed, ["fast.names=[a b,012]", "fast.ends=[0, 1]"], {})
+    assert config.fast == Inner(rate=0.9, names=("a b", "012"), ends=(0.0, 1.0))
+    assert build(Typed, {"fast": config.fast}, {"fast": {"rate": "1e-3"}}).fast.rate == 1e-3
 
 
-def test_a_bound_names_key_and_range():
-    with pytest.raises(UserError, match=r"^whole=-1: it must be from 0 to 1099511627776\.$"):
-        parse(Typed, ["whole=-1"], {})
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("whole=-1", r"^whole=-1: it must be from 0 to 1099511627776\.$"),
+        ("share=0", r"^share=0\.0: it must be above 0, below 1\.$"),
+        ("kind=magic", r"^kind=magic: it must be one of: null, cdm\.$"),
+        ("zero=7", r"^zero=7: it must be one of: 0, 1, 2\.$"),
+        ("zero=x", r"^zero=x does not fit; give a whole number such as 3 or null\.$"),
+        ("size=64x999", r"^size=64x999: each must be from 1 to 512\.$"),
+        ("size=big", r"^size=big does not fit; give a number of pixels such as 64 or 64x96\.$"),
+        ("kind=cdm", r"^kind=cdm needs a text; give text=\.\.\.$"),
+    ],
+)
+def test_a_rule_is_named_with_key_and_value(word, says):
+    with pytest.raises(UserError, match=says):
+        parse(Typed, [word], {})
+
+
+def test_a_choice_named_null_is_jsons_null():
+    assert build(Typed, {"kind": None}).kind == "null"
+
+
+def test_keyword_arguments_are_validated_like_words():
+    assert Typed(size="8x9", inner={"rate": 2}) == parse(Typed, ["size=[8,9]", "inner.rate=2"], {})
+    with pytest.raises(UserError, match=r"^inner.rate=x does not fit; give a number"):
+        Typed(inner={"rate": "x"})
+    with pytest.raises(UserError, match=r"^whole=-1: it must be from 0"):
+        Typed().replace(whole=-1)
+
+
+def test_a_changed_copy_keeps_the_rest_and_survives_pickling():
+    config = Typed(text="a", inner={"rate": 2}).replace(whole=5)
+    assert config == Typed(text="a", inner=Inner(rate=2.0), whole=5)
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert config.set_values().keys() == {"text", "inner", "whole"}
+
+
+def test_nothing_can_be_assigned():
+    with pytest.raises(ValueError, match="frozen"):
+        Typed().whole = 3
+
+
+def test_the_json_schema_says_what_the_fields_say():
+    properties = Typed.model_json_schema()["properties"]
+    assert properties["whole"]["minimum"] == 0
+    assert properties["whole"]["description"] == "Within bounds."
+    assert {"type": ["string", "integer"]} in properties["size"]["anyOf"]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["text=a", "-h"]])
@@ -197,7 +252,10 @@ def test_help_describes_every_key(words, capsys, monkeypatch):
         "A list. Names of columns.",
         "maybe=null",
         "inner.ends=[0.0,1.0]",
-        "order.rate=0.5",
+        "kind=null\n    Text, one of: null, cdm.\n    example: kind=cdm",
+        "size=[64]\n    A number of pixels, each from 1 to 512.",
+        "fast.*  Like `inner`, but fast.",
+        "fast.rate=0.9",
     ):
         assert line in text
 
@@ -277,12 +335,11 @@ def test_a_place_is_taken(path):
     assert refusal(path) == ""
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Config):
     out: str = "out/here"
     slides: str = ""
     table: str = ""
-    inner: Outer = field(default_factory=Outer)
+    inner: Outer = Outer()
 
 
 JOB = json.dumps({"runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip"}, "metadata": {}})

@@ -54,13 +54,13 @@ def test_a_record_may_lack_any_key(config):
     for key in sorted(keys):
         storage.write_json(path, without(record, key))
         value = leaves(record)[key]
-        cure = f"{key}={config_of.shown(DEFAULTS[key])}"
+        cure = f"{key}={config_of.format_value(DEFAULTS[key])}"
         if value == DEFAULTS[key]:
             identity.refuse_mixing(config, root)
             assert storage.read_json(path) == record  # the record is complete again
             continue
         said = (
-            f"without the key {key}, which means {cure}, not {config_of.shown(value)}; give {cure}"
+            f"without the key {key}, which means {cure}, not {config_of.format_value(value)}; give {cure}"
         )
         with pytest.raises(UserError, match=re.escape(said)):
             identity.refuse_mixing(config, root)

@@ -1,10 +1,11 @@
-"""Configuration: frozen dataclasses that stand beside their owner, filled from words or mappings.
+"""Configuration: frozen pydantic models that stand beside their owner.
 
-    defaults of the dataclass  <  preset=NAME  <  a.b=c overrides
+    defaults of the model  <  preset=NAME  <  a.b=c overrides
 
-`words` reads a word as a value of its field's type, `fields` lists the keys of a dataclass,
-`help` describes them, `places` checks folders and URLs. An unknown key is an error that names
-the nearest key, a wrong value one that names the key.
+Subclass `Config` (its docstring shows how). `parse` reads words of the command line, `build`
+layers of mappings; both raise `UserError` with one sentence: key, value, what it may be. `words`
+reads a word, `fields` describes keys, `messages` makes the sentences, `help` prints the keys,
+`places` checks folders and URLs.
 """
 
 from __future__ import annotations
@@ -15,27 +16,32 @@ from typing import Any, TypeVar
 
 from raylarge.config import help as _help
 from raylarge.config.building import build, plain, require
-from raylarge.config.fields import check_fields, choice, leaves, near, number, whole_numbers
+from raylarge.config.fields import check_fields, choice, leaves, number, whole_numbers
+from raylarge.config.messages import nearest
+from raylarge.config.model import Config
 from raylarge.config.places import check_places, require_place
-from raylarge.config.words import MISSING, shown, typed
+from raylarge.config.words import MISSING, Form, format_value, read, read_numbers
 from raylarge.errors import UserError
 
 T = TypeVar("T")
 
 __all__ = [
     "MISSING",
+    "Config",
+    "Form",
     "build",
     "check_fields",
     "choice",
-    "near",
+    "format_value",
+    "nearest",
     "number",
     "parse",
     "plain",
+    "read",
+    "read_numbers",
     "require",
     "require_place",
     "show_help",
-    "shown",
-    "typed",
     "wants_help",
     "whole_numbers",
 ]
@@ -65,13 +71,13 @@ def parse(
     for word in arguments:
         if "=" not in word:
             known = ", ".join(leaves(schema))
-            raise UserError(f"'{shown(word)}' is not of the form key=value; keys: {known}.")
+            raise UserError(f"'{format_value(word)}' is not of the form key=value; keys: {known}.")
     pairs = [word.split("=", 1) for word in arguments]
     names = [value for key, value in pairs if key == "preset"]
     if names and names[-1] not in presets:
         known = ", ".join(sorted(presets))
         cure = f"choose one of: {known}" if known else "leave out preset="
-        raise UserError(f"there is no preset '{shown(names[-1])}'; {cure}.")
+        raise UserError(f"there is no preset '{format_value(names[-1])}'; {cure}.")
     layers = [presets[names[-1]]] if names else []
     words = [_layer(key, value) for key, value in pairs if key != "preset"]
     config = build(schema, *layers, *words)

@@ -1,74 +1,161 @@
-"""The keys of a dataclass: its fields, their types, bounds and choices, and misspelt ones.
-
-A field's metadata may have `keys` (a dataclass: the field is a mapping that holds some of its
-keys), `choices`, bounds (`least`, `most`, `above`), or `kind` (the forms that its class reads).
-"""
+"""The keys of a configuration: their types, defaults, bounds, choices and descriptions."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from raylarge.config.words import shown, typed
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from raylarge.config import words
+from raylarge.config.descriptions import descriptions, split_example
+from raylarge.config.words import Form, format_value
 from raylarge.errors import UserError
 
-_NEAR, _ALMOST_SAME = 0.7, 0.87
-"""Similarity (`difflib`) from which a name beside a misspelt one, or elsewhere, is meant."""
-_LONGEST_NAME = 200
+REQUIRED: Any = object()
+"""The default of a field that must be given."""
 
 
-class Key(NamedTuple):
-    """One field of a dataclass."""
+@dataclass(frozen=True)
+class Key:
+    """One field of a configuration.
+
+    Attributes:
+        name: of the field.
+        hint: its type.
+        default: its default, or REQUIRED.
+        description: what it means, with units.
+        example: a value as one types it; empty if there is none.
+        metadata: bounds (`annotated_types`) and a `Form`.
+        section: the model whose fields are the keys below this one; None for a single value.
+    """
 
     name: str
     hint: Any
-    field: dataclasses.Field[Any]
+    default: Any
+    description: str = ""
+    example: str = ""
+    metadata: tuple[Any, ...] = ()
+    section: Any = None
 
     @property
-    def section(self) -> type | None:
-        """The dataclass whose fields are the keys below this one; None for a single value."""
-        hint: Any = self.hint
-        section: Any = self.field.metadata.get("keys")
-        if section is None and dataclasses.is_dataclass(hint):
-            section = hint
-        return section if isinstance(section, type) else None
+    def choices(self) -> tuple[Any, ...]:
+        """The values of a `Literal`; none for other fields."""
+        literals = [one for one in words.alternatives(self.hint) if get_origin(one) is Literal]
+        return tuple(value for literal in literals for value in get_args(literal))
 
     @property
-    def default(self) -> Any:
-        """The default; `dataclasses.MISSING` if there is none."""
-        if self.field.default_factory is not dataclasses.MISSING:
-            return self.field.default_factory()
-        return self.field.default
+    def form(self) -> str:
+        """What the value must be, in words, such as `a whole number such as 3`."""
+        form = self._form()
+        return form.text if form else words.describe(self.hint)
 
     @property
     def rule(self) -> str:
-        """What the value must be besides its type, in words; empty: anything."""
-        about = self.field.metadata
-        if "choices" in about:
-            return f"one of: {', '.join(map(shown, about['choices']))}"
-        if "least" in about:
-            least, most = shown(about["least"]), shown(about["most"])
-            return f"above {least}, at most {most}" if about["above"] else f"from {least} to {most}"
-        return ""
+        """Bounds and choices in words; empty: anything of its type."""
+        if self.choices:
+            return f"one of: {', '.join(map(format_value, self.choices))}"
+        if of_key := _bounds(self.metadata):
+            return of_key
+        of_items = [_bounds(get_args(item)[1:]) for item in get_args(self.hint)]
+        return next((f"each {rule}" for rule in of_items if rule), "")
 
-    def allows(self, value: Any) -> bool:
-        """Whether a value of the right type keeps the rule."""
-        about = self.field.metadata
-        if "choices" in about:
-            return value in about["choices"]
-        if "least" in about:
-            enough = value > about["least"] if about["above"] else value >= about["least"]
-            return bool(enough and value <= about["most"])
-        return True
+    def read(self, value: Any) -> Any:
+        """Return a value as one of the field's type; JSON's null is the word, if that is a choice.
+
+        Raises:
+            ValueError: it is none of that type.
+        """
+        if value is None and "null" in self.choices:
+            return "null"
+        form = self._form()
+        return form.read(value) if form else words.read(self.hint, value)
+
+    def _form(self) -> Form | None:
+        return next((one for one in self.metadata if isinstance(one, Form)), None)
+
+
+@cache
+def keys(schema: Any) -> tuple[Key, ...]:
+    """Return the fields of a configuration in their order."""
+    if issubclass(schema, BaseModel):
+        return tuple(_of_model(name, field) for name, field in schema.model_fields.items())
+    hints, texts = get_type_hints(schema), descriptions(schema)
+    return tuple(
+        _of_dataclass(field, hints[field.name], texts.get(field.name, ""))
+        for field in dataclasses.fields(schema)
+    )
+
+
+def find(schema: Any, name: str) -> Key | None:
+    """Return a field by its name, or None."""
+    return next((key for key in keys(schema) if key.name == name), None)
+
+
+def key(schema: Any, name: str) -> Key:
+    """Return a field that is there by its name."""
+    return _by_name(schema)[name]
+
+
+@cache
+def _by_name(schema: Any) -> dict[str, Key]:
+    return {key.name: key for key in keys(schema)}
+
+
+def leaves(schema: type, prefix: str = "") -> list[str]:
+    """Return the dotted keys of all single values, those of sections included."""
+    return [name for name, _ in walk(schema, prefix)]
+
+
+def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
+    """Yield the dotted keys of all single values with their fields."""
+    for key in keys(schema):
+        if key.section:
+            yield from walk(key.section, f"{prefix}{key.name}.")
+        else:
+            yield f"{prefix}{key.name}", key
+
+
+def _of_model(name: str, field: FieldInfo) -> Key:
+    hint = field.annotation
+    default = REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
+    section = hint if isinstance(hint, type) and issubclass(hint, BaseModel) else None
+    example = format_value(field.examples[0]) if field.examples else ""
+    description = " ".join((field.description or "").split())
+    return Key(name, hint, default, description, example, tuple(field.metadata), section)
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    """Return bounds in words: `from 0 to 3`, `above 0, at most 1`, `at least 1`."""
+    flat = [
+        bound
+        for one in metadata
+        for bound in (one.metadata if isinstance(one, FieldInfo) else [one])
+    ]
+    limits: dict[type, Any] = {type(bound): bound for bound in flat}
+    low, above = limits.get(annotated_types.Ge), limits.get(annotated_types.Gt)
+    high, below = limits.get(annotated_types.Le), limits.get(annotated_types.Lt)
+    if low and high:
+        return f"from {format_value(low.ge)} to {format_value(high.le)}"
+    parts = [f"above {format_value(above.gt)}"] if above else []
+    parts += [f"at least {format_value(low.ge)}"] if low else []
+    parts += [f"at most {format_value(high.le)}"] if high else []
+    parts += [f"below {format_value(below.lt)}"] if below else []
+    return ", ".join(parts)
+
+
+# --- dataclasses, until every configuration is a model ----------------------------------
 
 
 def number(default: int | float, least: int | float, most: int | float, above: bool = False) -> Any:
     """A field of a dataclass that holds a number from `least` (or above it) to `most`."""
-    bounds = {"least": least, "most": most, "above": above}
-    return dataclasses.field(default=default, metadata=bounds)
+    low = annotated_types.Gt(least) if above else annotated_types.Ge(least)
+    return dataclasses.field(default=default, metadata={"bounds": (low, annotated_types.Le(most))})
 
 
 def choice(default: str, choices: Sequence[str]) -> Any:
@@ -87,106 +174,49 @@ def check_fields(config: Any) -> None:
         refuse(key, key.name, getattr(config, key.name))
 
 
+def refuse(key: Key, name: str, value: Any) -> None:
+    """Raise `UserError` if a value breaks the rule of its field."""
+    fine = not key.choices or value in key.choices
+    for bound in key.metadata:
+        fine = fine and (not isinstance(bound, annotated_types.Ge) or value >= bound.ge)
+        fine = fine and (not isinstance(bound, annotated_types.Gt) or value > bound.gt)
+        fine = fine and (not isinstance(bound, annotated_types.Le) or value <= bound.le)
+    if not fine:
+        raise UserError(f"{name}={format_value(value)}: it must be {key.rule}.")
+
+
 def whole_numbers(
     key: str, value: Any, such: str, least: int, most: int, between: str = ","
 ) -> tuple[int, ...]:
     """Whole numbers within bounds, from one number, a list, its word `[a,b]` or the word `a,b`.
 
-    Args:
-        key: names the value in a refusal.
-        value: what was given.
-        such: says what it should be.
-        least, most: bounds of each number.
-        between: what stands between the numbers of a word without brackets.
-
     Raises:
         UserError: the value is none of these.
     """
-    parts = [value] if isinstance(value, int) else value
-    if isinstance(value, str) and not value.startswith("["):
-        parts = value.split(between) if value else []
     try:
-        numbers: tuple[int, ...] = typed(tuple[int, ...], parts)
+        numbers: tuple[int, ...] = words.read_numbers(value, between)
     except ValueError as error:
-        raise UserError(f"{key} {shown(value)} is not {such}.") from error
+        raise UserError(f"{key} {format_value(value)} is not {such}.") from error
     if not all(least <= number <= most for number in numbers):
-        raise UserError(f"{key} {shown(value)} is not {such}, from {least} to at most {most}.")
+        shown = format_value(value)
+        raise UserError(f"{key} {shown} is not {such}, from {least} to at most {most}.")
     return numbers
 
 
-def refuse(key: Key, name: str, value: Any) -> None:
-    """Raise `UserError` if a value breaks the rule of its field."""
-    if not key.allows(value):
-        raise UserError(f"{name}={shown(value)}: it must be {key.rule}.")
-
-
-@cache
-def keys(schema: Any) -> tuple[Key, ...]:
-    """The fields of a dataclass in their order."""
-    hints = get_type_hints(schema)
-    return tuple(Key(one.name, hints[one.name], one) for one in dataclasses.fields(schema))
-
-
-def leaves(schema: type, prefix: str = "") -> list[str]:
-    """The dotted keys of all single values of a dataclass and of those inside it."""
-    return [name for name, _ in described(schema, prefix)]
-
-
-def described(schema: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
-    """The dotted keys of all single values, with their fields."""
-    for key in keys(schema):
-        if key.section:
-            yield from described(key.section, f"{prefix}{key.name}.")
-        else:
-            yield f"{prefix}{key.name}", key
-
-
-def near(word: str, names: Iterable[str], least: float = _NEAR) -> str | None:
-    """Which of some names a misspelt one may stand for."""
-    if len(word) > _LONGEST_NAME:
-        return None
-    return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=least)), None)
-
-
-def unknown(schema: type, name: str) -> str:
-    """What to say of an unknown key: keys that may be meant, or those that stand beside it."""
-    names = leaves(schema)
-    above, _, last = name.rpartition(".")
-    beside = _beside(schema, above)
-    sibling = near(last, beside) if above in _sections(schema) else None
-    meant = [full for full in names if full.endswith(f".{name}")]
-    meant = meant or [full for full in names if full.rpartition(".")[2] == last]
-    meant = meant or ([f"{above}.{sibling}".lstrip(".")] if sibling else _misspelt(name, names))
-    if meant:
-        listed = " or ".join(f"'{one}'" for one in meant[:4])
-        return f"unknown key '{shown(name)}'; did you mean {listed}?"
-    return f"unknown key '{shown(name)}'; the keys there are: {', '.join(beside)}."
-
-
-def _misspelt(name: str, names: Sequence[str]) -> list[str]:
-    """The keys whose end, from any of their sections on, is almost the same as a name."""
-    ends: dict[str, str] = {}
-    for full in names:
-        parts = full.split(".")
-        ends |= {".".join(parts[start:]): full for start in range(len(parts))}
-    depth = name.count(".")
-    alike = [end for end in ends if end.count(".") == depth]
-    match = near(name, alike, _ALMOST_SAME)
-    return [ends[match]] if match and near(name.split(".")[-1], [match.split(".")[-1]]) else []
-
-
-def _sections(schema: type, prefix: str = "") -> list[str]:
-    """The dotted names of the sections of a dataclass; the empty name is the top."""
-    names = [prefix.removesuffix(".")]
-    for key in keys(schema):
-        if key.section:
-            names += _sections(key.section, f"{prefix}{key.name}.")
-    return names
-
-
-def _beside(schema: type, above: str) -> list[str]:
-    """The names of the keys in a section; those at the top if there is no such section."""
-    inside = schema
-    for part in above.split(".") if above in _sections(schema) and above else ():
-        inside = next(key.section for key in keys(inside) if key.name == part and key.section)
-    return [key.name for key in keys(inside)]
+def _of_dataclass(field: dataclasses.Field[Any], hint: Any, text: str) -> Key:
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    default = REQUIRED if default in (dataclasses.MISSING, words.MISSING) else default
+    choices = field.metadata.get("choices")
+    section = field.metadata.get("keys")
+    if section is None and (
+        dataclasses.is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, BaseModel))
+    ):
+        section = hint
+    metadata = field.metadata.get("bounds", ())
+    if "kind" in field.metadata:
+        read = words.reader(hint)
+        metadata = (*metadata, Form(field.metadata["kind"], read))
+    hint = Literal[choices] if choices else hint
+    return Key(field.name, hint, default, *split_example(text), metadata, section)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 from raylarge.config import fields, words
-from raylarge.config.descriptions import descriptions, split_example
 
 _RULES = """\
 Every word is key=value; of a key that is repeated the last counts. Text stands as it is after
@@ -25,9 +23,9 @@ def text(
 
     Args:
         about: what the job does.
-        schemas: heading -> dataclass whose fields are the keys.
+        schemas: heading -> configuration whose fields are the keys.
         presets: names for `preset=`.
-        leave_out: keys of the dataclasses that are not described, with all below them.
+        leave_out: keys that are not described, with all below them.
     """
     width = max(40, min(100, shutil.get_terminal_size((100, 24)).columns))
     parts = [about.strip()] if about else []
@@ -49,18 +47,30 @@ def text(
     return "\n\n".join(parts)
 
 
-def _section(schema: type, prefix: str, leave_out: Sequence[str], width: int) -> list[str]:
-    """The entries of a dataclass and of those inside it."""
+def _section(
+    schema: type, prefix: str, leave_out: Sequence[str], width: int, defaults: Any = None
+) -> list[str]:
+    """Return the entries of a configuration and of its sections.
+
+    Args:
+        schema: the configuration's class.
+        prefix: of its keys.
+        leave_out: keys that are not described.
+        width: of a line, in characters.
+        defaults: an object with the defaults; None: those of the class.
+    """
     parts = []
     for key in fields.keys(schema):
+        if isinstance(defaults, schema):
+            key = replace(key, default=getattr(defaults, key.name))
         name = f"{prefix}{key.name}"
         if name in leave_out:
             continue
-        meaning, example = split_example(descriptions(schema).get(key.name, ""))
+        meaning, example = key.description, key.example
         if key.section:
             about = meaning or (key.section.__doc__ or "").strip().split("\n")[0]
             parts.append(_filled(f"{name}.*  {about}", width))
-            parts += _section(key.section, f"{name}.", leave_out, width)
+            parts += _section(key.section, f"{name}.", leave_out, width, key.default)
         else:
             example = example or _example(key)
             example = f"{name}={example}" if example else ""
@@ -85,36 +95,27 @@ def _filled(line: str, width: int, indent: str = "") -> str:
 
 def _head(name: str, key: fields.Key) -> str:
     """The key with its default."""
-    if _required(key):
+    if key.default is fields.REQUIRED:
         return f"{name}=...  (must be given)"
     if key.default in ("", ()) or key.default == []:
         return f"{name}=  (empty by default)"
-    return f"{name}={words.shown(key.default)}"
+    return f"{name}={words.format_value(key.default)}"
 
 
 def _kind(key: fields.Key) -> str:
-    kind = words.wanted(key.hint)
-    kind = key.field.metadata.get("kind") or kind.split(" such as")[0]
-    null = " or null" if words.wanted(key.hint).endswith(" or null") else ""
-    kind += null if not kind.endswith(null) else ""
-    rule = key.rule
-    return f"{kind[0].upper()}{kind[1:]}" + (f", {rule}" if rule else "")
+    """Return type and rule of a key."""
+    kind = key.form.split(" such as")[0]
+    kind += " or null" if words.optional(key.hint) and not kind.endswith(" or null") else ""
+    return f"{kind[0].upper()}{kind[1:]}" + (f", {key.rule}" if key.rule else "")
 
 
 def _example(key: fields.Key) -> str:
-    """A value to show: the second choice, the default, or one of the type."""
-    choices = key.field.metadata.get("choices", ())
-    if choices:
-        others = [one for one in choices if one != key.default]
-        return words.shown((others or choices)[0])
+    """Return a value to show: the second choice, the default, or one of the type."""
+    if key.choices:
+        others = [choice for choice in key.choices if choice != key.default]
+        return words.format_value((others or key.choices)[0])
     if key.hint is bool:
-        return words.shown(not key.default)
-    plain = words.such(key.hint)
-    if _required(key) or key.default in (None, "", (), 0) or key.default == []:
-        return plain if not plain or key.allows(words.typed(key.hint, plain)) else ""
-    return words.shown(key.default)
-
-
-def _required(key: fields.Key) -> bool:
-    missing: tuple[Any, ...] = (words.MISSING, dataclasses.MISSING)
-    return key.default in missing
+        return words.format_value(not key.default)
+    if key.default in (fields.REQUIRED, None, "", (), 0) or key.default == []:
+        return words.example(key.hint)
+    return words.format_value(key.default)

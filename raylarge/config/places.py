@@ -6,13 +6,13 @@ relative folder would lie in that copy, and no other node would see it.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from raylarge.config.words import shown
+from raylarge.config import fields
+from raylarge.config.words import format_value
 from raylarge.errors import UserError
 
 PLACES = frozenset(
@@ -31,9 +31,11 @@ def require_place(key: str, path: str) -> None:
         UserError: an empty path, a URL without its bucket, or a relative path in a submitted job.
     """
     if not path.removeprefix("file://").strip():
-        raise UserError(f"{key}={shown(path)} is empty; name a folder or an s3:// URL.")
+        raise UserError(f"{key}={format_value(path)} is empty; name a folder or an s3:// URL.")
     if re.match(r"(?!file:)\w+://(/|$)", path):
-        raise UserError(f"{key}={shown(path)} names no bucket; give one as in s3://BUCKET/FOLDER.")
+        raise UserError(
+            f"{key}={format_value(path)} names no bucket; give one as in s3://BUCKET/FOLDER."
+        )
     _refuse_temporary(key, path)
 
 
@@ -50,13 +52,14 @@ def check_places(config: Any) -> None:
 
 
 def _places(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """The keys that hold folders, and their values."""
-    for one in dataclasses.fields(config):
-        value = getattr(config, one.name)
-        if dataclasses.is_dataclass(value):
-            yield from _places(value, f"{prefix}{one.name}.")
-        elif one.name in PLACES and isinstance(value, str):
-            yield f"{prefix}{one.name}", value
+    """Yield the keys that hold folders, and their values."""
+    schema: Any = type(config)
+    for key in fields.keys(schema):
+        value = getattr(config, key.name)
+        if key.section and isinstance(value, key.section):
+            yield from _places(value, f"{prefix}{key.name}.")
+        elif key.name in PLACES and isinstance(value, str):
+            yield f"{prefix}{key.name}", value
 
 
 def _refuse_temporary(key: str, path: str) -> None:
@@ -64,7 +67,7 @@ def _refuse_temporary(key: str, path: str) -> None:
     is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", local)
     if SUBMITTED in os.environ and not is_url and not os.path.isabs(local):
         raise UserError(
-            f"{key}={shown(path)} is relative, but Ray runs a submitted job in a temporary copy of "
-            f"its working directory and removes it later; give an absolute path that every node "
-            f"sees, or an s3:// URL."
+            f"{key}={format_value(path)} is relative, but Ray runs a submitted job in a temporary "
+            f"copy of its working directory and removes it later; give an absolute path that every "
+            f"node sees, or an s3:// URL."
         )

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float16
 from numpy.lib.stride_tricks import sliding_window_view
 
 from raylarge import storage, tables
-from raylarge.config import shown, whole_numbers
+from raylarge.config import format_value, whole_numbers
 from raylarge.errors import UserError
 from raylarge.geometry import Patch
 from raylarge.order import LIMIT_PX, Order
@@ -62,7 +62,7 @@ def place_of(at: Any) -> tuple[int, int] | None:
     such = "a row and a column such as at=3,5"
     numbers = whole_numbers("at", at, such, 0, LIMIT_PX)
     if len(numbers) != 2:
-        raise UserError(f"at {shown(at)} is not {such}.")
+        raise UserError(f"at {format_value(at)} is not {such}.")
     return numbers[0], numbers[1]
 
 

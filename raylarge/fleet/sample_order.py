@@ -122,9 +122,9 @@ def _place(at: Any) -> tuple[int, int] | None:
         return None
     parts = at.split(",") if isinstance(at, str) and not at.startswith("[") else at
     try:
-        row, column = configuration.typed(tuple[int, int], parts)
+        row, column = configuration.read(tuple[int, int], parts)
     except ValueError as error:
         raise UserError(
-            f"at={configuration.shown(at)} is not a row and a column such as at=3,5."
+            f"at={configuration.format_value(at)} is not a row and a column such as at=3,5."
         ) from error
     return row, column

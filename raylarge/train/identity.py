@@ -101,7 +101,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
         old: dotted keys of a record that may be of another version.
         new: those of the command.
     """
-    shown = configuration.shown
+    shown = configuration.format_value
     for key in sorted({*old, *new} - {"model"}):  # the folder's name says the model
         if key not in new:
             if key not in REMOVED or REMOVED[key] != old[key]:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from raylarge.config import require, shown
+from raylarge.config import format_value, require
 from raylarge.diffusion.loss import min_snr_weights, mse_per_sample, training_draws
 from raylarge.diffusion.schedule import PREDICTIONS, Schedule
 from raylarge.errors import UserError
@@ -114,7 +114,7 @@ def _check_unet(config: UNetConfig) -> None:
     channels = config.channels
     on = {c for c, attends in zip(channels, config.attention, strict=False) if attends}
     attending = sorted(on.union(channels[-1:]))  # the middle has the last level's
-    widths, groups = shown(channels), config.groups
+    widths, groups = format_value(channels), config.groups
     rules = (
         ("channels", channels, min(channels, default=0) >= 1, "one or more widths above 0"),
         (
@@ -129,7 +129,7 @@ def _check_unet(config: UNetConfig) -> None:
             "heads",
             config.heads,
             _divides(config.heads, attending),
-            f"a divisor of the channels {shown(attending)} that attend",
+            f"a divisor of the channels {format_value(attending)} that attend",
         ),
     )
     require(*((f"ldm.unet.{key}", *rest) for key, *rest in rules))
