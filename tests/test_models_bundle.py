@@ -144,7 +144,7 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     for path in ("file", "file/b"):
-        with pytest.raises(UserError, match=f"{path} cannot be a bundle: a file stands there"):
+        with pytest.raises(UserError, match=f"{path} cannot be a bundle: it is a file"):
             bundle.save(f"{tmp_path}/{path}", {"vae": networks()["light"]}, {})
 
 

@@ -104,7 +104,7 @@ def test_the_layout_of_graikos_imports_too(parity, tmp_path):
     shapes |= {"region_fc.weight": (32, 768), "region_fc.bias": (32,)}
     vectors = {name: filled(name, shape) for name, shape in shapes.items()}
     words = [checkpoint(parity, tmp_path / "last.ckpt", vectors), f"out={tmp_path / 'b'}"]
-    with pytest.raises(UserError, match="uni gives 1024 channels, this checkpoint takes 384"):
+    with pytest.raises(UserError, match="uni has 1024 channels, this checkpoint needs 384"):
         import_weights.main([*words, "encoder=uni"])
     import_weights.main([*words, "encoder=hipt_vit256"])
     loaded = bundle.load(str(tmp_path / "b"))
@@ -161,7 +161,7 @@ def test_a_refused_checkpoint_leaves_nothing(parity, tmp_path, what):
         ("patch_px=-7", "patch_px=-7 is not a positive multiple of 4"),
         ("patch_px=0", "patch_px=0 is not a positive multiple of 4"),
         ("patch_px=30", "patch_px=30 is not a positive multiple of 4"),
-        ("encoder=uni", "uni gives 1024 channels"),
+        ("encoder=uni", "uni has 1024 channels"),
         ("cdm=none.pt", r"there are no weights at none\.pt"),
         ("cdm=.", r"there are no weights at \."),
         ("out=", "checkpoint= and out= are needed"),

@@ -45,7 +45,7 @@ def test_a_download_that_was_broken_off_is_completed(tmp_path, monkeypatch):
     finally:
         server.close()
     redirect(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
-    with pytest.raises(UserError, match="owner/bundle could not be had from"):
+    with pytest.raises(UserError, match="owner/bundle could not be loaded from"):
         bundle.load("owner/bundle")
 
 
@@ -80,7 +80,7 @@ def test_a_bundle_comes_from_the_hub(tmp_path, monkeypatch):
 
 def test_no_hub_and_no_folder_is_told_at_once(tmp_path, monkeypatch):
     redirect(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
-    with pytest.raises(UserError, match=r"could not be had.*no such folder either: copy"):
+    with pytest.raises(UserError, match=r"could not be loaded.*no such folder either: copy"):
         bundle.load("owner/bundle")
 
 
@@ -181,7 +181,7 @@ def test_facts_that_cannot_be_are_told(tmp_path):
         with pytest.raises(UserError, match=told):
             bundle.load(folder)
     Path(folder, "model_index.json").write_text("[]")
-    with pytest.raises(UserError, match=r"model_index\.json holds no names and values"):
+    with pytest.raises(UserError, match=r"model_index\.json is no JSON object"):
         bundle.load(folder)
 
 
@@ -190,7 +190,7 @@ def test_a_part_without_files_has_no_digest(tmp_path):
     index = json.loads(Path(folder, "model_index.json").read_text())
     bundle_parts.write_index(folder, index, {"patch_px": 32, "format": 2})
     shutil.rmtree(Path(folder, "unet"))
-    with pytest.raises(UserError, match="unet holds no files: the bundle is incomplete"):
+    with pytest.raises(UserError, match="unet contains no files: the bundle is incomplete"):
         bundle.digest(folder)
     with pytest.raises(UserError, match="lacks cdm"):
         bundle.digest(folder, ("vae", "cdm"))

@@ -98,7 +98,7 @@ def test_it_is_kept_and_started_from_again(tmp_path):
 @pytest.mark.parametrize(
     ("network", "said"),
     [
-        ("resnet81", "resnet81 is no network of timm; near it are: .*resnet"),
+        ("resnet81", "resnet81 is no network of timm; similar names: .*resnet"),
         ("hf-hub:someone/something", "is no network of timm"),
         ("vit_tiny_patch16_224", "does not take images of 32 px"),
     ],

@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused_with_the_cure(network):
     made = controlnet.build(network, 4)
     x_t, context = inputs()
     small = controlnet.Controlled(network, made, Schedule(), controls(side=16))
-    with pytest.raises(UserError, match=r"control is 16x16 px, the latent wants 32x32 px; lift"):
+    with pytest.raises(UserError, match=r"control is 16x16 px, the latent needs 32x32 px; lift"):
         small(x_t, 500, context)
     three = controlnet.Controlled(network, made, Schedule(), controls(batch=3))
     with pytest.raises(UserError, match="2 latents cannot share 3 controls"):

@@ -104,7 +104,7 @@ def test_a_cdm_has_as_many_tokens_as_its_conditioner(region, count):
 
 def test_a_cdm_refuses_another_number_of_tokens():
     cdm = CDM(channels=4, tokens=5, width=8, depth=1, heads=2, scales=2)
-    with pytest.raises(UserError, match="made for 5 tokens and is given 1; train it"):
+    with pytest.raises(UserError, match="for 5 tokens, but there are 1; train it"):
         cdm(torch.zeros(1, 4, 1), torch.tensor([3]), torch.tensor([0]))
 
 

@@ -89,7 +89,7 @@ def test_the_backbone_comes_from_torchvisions_cache_or_the_cure_is_told(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
-    with pytest.raises(UserError, match=r"could not be had.*lpips_backbone=/path/to/vgg16"):
+    with pytest.raises(UserError, match=r"could not be loaded.*lpips_backbone=/path/to/vgg16"):
         Perceptual()
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True, exist_ok=True)

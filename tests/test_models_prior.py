@@ -151,7 +151,7 @@ def test_a_new_prior_predicts_the_mean():
 
 
 def test_wrong_vectors_are_refused_with_the_cure(untrained):
-    with pytest.raises(UserError, match=r"has 5 features, the grid prior wants 3; give vectors"):
+    with pytest.raises(UserError, match=r"has 5 features, the grid prior needs 3; give vectors"):
         untrained.draw(torch.ones(1, 5), 0, [(0,)])
     with pytest.raises(UserError, match="has 2 features"):
         untrained.draw(torch.ones(1, 3), 0, [(0,)], negative=torch.ones(1, 2))

@@ -314,5 +314,5 @@ def test_broken_files_are_refused(tmp_path):
         with pytest.raises(UserError, match="cannot be opened as a file of tensors"):
             weights.open_checkpoint(str(tmp_path / name))
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="holds no named tensors but a list"):
+    with pytest.raises(UserError, match="contains no named tensors but a list"):
         weights.open_checkpoint(str(tmp_path / "list.pt"))

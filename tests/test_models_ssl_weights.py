@@ -88,7 +88,7 @@ def test_computed_buffers_survive(tmp_path, tiles):
     card = replace(CARDS["ctranspath"], input_px=64, width=192, options={"num_classes": 0})
     options = {**options, "num_heads": (1, 2, 4, 8), "embed_layer": "ConvStem"}
     card = replace(card, options={**card.options, **options})
-    network = ssl_networks._built(card).eval()
+    network = ssl_networks._build(card).eval()
     state = network.state_dict()
     # CTransPath's own Swin shrinks at the end of a stage, timm's at the start of the next.
     old = {
@@ -164,7 +164,7 @@ def test_transformers_networks_take_a_file_too(tmp_path, tiles):
     options = {**options, "image_size": 32, "intermediate_size": 64}
     card = replace(CARDS["phikon"], options=options, input_px=32, width=32)
     torch.manual_seed(0)
-    network = ssl_networks._built(card).eval()
+    network = ssl_networks._build(card).eval()
     network.save_pretrained(tmp_path)  # model.safetensors, as on the hub
     assert isinstance(network, ViTModel)
     encoder = ssl.Encoder(card, str(tmp_path))
@@ -218,11 +218,11 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 def test_paths_and_names_that_lead_nowhere(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="holds no named tensors"):
+    with pytest.raises(UserError, match="contains no named tensors"):
         ssl.load("timm:test_vit", weights=str(tmp_path / "a.pth"))
     with pytest.raises(UserError, match=r"no weights at .*b\.pth; check the path"):
         ssl.load("uni", weights=str(tmp_path / "b.pth"))
-    with pytest.raises(UserError, match=r"holds none of model\.safetensors, pytorch_model\.bin"):
+    with pytest.raises(UserError, match=r"contains none of model\.safetensors, pytorch_model\.bin"):
         ssl.load("uni", weights=str(tmp_path))
     with pytest.raises(UserError, match=r"timm has no architecture 'vit_of_mine'"):
         ssl.load("timm:vit_of_mine")
@@ -281,7 +281,7 @@ def test_a_gated_or_empty_repository_says_so(hub):
     with pytest.raises(UserError, match=r"MahmoodLab/UNI .*GatedRepoError.*ask for access at"):
         ssl.load("uni")
     hub.files["owkin/phikon"] = {"README.md": b"nothing else"}
-    with pytest.raises(UserError, match=r"owkin/phikon on huggingface.co holds none of .*weights="):
+    with pytest.raises(UserError, match=r"owkin/phikon on huggingface.co has none of .*weights="):
         ssl.load("phikon")
 
 

@@ -140,7 +140,7 @@ def test_weights_of_another_model_are_refused(clip_folder, blip_folder, tmp_path
         ("config.json", "no config.json"),
     ]:
         (tmp_path / file).unlink()
-        with pytest.raises(UserError, match=rf"does not hold 'clip' in the layout .*{told}"):
+        with pytest.raises(UserError, match=rf"does not contain 'clip' in the layout .*{told}"):
             text.load("clip", weights=str(tmp_path))
 
 
@@ -197,6 +197,6 @@ def test_without_a_network_the_cure_is_a_folder_and_no_wait(monkeypatch, tmp_pat
         (text.load, "quilt", "wisdomik/QuiltNet-B-32"),
         (text.load_captioner, "blip", "Salesforce/blip-image-captioning-base"),
     ]:
-        with pytest.raises(UserError, match=rf"{hub} could not be had.*weights=/path/to/folder"):
+        with pytest.raises(UserError, match=rf"{hub} could not be loaded.*weights=/path/to/folder"):
             load(name)
     assert time.monotonic() - begun < 5

@@ -47,7 +47,7 @@ def test_damage_of_any_kind_is_nothing_but_a_user_error(tmp_path):
 
 def test_a_text_file_and_a_folder_are_no_weights(tmp_path):
     (tmp_path / "a.ckpt").write_text("hello\n")
-    with pytest.raises(UserError, match="it is damaged, or of another kind"):
+    with pytest.raises(UserError, match="it is damaged, or has another format"):
         weights.open_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="there are no weights at"):
         weights.open_checkpoint(tmp_path)
@@ -56,10 +56,12 @@ def test_a_text_file_and_a_folder_are_no_weights(tmp_path):
 def test_a_refused_class_is_named_and_torchs_advice_is_not_passed_on(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"a": Fraction(1, 2)}, path)
-    with pytest.raises(UserError, match=r"\(it holds a fractions\.Fraction, which is no") as error:
+    with pytest.raises(
+        UserError, match=r"\(it contains a fractions\.Fraction, which is no"
+    ) as error:
         weights.open_checkpoint(path)
     path.write_bytes(pickle.dumps({"a": os.getcwd}, protocol=2))
-    with pytest.raises(UserError, match=r"\(it holds a posix\.getcwd, which is no") as other:
+    with pytest.raises(UserError, match=r"\(it contains a posix\.getcwd, which is no") as other:
         weights.open_checkpoint(path)
     assert not any(
         word in str(e.value) for e in (error, other) for word in ("safe_globals", "http")

@@ -52,7 +52,7 @@ def test_a_kept_context_gives_what_its_tokens_give(bundle, zeros):
     tokens[3 - zeros :] = 0
     with torch.no_grad():
         context = bundle.unet.context(tokens)
-        assert all(len(k) == len(v) == 3 - zeros for k, v in context.kept)
+        assert all(len(k) == len(v) == 3 - zeros for k, v in context.keys_values)
         kept, plain = bundle.unet(x_t, 500, context), bundle.unet(x_t, 500, tokens)
     assert (kept - plain).abs().max() <= 1e-5 * plain.abs().max()
 
@@ -62,7 +62,7 @@ def test_zero_tokens_that_are_not_at_the_end_are_attended_to(bundle):
     tokens[0] = 0
     with torch.no_grad():
         context = bundle.unet.context(tokens)
-        assert len(context.kept[0][0]) == 3
+        assert len(context.keys_values[0][0]) == 3
         assert torch.allclose(bundle.unet(x_t, 9, context), bundle.unet(x_t, 9, tokens), atol=1e-5)
 
 

@@ -1,10 +1,9 @@
-"""Autoencoders: four networks, one class, one meaning of "latent".
+"""Autoencoders: one interface to diffusers' `VQModel`, `AutoencoderKL`, `AutoencoderTiny` and ours.
 
     image [B, 3, P, P] in [-1, 1] -encode-> latent [B, c, P/f, P/f] -decode-> image (not clamped)
 
 A latent is what the diffusion models see: scaled as the network's config says, and before
-quantisation, which belongs to `decode`. The networks are diffusers' (`VQModel`,
-`AutoencoderKL`, `AutoencoderTiny`) and the light trainable one; a bundle keeps them as they are.
+quantisation, which is part of `decode`.
 """
 
 from __future__ import annotations
@@ -23,25 +22,24 @@ NETWORKS: tuple[type, ...] = (LightAutoencoder, VQModel, AutoencoderKL, Autoenco
 
 @runtime_checkable
 class Codec(Protocol):
-    """What sampling and the data engine need of an autoencoder."""
+    """The methods of an autoencoder that sampling and the data engine use."""
 
     def encode(self, image: Float[Tensor, "B 3 P P"]) -> Float[Tensor, "B c p p"]:
-        """The latent of an image in [-1, 1]."""
+        """Return the latent of an image in [-1, 1]."""
         ...
 
     def decode(self, latent: Float[Tensor, "B c p p"]) -> Float[Tensor, "B 3 P P"]:
-        """The image of a latent (not clamped)."""
+        """Return the image of a latent, not clamped."""
         ...
 
 
 class Autoencoder(nn.Module):
-    """Any of the networks as a deterministic codec.
+    """Any of `NETWORKS` as a deterministic codec.
 
-    Of a KL network's posterior the mean is the latent. A VQ network quantises in `decode`,
-    whatever its precision, by distances in float32; derivatives pass straight through. Inputs
-    of another precision than the network's are cast, and the reply is cast back: a tiny network
-    is best left in float32, since the derivative of its ReLUs in bfloat16 points elsewhere
-    (cosine .96 on H&E, against .999 of the others).
+    The latent of a KL network is the mean of its posterior. A VQ network quantises in `decode`, by
+    distances in float32; gradients pass straight through. Inputs are cast to the precision of the
+    network and results cast back. Keep a tiny network in float32: in bfloat16 the derivative of its
+    ReLUs has a cosine of .96 to the exact one on H&E, against .999 of the others.
 
     Raises:
         TypeError: another kind of network.
@@ -52,13 +50,13 @@ class Autoencoder(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         if not isinstance(network, NETWORKS):
-            known = ", ".join(kind.__name__ for kind in NETWORKS)
-            raise TypeError(f"{type(network).__name__} is not one of {known}")
+            names = ", ".join(kind.__name__ for kind in NETWORKS)
+            raise TypeError(f"{type(network).__name__} is not one of {names}")
         self.network = network
         self.factor, self.channels = latent_sizes(type(network).__name__, dict(self.network.config))
 
     def encode(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B c h w"]:
-        """The latent of an image in [-1, 1]; its sides are multiples of `factor`."""
+        """Return the latent of an image in [-1, 1]; its sides are multiples of `factor`."""
         if isinstance(self.network, LightAutoencoder):
             return self.network.encode(image.to(self.network.dtype)).to(image.dtype)
         encoded = self.network.encode(image.to(self.network.dtype), return_dict=False)[0]
@@ -69,7 +67,7 @@ class Autoencoder(nn.Module):
         return latent.to(image.dtype)
 
     def decode(self, latent: Float[Tensor, "B c h w"]) -> Float[Tensor, "B 3 H W"]:
-        """The image of a latent, about in [-1, 1], not clamped."""
+        """Return the image of a latent, about in [-1, 1], not clamped."""
         if isinstance(self.network, LightAutoencoder):
             return self.network.decode(latent.to(self.network.dtype)).to(latent.dtype)
         scale, shift = self._affine()
@@ -85,9 +83,9 @@ class Autoencoder(nn.Module):
     def quantise(
         self, latent: Float[Tensor, "B c h w"]
     ) -> tuple[Float[Tensor, "B c h w"], Int[Tensor, "B h w"]]:
-        """The nearest code of each cell of a VQ latent, and its index.
+        """Return the nearest code of each cell of a VQ latent, and its index.
 
-        The value is the code, the derivative that of the identity.
+        The derivative is that of the identity (straight-through).
 
         Raises:
             TypeError: the network has no codebook.
@@ -102,15 +100,15 @@ class Autoencoder(nn.Module):
         return latent + (nearest - latent).detach(), index
 
     def _affine(self) -> tuple[float, float]:
-        """Scale and shift that the network's config puts between it and the latent."""
-        if isinstance(self.network, VQModel):  # released code: scale 1.0, whatever the config says
+        """Return scale and shift of latents by the network's config."""
+        if isinstance(self.network, VQModel):  # the released code ignores its config: 1.0
             return 1.0, 0.0
         config: Any = self.network.config
         return config.scaling_factor or 1.0, config.shift_factor or 0.0
 
 
 def latent_sizes(kind: str, config: dict[str, Any]) -> tuple[int, int]:
-    """Pixels per latent cell along one side, and latent channels, of a network's config."""
+    """Return pixels per latent cell along one side, and latent channels, by a network's config."""
     if kind == "LightAutoencoder":
         return config["factor"], config["latent_channels"]
     levels = config[
@@ -123,17 +121,17 @@ def latent_sizes(kind: str, config: dict[str, Any]) -> tuple[int, int]:
 
 
 def vq_f4(codes: int = 8192) -> VQModel:
-    """Latent Diffusion's VQ-f4 (3 channels, 55,322,782 parameters) with fresh weights."""
+    """Build Latent Diffusion's VQ-f4 (3 channels, 55,322,782 parameters) with random weights."""
     return vq((128, 256, 512), layers=2, codes=(codes, 3))
 
 
 def vq(channels: tuple[int, ...], layers: int, codes: tuple[int, int], z: int = 3) -> VQModel:
-    """A VQ autoencoder of Latent Diffusion's kind.
+    """Build a VQ autoencoder of Latent Diffusion's architecture.
 
     Args:
         channels: width of each level, finest first.
         layers: residual blocks per level (one more in the decoder).
-        codes: size of the codebook, and width of a code.
+        codes: number and width of codes.
         z: channels between encoder and quantiser.
     """
     return VQModel(
@@ -149,13 +147,9 @@ def vq(channels: tuple[int, ...], layers: int, codes: tuple[int, int], z: int = 
 
 
 def kl(channels: tuple[int, ...], layers: int, latent: int, scale: float) -> AutoencoderKL:
-    """A KL autoencoder of Latent Diffusion's kind.
+    """Build a KL autoencoder of Latent Diffusion's architecture; arguments as of `vq`.
 
-    Args:
-        channels: width of each level, finest first.
-        layers: residual blocks per level (one more in the decoder).
-        latent: latent channels.
-        scale: what the mean is multiplied by (0.18215 in Stable Diffusion).
+    `scale` multiplies the mean (0.18215 in Stable Diffusion).
     """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),

@@ -1,10 +1,10 @@
-"""A bundle: a folder in the diffusers layout that holds everything needed to sample.
+"""A bundle: a folder in the diffusers layout with all networks that sampling needs.
 
     model_index.json  vae/ unet/ scheduler/ summarizer/ cdm/ prior/ controlnet/
-                      (each config.json + safetensors; diffusers loads its own as they are)
+                      (each config.json + safetensors; diffusers loads its own classes unchanged)
 
-Training adds parts one after the other; `model_index.json` lists those that are whole and
-carries the facts: patch side, encoder, licences, configs, digests. Loading names what is missing.
+Trainings add parts one by one. `model_index.json` lists the complete parts, and facts: patch side,
+encoder, licences, configs, digests.
 """
 
 from __future__ import annotations
@@ -39,19 +39,18 @@ TRAINED_ON = {
     "cdm": ("summarizer",),
     "controlnet": ("unet", "summarizer"),
 }
-"""By trained model, the parts that it was trained on; its facts tell their digest as `on`."""
+"""By model, the parts that it was trained on; its facts contain their digest as `on`."""
 MAIN_PART = {"ldm": "unet", **{name: name for name in ("vae_small", "cdm", "prior", "controlnet")}}
-"""By trained model, the part that it is known by."""
-_MAKING = ".part-"
-"""How the folders begin in which parts are made; a killed run leaves one behind."""
+"""By model, its main part."""
+_TEMPORARY = ".part-"
+"""Prefix of temporary folders; a killed process leaves one behind."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """The parts in evaluation mode on one device, and the facts that sampling plans with.
+    """The parts in evaluation mode on one device, and the facts that sampling needs.
 
-    `summarizer` is any conditioner (`models/conditioner.py`); the parts that a bundle does not have
-    are None.
+    `summarizer` is any conditioner (`models/conditioner.py`); missing parts are None.
     """
 
     vae: Any
@@ -68,12 +67,12 @@ class Bundle:
     base_mpp: float | None = None
 
     def denoiser(self) -> Denoiser:
-        """The U-Net as a denoiser."""
+        """Return the U-Net as a denoiser."""
         return NetworkDenoiser(self.unet, self.schedule)
 
 
 def default_device() -> str:
-    """`cuda` where this process may use a GPU (Ray hides those it was not given), else `cpu`."""
+    """Return `cuda` if this process may use a GPU (Ray hides the others), else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -83,66 +82,66 @@ def save(
     facts: dict[str, Any],
     schedule: Schedule | None = None,
 ) -> None:
-    """Write parts and facts into a bundle, new or begun, part by part.
+    """Write parts and facts into a bundle, which need not exist yet.
 
-    Before anything is replaced the index ceases to list it; each part is listed again as soon as
-    it is whole, so whoever opens the bundle meanwhile, or after a kill, finds parts that belong
-    together or is told which are missing. What a killed run left is removed. An older format is
-    brought up to date first; other processes that save wait.
+    A part is removed from the index before it is replaced and listed again when it is complete, so
+    a reader, also after a kill, gets parts that fit together or an error that names the missing
+    ones. Leftovers of killed processes are removed, an older format is upgraded first, and other
+    processes that save wait.
 
     Args:
         folder: a local folder or a URL such as `s3://bucket/bundle`.
-        parts: some of `PARTS` by name.
-        facts: merged into what the bundle knows: patch side, encoder, licence, trainings.
-        schedule: the U-Net's; the published one if left out.
+        parts: by name, some of `PARTS`.
+        facts: merged into those of the bundle: patch side, encoder, licence, trainings.
+        schedule: of the U-Net; the published one by default.
 
     Raises:
-        UserError: an unknown part, one that is not finite, a file in the folder's place, or a
+        UserError: an unknown part, one that is not finite, a file at the folder's path, or a
             damaged bundle. Nothing is replaced then.
     """
     for name, part in parts.items():
         weights.check_finite(part.state_dict(), f"{storage.join(folder, name)} is not written")
-    near = _begun(folder, parts.keys())
+    local = _prepare_folder(folder, parts.keys())
     if "unet" in parts:
-        walk = DDIMScheduler(**_scheduler_config(schedule or Schedule()))
-        parts = {"scheduler": walk, **parts}  # first: a U-Net never stands without its own
+        scheduler = DDIMScheduler(**_scheduler_config(schedule or Schedule()))
+        parts = {"scheduler": scheduler, **parts}  # first: a U-Net needs its own
     with saving(folder):
-        _save(folder, parts, facts, near)
+        _save(folder, parts, facts, local)
 
 
-def _save(folder: str, parts: dict[str, Any], facts: dict[str, Any], near: str | None) -> None:
-    for left in Path(near).glob(f"{_MAKING}*") if near else ():
-        shutil.rmtree(left, ignore_errors=True)
-    index, before = _without(folder, parts.keys())
+def _save(folder: str, parts: dict[str, Any], facts: dict[str, Any], local: str | None) -> None:
+    for leftover in Path(local).glob(f"{_TEMPORARY}*") if local else ():
+        shutil.rmtree(leftover, ignore_errors=True)
+    index, before = _unlist(folder, parts.keys())
     digests = dict(before.get("digests", {}))
-    known = {**before, **facts, "format": files.FORMAT, "digests": digests}
+    facts = {**before, **facts, "format": files.FORMAT, "digests": digests}
     for name, part in parts.items():
         part = part.network if isinstance(part, Autoencoder) else part
-        digests[name] = _put(part, storage.join(folder, name), near)
+        digests[name] = _write_part(part, storage.join(folder, name), local)
         index[name] = files.index_entry(part)
-        files.write_index(folder, index, known)
+        files.write_index(folder, index, facts)
     if not parts:
-        files.write_index(folder, index, known)
+        files.write_index(folder, index, facts)
 
 
-def _without(folder: str, names: Set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The index and the facts of a bundle that ceases to list some parts and their digests."""
+def _unlist(folder: str, names: Set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Remove parts and their digests from the index; return index and facts."""
     index = files.upgrade(folder, names)
-    known = index.pop("raylarge", {})
-    digests = known.get("digests", {})
+    facts = index.pop("raylarge", {})
+    digests = facts.get("digests", {})
     if names & (index.keys() | digests.keys()):
         for name in names:
             index.pop(name, None)
             digests.pop(name, None)
-        files.write_index(folder, index, known)
-    return index, known
+        files.write_index(folder, index, facts)
+    return index, facts
 
 
-def _begun(folder: str, names: Set[str]) -> str | None:
-    """Make a folder, and return its local path, if it has one.
+def _prepare_folder(folder: str, names: Set[str]) -> str | None:
+    """Create a folder and return its local path; None for a URL.
 
     Raises:
-        UserError: parts that no bundle has, or a file in the folder's place.
+        UserError: unknown parts, or a file at the folder's path.
     """
     unknown = sorted(names - PARTS.keys())
     if unknown:
@@ -151,32 +150,30 @@ def _begun(folder: str, names: Set[str]) -> str | None:
         )
     if not storage.is_local(folder):
         return None
-    near = storage.absolute(folder)
+    local = storage.absolute(folder)
     try:
-        Path(near).mkdir(parents=True, exist_ok=True)
+        Path(local).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(
-            f"{folder} cannot be a bundle: a file stands there; name a folder."
-        ) from error
-    return near
+        raise UserError(f"{folder} cannot be a bundle: it is a file; name a folder.") from error
+    return local
 
 
-def _put(part: Any, target: str, near: str | None) -> str:
-    """Write a part in the place of another; its digest, taken before it leaves this machine."""
-    with tempfile.TemporaryDirectory(dir=near, prefix=_MAKING) as folder:
-        made = Path(folder, "part")
-        made.mkdir()
+def _write_part(part: Any, target: str, local: str | None) -> str:
+    """Write or replace a part; return its digest, computed before any upload."""
+    with tempfile.TemporaryDirectory(dir=local, prefix=_TEMPORARY) as folder:
+        source = Path(folder, "part")
+        source.mkdir()
         try:
-            part.save_pretrained(made)
-        except SafetensorError as error:  # its own for a disk that is full
+            part.save_pretrained(source)
+        except SafetensorError as error:  # such as a full disk
             raise UserError(
                 f"{target} could not be written ({error}); make room, then run the same again."
             ) from error
-        files.remove_load_path(str(made))
-        for path in made.iterdir():  # safetensors lets only the owner read what it writes
-            path.chmod(made.stat().st_mode & 0o666)
-        digest = files.computed_digest(str(made))
-        storage.put_folder(made, target)
+        files.remove_load_path(str(source))
+        for path in source.iterdir():  # safetensors writes files that only their owner may read
+            path.chmod(source.stat().st_mode & 0o666)
+        digest = files.computed_digest(str(source))
+        storage.put_folder(source, target)
     return digest
 
 
@@ -186,18 +183,18 @@ def load(
     dtype: torch.dtype = torch.float32,
     without: Set[str] = frozenset(),
 ) -> Bundle:
-    """A whole bundle.
+    """Load a complete bundle.
 
     Args:
         folder: a local folder, a URL such as `s3://bucket/bundle`, or a hub id `owner/name`.
-        device: where the parts go; in half precision or on a GPU they are channels-last.
-        dtype: of the networks; a tiny autoencoder stays in float32 (`Autoencoder` says why).
-        without: parts that are left out, whatever is the matter with them.
+        device: of the parts; in half precision or on a GPU they are channels-last.
+        dtype: of the networks; a tiny autoencoder stays in float32 (see `Autoencoder`).
+        without: parts to leave out, even if damaged.
 
     Raises:
-        UserError: no bundle there, one of a newer format, parts that were not trained yet, or
-            on other parts than there are now, a damaged file (which it names), or tensors that
-            are missing or unknown.
+        UserError: no bundle there, one of a newer format, parts that are missing or were trained
+            on others than the bundle has now, a damaged file, or tensors that are missing or
+            unexpected.
     """
     folder = files.resolve(folder)
     index = files.read_index(folder)
@@ -221,55 +218,56 @@ def load(
 
 
 def _check(folder: str, index: dict[str, Any], without: Set[str]) -> None:
-    """Refuse a bundle that is not whole, or whose parts do not belong together."""
+    """Raise if a bundle is incomplete, or if its parts do not fit together."""
     missing = [name for name in REQUIRED if name not in index]
     if missing:
         raise UserError(
             f"the bundle {folder} lacks {', '.join(missing)}; train it with "
             f"python jobs/train.py model={'vae' if 'vae' in missing else 'ldm'} out={folder}."
         )
-    if problems := [said for name, said in mismatched_parts(folder).items() if name not in without]:
-        raise UserError(problems[0])
+    for name, message in mismatched_parts(folder).items():
+        if name not in without:
+            raise UserError(message)
 
 
 def mismatched_parts(folder: str) -> dict[str, str]:
-    """By part, what is to be said of those that were trained on others than there are now."""
+    """Return, by name, messages on parts that were trained on other parts than those present."""
     index = files.read_index(folder) if files.exists(folder) else {}
-    known, said = index.get("raylarge", {}), {}
-    for model, ground in TRAINED_ON.items():
-        its, part = known.get(model), MAIN_PART[model]
-        on = its.get("on") if isinstance(its, dict) else None
-        if not on or part not in index or not index.keys() >= set(ground):
+    facts, messages = index.get("raylarge", {}), {}
+    for model, bases in TRAINED_ON.items():
+        training, part = facts.get(model), MAIN_PART[model]
+        on = training.get("on") if isinstance(training, dict) else None
+        if not on or part not in index or not index.keys() >= set(bases):
             continue
-        if on != digest(folder, ground):
-            said[part] = (
-                f"{part} in {folder} was trained on another {' and '.join(ground)} than there "
-                f"is now; bring the old back, or train it again after removing "
+        if on != digest(folder, bases):
+            messages[part] = (
+                f"{part} in {folder} was trained on another {' and '.join(bases)} than there "
+                f"is now; restore the old one, or train it again after removing "
                 f"{storage.join(folder, '.train', model)}."
             )
-    return said
+    return messages
 
 
 def _codecs(folder: str, parts: dict[str, Any]) -> dict[str, Autoencoder]:
-    """The autoencoder, and the small one where there is one, which must have the same latent.
+    """Return the autoencoder, and the small one if there is one.
 
     Raises:
-        UserError: it has another factor or other channels.
+        UserError: the small one has another factor or other channels.
     """
-    found = {
+    codecs = {
         name: Autoencoder(parts[name]) for name in ("vae", "vae_small") if parts[name] is not None
     }
-    wanted, *given = ((codec.factor, codec.channels) for codec in found.values())
-    if given not in ([], [wanted]):
+    size, *small = ((codec.factor, codec.channels) for codec in codecs.values())
+    if small not in ([], [size]):
         raise UserError(
-            f"{storage.join(folder, 'vae_small')} has factor and channels {given[0]}, the "
-            f"bundle's vae {wanted}; distil one from that vae, or take it out of {files.INDEX}."
+            f"{storage.join(folder, 'vae_small')} has factor and channels {small[0]}, the "
+            f"bundle's vae {size}; distil one from that vae, or remove it from {files.INDEX}."
         )
-    return found
+    return codecs
 
 
 def load_autoencoder(folder: str) -> Any:
-    """The autoencoder alone, on the CPU, with `digest` naming its weights.
+    """Load only the autoencoder, on the CPU; its attribute `digest` names its weights.
 
     Raises:
         UserError: no bundle at the path, or no trained autoencoder in it.
@@ -286,10 +284,10 @@ def load_autoencoder(folder: str) -> Any:
 
 
 def patch_of(folder: str) -> Patch:
-    """What the networks see, read from the configs alone.
+    """Return the sizes of patches and latents, from the configs alone.
 
     Raises:
-        UserError: no bundle at the path, or one that does not tell it.
+        UserError: no bundle at the path, or one without them.
     """
     side_px = files.read_index(folder)["raylarge"].get("patch_px")
     if not isinstance(side_px, int) or side_px < 1:
@@ -308,12 +306,12 @@ def patch_of(folder: str) -> Patch:
 
 
 def facts(folder: str) -> dict[str, Any]:
-    """What a bundle knows about itself beside its weights; empty where there is none yet."""
+    """Return the facts of a bundle; empty if there is no bundle."""
     return dict(files.read_index(folder).get("raylarge", {})) if files.exists(folder) else {}
 
 
 _SQUAREDCOS = ("squaredcos", "squaredcos_cap_v2")
-"""Ours and diffusers' name of one schedule; they share the others."""
+"""Our and diffusers' name of the one schedule that is named differently."""
 
 
 def _schedule(folder: str) -> Schedule:
@@ -321,22 +319,22 @@ def _schedule(folder: str) -> Schedule:
     values = storage.read_json(path)
     try:
         name = values["beta_schedule"]
-        made = Schedule(
+        schedule = Schedule(
             name=_SQUAREDCOS[0] if name == _SQUAREDCOS[1] else name,
             length=values["num_train_timesteps"],
             beta_start=values["beta_start"],
             beta_end=values["beta_end"],
             prediction=values["prediction_type"],
         )
-        if len(made.abar) < 2:
-            raise ValueError(f"{made.length} timesteps")
+        if len(schedule.abar) < 2:
+            raise ValueError(f"{schedule.length} timesteps")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{path} describes no schedule that raylarge knows ({error}); give it beta_schedule "
+            f"{path} describes no schedule that raylarge supports ({error}); give it beta_schedule "
             f"scaled_linear, linear or {_SQUAREDCOS[1]}, and prediction_type epsilon, "
             f"v_prediction or sample."
         ) from error
-    return made
+    return schedule
 
 
 def _scheduler_config(schedule: Schedule) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Processes that save into one bundle take turns, so that none writes out another's parts."""
+"""A lock for saving into a bundle, so that concurrent trainings do not overwrite its index."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from pathlib import Path
 from raylarge import storage
 
 SAVING_S = 1800.0
-"""How long one process waits for others to save their parts."""
-_LOOK_S, _FOLDER = 0.2, ".saving"
+"""Longest wait for other processes to save their parts."""
+_POLL_S, _FOLDER = 0.2, ".saving"
 
 
 @contextmanager
 def saving(folder: str) -> Iterator[None]:
-    """Let one process at a time save into a bundle; wait for others for SAVING_S.
+    """Hold the lock for saving into a bundle; wait up to SAVING_S for other processes.
 
-    Two models that are trained into one bundle would else write each other's parts out of its
-    index. The folder below is locked, as a command may hold the lock of the bundle itself.
+    The lock is on a folder inside, since a command may already have locked the bundle itself.
 
     Raises:
-        InUse: another process does not come to an end.
+        InUse: another process still saves.
     """
-    until = time.monotonic() + SAVING_S
+    deadline = time.monotonic() + SAVING_S
     with ExitStack() as stack:
         while True:
             try:
                 stack.enter_context(storage.exclusive(storage.join(folder, _FOLDER), "saving"))
                 break
             except storage.InUse:
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         yield
-    if storage.is_local(folder):  # a killed process leaves it
-        with suppress(OSError):  # another process waits for its turn
+    if storage.is_local(folder):  # may be left by a killed process
+        with suppress(OSError):  # another process uses it
             Path(storage.absolute(folder), _FOLDER).rmdir()

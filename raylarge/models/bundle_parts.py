@@ -1,10 +1,9 @@
-"""A bundle's files: its index, its parts, its format's history.
+"""The files of a bundle: its index, the configs and weights of its parts, older formats.
 
     model_index.json: {"vae": ["diffusers", "VQModel"], …, "raylarge": {facts, "format": 2}}
 
-Weights are safetensors only, on a disk or in S3, in one file or in several; a part is loaded
-whole or not at all. A bundle of an older format is brought up to date while it is read, and
-for good before a part is added to it.
+Weights are safetensors in one or several files, on a disk or in S3. A bundle of an older format is
+converted in memory while it is read, and on disk before a part is added to it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, VQModel
 from safetensors import SafetensorError
-from safetensors.torch import load as tensors_of
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,36 +50,36 @@ PARTS: dict[str, dict[str, Any]] = {
     "prior": {"GridPrior": GridPrior},
     "controlnet": {"ControlNetModel": ControlNetModel},
 }
-"""Which classes a part may be of, by the name that the index gives them."""
+"""Possible classes of each part, by their names in the index."""
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PATH_KEYS = ("data", "out", "logs")
-"""Keys of a training that say where things lay, and nothing about its result."""
+"""Keys of a training that are local paths and say nothing about its result."""
 CONFIGS = {"scheduler": "scheduler_config.json"}
-"""What stands beside the parts and has no weights."""
+"""Config files of folders without weights."""
 
 
 def exists(folder: str) -> bool:
-    """Whether a bundle, whole or begun, stands at a path or URL."""
+    """Return whether there is a bundle, complete or not, at a path or URL."""
     return storage.exists(storage.join(folder, INDEX))
 
 
 def resolve(folder: str) -> str:
-    """A folder or URL as it is; a hub id `owner/name` as the folder of its download.
+    """Return the local folder of a hub id `owner/name`, and any other folder or URL unchanged.
 
     Raises:
-        UserError: the hub cannot be reached, or has no such bundle.
+        UserError: the hub is unreachable, or has no such bundle.
     """
     if exists(folder) or not hub.is_repo_id(folder) or storage.exists(folder):
         return folder
-    told = "there is no such folder either: copy the bundle to a disk and give its path."
+    cure = "there is no such folder either: copy the bundle to a disk and give its path."
     patterns = ("*.json", "*.safetensors")
-    return str(hub.fetch(folder, (INDEX,), told, beside=patterns, whole=_whole).parent)
+    return str(hub.fetch(folder, (INDEX,), cure, patterns, _is_complete).parent)
 
 
-def _whole(marker: Path) -> bool:
-    """Whether every file that a downloaded index asks for has come."""
+def _is_complete(marker: Path) -> bool:
+    """Return whether every file that a downloaded index needs is there."""
     folder = str(marker.parent)
     try:
         listed = read_index(folder)
@@ -96,7 +95,7 @@ def _whole(marker: Path) -> bool:
 
 
 def read_index(folder: str) -> dict[str, Any]:
-    """A bundle's index, of today's format.
+    """Read a bundle's index.
 
     Raises:
         UserError: no bundle at the path, one of a newer format, or a damaged index.
@@ -107,78 +106,77 @@ def read_index(folder: str) -> dict[str, Any]:
             f"there is no bundle at {folder} (no model_index.json); give the folder that "
             f"python jobs/train.py wrote as out=, or run make demo for a small one."
         )
-    found = _mapping(path)
-    known = found.get("raylarge", {})
-    version = known.get("format", 0) if isinstance(known, dict) else known
+    index = _read_mapping(path)
+    facts = index.get("raylarge", {})
+    version = facts.get("format", 0) if isinstance(facts, dict) else facts
     if not isinstance(version, int) or not 1 <= version <= FORMAT:
         raise UserError(
             f"{path}: the bundle has format {version}, this raylarge reads 1 to {FORMAT}; "
             f"install the version of raylarge that wrote it, or a newer one."
         )
-    return found
+    return index
 
 
 def class_name(folder: str, name: str) -> str:
-    """The class of a part that the index lists.
+    """Return the class name of a part that the index lists.
 
     Raises:
-        UserError: none that a bundle holds.
+        UserError: a class that this part cannot have.
     """
-    found = read_index(folder)[name]
-    named = found[1] if isinstance(found, list) and len(found) == 2 else found
-    known = list(PARTS[name])
-    if named not in known:
+    entry = read_index(folder)[name]
+    class_ = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+    if class_ not in list(PARTS[name]):
         path = storage.join(folder, INDEX)
-        raise UserError(f"{path}: {name} is a {named}; expected {', '.join(known)}.")
-    return str(named)
+        raise UserError(f"{path}: {name} is a {class_}; expected {', '.join(PARTS[name])}.")
+    return str(class_)
 
 
-def write_index(folder: str, entries: dict[str, Any], known: dict[str, Any]) -> None:
-    """Write the list of parts and the facts, without paths of this machine, atomically."""
-    facts = {name: _without_places(value) for name, value in known.items()}
-    storage.write_json(storage.join(folder, INDEX), {**entries, "raylarge": facts})
+def write_index(folder: str, entries: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write the list of parts and the facts, without local paths, atomically."""
+    public = {name: _without_paths(value) for name, value in facts.items()}
+    storage.write_json(storage.join(folder, INDEX), {**entries, "raylarge": public})
 
 
-def _without_places(facts: Any) -> Any:
-    """Return the facts of a training without where its data lay; others as they are."""
+def _without_paths(facts: Any) -> Any:
+    """Return the facts of a training without local paths; other facts unchanged."""
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
         return facts
-    kept = {key: value for key, value in facts["config"].items() if key not in PATH_KEYS}
-    return {**facts, "config": storage.without_places(kept)}
+    config = {key: value for key, value in facts["config"].items() if key not in PATH_KEYS}
+    return {**facts, "config": storage.without_places(config)}
 
 
-def upgrade(folder: str, beside: Collection[str]) -> dict[str, Any]:
-    """Bring a bundle's files to today's format, and give its index; {} where there is none.
+def upgrade(folder: str, replaced: Collection[str]) -> dict[str, Any]:
+    """Convert a bundle's files to the current format and return its index; {} if there is none.
 
-    Configs are rewritten under the old format, which reads them as well, before the index says
-    the new one: a killed run leaves a bundle that means the same, and can be run again.
+    Configs are rewritten first, since the old format reads the new ones; the index follows. An
+    interrupted conversion leaves a valid bundle and can be repeated.
 
     Args:
-        folder: of the bundle, whole or begun.
-        beside: parts that are about to be replaced, and are left alone.
+        folder: of the bundle, complete or not.
+        replaced: parts that are about to be replaced; not converted.
 
     Raises:
         UserError: as `read_index`, or a damaged config.
     """
-    found = read_index(folder) if exists(folder) else {}
-    known = found.get("raylarge", {})
-    if known.get("format", FORMAT) == FORMAT:
-        return found
-    digests = known.setdefault("digests", {})
-    for name in [name for name in PARTS if name in found and name not in beside]:
+    index = read_index(folder) if exists(folder) else {}
+    facts = index.get("raylarge", {})
+    if facts.get("format", FORMAT) == FORMAT:
+        return index
+    digests = facts.setdefault("digests", {})
+    for name in [name for name in PARTS if name in index and name not in replaced]:
         path, values = storage.join(folder, name, "config.json"), read_config(folder, name)
         if values != storage.read_json(path):
             if digests.pop(name, None):
-                write_index(folder, found, known)
+                write_index(folder, index, facts)
             storage.write_json(path, values)
             digests[name] = computed_digest(storage.join(folder, name))
-    known["format"] = FORMAT
-    write_index(folder, found, known)
-    return found
+    facts["format"] = FORMAT
+    write_index(folder, index, facts)
+    return index
 
 
 def index_entry(part: Any) -> list[str]:
-    """How the index names a part's class: diffusers' own where diffusers can load it."""
+    """Return [library, class] of a part for the index; diffusers where it can load the part."""
     if isinstance(part, UNet):
         return ["diffusers", "UNet2DConditionModel"]
     library = "diffusers" if type(part).__module__.startswith("diffusers") else "raylarge"
@@ -186,142 +184,141 @@ def index_entry(part: Any) -> list[str]:
 
 
 def read_config(folder: str, name: str) -> dict[str, Any]:
-    """A part's config, of today's format.
+    """Return a part's config, converted to the current format.
 
     Raises:
-        UserError: there is none, or a damaged one.
+        UserError: a missing or damaged config.
     """
-    values = _mapping(storage.join(folder, name, "config.json"))
-    values.pop("_name_or_path", None)  # where diffusers once loaded the part from
+    values = _read_mapping(storage.join(folder, name, "config.json"))
+    values.pop("_name_or_path", None)  # the path from which diffusers loaded the part
     for version in range(int(read_index(folder)["raylarge"]["format"]), FORMAT):
         values = _MIGRATIONS[version](name, values)
     return values
 
 
 def load_part(folder: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A part with its weights, in evaluation mode, on the CPU; tiny autoencoders in float32.
+    """Load a part in evaluation mode, on the CPU; tiny autoencoders in float32.
 
     Raises:
-        UserError: a class that no bundle holds, a damaged file, tensors that are missing or
-            unknown, or values that are NaN, infinite, or too large for the precision.
+        UserError: an unknown class, a damaged file, missing or unexpected tensors, or values that
+            are NaN, infinite, or too large for the precision.
     """
-    made = PARTS[name][class_name(folder, name)]
+    class_ = PARTS[name][class_name(folder, name)]
     with torch.device("meta"):
-        module = made.from_config(read_config(folder, name))
-    filled = weights.fill(module, _tensors(folder, name), f"{folder}: {name}")
-    dtype = torch.float32 if isinstance(filled, AutoencoderTiny) else dtype
-    nn.Module.to(filled, dtype)  # diffusers' own `to` warns of what does not concern it
-    if dtype == torch.float32:  # `fill` has looked at the values
-        return filled
-    large = [name for name, value in filled.state_dict().items() if not weights.is_finite(value)]
+        network = class_.from_config(read_config(folder, name))
+    part = weights.fill(network, _tensors(folder, name), f"{folder}: {name}")
+    dtype = torch.float32 if isinstance(part, AutoencoderTiny) else dtype
+    nn.Module.to(part, dtype)  # diffusers' own `to` may warn
+    if dtype == torch.float32:  # `fill` has checked the values
+        return part
+    large = [name for name, value in part.state_dict().items() if not weights.is_finite(value)]
     if large:
         raise UserError(
             f"{folder}: {name}: values of {large[0]} are too large for "
             f"{str(dtype).removeprefix('torch.')}; choose dtype=bfloat16 or float32."
         )
-    return filled
+    return part
 
 
 def digest(folder: str, names: tuple[str, ...] = ()) -> str:
-    """A short name for weights and configurations, wherever they lie.
+    """Return a short hash of weights and configs, independent of their location.
 
     Args:
         folder: of the bundle.
-        names: the parts that are meant: the name of LATENTS is that of `("vae",)`. Left out it
-            is the whole bundle, with its schedule and the side of its patches.
+        names: parts to hash; LATENTS are named by `("vae",)`. By default the whole bundle, with
+            its schedule and patch side.
 
     Raises:
         UserError: no bundle, a part that it does not list, or one without files.
     """
     folder = resolve(folder)
-    found = read_index(folder)
-    known = found["raylarge"]
-    lacking = [name for name in names if name not in found]
-    if lacking:
-        raise UserError(f"the bundle {folder} lacks {', '.join(lacking)}; train it first.")
-    each = {
-        name: known.get("digests", {}).get(name) or computed_digest(storage.join(folder, name))
+    index = read_index(folder)
+    facts = index["raylarge"]
+    if missing := [name for name in names if name not in index]:
+        raise UserError(f"the bundle {folder} lacks {', '.join(missing)}; train it first.")
+    digests = {
+        name: facts.get("digests", {}).get(name) or computed_digest(storage.join(folder, name))
         for name in names or (*PARTS, *CONFIGS)
-        if name in found
+        if name in index
     }
     if names:
-        return storage.digest(*(each[name].encode() for name in names))
-    return storage.digest(json.dumps([each, known.get("patch_px")], sort_keys=True).encode())
+        return storage.digest(*(digests[name].encode() for name in names))
+    return storage.digest(json.dumps([digests, facts.get("patch_px")], sort_keys=True).encode())
 
 
 def computed_digest(folder: str) -> str:
-    """The short name of one part, from the files in its folder; read in pieces.
+    """Return the hash of the files in the folder of a part, read in pieces.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no files.
     """
     names = sorted(storage.sizes(folder))
     if not names:
-        raise UserError(f"{folder} holds no files: the bundle is incomplete; copy it whole.")
+        raise UserError(f"{folder} contains no files: the bundle is incomplete; copy it whole.")
     return storage.digest_pieces(
         piece for name in names for piece in _content(storage.join(folder, name))
     )
 
 
 def remove_load_path(folder: str) -> None:
-    """Remove from a part's config where diffusers loaded it from, a path of this machine."""
+    """Remove the local path from which diffusers loaded a part from its config."""
     for path in storage.children(folder, "*.json"):
-        values = _mapping(path)
+        values = _read_mapping(path)
         if values.pop("_name_or_path", None) is not None:
             storage.write_json(path, values)
 
 
 def _content(path: str) -> Iterator[bytes]:
-    """A file without what tells where it was loaded from."""
+    """Yield the content of a file, without a local path in its config."""
     if not path.endswith(".json"):
         yield from storage.pieces(path)
         return
-    values = _mapping(path)
+    values = _read_mapping(path)
     values.pop("_name_or_path", None)
     yield json.dumps(values, sort_keys=True).encode()
 
 
-def _mapping(path: str) -> dict[str, Any]:
+def _read_mapping(path: str) -> dict[str, Any]:
     values = storage.read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no names and values; copy the bundle again.")
+        raise UserError(f"{path} is no JSON object; copy the bundle again.")
     return values
 
 
 def _files(folder: str, name: str) -> list[str]:
-    """Where a part's tensors are; all of them, there or not."""
-    several = storage.join(folder, name, f"{WEIGHTS}.index.json")
+    """Return the paths of a part's weights, whether they exist or not."""
+    shards = storage.join(folder, name, f"{WEIGHTS}.index.json")
     names = [WEIGHTS]
-    if storage.exists(several):
-        told = _mapping(several).get("weight_map")
-        if not isinstance(told, dict):
-            raise UserError(f"{several} has no weight_map; copy the bundle again.")
-        names = sorted(set(told.values()))
+    if storage.exists(shards):
+        weight_map = _read_mapping(shards).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{shards} has no weight_map; copy the bundle again.")
+        names = sorted(set(weight_map.values()))
     return [storage.join(folder, name, file) for file in names]
 
 
 def _tensors(folder: str, name: str) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in _files(folder, name):
         if not storage.exists(path):
             raise UserError(f"{path} does not exist: the bundle is incomplete; copy it whole.")
         try:
             if storage.is_local(path):
-                found |= load_file(path.removeprefix("file://"))
+                tensors |= load_file(path.removeprefix("file://"))
             else:
-                found |= tensors_of(storage.read_bytes(path))
+                tensors |= load_bytes(storage.read_bytes(path))
         except SafetensorError as error:
             raise UserError(
                 f"{path} is not readable as safetensors ({error}): it is damaged or cut short; "
                 f"copy the bundle again."
             ) from error
-    return found
+    return tensors
 
 
 def _from_1(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 knew no learned variance."""
+    """Add `learn_sigma`, which format 1 did not have."""
     return {"learn_sigma": False, **values} if name == "cdm" else values
 
 
 _MIGRATIONS: dict[int, Callable[[str, dict[str, Any]], dict[str, Any]]] = {1: _from_1}
-"""From each format to the next; a config that is of the next already comes back as it is."""
+"""By format, the conversion to the next; it leaves configs of the next unchanged."""

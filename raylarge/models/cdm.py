@@ -1,8 +1,8 @@
-"""The conditioning diffusion model (CDM): a diffusion transformer over the 65 tokens.
+"""The conditioning diffusion model (CDM): a diffusion transformer that draws Summarizer tokens.
 
-It draws Summarizer outputs for a scale, so that sampling needs no real image: x_0-prediction
-on the squared-cosine schedule, adaLN-zero blocks. Source: ZoomLDM, section 3.1 and S3.1; DiT
-(Peebles & Xie 2023), whose parameter names it keeps.
+It generates the tokens of a scale, so that sampling needs no real image: x_0-prediction on the
+squared-cosine schedule, adaLN-zero blocks. Source: ZoomLDM, section 3.1 and S3.1; DiT (Peebles &
+Xie 2023), whose parameter names are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from raylarge.errors import UserError
 
 
 def sinusoid(t: Num[Tensor, "B"], width: int, sine_first: bool) -> Float[Tensor, "B width"]:
-    """Sinusoidal embedding with periods up to 10,000; DiT's positions put the sines first."""
+    """Return a sinusoidal embedding with periods up to 10,000; DiT's positions put sines first."""
     half = width // 2
     exact = t if t.is_floating_point() else t.float()
     rates = torch.exp(-math.log(10000.0) * torch.arange(half).to(exact) / half)
@@ -63,7 +63,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class _AdaLNBlock(nn.Module):
-    """A transformer block modulated by (timestep, scale), the identity at the start."""
+    """A transformer block modulated by (timestep, scale); initially the identity."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -95,12 +95,14 @@ class _Final(nn.Module):
 class CDM(ModelMixin, ConfigMixin):
     """Predicts clean tokens from noisy ones, a timestep and a scale (DiT-B as published).
 
-    With `learn_sigma`, as published, a second half of the output channels interpolates the
-    variance's logarithm; only the training loss reads it. `hidden` is the width inside the
-    blocks' perceptrons; 0 is four times `width`. `standardised` (ours): it works in units in
-    which every value of a scale's tokens has mean 0 and deviation 1, set by `standardise`. Raw
-    tokens, as published, may differ in variance between scales (18 times in a young model), and
-    the loss follows the loudest.
+    Args:
+        channels: width of a token.
+        learn_sigma: a second half of the output channels interpolates the logarithm of the
+            variance, as published; only the training loss uses it.
+        hidden: width inside the blocks' MLPs; 0 is four times `width`.
+        standardised: work in units in which every value of a scale's tokens has mean 0 and
+            deviation 1, set by `standardise`. Raw tokens, as published, may differ in variance
+            between scales (18 times in a young model), and the largest dominates the loss.
     """
 
     @register_to_config
@@ -133,7 +135,7 @@ class CDM(ModelMixin, ConfigMixin):
         self._start_as_identity()
 
     def _start_as_identity(self) -> None:
-        """adaLN-zero: every block and the output start at zero (DiT, section 3.2)."""
+        """Initialize every block and the output with zeros (adaLN-zero; DiT, section 3.2)."""
         for name, parameter in self.named_parameters():
             if "adaLN_modulation" in name or "final_layer.linear" in name:
                 nn.init.zeros_(parameter)
@@ -141,14 +143,14 @@ class CDM(ModelMixin, ConfigMixin):
     def forward(
         self, x_t: Float[Tensor, "B C n"], t: Int[Tensor, "B"], scale: Int[Tensor, "B"]
     ) -> Float[Tensor, "B C2 n"]:
-        """The estimate of the clean tokens in the CDM's units; under `learn_sigma` C2 = 2 C.
+        """Return the estimate of the clean tokens in the CDM's units; with `learn_sigma` C2 = 2 C.
 
         Raises:
-            UserError: another number of tokens than the CDM was made for.
+            UserError: another number of tokens than `config.tokens`.
         """
         if x_t.shape[-1] != self.config.tokens:
             raise UserError(
-                f"the CDM was made for {self.config.tokens} tokens and is given {x_t.shape[-1]}; "
+                f"the CDM is for {self.config.tokens} tokens, but there are {x_t.shape[-1]}; "
                 f"train it for the conditioner of its bundle (model=cdm)."
             )
         embedded = sinusoid(t, 256, sine_first=False).to(x_t)
@@ -161,21 +163,22 @@ class CDM(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def standardise(self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, "B"]) -> None:
-        """Set the units of every scale that some raw tokens are of.
+        """Set the units of every scale of some raw tokens.
 
-        A value that hardly varies is not blown up: its spread is a hundredth of the scale's.
+        The spread of a value is at least a hundredth of the scale's, so that values which hardly
+        vary are not amplified.
         """
         for k in scale.unique().tolist():
-            some = tokens[scale == k]
-            deviation = some.std(dim=0, correction=0)
+            selected = tokens[scale == k]
+            deviation = selected.std(dim=0, correction=0)
             least = deviation.square().mean().sqrt() / 100
-            self.shift[k] = some.mean(dim=0)
+            self.shift[k] = selected.mean(dim=0)
             self.spread[k] = deviation.clamp(min=least) if least > 0 else 1.0
 
     def to_standard(
         self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, "B"]
     ) -> Float[Tensor, "B C n"]:
-        """Raw tokens in the units of `forward`."""
+        """Convert raw tokens to the units of `forward`."""
         if not self.config.standardised:
             return tokens
         units: Tensor = (tokens - self.shift[scale]) / self.spread[scale]
@@ -184,7 +187,7 @@ class CDM(ModelMixin, ConfigMixin):
     def to_raw(
         self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, "B"]
     ) -> Float[Tensor, "B C n"]:
-        """Raw tokens of those in the units of `forward`."""
+        """Convert tokens in the units of `forward` to raw ones."""
         if not self.config.standardised:
             return tokens
         raw: Tensor = tokens * self.spread[scale] + self.shift[scale]
@@ -194,7 +197,7 @@ class CDM(ModelMixin, ConfigMixin):
     def denoise(
         self, x_t: Float[Tensor, "B C n"], steps: Sequence[SamplerStep], scale: int
     ) -> Float[Tensor, "B C n"]:
-        """Raw tokens of noise by DDIM (eta 0) over some steps."""
+        """Return raw tokens from noise by DDIM (eta 0)."""
         scales = torch.full((len(x_t),), scale, device=x_t.device)
         for step in steps:
             x_0 = self(x_t, torch.full_like(scales, step.t), scales)[:, : x_t.shape[1]]
@@ -204,11 +207,11 @@ class CDM(ModelMixin, ConfigMixin):
     def draw(
         self, scale: int, seed: int, addresses: Sequence[Sequence[int]], recipe: str = "paper"
     ) -> Float[Tensor, "B n C"]:
-        """Tokens for one scale, one sample per noise address.
+        """Draw tokens of one scale, one sample per noise address.
 
         Args:
-            recipe: `paper` (50 uniform DDIM steps, section S3.1) or `released` (200 steps of
-                a respaced schedule). Neither guides: the CDM knows no null scale.
+            recipe: `paper` (50 uniform DDIM steps, section S3.1) or `released` (200 steps of a
+                respaced schedule), both without guidance: there is no null scale.
 
         Raises:
             UserError: another recipe.

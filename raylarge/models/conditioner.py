@@ -1,4 +1,4 @@
-"""Grids of raw embeddings as cells: what every conditioner reads.
+"""The input of conditioners: grids of raw embeddings as at most 64 cells.
 
     grid [B, C, h, w] -pool, if over 64 cells-> h w cells, row by row, then zeros up to 64
 
@@ -34,23 +34,23 @@ class Cells(NamedTuple):
 
 @runtime_checkable
 class Conditioner(Protocol):
-    """What turns embeddings and a scale into the U-Net's context."""
+    """Turns embeddings and a scale into context tokens of the U-Net."""
 
     def __call__(
         self, grid: Float[Tensor, "..."], scale: Int[Tensor, "B"], size: Int[Tensor, "B 2"] | None
     ) -> Float[Tensor, "B n D"]:
-        """Context tokens of grids [B, C, h, w], or of cells [B, 64, C] with their sizes."""
+        """Return context tokens of grids [B, C, h, w], or of cells [B, 64, C] with their sizes."""
         ...
 
     def null(self, count: int) -> Float[Tensor, "B n D"]:
-        """The tokens of no condition, `count` times."""
+        """Return the tokens of the null condition, `count` times."""
         ...
 
 
 def pool_grid(grid: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h2 w2"]:
-    """A grid of up to 64 cells as it is, whatever its shape; a larger one averaged down.
+    """Pool a grid of more than 64 cells to at most 8 per axis; return others unchanged.
 
-    Averaging is adaptive, per axis, to at most 8: 9 x 8 becomes 8 x 8, 1 x 100 becomes 1 x 8.
+    9 x 8 becomes 8 x 8, 1 x 100 becomes 1 x 8.
     """
     rows, columns = grid.shape[-2:]
     if rows * columns <= SLOTS:
@@ -59,7 +59,7 @@ def pool_grid(grid: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h2 w2"]:
 
 
 def to_cells(grid: Float[Tensor, "B C h w"]) -> Cells:
-    """A batch of equal raw grids as padded cells."""
+    """Convert a batch of equal raw grids to padded cells."""
     pooled = pool_grid(grid)
     values = pooled.flatten(2).mT
     size = torch.tensor(pooled.shape[-2:], device=grid.device).expand(len(grid), 2)
@@ -67,7 +67,7 @@ def to_cells(grid: Float[Tensor, "B C h w"]) -> Cells:
 
 
 def read_cells(grid: Tensor, size: Tensor | None, channels: int) -> Cells:
-    """The cells of either form that a conditioner takes.
+    """Return the cells of either input form of a conditioner.
 
     Raises:
         UserError: embeddings of another width, an empty grid, or cells without their sizes.
@@ -88,6 +88,6 @@ def read_cells(grid: Tensor, size: Tensor | None, channels: int) -> Cells:
 
 
 def normalise(cells: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-    """Each embedding to mean 0 and (unbiased) standard deviation 1 over its own channels."""
+    """Normalise each embedding to mean 0 and (unbiased) deviation 1 over its own channels."""
     mean, std = cells.mean(dim=-1, keepdim=True), cells.std(dim=-1, keepdim=True)
     return (cells - mean) / (std + 1e-8)

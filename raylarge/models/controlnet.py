@@ -1,11 +1,11 @@
-"""ControlNet: a low-resolution image that steers the latent diffusion U-Net.
+"""ControlNet: conditions the latent diffusion U-Net on a low-resolution image.
 
     image [B, 3, q, q] -lift-> control [B, 3, P, P] -ControlNet-> residuals -> U-Net -> x_0
 
 diffusers' `ControlNetModel` (Zhang et al. 2023): a trainable copy of the U-Net's encoder whose
-outputs pass convolutions that start at zero, so that the controlled U-Net starts as the plain
-one. As a super-resolution network it is a baseline of ZoomLDM (section 4.4, Table 3). The image
-is lifted to the patch's side first, so one network serves every factor of super-resolution.
+outputs pass zero-initialized convolutions. As a super-resolution network it is a baseline of
+ZoomLDM (section 4.4, Table 3). The image is first upsampled to the patch's side, so one network
+serves every factor.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from raylarge.errors import UserError
 from raylarge.models.unet import UNet
 from raylarge.resample import upsample
 
-_WIDTHS = (16, 32, 96, 256)  # of the published conditioning network, whose factor is 8
+_WIDTHS = (16, 32, 96, 256)  # the published conditioning network, of factor 8
 
 
 def build(unet: UNet, factor: int) -> ControlNetModel:
-    """A ControlNet that starts as a copy of the U-Net's encoder and adds nothing yet.
+    """Build a ControlNet from a copy of the U-Net's encoder; its initial output is zero.
 
     Args:
         factor: of the autoencoder (image side / latent side); each doubling is one convolution
@@ -46,12 +46,10 @@ def build(unet: UNet, factor: int) -> ControlNetModel:
 
 
 def lift(image: Float[Tensor, "B 3 q q"], side: int) -> Float[Tensor, "B 3 {side} {side}"]:
-    """The control of a low-resolution image: bicubic upsampling (U) to the patch's side, in px.
-
-    The scale of the values is kept: RGB in [-1, 1], and U overshoots a little at edges.
+    """Upsample a low-resolution image in [-1, 1] to the patch's side (bicubic U), in px.
 
     Raises:
-        UserError: the image does not fit into the side a whole number of times.
+        UserError: the side is no multiple of the image's.
     """
     q = image.shape[-1]
     if side % q:
@@ -63,11 +61,11 @@ def lift(image: Float[Tensor, "B 3 q q"], side: int) -> Float[Tensor, "B 3 {side
 
 
 class Controlled:
-    """A U-Net under control as a denoiser; the control belongs to it, the context does not.
+    """A denoiser: the U-Net with a ControlNet and fixed controls.
 
     Args:
-        control: lifted images, one for each sample of a batch. A batch of a multiple of
-            them, as guidance makes it ([cond, uncond]), repeats them in that order.
+        control: lifted images, one for each sample of a batch. A batch of a multiple of them, as
+            guidance needs ([cond, uncond]), repeats them in that order.
     """
 
     def __init__(
@@ -83,11 +81,11 @@ class Controlled:
     def __call__(
         self, x_t: Float[Tensor, "B c h w"], t: int, context: Float[Tensor, "B n D"]
     ) -> Float[Tensor, "B c h w"]:
-        """The estimate of x_0.
+        """Return the estimate of x_0.
 
         Raises:
-            UserError: a control that does not have the latent's size in pixels, or a batch
-                that is no multiple of the controls.
+            UserError: a control of another size than the latent's in pixels, or a batch that is
+                no multiple of the controls.
         """
         z = x_t.to(self.unet.dtype)
         down, middle = self.controlnet(
@@ -103,13 +101,13 @@ class Controlled:
         return self.schedule.x_0(x_t, output.to(x_t), t)
 
     def _control(self, x_t: Float[Tensor, "B c h w"]) -> Float[Tensor, "B 3 P P"]:
-        """The controls, repeated for the whole batch, on its device."""
+        """Return the controls repeated for the batch, on its device."""
         factor = 2 ** (len(self.controlnet.config.conditioning_embedding_out_channels) - 1)
-        wanted = tuple(factor * side for side in x_t.shape[2:])
-        if tuple(self.control.shape[2:]) != wanted:
+        height, width = (factor * side for side in x_t.shape[2:])
+        if tuple(self.control.shape[2:]) != (height, width):
             raise UserError(
                 f"the control is {self.control.shape[2]}x{self.control.shape[3]} px, the latent "
-                f"wants {wanted[0]}x{wanted[1]} px; lift the image to that side first."
+                f"needs {height}x{width} px; lift the image to that side first."
             )
         copies, rest = divmod(len(x_t), len(self.control))
         if rest:

@@ -1,7 +1,7 @@
-"""Denoisers: x_t, a timestep and a context in, the estimate of x_0 out.
+"""Denoisers: functions from x_t, a timestep and a context to the estimate of x_0.
 
-Everything that sampling asks of a model is this one signature, so guidance is a wrapper and a
-closed-form Gaussian is a model too: with it every sampler is tested without weights.
+This signature is all that sampling needs of a model. Guidance is a denoiser that wraps another,
+and a Gaussian in closed form is one too, with which samplers are tested without weights.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from raylarge.order import ALWAYS
 
 @runtime_checkable
 class BoundDenoiser(Protocol):
-    """The estimate of x_0 under a context that is fixed."""
+    """A denoiser whose context is fixed."""
 
     def __call__(self, x_t: Tensor, t: int) -> Tensor:
-        """The estimate of x_0."""
+        """Return the estimate of x_0."""
         ...
 
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """E[x_0 | x_t], for a batch at one timestep."""
+    """E[x_0 | x_t] for a batch at one timestep."""
 
     schedule: Schedule
 
     def __call__(
         self, x_t: Float[Tensor, "B c h w"], t: int, context: Float[Tensor, "B n D"]
     ) -> Float[Tensor, "B c h w"]:
-        """The estimate of x_0."""
+        """Return the estimate of x_0."""
         ...
 
 
 class NetworkDenoiser:
-    """A U-Net as a denoiser, whatever the schedule says that it predicts.
+    """A denoiser from a U-Net that predicts noise, v or x_0.
 
     Args:
         unet: called as (x_t, t, context).
@@ -64,29 +64,35 @@ class NetworkDenoiser:
     def __call__(
         self, x_t: Float[Tensor, "B c h w"], t: int, context: Float[Tensor, "B n D"]
     ) -> Float[Tensor, "B c h w"]:
-        """x_0 of the prediction, in x_t's precision; the U-Net sees its own."""
+        """Return the estimate of x_0 in the precision of x_t; the U-Net computes in its own."""
         return self._x_0(context, x_t, t)
 
     def bind(self, context: Float[Tensor, "B n D"]) -> BoundDenoiser:
-        """As `bind_context` says; tokens' keys and values stay."""
+        """See `bind_context`; keys and values of the tokens are computed once."""
         prepare = getattr(self.unet, "context", None)
         prepared = prepare(context) if prepare else context
         return lambda x_t, t: self._x_0(prepared, x_t, t)
 
     def _x_0(self, context: Any, x_t: Tensor, t: int) -> Tensor:
-        told, z = t + self.timestep_offset, x_t.to(getattr(self.unet, "dtype", x_t.dtype))
+        z, shifted = x_t.to(getattr(self.unet, "dtype", x_t.dtype)), t + self.timestep_offset
         if self.compiled is None or linearizing():
-            return self.schedule.x_0(x_t, self.unet(z, told, context).to(x_t), t)
-        timestep = torch.tensor(told, device=x_t.device)  # a number would be compiled in
+            return self.schedule.x_0(x_t, self.unet(z, shifted, context).to(x_t), t)
+        timestep = torch.tensor(shifted, device=x_t.device)  # an int would be compiled in
         return self.schedule.x_0(x_t, self.compiled(z, timestep, context).to(x_t), t)
 
 
 class Guided:
-    """Classifier-free guidance in its standard form: u + w (c - u), both in one batch.
+    """Classifier-free guidance in its standard form, u + w (c - u), with both in one batch.
 
-    u is the estimate under `null`, the tokens of no condition [1, n, D]; zeros, as in ZoomLDM,
-    if left out. x_0 is affine in eps: guiding either is the same. Timesteps outside of
-    `interval`, shares of the schedule, are not guided (Kynkaanniemi et al. 2024).
+    Guiding x_0 or eps is the same, since x_0 is affine in eps.
+
+    Args:
+        denoiser: the one to guide.
+        w: guidance scale.
+        null: tokens of the null condition [1, n, D], under which u is computed; zeros, as in
+            ZoomLDM, by default.
+        interval: shares of the schedule outside of which timesteps are not guided (Kynkaanniemi
+            et al. 2024).
     """
 
     def __init__(
@@ -102,11 +108,11 @@ class Guided:
     def __call__(
         self, x_t: Float[Tensor, "B c h w"], t: int, context: Float[Tensor, "B n D"]
     ) -> Float[Tensor, "B c h w"]:
-        """The guided estimate of x_0."""
+        """Return the guided estimate of x_0."""
         return self.bind(context)(x_t, t)
 
     def bind(self, context: Float[Tensor, "B n D"]) -> BoundDenoiser:
-        """As `bind_context` says."""
+        """See `bind_context`."""
         null = torch.zeros_like(context) if self.null is None else self.null.expand_as(context)
         both = bind_context(self.denoiser, torch.cat([context, null.to(context)]))
         alone = both if self.interval == ALWAYS else bind_context(self.denoiser, context)
@@ -121,12 +127,12 @@ class Guided:
 
 
 def in_interval(interval: tuple[float, float], share: float) -> bool:
-    """Whether a share of the schedule lies in an interval, its ends included."""
+    """Return whether a share of the schedule lies in a closed interval."""
     return interval[0] <= share <= interval[1]
 
 
 def bind_context(denoiser: Denoiser, context: Float[Tensor, "B n D"]) -> BoundDenoiser:
-    """The estimate under a context that stays: what depends on it alone is computed once."""
+    """Fix the context of a denoiser; what depends only on the context is computed once."""
     bind = getattr(denoiser, "bind", None)
     return bind(context) if bind else lambda x_t, t: denoiser(x_t, t, context)
 
@@ -137,12 +143,12 @@ def guided(
     null: Tensor | None = None,
     interval: tuple[float, float] = ALWAYS,
 ) -> Denoiser:
-    """A denoiser under guidance w; w = 1 is the denoiser itself."""
+    """Return a denoiser with guidance w; for w = 1 the denoiser itself."""
     return denoiser if w == 1.0 else Guided(denoiser, w, null, interval)
 
 
 def standard_guidance(published: float) -> float:
-    """Our w for the papers' large-image code, which writes (1 + w) c - w u: its 2 is our 3."""
+    """Return our w for that of the papers' large-image code, (1 + w) c - w u: its 2 is our 3."""
     return 1.0 + published
 
 
@@ -163,7 +169,7 @@ class GaussianDenoiser:
     def __call__(
         self, x_t: Float[Tensor, "B c h w"], t: int, context: Float[Tensor, "B n D"]
     ) -> Float[Tensor, "B c h w"]:
-        """The posterior mean."""
+        """Return the posterior mean."""
         abar = self.schedule.at(t, x_t)
         mean, variance = self.mean.to(x_t), self.variance.to(x_t)
         gain = abar.sqrt() * variance / (abar * variance + 1 - abar)

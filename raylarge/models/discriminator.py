@@ -1,11 +1,11 @@
-"""The PatchGAN discriminator that an autoencoder may learn against, and its hinge loss.
+"""PatchGAN discriminator for the adversarial training of autoencoders, and its hinge loss.
 
     image [B, 3, P, P] -convs-> a score for each overlapping patch [B, 1, h, w]; high: real
 
 Isola et al. 2017 (pix2pix), section 6.1.2, 70 × 70 px by default; hinge loss as in the code of
-VQGAN (Esser et al. 2021). Where those normalise over the batch, here each image is by itself
-(GroupNorm): a sample's loss then does not depend on its company, on the micro-batch or on the
-worker, and the real and the made images of a step may share one pass.
+VQGAN (Esser et al. 2021). Unlike theirs, images are normalised one by one (GroupNorm): the loss
+of a sample does not depend on the rest of its batch, and real and reconstructed images share one
+pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.func import functional_call
 from raylarge.errors import UserError
 
 _GROUPS = 32
-"""Groups of channels that are normalised together (Wu & He 2018, section 4.1)."""
+"""Groups of each normalisation (Wu & He 2018, section 4.1)."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class DiscriminatorConfig:
     """Size of a discriminator, by default the published one.
 
     Attributes:
-        width: channels of the first layer, a multiple of 16; they double with each layer, up
-            to eightfold.
-        layers: that halve the sides.
+        width: channels of the first layer, a multiple of 16; doubled by each layer, up to
+            eightfold.
+        layers: number of layers that halve the sides.
     """
 
     width: int = 64
     layers: int = 3
 
     def check(self, side: int) -> None:
-        """Refuse sizes that cannot be, or that leave an image of a side in px no patch.
+        """Check the sizes for images of a side in px.
 
         Raises:
-            UserError: such a size.
+            UserError: impossible sizes, or too many layers for the side.
         """
         if self.width < 1 or self.width % 16 or self.layers < 1 or side < 3 * 2**self.layers:
             raise UserError(
@@ -52,7 +52,7 @@ class DiscriminatorConfig:
 
 
 class Discriminator(nn.Module):
-    """Convolutions of 4 px: those that halve the sides, one more, and the scores."""
+    """Convolutions of 4 px: `layers` of stride 2, one of stride 1, and one for the scores."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
@@ -69,42 +69,43 @@ class Discriminator(nn.Module):
                 nn.init.normal_(part.weight, 0.0, 0.02)
 
     def forward(self, image: Float[Tensor, "B 3 P P"]) -> Float[Tensor, "B 1 h w"]:
-        """The score of each patch; no bound."""
+        """Return the unbounded score of each patch."""
         scores: Tensor = self.network(image)
         return scores
 
 
 def hinge_loss(
-    real: Float[Tensor, "B 1 h w"], made: Float[Tensor, "B 1 h w"]
+    real: Float[Tensor, "B 1 h w"], fake: Float[Tensor, "B 1 h w"]
 ) -> Float[Tensor, "B"]:
-    """The discriminator's loss of each sample.
+    """Return the discriminator's loss of each sample.
 
     ½ mean max(0, 1 - D(x)) + ½ mean max(0, 1 + D(x̂))
     """
-    lacks = nn.functional.relu(1.0 - real.float()), nn.functional.relu(1.0 + made.float())
-    return 0.5 * (lacks[0].flatten(1).mean(dim=1) + lacks[1].flatten(1).mean(dim=1))
+    relu = nn.functional.relu
+    of_real, of_fake = relu(1.0 - real.float()), relu(1.0 + fake.float())
+    return 0.5 * (of_real.flatten(1).mean(dim=1) + of_fake.flatten(1).mean(dim=1))
 
 
 def adversarial_loss(
     discriminator: nn.Module,
     image: Float[Tensor, "B 3 P P"],
-    made: Float[Tensor, "B 3 P P"],
+    reconstruction: Float[Tensor, "B 3 P P"],
     weight: float,
 ) -> Float[Tensor, "B"]:
-    """Both networks' terms in one loss, so that one optimiser does for both.
+    """Return the terms of both networks in one loss, so that one optimizer updates both.
 
     weight · mean -D'(x̂)  +  hinge(D(x), D(x̂'))
 
-    A dash means detached: what made x̂ learns from the first term alone, and the discriminator
-    from the second alone.
+    A prime means detached: the autoencoder learns from the first term only, the discriminator from
+    the second only.
 
     Args:
-        discriminator: D, all of its parameters at hand (not sharded).
+        discriminator: D, not sharded.
         image: x.
-        made: x̂, of the same image.
-        weight: of the first term; Adam makes the discriminator's own scale irrelevant.
+        reconstruction: x̂.
+        weight: of the first term; Adam makes the scale of the second irrelevant.
     """
     fixed = {name: value.detach() for name, value in discriminator.named_parameters()}
-    fooled = functional_call(discriminator, fixed, (made,)).float().flatten(1).mean(dim=1)
-    real, told = discriminator(torch.cat([image, made.detach()])).chunk(2)
-    return hinge_loss(real, told) - weight * fooled
+    score = functional_call(discriminator, fixed, (reconstruction,)).float().flatten(1).mean(dim=1)
+    real, fake = discriminator(torch.cat([image, reconstruction.detach()])).chunk(2)
+    return hinge_loss(real, fake) - weight * score

@@ -1,9 +1,9 @@
-"""Graikos et al.'s conditioning: one embedding per patch, and by choice one of its region.
+"""Conditioning of Graikos et al.: one embedding per patch, optionally one of its region.
 
     e / |e|_2 -linear-> 1 token          patch and region: 2 tokens
 
-The null condition is a *zero embedding* through the same linear layers, so their biases (not
-zeros, as in ZoomLDM). Source: Graikos et al., section 3.1 and supplement section 14; parameter
+The null condition is a *zero embedding* through the same linear layers: their biases, not zeros
+as in ZoomLDM. Source: Graikos et al., section 3.1 and supplement section 14; parameter
 names are the published ones. Any encoder of `ssl` fits (their Table 7 compares four).
 """
 
@@ -19,7 +19,7 @@ from raylarge.models.conditioner import SLOTS, read_cells
 
 
 class VectorEmbedder(ModelMixin, ConfigMixin):
-    """Embeddings to 1 token, or 2 where `region` gives the width of a region's embedding."""
+    """Maps embeddings to 1 token, or to 2 if `region` is the width of a region's embedding."""
 
     @register_to_config
     def __init__(
@@ -36,13 +36,13 @@ class VectorEmbedder(ModelMixin, ConfigMixin):
         size: Int[Tensor, "B 2"] | None = None,
         region: Float[Tensor, "B R"] | None = None,
     ) -> Float[Tensor, "B n D"]:
-        """Context tokens of a batch of patches.
+        """Return context tokens of a batch of patches.
 
         Args:
             grid: embeddings [B, C, h, w] or cells [B, 64, C]; those of one patch are averaged.
-            scale: unused: these models know one scale.
+            scale: unused; these models have one scale.
             size: rows and columns of each sample's cells.
-            region: embeddings of the regions; zeros if left out, as at published inference.
+            region: embeddings of the regions; zeros by default, as at published inference.
 
         Raises:
             UserError: embeddings of another width, or an empty grid.
@@ -58,6 +58,6 @@ class VectorEmbedder(ModelMixin, ConfigMixin):
         return torch.stack(tokens, dim=1)
 
     def null(self, count: int) -> Float[Tensor, "B n D"]:
-        """The tokens of zero embeddings: the biases."""
+        """Return the tokens of zero embeddings: the biases."""
         layers = [self.patch_fc] if self.region_fc is None else [self.patch_fc, self.region_fc]
         return torch.stack([layer.bias for layer in layers]).expand(count, -1, -1)

@@ -1,8 +1,8 @@
-"""Where weights come from: a path, or a repository of huggingface.co.
+"""Locate weights: a local path, or a repository of huggingface.co.
 
     hub id or path -> file or folder on this machine
 
-A machine without a network is told so at once instead of after the hub's retries.
+Without a network the error comes at once instead of after the hub's retries.
 """
 
 from __future__ import annotations
@@ -13,28 +13,30 @@ from pathlib import Path
 from raylarge.errors import UserError
 
 _NAMES = ("model.safetensors", "pytorch_model.bin")
-_PATIENCE_S = 10
+_TIMEOUT_S = 10
 
 
 def find_weights(path: str, names: Sequence[str] = _NAMES) -> Path:
-    """The file of weights at a path: the file itself, or one of `names` in a folder.
+    """Return a file of weights: `path` itself, or the first of `names` in the folder.
 
     Raises:
         UserError: there is none.
     """
-    found = Path(path)
-    if found.is_dir():
-        inside = [found / name for name in names if (found / name).is_file()]
-        if not inside:
-            raise UserError(f"{path} holds none of {', '.join(names)}; name the file of weights.")
-        return inside[0]
-    if not found.is_file():
+    location = Path(path)
+    if location.is_dir():
+        files = [location / name for name in names if (location / name).is_file()]
+        if not files:
+            raise UserError(
+                f"{path} contains none of {', '.join(names)}; name the file of weights."
+            )
+        return files[0]
+    if not location.is_file():
         raise UserError(f"there are no weights at {path}; check the path.")
-    return found
+    return location
 
 
 def is_repo_id(path: str) -> bool:
-    """Whether a path could be a repository of the hub, `owner/name`, by the hub's own rule."""
+    """Return whether a path could be a repository of the hub, `owner/name`, by the hub's rules."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -48,46 +50,46 @@ def is_repo_id(path: str) -> bool:
 def fetch(
     hub: str,
     names: Sequence[str],
-    told: str,
+    cure: str,
     beside: Sequence[str] = (),
-    whole: Callable[[Path], bool] = Path.is_file,
+    is_complete: Callable[[Path], bool] = Path.is_file,
 ) -> Path:
-    """The first of `names` that a repository of the hub holds, from the cache or downloaded.
+    """Return the first of `names` in a repository of the hub, from the cache or downloaded.
 
     Args:
         hub: repository on huggingface.co.
         names: file names in order of preference.
-        told: the sentence on how to do without the hub.
-        beside: patterns of files that are wanted in the same folder.
-        whole: whether a file in the cache has all it needs beside it; a download that was
-            broken off has not, and is completed.
+        cure: sentence that says how to do without the hub, for messages.
+        beside: patterns of further files to download into the same folder.
+        is_complete: whether a cached file has all those beside it; an interrupted download is
+            completed.
 
     Raises:
-        UserError: the hub is out of reach, refuses, or holds none of them; ends with `told`.
+        UserError: the hub is unreachable, refuses, or has none of them; ends with `cure`.
     """
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
     for name in names:
-        cached = _cached(hub, name, told)
-        if cached and whole(cached):
+        cached = _cached(hub, name, cure)
+        if cached and is_complete(cached):
             return cached
     for name in names:
         try:
-            # Asked once and without the retries that hf_hub_download makes.
+            # One request, without the retries of hf_hub_download.
             url = huggingface_hub.hf_hub_url(hub, name)
-            huggingface_hub.get_hf_file_metadata(url, timeout=_PATIENCE_S)
-            if beside:  # before the weights: where those are, the rest is too
+            huggingface_hub.get_hf_file_metadata(url, timeout=_TIMEOUT_S)
+            if beside:  # before the weights, so that these imply the rest
                 huggingface_hub.snapshot_download(hub, allow_patterns=list(beside))
             return Path(huggingface_hub.hf_hub_download(hub, name))
         except EntryNotFoundError:
             continue
         except Exception as error:  # the hub's clients raise errors of several libraries
-            raise _refusal(hub, error, told) from error
-    raise UserError(f"{hub} on huggingface.co holds none of {', '.join(names)}; {told}")
+            raise _unreachable(hub, error, cure) from error
+    raise UserError(f"{hub} on huggingface.co has none of {', '.join(names)}; {cure}")
 
 
-def _cached(hub: str, name: str, told: str) -> Path | None:
+def _cached(hub: str, name: str, cure: str) -> Path | None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -95,12 +97,12 @@ def _cached(hub: str, name: str, told: str) -> Path | None:
         return Path(huggingface_hub.hf_hub_download(hub, name, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    except Exception as error:  # no name of a repository, a cache that cannot be read
-        raise _refusal(hub, error, told) from error
+    except Exception as error:  # an invalid name, an unreadable cache
+        raise _unreachable(hub, error, cure) from error
 
 
-def _refusal(hub: str, error: Exception, told: str) -> UserError:
-    why = str(error).strip().split("\n")[0] or "no answer"
+def _unreachable(hub: str, error: Exception, cure: str) -> UserError:
+    reason = str(error).strip().split("\n")[0] or "no answer"
     return UserError(
-        f"{hub} could not be had from huggingface.co ({type(error).__name__}: {why}); {told}"
+        f"{hub} could not be loaded from huggingface.co ({type(error).__name__}: {reason}); {cure}"
     )

@@ -1,10 +1,10 @@
-"""The light trainable autoencoder (f4, 3 channels), whose convolutions all run at latent size.
+"""A light trainable autoencoder (f4, 3 channels), whose convolutions all run at latent size.
 
     image [B, 3, P, P] -unshuffle 4-> [B, 48, P/4, P/4] -convs-> latent [B, 3, P/4, P/4]
 
-Its latents are standardised per channel, so that the diffusion models see unit variance.
-Images are RGB in [-1, 1]. The layout follows the pixel-unshuffle front of ESPCN (Shi et al.
-2016). `autoencoder.Autoencoder` is how the rest of raylarge holds it.
+Latents are standardised per channel, so that the diffusion models see unit variance. Images are
+RGB in [-1, 1]. The layout follows the pixel-unshuffle front of ESPCN (Shi et al. 2016). Other
+packages use it through `autoencoder.Autoencoder`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class _Residual(nn.Module):
-    """x + conv(silu(conv(silu(x)))), the identity at the start of training."""
+    """x + conv(silu(conv(silu(x)))), initially the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -57,17 +57,17 @@ class LightAutoencoder(ModelMixin, ConfigMixin):
         self.register_buffer("scale", torch.ones(1, latent_channels, 1, 1))
 
     def encode(self, image: Float[Tensor, "B 3 P P"]) -> Float[Tensor, "B c p p"]:
-        """The standardised latent of an image in [-1, 1]."""
+        """Return the standardised latent of an image in [-1, 1]."""
         latent: Tensor = (self.encoder(image) - self.shift) / self.scale
         return latent
 
     def decode(self, latent: Float[Tensor, "B c p p"]) -> Float[Tensor, "B 3 P P"]:
-        """The image of a standardised latent (not clamped)."""
+        """Return the image of a standardised latent, not clamped."""
         image: Tensor = self.decoder(latent * self.scale + self.shift)
         return image
 
     def forward(self, image: Float[Tensor, "B 3 P P"]) -> Float[Tensor, "B 3 P P"]:
-        """The reconstruction."""
+        """Return the reconstruction."""
         return self.decode(self.encode(image))
 
     @torch.no_grad()

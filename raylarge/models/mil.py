@@ -1,4 +1,4 @@
-"""ABMIL: a bag of patch features -> a class, by attention that learns which patches tell it.
+"""ABMIL: classify a bag of patch features by attention to the relevant patches.
 
     h_k = ReLU(W standardised(x_k) + b)
     a_k = softmax_k  w^T (tanh(V h_k) * sigmoid(U h_k))      gated (Ilse et al. 2018, Eq. 9)
@@ -32,14 +32,14 @@ class ABMIL(ModelMixin, ConfigMixin):
         classes: list[str] | tuple[str, ...] = ("no", "yes"),
         gated: bool = True,
     ) -> None:
-        """Draw the weights.
+        """Initialize with random weights.
 
         Args:
             channels: of one instance.
             width: of h.
             attention: rows of V and U.
-            classes: their names, in the order of the logits.
-            gated: Eq. 9 and not Eq. 8.
+            classes: names, in the order of the logits.
+            gated: Eq. 9 instead of Eq. 8.
         """
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
@@ -51,30 +51,30 @@ class ABMIL(ModelMixin, ConfigMixin):
         self.head = nn.Linear(width, len(classes))
 
     def standardise(self, mean: Float[Tensor, "F"], deviation: Float[Tensor, "F"]) -> None:
-        """Take the instances' statistics; a channel that never varies is only centred."""
+        """Set the instances' statistics; a channel that never varies is only centred."""
         self.mean.copy_(mean)
         self.deviation.copy_(torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
 
     def forward(
         self, instances: Float[Tensor, "B n F"], mask: Bool[Tensor, "B n"]
     ) -> Float[Tensor, "B classes"]:
-        """The logits of each bag.
+        """Return the logits of each bag.
 
         Args:
-            instances: raw features; of padding, anything finite.
-            mask: false where there is padding; every bag has an instance.
+            instances: raw features; padding has any finite values.
+            mask: false at padding; every bag has at least one instance.
         """
         return self.pooled(self.hidden(instances), mask)[0]
 
     def hidden(self, instances: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch D"]:
-        """Each instance's h; a bag may come in pieces."""
+        """Return h of each instance; a bag may be processed in pieces."""
         x = (instances - self.mean) / self.deviation
         return self.embed(x.to(self.embed.weight.dtype)).relu()
 
     def pooled(
         self, hidden: Float[Tensor, "B n D"], mask: Bool[Tensor, "B n"]
     ) -> tuple[Float[Tensor, "B classes"], Float[Tensor, "B n"]]:
-        """Logits, and the attention a of each instance: it sums to 1 over a bag."""
+        """Return logits, and the attention of each instance, which sums to 1 over a bag."""
         inner = self.V(hidden).tanh()
         if self.U is not None:
             inner = inner * self.U(hidden).sigmoid()

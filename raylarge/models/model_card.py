@@ -1,8 +1,8 @@
 """The model card of a bundle: README.md with the front matter of the Hugging Face hub.
 
-    facts of a bundle (`bundle.facts`), sizes of its parts -card-> README.md
+    facts of a bundle (`bundle.facts`), sizes of its parts -render-> README.md
 
-What is not recorded is said to be so. Paths and names of slides are not in it.
+Missing facts appear as "not recorded". The card contains no paths and no names of slides.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from raylarge.models import bundle_parts as files
 
 NAME = "README.md"
 AERIAL_MPP = 1e5
-"""Micrometres per pixel from which on images are of the ground, not of tissue."""
+"""Micrometres per pixel from which images count as aerial."""
 
 UNKNOWN = "not recorded"
-_PATHS = ("data", "out", "logs", "card", "plan", "track", "model", "resize_s", "max_failures")
-"""Settings that are of no interest to others, or tell where things lie."""
+_PRIVATE = ("data", "out", "logs", "card", "plan", "track", "model", "resize_s", "max_failures")
+"""Settings that are local paths, or of no interest to others."""
 
-_WHAT = {
+_PURPOSE = {
     "vae": "autoencoder: images to latents and back",
     "vae_small": "small autoencoder, distilled, for corrections while sampling",
     "unet": "denoiser of latents",
@@ -54,7 +54,7 @@ and the seams that raylarge reports with an image."""
 
 
 def write(folder: str) -> None:
-    """Put README.md into a bundle, whole or begun, on a disk or at a URL.
+    """Write README.md into a bundle, complete or not, on a disk or at a URL.
 
     Raises:
         UserError: no bundle there, or a damaged one.
@@ -66,11 +66,11 @@ def write(folder: str) -> None:
 
 
 def render(facts: Mapping[str, Any]) -> str:
-    """The content of a model card.
+    """Return the content of a model card.
 
     Args:
-        facts: what a bundle knows of itself; `parts` gives [class, parameters] by name, and
-            `written_by` the commit or version of raylarge.
+        facts: of a bundle, with `parts`, which are [class, parameters] by name, and `written_by`,
+            the commit or version of raylarge.
     """
     sections = {
         "": _opening(facts),
@@ -86,47 +86,47 @@ def render(facts: Mapping[str, Any]) -> str:
 
 
 def commit() -> str:
-    """The commit of this working tree, with -dirty where it was changed, or the version.
+    """Return the commit of this working tree, with -dirty if it was changed, or the version.
 
-    The commit of another repository, into which the package was installed, is none of ours.
+    The version, too, if the package is installed inside another repository.
     """
     root = Path(__file__).resolve().parents[2]
     try:
         released = f"raylarge {version('raylarge')}"
     except PackageNotFoundError:
-        released = "raylarge, of no known version"
+        released = "raylarge, unknown version"
     if _git(root, "rev-parse", "--show-toplevel") != str(root):
         return released
     return _git(root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or released
 
 
 def _git(root: Path, *words: str) -> str:
-    """What git says; nothing where there is no git, or it fails."""
+    """Return git's output; empty if git is missing or fails."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def _size(folder: str, name: str) -> list[Any]:
-    """Class and parameters of a part, by its config alone."""
+    """Return class and number of parameters of a part, by its config."""
     kind = files.class_name(folder, name)
     with torch.device("meta"):
         network = files.PARTS[name][kind].from_config(files.read_config(folder, name))
-    return [kind, sum(one.numel() for one in network.parameters())]
+    return [kind, sum(p.numel() for p in network.parameters())]
 
 
 def _is_aerial(facts: Mapping[str, Any]) -> bool | None:
-    """Whether images are of the ground; None where the bundle does not know its resolution."""
+    """Return whether images are aerial; None if the bundle has no resolution."""
     mpp = facts.get("base_mpp")
     return None if mpp is None else mpp >= AERIAL_MPP
 
 
 def _front(facts: Mapping[str, Any]) -> str:
-    about = {True: ["remote-sensing"], False: ["medical", "histopathology"], None: []}
+    subject_tags = {True: ["remote-sensing"], False: ["medical", "histopathology"], None: []}
     tags = ["raylarge", "diffusers", "latent-diffusion", "synthetic-images"]
     return yaml.safe_dump(
         {
@@ -134,7 +134,7 @@ def _front(facts: Mapping[str, Any]) -> str:
             "license_name": "see-the-section-licences",
             "library_name": "raylarge",
             "pipeline_tag": "unconditional-image-generation",
-            "tags": [*tags, *about[_is_aerial(facts)]],
+            "tags": [*tags, *subject_tags[_is_aerial(facts)]],
         },
         sort_keys=False,
     )
@@ -146,13 +146,13 @@ def _opening(facts: Mapping[str, Any]) -> str:
     side = facts.get("patch_px", UNKNOWN)
     finest = UNKNOWN if mpp is None else f"{mpp / 1e6:g} m" if aerial else f"{mpp:g} µm"
     source = facts.get("source")
-    how = f" Imported from {_plain(source)}." if source else ""
+    origin = f" Imported from {_plain(source)}." if source else ""
     return (
         f"# Synthetic {subject}, large and at several scales\n\n"
         f"A bundle of raylarge: latent diffusion over several scales, after "
         f"[ZoomLDM](https://arxiv.org/abs/2411.16969) and "
         f"[Graikos et al.](https://arxiv.org/abs/2312.07330). Patches of {side} px; a pixel of "
-        f"the finest scale: {finest}.{how}"
+        f"the finest scale: {finest}.{origin}"
     )
 
 
@@ -160,7 +160,7 @@ def _parts(facts: Mapping[str, Any]) -> str:
     digests = facts.get("digests", {})
     sizes: Mapping[str, Sequence[Any]] = facts.get("parts", {})
     rows = [
-        [name, kind, f"{count:,}", digests.get(name, ""), _WHAT.get(name, "")]
+        [name, kind, f"{count:,}", digests.get(name, ""), _PURPOSE.get(name, "")]
         for name, (kind, count) in sizes.items()
     ]
     return _table(["part", "class", "parameters", "digest", "what it does"], rows)
@@ -168,29 +168,29 @@ def _parts(facts: Mapping[str, Any]) -> str:
 
 def _data(facts: Mapping[str, Any]) -> str:
     trained = _trained(facts)
-    digests = [[name, _get(one, "data_digest")] for name, one in trained.items()]
-    found = [_table(["training", "digest of its rows"], digests)] if digests else []
-    counts = [[name, *_counts(one)] for name, one in trained.items() if one.get("rows")]
+    digests = [[name, _get(run, "data_digest")] for name, run in trained.items()]
+    paragraphs = [_table(["training", "digest of its rows"], digests)] if digests else []
+    counts = [[name, *_counts(run)] for name, run in trained.items() if run.get("rows")]
     if counts:
-        found.append(_table(["training", "slides", "rows by scale (0 is the finest)"], counts))
-    found.append(
+        paragraphs.append(_table(["training", "slides", "rows by scale (0 is the finest)"], counts))
+    paragraphs.append(
         "Trained on the split `train`; the weights are those of the last step. The split `val` "
         "was only measured, `test` was not seen."
         if trained
         else f"How the data were split: {UNKNOWN}."
     )
     encoder = facts.get("encoder") or {}
-    known = [
+    described = [
         [key, _plain(encoder[key])]
         for key in ("name", "model", "width", "input_px", "pooling", "note", "source", "licence")
         if encoder.get(key) not in (None, "")
     ]
-    found.append(
-        "The encoder that embedded the patches:\n\n" + _table(["encoder", ""], known)
-        if known
+    paragraphs.append(
+        "The encoder that embedded the patches:\n\n" + _table(["encoder", ""], described)
+        if described
         else f"The encoder that embedded the patches: {UNKNOWN}."
     )
-    return "\n\n".join(found)
+    return "\n\n".join(paragraphs)
 
 
 def _counts(training: Mapping[str, Any]) -> list[str]:
@@ -205,47 +205,47 @@ def _training(facts: Mapping[str, Any]) -> str:
     rows = [
         [
             name,
-            _get(one, "step"),
-            _get(one, "samples"),
-            f"{one['seconds'] / 3600:.3g}" if "seconds" in one else UNKNOWN,
-            _loss(one, "loss"),
-            _loss(one, "best_loss"),
-            _get(one, "commit", facts.get("written_by", UNKNOWN)),
+            _get(run, "step"),
+            _get(run, "samples"),
+            f"{run['seconds'] / 3600:.3g}" if "seconds" in run else UNKNOWN,
+            _loss(run, "loss"),
+            _loss(run, "best_loss"),
+            _get(run, "commit", facts.get("written_by", UNKNOWN)),
         ]
-        for name, one in trained.items()
+        for name, run in trained.items()
     ]
     header = ["training", "steps", "samples", "hours", "loss", "best held-out loss", "raylarge"]
-    found = [_table(header, rows)]
-    for name, one in trained.items():
-        if settings := _settings(one.get("config", {})):
-            found.append(f"Settings of `{name}`:\n\n```yaml\n{settings}```")
-    return "\n\n".join(found)
+    paragraphs = [_table(header, rows)]
+    for name, run in trained.items():
+        if settings := _settings(run.get("config", {})):
+            paragraphs.append(f"Settings of `{name}`:\n\n```yaml\n{settings}```")
+    return "\n\n".join(paragraphs)
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    """A training's settings as YAML."""
-    kept = {name: _named(value) for name, value in config.items() if name not in _PATHS}
-    return yaml.safe_dump(kept, sort_keys=False, default_flow_style=None) if kept else ""
+    """Return the settings of a training as YAML, without private ones."""
+    public = {name: _file_names(value) for name, value in config.items() if name not in _PRIVATE}
+    return yaml.safe_dump(public, sort_keys=False, default_flow_style=None) if public else ""
 
 
-def _named(value: Any) -> Any:
-    """A setting with files by their names alone, wherever they lie."""
+def _file_names(value: Any) -> Any:
+    """Return a setting with paths shortened to file names."""
     if isinstance(value, Mapping):
-        return {key: _named(inner) for key, inner in value.items()}
+        return {key: _file_names(inner) for key, inner in value.items()}
     return value.rsplit("/", 1)[-1] if isinstance(value, str) else value
 
 
 def _licences(facts: Mapping[str, Any]) -> str:
-    given = facts.get("licence")
-    terms = dict(given) if isinstance(given, Mapping) else {"all": given} if given else {}
+    licence = facts.get("licence")
+    terms = dict(licence) if isinstance(licence, Mapping) else {"all": licence} if licence else {}
     encoder = (facts.get("encoder") or {}).get("licence")
     if encoder:
         terms.setdefault("encoder", encoder)
     rows = [[of, _plain(terms.pop(of, UNKNOWN))] for of in ("data", "encoder", "weights")]
     rows += [[of, _plain(value)] for of, value in terms.items()]
     return (
-        "raylarge itself is under Apache-2.0. That says nothing of these weights: terms of the "
-        "encoder and of the data may bind what was trained with them. What was recorded:\n\n"
+        "raylarge itself is under Apache-2.0. That does not apply to these weights: terms of the "
+        "encoder and of the data may bind what was trained with them. Recorded terms:\n\n"
         + _table(["of", "terms"], rows)
     )
 
@@ -263,8 +263,8 @@ def _trained(facts: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {name: facts[name] for name in _TRAININGS if isinstance(facts.get(name), Mapping)}
 
 
-def _get(facts: Mapping[str, Any], key: str, otherwise: Any = UNKNOWN) -> str:
-    value = facts.get(key, otherwise)
+def _get(facts: Mapping[str, Any], key: str, default: Any = UNKNOWN) -> str:
+    value = facts.get(key, default)
     return f"{value:,}" if isinstance(value, int) else _plain(value)
 
 
@@ -274,7 +274,7 @@ def _loss(facts: Mapping[str, Any], key: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value in a line of Markdown."""
+    """Return a value as one line of Markdown."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):

@@ -2,10 +2,10 @@
 
     vector (text embedding, class, RNA …) -draw-> grid of raw embeddings [C, 4, 4], rows first
 
-A residual convolutional network predicts x_0 from the noisy grid, with the timestep beside it
-as further channels; 1000 steps of DDPM's linear schedule; guidance with negative prompts.
-Ours, where the paper is silent: FiLM by the vector, the sizes, and zero padding (no slide is a
-torus, and a border tells a cell where it is). Source: Graikos et al. (CVPR 2024), supplement 14.
+A residual convolutional network predicts x_0 from the noisy grid and the timestep, in additional
+channels; 1000 steps of DDPM's linear schedule; guidance with negative prompts. Source: Graikos et
+al. (CVPR 2024), supplement 14, which does not specify the sizes, how the vector enters (here by
+FiLM) and the padding (here zeros).
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from raylarge.diffusion.steps import ddim
 from raylarge.errors import UserError
 from raylarge.models.cdm import sinusoid
 
-_TIME = 64  # channels that carry the timestep
-_GROUP = 16  # channels per group of every group norm: a cell alone has statistics too
+_TIME = 64  # channels of the timestep
+_GROUP = 16  # channels per group of every group norm, so that one cell has statistics
 
 
 @dataclass(frozen=True)
 class GridSampling:
-    """How grids are drawn from noise.
+    """Settings for sampling grids.
 
     Attributes:
-        steps: 1 to 999, spaced as `Schedule.steps` does; 999 visits every timestep.
+        steps: 1 to 999, spaced by `Schedule.steps`; 999 visits every timestep.
         guidance: w in u + w (c - u); 1 is the conditional model itself.
-        eta: 0 is DDIM, 1 the ancestral walk.
-        shape: rows and columns of the grid; the model's `side` both ways if left out.
+        eta: 0 is DDIM, 1 ancestral sampling.
+        shape: rows and columns of the grid; by default the model's `side`.
     """
 
     steps: int = 50
@@ -59,7 +59,7 @@ class _FilmBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "B D h w"], c: Float[Tensor, "B D"]
     ) -> Float[Tensor, "B D h w"]:
-        """A residual block whose second norm the condition scales and shifts."""
+        """Return x plus a residual whose second norm is scaled and shifted by the condition."""
         silu = nn.functional.silu
         shift, scale = self.film(c)[:, :, None, None].chunk(2, dim=1)
         h = (1 + scale) * self.norm2(self.conv1(silu(self.norm1(x)))) + shift
@@ -74,14 +74,13 @@ def _norm(width: int) -> nn.GroupNorm:
 class GridPrior(ModelMixin, ConfigMixin):
     """Predicts a clean standardised grid from a noisy one, a timestep and a vector.
 
-    The vector enters by FiLM in every block: standardised per feature, with one more feature
-    that says "given". The null condition is the zero vector, which stays zero all the way.
-    Nothing but the default shape of a draw depends on `side`: the network is convolutional.
+    The vector enters by FiLM in every block, standardised per feature and with one more feature
+    that is 1. The null condition is the zero vector, all of whose features are 0.
 
     Args:
         channels: width of one embedding.
         vector: width of the condition.
-        side: rows and columns of a drawn grid.
+        side: default rows and columns of a grid; the network is convolutional.
         width: of every convolution, a multiple of 16.
         blocks: residual blocks.
     """
@@ -108,21 +107,18 @@ class GridPrior(ModelMixin, ConfigMixin):
     def standardise(self, grids: Float[Tensor, "B C h w"], vectors: Float[Tensor, "n V"]) -> None:
         """Set the buffers so that these raw grids and vectors have mean 0, std 1 per channel.
 
-        Zero vectors (missing conditions) are left out; constant channels are only shifted.
-
-        Raises:
-            UserError: vectors of another width than the model's.
+        Zero vectors (missing conditions) do not count; constant channels are only shifted.
         """
-        self._check(vectors)
-        given = vectors[vectors.any(dim=1)]
+        _check_width(vectors, self.config.vector)
+        conditions = vectors[vectors.any(dim=1)]
         self.shift.copy_(grids.mean(dim=(0, 2, 3), keepdim=True))
         self.scale.copy_(_spread(grids.std(dim=(0, 2, 3), keepdim=True)))
-        if len(given) > 1:
-            self.vector_shift.copy_(given.mean(dim=0, keepdim=True))
-            self.vector_scale.copy_(_spread(given.std(dim=0, keepdim=True)))
+        if len(conditions) > 1:
+            self.vector_shift.copy_(conditions.mean(dim=0, keepdim=True))
+            self.vector_scale.copy_(_spread(conditions.std(dim=0, keepdim=True)))
 
     def to_standard(self, grids: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        """Raw embeddings in the units of `forward`: the x_0 of training."""
+        """Convert raw embeddings to the units of `forward`: the x_0 of training."""
         x_0: Tensor = (grids - self.shift) / self.scale
         return x_0
 
@@ -132,7 +128,7 @@ class GridPrior(ModelMixin, ConfigMixin):
         t: Num[Tensor, "B"],
         vector: Float[Tensor, "B V"],
     ) -> Float[Tensor, "B C h w"]:
-        """The estimate of the clean standardised grid.
+        """Return the estimate of the clean standardised grid.
 
         Args:
             t: timesteps, 0 to 999.
@@ -141,10 +137,10 @@ class GridPrior(ModelMixin, ConfigMixin):
         Raises:
             UserError: a vector of another width than the model's.
         """
-        self._check(vector)
-        given = vector.any(dim=1, keepdim=True).to(vector)
-        features = given * (vector - self.vector_shift) / self.vector_scale
-        c = self.vector_in(torch.cat([features, given], dim=1))
+        _check_width(vector, self.config.vector)
+        is_set = vector.any(dim=1, keepdim=True).to(vector)
+        features = is_set * (vector - self.vector_shift) / self.vector_scale
+        c = self.vector_in(torch.cat([features, is_set], dim=1))
         time = sinusoid(t, _TIME, sine_first=False).to(x_t)[:, :, None, None]
         x = self.grid_in(torch.cat([x_t, time.expand(-1, -1, *x_t.shape[2:])], dim=1))
         for block in self.body:
@@ -161,7 +157,7 @@ class GridPrior(ModelMixin, ConfigMixin):
         guidance: float = 1.0,
         negative: Float[Tensor, "#B _"] | None = None,
     ) -> Float[Tensor, "B C h w"]:
-        """Raw grids by DDIM: `sample` in its common form."""
+        """Sample raw grids by DDIM; see `sample`."""
         return self.sample(vectors, seed, addresses, GridSampling(steps, guidance), negative)
 
     @torch.no_grad()
@@ -170,57 +166,50 @@ class GridPrior(ModelMixin, ConfigMixin):
         vectors: Float[Tensor, "#B V"],
         seed: int,
         addresses: Sequence[Sequence[int]],
-        how: GridSampling,
+        settings: GridSampling,
         negative: Float[Tensor, "#B _"] | None = None,
     ) -> Float[Tensor, "B C h w"]:
-        """Grids of raw embeddings, one per noise address, whoever is in the batch with it.
+        """Sample grids of raw embeddings, one per noise address, independent of the batch.
 
         Args:
             vectors: conditions, one per address or one for all; zeros are the null condition.
-            addresses: up to five integers each; the walk's noise adds the timestep.
-            negative: takes the null's place as u, so guidance > 1 leads away from it.
+            addresses: up to five integers each; noise of later steps adds the timestep.
+            negative: replaces the null condition as u, so guidance > 1 leads away from it.
 
         Raises:
             UserError: vectors of another width than the model's, or neither 1 nor one each.
             ValueError: more steps than 999.
         """
-        shape = (self.config.channels, *(how.shape or (self.config.side, self.config.side)))
+        shape = (self.config.channels, *(settings.shape or (self.config.side, self.config.side)))
         x_t = normal(shape, seed, "prior", addresses).to(self.shift)
         vectors = self._each(vectors, len(x_t))
         u_vectors = self._each(
             torch.zeros_like(vectors) if negative is None else negative, len(x_t)
         )
-        for step in self.schedule.steps(how.steps):
-            x_0 = self._guided(x_t, step.t, torch.cat([vectors, u_vectors]), how.guidance)
+        for step in self.schedule.steps(settings.steps):
+            x_0 = self._guided(x_t, step.t, torch.cat([vectors, u_vectors]), settings.guidance)
             noise = None
-            if how.eta > 0:
+            if settings.eta > 0:
                 at_step = [(*address, step.t) for address in addresses]
                 noise = normal(shape, seed, "prior walk", at_step).to(x_t)
-            x_t = ddim(x_t, x_0, step, how.eta, noise)
+            x_t = ddim(x_t, x_0, step, settings.eta, noise)
         grids: Tensor = x_t * self.scale + self.shift
         return grids
 
     def _guided(
         self, x_t: Float[Tensor, "B C h w"], t: int, vectors: Float[Tensor, "2*B V"], w: float
     ) -> Float[Tensor, "B C h w"]:
-        """Guidance, u + w (c - u), both in one batch; c alone where w = 1."""
+        """Return u + w (c - u), both in one batch; c if w = 1."""
         ts = torch.full((len(vectors),), t, device=x_t.device)
         if w == 1.0:
-            alone: Tensor = self(x_t, ts[: len(x_t)], vectors[: len(x_t)])
-            return alone
+            c: Tensor = self(x_t, ts[: len(x_t)], vectors[: len(x_t)])
+            return c
         c, u = self(torch.cat([x_t, x_t]), ts, vectors).chunk(2)
         return u + w * (c - u)
 
-    def _check(self, vectors: Tensor) -> None:
-        if vectors.shape[1] != self.config.vector:
-            raise UserError(
-                f"the condition has {vectors.shape[1]} features, the grid prior wants "
-                f"{self.config.vector}; give vectors of the kind that it was trained on."
-            )
-
     def _each(self, vectors: Tensor, count: int) -> Tensor:
-        """The vectors, one for each of `count` grids."""
-        self._check(vectors)
+        """Return the vectors, one for each of `count` grids."""
+        _check_width(vectors, self.config.vector)
         if len(vectors) not in (1, count):
             raise UserError(
                 f"there are {len(vectors)} conditions for {count} grids; give one for each grid, "
@@ -230,5 +219,13 @@ class GridPrior(ModelMixin, ConfigMixin):
 
 
 def _spread(std: Tensor) -> Tensor:
-    """Standard deviations to divide by: 1 where a channel is constant."""
+    """Return standard deviations to divide by: 1 for constant channels."""
     return torch.where(std > 1e-6, std, torch.ones_like(std))
+
+
+def _check_width(vectors: Tensor, width: int) -> None:
+    if vectors.shape[1] != width:
+        raise UserError(
+            f"the condition has {vectors.shape[1]} features, the grid prior needs {width}; "
+            f"give vectors of the kind that it was trained on."
+        )

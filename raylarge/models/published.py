@@ -1,11 +1,11 @@
-"""The papers' published checkpoints as raylarge's networks.
+"""Import networks from the papers' published checkpoints.
 
     flat names, {"state_dict": …} or the CDM's {"model", "ema", …}   ->   modules, in float32
 
-Every size but the number of heads is read off the tensors. Of raw and EMA weights (whose names
-have lost all their dots) the EMA is taken, as the published samplers do. `checked_…` fits the
-names and shapes and reads no values; `…_from_published` loads them. A name that is missing or
-unknown is an error, told as the file has it. Names: ZoomLDM, Latent Diffusion, Graikos et al., DiT.
+All sizes except the number of heads are derived from the tensors. EMA weights are preferred to raw
+ones, as in the published samplers. `…_from_published` loads a network; `checked_…` only checks
+names and shapes and reads no values. Missing and unexpected names are errors and reported as in
+the file. Names: ZoomLDM, Latent Diffusion, Graikos et al., DiT.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from raylarge.models.unet import UNet, build
 from raylarge.models.weights import FittedNetwork, fit, without_prefixes
 
 State = Mapping[Any, Any]
-"""What a file holds: tensors or arrays by name, perhaps in wrappers, and anything beside."""
+"""Content of a file: tensors or arrays by name, possibly nested, and anything else."""
 
 _UNET = ("time_embed", "input_blocks", "middle_block", "output_blocks", "out", "label_emb")
 _VAE = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
@@ -50,22 +50,21 @@ _EMBEDDER = ("patch_fc", "region_fc")
 
 
 def unet_from_published(state: State, heads: int = 1, ema: bool = True) -> UNet:
-    """The denoising U-Net, called as (x_t, t, context).
+    """Load the denoising U-Net, called as (x_t, t, context).
 
     Args:
-        state: names under `model.diffusion_model.`, `diffusion_model.` or bare; or those of
-            `model_ema.`.
+        state: names under `model.diffusion_model.`, `diffusion_model.`, `model_ema.` or bare.
         heads: attention heads; the published networks have one.
-        ema: take the average where there is one.
+        ema: use the averaged weights if there are any.
 
     Raises:
-        UserError: no U-Net in it, names missing or unknown, or heads that do not divide.
+        UserError: no U-Net, names missing or unexpected, or heads that do not divide a width.
     """
     return checked_unet(state, heads, ema).load()
 
 
 def checked_unet(state: State, heads: int = 1, ema: bool = True) -> FittedNetwork[UNet]:
-    """The U-Net of `unet_from_published`, its values not read yet; same errors."""
+    """Check the U-Net of `unet_from_published`; same errors."""
     flat = preferred_tensors(state)
     prefixes = ("model.diffusion_model.", "diffusion_model.", "")
     named = ema_tensors(flat) if ema else {}
@@ -77,48 +76,47 @@ def checked_unet(state: State, heads: int = 1, ema: bool = True) -> FittedNetwor
 
 
 def vq_from_published(state: State) -> Autoencoder:
-    """The VQ autoencoder: `.encode(image)` before quantisation, `.decode(latent)` quantises.
+    """Load the VQ autoencoder: `.encode(image)` before quantisation, `.decode(latent)` quantises.
 
     Args:
         state: names under `first_stage_model.` or bare; a discriminator's are ignored.
 
     Raises:
-        UserError: no VQ autoencoder in it, names missing or unknown, or scaled latents.
+        UserError: no VQ autoencoder, names missing or unexpected, or scaled latents.
     """
     return _wrapped(_checked_vq(preferred_tensors(state)))
 
 
 def kl_from_published(state: State, scale: float | None = None) -> Autoencoder:
-    """A KL autoencoder of Latent Diffusion; its mean, scaled, is the latent.
+    """Load a KL autoencoder of Latent Diffusion; the latent is its mean, scaled.
 
     Args:
         state: names under `first_stage_model.` or bare.
-        scale: what the diffusion models multiply latents by; read from the checkpoint's
-            `scale_factor` if left out, else 0.18215.
+        scale: factor of latents; by default the checkpoint's `scale_factor`, or 0.18215.
 
     Raises:
-        UserError: no KL autoencoder in it, or names missing or unknown.
+        UserError: no KL autoencoder, or names missing or unexpected.
     """
     return _wrapped(_checked_kl(preferred_tensors(state), scale))
 
 
 def autoencoder_from_published(state: State) -> Autoencoder:
-    """The autoencoder of a checkpoint, VQ or KL; errors as of those."""
+    """Load the autoencoder of a checkpoint, VQ or KL; errors as of those."""
     return _wrapped(checked_autoencoder(state))
 
 
 def checked_autoencoder(state: State) -> FittedNetwork[Any]:
-    """The network of a checkpoint's autoencoder, its values not read yet; same errors."""
+    """Check the autoencoder of a checkpoint; same errors."""
     flat = preferred_tensors(state)
     has_codes = has_prefix(flat, "first_stage_model.quantize.") or has_prefix(flat, "quantize.")
     return _checked_vq(flat) if has_codes else _checked_kl(flat)
 
 
 def tiny_from_published(encoder: State, decoder: State) -> Autoencoder:
-    """TAESD or TAESD3, from its two files of `nn.Sequential` names.
+    """Load TAESD or TAESD3 from its two files of `nn.Sequential` names.
 
     Raises:
-        UserError: names missing or unknown.
+        UserError: names missing or unexpected.
     """
     first = _section(preferred_tensors(encoder), ("encoder.", ""), "0.weight")
     second = _section(preferred_tensors(decoder), ("decoder.", ""), "1.weight")
@@ -136,15 +134,15 @@ def tiny_from_published(encoder: State, decoder: State) -> Autoencoder:
 
 
 def summarizer_from_published(state: State, heads: int = 8, raw: bool = False) -> Summarizer:
-    """The Summarizer, called as (grid [B, C, h, w], scale ids [B]).
+    """Load the Summarizer, called as (grid [B, C, h, w], scale ids [B]).
 
     Args:
         state: names under `cond_stage_model.` or bare.
         heads: attention heads.
-        raw: normalise each embedding inside; the published module is given normalised ones.
+        raw: normalise embeddings inside; the published module expects normalised ones.
 
     Raises:
-        UserError: no Summarizer in it, names missing or unknown, or heads that do not divide.
+        UserError: no Summarizer, names missing or unexpected, or heads that do not divide.
     """
     return checked_summarizer(state, heads, raw).load()
 
@@ -152,7 +150,7 @@ def summarizer_from_published(state: State, heads: int = 8, raw: bool = False) -
 def checked_summarizer(
     state: State, heads: int = 8, raw: bool = False
 ) -> FittedNetwork[Summarizer]:
-    """The Summarizer of `summarizer_from_published`, its values not read yet; same errors."""
+    """Check the Summarizer of `summarizer_from_published`; same errors."""
     prefixes = ("cond_stage_model.", "")
     named = _section(preferred_tensors(state), prefixes, "dim_reduce.weight", _SUMMARIZER)
     width, channels = require_tensor(named, "dim_reduce.weight", 2).shape
@@ -171,19 +169,19 @@ def checked_summarizer(
 
 
 def embedder_from_published(state: State) -> VectorEmbedder:
-    """Graikos et al.'s conditioning, of one token or two.
+    """Load the conditioning of Graikos et al., of one token or two.
 
     Args:
-        state: `patch_fc.*` and perhaps `region_fc.*`, under `cond_stage_model.` or bare.
+        state: `patch_fc.*` and optionally `region_fc.*`, under `cond_stage_model.` or bare.
 
     Raises:
-        UserError: no such layers in it.
+        UserError: no such layers.
     """
     return checked_embedder(state).load()
 
 
 def checked_embedder(state: State) -> FittedNetwork[VectorEmbedder]:
-    """The conditioning of `embedder_from_published`, its values not read yet; same errors."""
+    """Check the conditioning of `embedder_from_published`; same errors."""
     named = _section(
         preferred_tensors(state), ("cond_stage_model.", ""), "patch_fc.weight", _EMBEDDER
     )
@@ -196,26 +194,26 @@ def checked_embedder(state: State) -> FittedNetwork[VectorEmbedder]:
 
 
 def has_embedder(state: State) -> bool:
-    """Whether a checkpoint is conditioned as Graikos et al. do, by vectors."""
+    """Return whether a checkpoint has the conditioning of Graikos et al., by vectors."""
     flat = preferred_tensors(state)
     return has_prefix(flat, "cond_stage_model.patch_fc.") or has_prefix(flat, "patch_fc.")
 
 
 def cdm_from_published(state: State, heads: int = 12) -> CDM:
-    """The CDM, called as (x_t [B, C, N], t [B], scale ids [B]).
+    """Load the CDM, called as (x_t [B, C, N], t [B], scale ids [B]).
 
     Args:
         state: DiT's names, bare, or the training's {"model", "ema", …}, of which the EMA.
         heads: attention heads.
 
     Raises:
-        UserError: no DiT in it, names missing or unknown, or heads that do not divide.
+        UserError: no DiT, names missing or unexpected, or heads that do not divide.
     """
     return checked_cdm(state, heads).load()
 
 
 def checked_cdm(state: State, heads: int = 12) -> FittedNetwork[CDM]:
-    """The CDM of `cdm_from_published`, its values not read yet; same errors."""
+    """Check the CDM of `cdm_from_published`; same errors."""
     named = _section(preferred_tensors(state), ("module.", ""), "x_embedder.weight")
     width, channels = require_tensor(named, "x_embedder.weight", 2).shape
     check_heads(heads, [width], "a CDM")
@@ -242,12 +240,13 @@ def checked_cdm(state: State, heads: int = 12) -> FittedNetwork[CDM]:
 def _section(
     flat: Mapping[str, Tensor], prefixes: Sequence[str], marker: str, words: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """One network's tensors without their prefix, known by a name that it must have.
+    """Return the tensors of one network without their prefix.
 
-    Under a prefix everything is the network's, but for the losses of an autoencoder's training.
+    Under a prefix all names are the network's, except the losses of an autoencoder's training.
 
     Args:
-        words: first words of the network's names; where they are bare, others are left alone.
+        marker: a name that the network must have.
+        words: first words of the network's names, to select among bare names.
     """
     for prefix in prefixes:
         if prefix + marker in flat:
@@ -286,7 +285,9 @@ def _checked_kl(
     sizes = vae_sizes(named)
     z, latent = require_tensor(named, "post_quant_conv.weight", 4).shape[:2]
     if require_tensor(named, "encoder.conv_out.weight", 4).shape[0] == z:
-        refuse_missing(["quantize.embedding.weight"], named)  # no variances: the codebook was lost
+        refuse_missing(
+            ["quantize.embedding.weight"], named
+        )  # no variances: a VQ without its codebook
     if z != latent:
         refuse_unsupported(
             f"a KL autoencoder whose {latent} latent channels become {z} in its decoder"
@@ -297,21 +298,21 @@ def _checked_kl(
     return _checked_vae(network, named, "a KL autoencoder")
 
 
-def _scale(flat: Mapping[str, Tensor], otherwise: float) -> float:
-    """The checkpoint's `scale_factor`."""
+def _scale(flat: Mapping[str, Tensor], default: float) -> float:
+    """Return the checkpoint's `scale_factor`, or the default if it differs by rounding only."""
     stored = flat.get("scale_factor")
     if stored is None:
-        return otherwise
+        return default
     if stored.numel() != 1 or not 0 < float(stored) < float("inf"):
         raise UserError(
             f"the checkpoint's scale_factor is {stored.tolist()}, not a number above 0."
         )
-    is_default = abs(float(stored) - otherwise) <= rounding(stored) * otherwise
-    return otherwise if is_default else float(stored)
+    is_default = abs(float(stored) - default) <= rounding(stored) * default
+    return default if is_default else float(stored)
 
 
 def _for_images(network: Any, inputs: int, outputs: int) -> Any:
-    """The network for images of other channels than three."""
+    """Return the network for images of any number of channels."""
     channels = {"in_channels": inputs, "out_channels": outputs}
     return network if inputs == outputs == 3 else network.from_config(network.config, **channels)
 

@@ -1,9 +1,9 @@
-"""Names of Latent Diffusion's checkpoints, and the sizes that their tensors give away.
+"""Names of Latent Diffusion's checkpoints, and network sizes derived from tensor shapes.
 
-    tensors -> sizes -> diffusers' network -> its names as published -> compared, in these
+    tensors -> sizes -> diffusers' network -> its names as published -> compared with the tensors
 
-The U-Net's EMA is stored under names without dots (`model_ema.diffusion_modelinput_blocks41…`),
-so they are looked up from every dotted name that a U-Net can have, never taken apart.
+The U-Net's EMA is stored under names without dots (`model_ema.diffusion_modelinput_blocks41…`).
+They are looked up by all dotted names that a U-Net can have.
 """
 
 from __future__ import annotations
@@ -26,64 +26,64 @@ GROUPS = 32
 """Groups of every group norm of these networks."""
 
 
-def refuse_missing(wanted: Sequence[str], flat: Named) -> NoReturn:
-    """Refuse a checkpoint without what it must have.
+def refuse_missing(names: Sequence[str], flat: Named) -> NoReturn:
+    """Raise for a checkpoint without the named tensors.
 
     Raises:
-        UserError: naming what was looked for and how the names there begin.
+        UserError: with these names and the first names of the checkpoint.
     """
-    there = ", ".join(list(flat)[:3]) or "nothing"
+    first = ", ".join(list(flat)[:3]) or "nothing"
     raise UserError(
-        f"missing {' or '.join(dict.fromkeys(wanted))}; the {len(flat)} tensors begin with {there}."
+        f"missing {' or '.join(dict.fromkeys(names))}; the {len(flat)} tensors begin with {first}."
     )
 
 
-def refuse_unsupported(what: str) -> NoReturn:
-    """Refuse a kind of network that is not built here.
+def refuse_unsupported(feature: str) -> NoReturn:
+    """Raise for a network with an unsupported feature.
 
     Raises:
-        UserError: saying what it has.
+        UserError: always.
     """
-    raise UserError(f"not supported: {what}; give a checkpoint of another configuration.")
+    raise UserError(f"not supported: {feature}; give a checkpoint of another configuration.")
 
 
 def require_tensor(named: Named, name: str, dimensions: int) -> Tensor:
-    """A tensor that tells a size, so must be there.
+    """Return a tensor from whose shape a size is read.
 
     Raises:
-        UserError: it is not, or it is empty or of another number of dimensions.
+        UserError: it is missing, empty, or has another number of dimensions.
     """
     if name not in named:
         refuse_missing([name], named)
     tensor = named[name]
     if tensor.ndim != dimensions or not tensor.numel():
         raise UserError(
-            f"{name} has the shape {list(tensor.shape)}; {dimensions} dimensions belong there, "
+            f"{name} has the shape {list(tensor.shape)}; expected {dimensions} dimensions, "
             f"none of them 0; check the file."
         )
     return tensor
 
 
 def has_prefix(named: Named, start: str) -> bool:
-    """Whether a name begins so."""
+    """Return whether any name begins with `start`."""
     return any(name.startswith(start) for name in named)
 
 
 def count_indices(named: Named, start: str) -> int:
-    """One more than the largest index that follows a beginning of names; 0 without any.
+    """Return one more than the largest index that follows `start` in names; 0 without any.
 
-    An index beyond the number of tensors counts nothing: such a name is unexpected, no size.
+    Indices beyond the number of tensors are ignored; such names are reported as unexpected.
     """
     following = (name[len(start) :].split(".")[0] for name in named if name.startswith(start))
-    found = (int(index) for index in following if index.isdecimal())
-    return max((index + 1 for index in found if index < len(named)), default=0)
+    indices = (int(index) for index in following if index.isdecimal())
+    return max((index + 1 for index in indices if index < len(named)), default=0)
 
 
 def check_heads(heads: int, widths: Sequence[int], whose: str) -> None:
-    """Refuse a number of attention heads that does not divide the widths.
+    """Check that the number of attention heads divides the widths.
 
     Raises:
-        UserError: saying both.
+        UserError: it does not.
     """
     if heads < 1 or any(width % heads for width in widths):
         listed = ", ".join(str(width) for width in dict.fromkeys(widths))
@@ -94,31 +94,31 @@ def check_heads(heads: int, widths: Sequence[int], whose: str) -> None:
 
 
 def ema_tensors(flat: Named) -> dict[str, Tensor]:
-    """The EMA's tensors by their dotted names, by way of every name that a U-Net can have.
+    """Return the tensors of the EMA by their dotted names; empty if there is none.
 
     Raises:
-        UserError: names there that no U-Net has.
+        UserError: names that no U-Net has.
     """
     for prefix in ("model_ema.diffusion_model", "model_ema.", "diffusion_model"):
-        found = {
+        tensors = {
             name: flat[prefix + name.replace(".", "")]
             for name in _unet_names()
             if prefix + name.replace(".", "") in flat
         }
-        if found:
-            known = {prefix + name.replace(".", "") for name in found}
-            known |= {"model_ema.decay", "model_ema.num_updates"}
+        if tensors:
+            expected = {prefix + name.replace(".", "") for name in tensors}
+            expected |= {"model_ema.decay", "model_ema.num_updates"}
             root = prefix.split(".")[0]
-            beside = {name for name in flat if name.startswith(root)} - known
-            stray = [name for name in beside if not name.startswith("diffusion_model.")]
-            refuse("the EMA of the U-Net", unexpected=sorted(stray))
-            return found
+            others = {name for name in flat if name.startswith(root)} - expected
+            unexpected = [name for name in others if not name.startswith("diffusion_model.")]
+            refuse("the EMA of the U-Net", unexpected=sorted(unexpected))
+            return tensors
     return {}
 
 
 @cache
 def _unet_names() -> list[str]:
-    """The grammar of Latent Diffusion's U-Net names; without dots each stays unique."""
+    """Return all possible names of Latent Diffusion's U-Net; they are unique without dots, too."""
     attention = [f"attn{a}.{to}" for a, to in product((1, 2), ("to_q", "to_k", "to_v", "to_out.0"))]
     inner = [*attention, "ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"]
     residual = ["in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3"]
@@ -135,14 +135,14 @@ def _unet_names() -> list[str]:
 
 @dataclass(frozen=True)
 class UNetSizes:
-    """What `unet.build` must know to make the U-Net of some tensors.
+    """Arguments of `unet.build` for the U-Net of some tensors.
 
     Attributes:
         config: widths, attention, layers and heads.
-        latent: channels of the prediction, and the published side.
+        latent: channels of the prediction, and the published sides.
         context: width of the context tokens.
         inputs: channels of x_t.
-        depth: transformer blocks at each place of attention.
+        depth: transformer blocks in each attention module.
     """
 
     config: UNetConfig
@@ -153,11 +153,10 @@ class UNetSizes:
 
 
 def unet_sizes(named: Named, heads: int) -> UNetSizes:
-    """The sizes of a U-Net's tensors.
+    """Derive the sizes of a U-Net from its tensors.
 
     Raises:
-        UserError: a tensor that tells one is missing, a kind that is not built here, or heads
-            that do not divide a width.
+        UserError: a missing tensor, an unsupported network, or heads that do not divide a width.
     """
     _refuse_other_unets(named)
     levels = _levels(named)
@@ -188,15 +187,15 @@ def _refuse_other_unets(named: Named) -> None:
         r"\.qkv\.": "attention without a context",
     }
     for pattern, kind in kinds.items():
-        if found := next((name for name in named if re.search(pattern, name)), ""):
-            refuse_unsupported(f"{kind} ({found})")
+        if name := next((name for name in named if re.search(pattern, name)), ""):
+            refuse_unsupported(f"{kind} ({name})")
     projection = named.get("middle_block.1.proj_in.weight")
     if projection is not None and projection.ndim == 2:
         refuse_unsupported("linear layers around the transformers (middle_block.1.proj_in.weight)")
 
 
 def _levels(named: Named) -> list[list[int]]:
-    """The numbers of the residual input blocks of each level; an `op` ends one."""
+    """Return the indices of the residual input blocks of each level; an `op` ends a level."""
     levels: list[list[int]] = [[]]
     for block in range(1, count_indices(named, "input_blocks.")):
         if not has_prefix(named, f"input_blocks.{block}."):
@@ -210,17 +209,17 @@ def _levels(named: Named) -> list[list[int]]:
 
 
 def _depth(named: Named, levels: list[list[int]]) -> int:
-    """Transformer blocks at each place of attention."""
+    """Return the number of transformer blocks in each attention module."""
     places = [f"input_blocks.{i}.1." for level in levels for i in level]
-    found = {
+    depths = {
         count_indices(named, f"{place}transformer_blocks.")
         for place in ["middle_block.1.", *(place for place in places if has_prefix(named, place))]
     }
-    if len(found) > 1:
+    if len(depths) > 1:
         refuse_unsupported(
-            f"{' and '.join(map(str, sorted(found)))} transformer blocks in one U-Net"
+            f"{' and '.join(map(str, sorted(depths)))} transformer blocks in one U-Net"
         )
-    return found.pop()
+    return depths.pop()
 
 
 def _check_widths(stem: int, widths: Sequence[int]) -> None:
@@ -241,10 +240,10 @@ class VAESizes:
 
 
 def vae_sizes(named: Named) -> VAESizes:
-    """The sizes of an autoencoder's tensors.
+    """Derive the sizes of an autoencoder from its tensors.
 
     Raises:
-        UserError: a tensor that tells one is missing, or a kind that is not built here.
+        UserError: a missing tensor, or an unsupported network.
     """
     if attention := next((name for name in named if ".attn." in name), ""):
         refuse_unsupported(f"attention within the levels of an autoencoder ({attention})")
@@ -260,7 +259,7 @@ def vae_sizes(named: Named) -> VAESizes:
 
 
 def unet_name(name: str, config: UNetConfig) -> str:
-    """The published name of a tensor of diffusers' U-Net."""
+    """Return the published name of a tensor of diffusers' U-Net."""
     middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", name)
     if middle:
         number = 2 * int(middle[2]) if middle[1] == "resnets" else 1
@@ -284,7 +283,7 @@ def _inner(kind: str, name: str) -> str:
 
 
 def vae_name(name: str, levels: int) -> str:
-    """The published name of a tensor of diffusers' VQ or KL autoencoder."""
+    """Return the published name of a tensor of diffusers' VQ or KL autoencoder."""
     name = re.sub(r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block.", name)
     name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
     up = re.search(r"up_blocks\.(\d+)\.", name)

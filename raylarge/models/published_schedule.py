@@ -1,8 +1,8 @@
-"""Read the noise schedule of a published checkpoint off its betas, in any precision.
+"""Derive the noise schedule of a published checkpoint from its betas.
 
     betas [steps], as float32, float16 or bfloat16  ->  Schedule(name, steps, beta_start, beta_end)
 
-Betas agree with a schedule where they differ by no more than the rounding of their own type.
+Betas match a schedule if they differ by no more than the rounding of their type.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from raylarge.models.state_dicts import preferred_tensors
 
 
 def schedule_from_published(state: Mapping[Any, Any]) -> Schedule:
-    """The schedule of a checkpoint's `betas`; the published one where it stores none.
+    """Return the schedule of a checkpoint's `betas`; the published one if it has none.
 
     Raises:
-        UserError: betas that are neither `scaled_linear` nor `linear`, up to the rounding of
-            their own type.
+        UserError: betas that are neither `scaled_linear` nor `linear`.
     """
     betas = preferred_tensors(state).get("betas")
     if betas is None:
@@ -43,7 +42,7 @@ def schedule_from_published(state: Mapping[Any, Any]) -> Schedule:
 
 
 def rounding(values: Tensor) -> float:
-    """Return the relative error of values that were rounded to their own type."""
+    """Return the relative rounding error of a floating-point type."""
     if not values.is_floating_point():
         raise UserError(f"its betas or scale_factor are {values.dtype}, not fractions.")
     return max(torch.finfo(values.dtype).eps / 2, 3e-7)

@@ -1,12 +1,11 @@
-"""Tile encoders: what turns a base tile into the raw embedding that conditions generation.
+"""Tile encoders: map a base tile to the raw embedding that conditions generation.
 
     uint8 [B, P, P, 3] -resize, standardise-> [B, 3, input_px, input_px] -net-> float16 [B, width]
 
-One card per encoder says what it is and where it comes from (`ssl_cards.py`); `timm:ARCHITECTURE`
-is a card for whatever timm can build. Embeddings are raw, as the network gives them; normalising
-belongs to the model that reads them. Three members need no download: `efficientnet_lite0` is no
-SSL encoder but an ImageNet-supervised stand-in for one, `toy` computes colour and gradient
-statistics, and `none` is the absence of a condition.
+A card per encoder describes network and weights (`ssl_cards.py`); `timm:ARCHITECTURE` is a card for
+any architecture of timm. Embeddings are raw; the models that read them normalise. Three encoders
+need no download: `efficientnet_lite0` (ImageNet-supervised, a substitute for SSL encoders), `toy`
+(colour and gradient statistics) and `none` (no condition).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from raylarge.models.ssl_networks import Network
 
 
 class Encoder:
-    """A loaded encoder; deterministic for one batch size on one kind of hardware."""
+    """A loaded encoder; deterministic for one batch size on one type of hardware."""
 
     def __init__(
         self,
@@ -41,9 +40,9 @@ class Encoder:
         self._device = device
 
     def __call__(self, images: UInt8[np.ndarray, "B P P 3"]) -> Float16[np.ndarray, "B width"]:
-        """Raw embeddings of a batch of tiles; blank tiles are tiles like any other."""
-        one = self.card
-        x = ssl_networks.to_inputs(images, one.input_px, one.colour, one.resample, self._device)
+        """Return raw embeddings of a batch of tiles; blank tiles are no exception."""
+        card = self.card
+        x = ssl_networks.to_inputs(images, card.input_px, card.colour, card.resample, self._device)
         with torch.inference_mode():
             raw = self._network(x.to(self._dtype))
         embeddings: np.ndarray = raw.float().cpu().numpy().astype(np.float16)
@@ -53,41 +52,40 @@ class Encoder:
 def load(
     name: str, weights: str = "", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Encoder:
-    """The encoder of a card.
+    """Load the encoder of a card.
 
     Args:
         name: of the card, or `timm:ARCHITECTURE`.
-        weights: a .safetensors, .pth, .pt or .bin file, or a folder that holds one; without it
-            they come from the package or the hub that the card names.
-        device: where the network runs.
-        dtype: its precision; embeddings are float16 in any case.
+        weights: a .safetensors, .pth, .pt or .bin file, or a folder with one; by default those of
+            the card's package or hub.
+        device: of the network.
+        dtype: of the network; embeddings are always float16.
 
     Raises:
-        UserError: no card has that name, or its weights are missing, out of reach or others'.
+        UserError: an unknown card, or weights that are missing, unreachable or of another network.
     """
     return Encoder(card(name), weights, device, dtype)
 
 
 def card(name: str) -> EncoderCard:
-    """The card of a name.
+    """Return the card of a name.
 
     Raises:
-        UserError: no card has that name.
+        UserError: an unknown name.
     """
     if name.startswith("timm:"):
         return ssl_networks.timm_card(name.removeprefix("timm:"))
     if name not in CARDS:
-        known = ", ".join(CARDS)
-        raise UserError(f"there is no encoder '{name}'; choose one of: {known}, timm:ARCHITECTURE.")
+        names = ", ".join(CARDS)
+        raise UserError(f"there is no encoder '{name}'; choose one of: {names}, timm:ARCHITECTURE.")
     return CARDS[name]
 
 
 def check_weights(card: EncoderCard, weights: str) -> None:
-    """Refuse at once what could not be loaded later.
+    """Check, without loading, that there are weights for a card.
 
     Raises:
-        UserError: weights that are not there, for a card that takes none, or of which it has no
-            other source.
+        UserError: weights that are missing, or given for a card that has its own.
     """
     if weights and not card.files:
         raise UserError(f"encoder '{card.name}' takes no weights; leave embed.weights out.")
@@ -98,10 +96,10 @@ def check_weights(card: EncoderCard, weights: str) -> None:
 
 
 def weights_digest(card: EncoderCard, weights: str) -> str:
-    """Return a short name for the weights that a user gives; empty where they come with the card.
+    """Return the digest of a user's weight file; empty if the weights come with the card.
 
-    Where the file holds several copies of the network, the key of the one in use follows the
-    digest: `0123456789abcdef state_dict_ema`.
+    If the file contains several copies of the network, the key of the one in use follows:
+    `0123456789abcdef state_dict_ema`.
 
     Raises:
         UserError: as `check_weights`.
@@ -111,22 +109,22 @@ def weights_digest(card: EncoderCard, weights: str) -> str:
         return ""
     path = hub.find_weights(weights, card.files)
     key = ""
-    with suppress(UserError):  # `load` says what is wrong with the file
+    with suppress(UserError):  # reported by `load`
         key = ssl_networks.chosen_key(card, path)
     return f"{storage.digest_file(path)} {key}".rstrip()
 
 
 def _cure(card: EncoderCard) -> str:
-    have = f"get its weights from {card.where}" if card.where else "give its weights"
+    source = f"get its weights from {card.where}" if card.where else "give its weights"
     if card.gated:
-        have = f"it is gated: ask for access at {card.where} and log in with `hf auth login`"
-    return f"{have}, or name a file that you have: embed.weights=/path/to/file."
+        source = f"it is gated: ask for access at {card.where} and log in with `hf auth login`"
+    return f"{source}, or name a file that you have: embed.weights=/path/to/file."
 
 
 def _network(
     card: EncoderCard, weights: str, device: str, dtype: torch.dtype
 ) -> tuple[Network, torch.dtype]:
-    """The card's network and its precision: statistics without weights stay in float32."""
+    """Return the card's network and its precision; functions without weights stay in float32."""
     check_weights(card, weights)
     if not card.files:
         network = ssl_networks.load_builtin(card)
@@ -136,6 +134,5 @@ def _network(
     if weights:
         path = hub.find_weights(weights, card.files)
     else:
-        told = f"encoder '{card.name}': {_cure(card)}"
-        path = hub.fetch(card.hub, card.files, told)
+        path = hub.fetch(card.hub, card.files, f"encoder '{card.name}': {_cure(card)}")
     return ssl_networks.with_pooling(card, ssl_networks.load(card, path).to(device, dtype)), dtype

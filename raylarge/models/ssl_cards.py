@@ -1,10 +1,8 @@
-"""What is known of each tile encoder: one card each, no weights and no network.
+"""Cards of the tile encoders: source of the weights, architecture, preprocessing, pooling.
 
-A card says where the weights lie, how the network is built, how a tile enters it and which of its
-tokens are the embedding. Facts are those of the model cards, of timm 1.0 and of the encoder
-factories of TRIDENT (mahmoodlab) and eva (kaiko-ai); what could not be checked against the
-weights themselves says so in its note. A tile is always resized whole to `input_px`: where a
-published transform crops, as Prov-GigaPath's does, the note tells.
+The facts are from the model cards, timm 1.0 and the encoder factories of TRIDENT (mahmoodlab) and
+eva (kaiko-ai); notes mention what could not be checked against the weights. The whole tile is
+resized to `input_px`; notes mention published transforms that crop instead.
 """
 
 from __future__ import annotations
@@ -27,26 +25,26 @@ OWKIN = "Owkin non-commercial"
 
 @dataclass(frozen=True)
 class EncoderCard:
-    """One encoder.
+    """Facts of one encoder.
 
     Attributes:
-        name: what `embed.encoder` says.
+        name: the value of `embed.encoder`.
         width: channels of an embedding.
         model: the architecture's name in its library.
         licence: of the weights.
-        note: what else a user should know.
+        note: further facts for users.
         input_px: side of the network's input.
         colour: mean and standard deviation that standardise an input in [0, 1].
         pooling: `cls`, `mean` (of the patch tokens), `cls+mean` or `network` (the network pools).
-        library: who builds the network: timm, transformers or raylarge itself.
+        library: that builds the network.
         options: keyword arguments of the architecture.
-        hub: repository on huggingface.co, or empty where there is none.
-        files: names of the weights on the hub or in a folder, best first; none: no file needed.
-        source: where the weights, or the access to them, are to be had.
-        gated: whether the hub asks for consent and a login.
-        resample: how tiles are resized, `bilinear` or `bicubic`, always antialiased.
-        positions: how position embeddings of another grid are resized: timm's way or DINO's.
-        drops: prefixes of the file's tensors that belong to no embedding, such as heads.
+        hub: repository on huggingface.co, if any.
+        files: names of the weights on the hub or in a folder, best first; empty: no file needed.
+        source: address of the weights, or of the access to them.
+        gated: whether the hub requires consent and a login.
+        resample: antialiased resizing of tiles, `bilinear` or `bicubic`.
+        positions: resizing of position embeddings of another grid: timm's or DINO's.
+        drops: prefixes of tensors in the file to ignore, such as heads.
     """
 
     name: str
@@ -79,19 +77,19 @@ class EncoderCard:
 
     @property
     def where(self) -> str:
-        """The address to get the weights, or the access to them, from."""
+        """Address of the weights, or of the access to them."""
         return self.source or (f"https://huggingface.co/{self.hub}" if self.hub else "")
 
     def as_json(self) -> dict[str, Any]:
-        """What a manifest or a bundle says of its encoder; never a path."""
-        facts = {one.name: getattr(self, one.name) for one in fields(self)}
-        for inner in ("colour", "options", "files", "positions", "drops"):
-            del facts[inner]
+        """Return the facts for a manifest or a bundle, which contain no local path."""
+        private = ("colour", "options", "files", "positions", "drops")
+        names = [field.name for field in fields(self) if field.name not in private]
+        facts = {name: getattr(self, name) for name in names}
         return {**facts, "mean": [*self.mean], "std": [*self.std], "source": self.where}
 
 
 def _tokens(**options: Any) -> dict[str, Any]:
-    """Options of a network that ends with its tokens."""
+    """Return options of a network without a head."""
     return {"num_classes": 0, **options}
 
 

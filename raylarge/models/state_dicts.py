@@ -1,11 +1,11 @@
-"""Find a network's tensors in what training tools save: which of several copies, and their names.
+"""Find a network's state dict in a checkpoint of any training tool.
 
     {"state_dict": {…}, "state_dict_ema": {"module.w": …}}  ->  "state_dict_ema", {"w": …}
 
-Preference: averaged weights first (`AVERAGED`: the tools that save an average evaluate it, as timm,
-DeiT, DiT, DINO, I-JEPA and BasicSR do), then the weights as trained (`PLAIN`), then the file's own
-top level. Optimizer states and all other keys are ignored. A copy may also be marked by the first
-word of flat names (`teacher.backbone.w`).
+A checkpoint may hold several copies of the weights. Averaged ones come first (`AVERAGED`: tools
+that save an average evaluate it, such as timm, DeiT, DiT, DINO, I-JEPA and BasicSR), then the
+weights as trained (`PLAIN`), then the top level of the file. All other keys are ignored. A copy
+may also be marked by the first word of flat names (`teacher.backbone.w`).
 """
 
 from __future__ import annotations
@@ -28,63 +28,62 @@ PLAIN = (
     *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network"),
     *("params", "weights", "backbone", "student", "encoder_q", "base_encoder", "encoder"),
 )
-"""`encoder_q` and `base_encoder` are MoCo's, whose authors evaluate these and not the averages."""
+"""`encoder_q` and `base_encoder` are MoCo's, whose authors evaluate these instead of averages."""
 _SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of names that torch.compile and FSDP put anywhere."""
+"""Parts of names that torch.compile and FSDP insert."""
 PREFIXES = ("module.", "_forward_module.", "backbone.", "encoder.")
-_ALIKE = 0.5
-"""Share of the names, or of the largest copy's tensors, that makes a copy a network's."""
+_MIN_SHARE = 0.5
+"""Least share of a network's names, or of the largest copy's tensors, for a copy of the network."""
 
 
 class StateCopy(NamedTuple):
-    """One of the copies of a network's tensors that a file holds."""
+    """One of several copies of a network's tensors in a file."""
 
     key: str
-    """Where it is in the file, such as `model.ema`; empty for the top level."""
+    """Key in the file, such as `model.ema`; empty for the top level."""
     state: State
 
 
 class ChosenState(NamedTuple):
-    """The copy that counts, and what else the file holds."""
+    """The preferred copy, and the keys of the others."""
 
     key: str
     state: State
     others: tuple[str, ...]
-    """Keys of the copies that were not taken."""
 
 
 def preferred_tensors(content: Mapping[Any, Any]) -> State:
-    """Return the preferred copy's tensors by name; empty if there are none.
+    """Return the tensors of the preferred copy; empty if there are none.
 
-    Values that are no tensors or arrays, and names that are no strings, are left out.
+    Values other than tensors and arrays, and names other than strings, are ignored.
     """
     copies = list(_copies(content))
     return _without_small(copies)[0].state if copies else {}
 
 
 def choose(
-    content: Mapping[Any, Any], wanted: Mapping[str, Tensor], prefixes: Sequence[str] = PREFIXES
+    content: Mapping[Any, Any], expected: Mapping[str, Tensor], prefixes: Sequence[str] = PREFIXES
 ) -> ChosenState:
     """Return the preferred copy of one network's tensors, without prefixes of training tools.
 
     Args:
         content: of the file.
-        wanted: the network's own tensors; their values do not matter.
-        prefixes: of training tools, which are removed.
+        expected: the network's tensors; their values do not matter.
+        prefixes: of training tools, to remove.
 
     Raises:
-        UserError: no tensors, or two that would have one name; says which keys the file has.
+        UserError: no tensors, or two of the same name without prefixes.
     """
     copies = list(_copies(content))
     if not copies:
-        raise UserError(f"it holds no named tensors; its keys: {key_list(content)}.")
+        raise UserError(f"it contains no named tensors; its keys: {key_list(content)}.")
     flat = [copy for copy in copies for copy in (*_groups(copy, AVERAGED), copy)]
     flat += [group for copy in copies for group in _groups(copy, PLAIN)]
     flat.sort(key=lambda copy: _rank(copy.key))
-    fitting = (copy for copy in flat if _fits(copy.state, wanted))
+    fitting = (copy for copy in flat if _fits(copy.state, expected))
     best = next(fitting, None) or _without_small(copies)[0]
     others = tuple(dict.fromkeys(copy.key for copy in copies if copy.key and copy.key != best.key))
-    return ChosenState(best.key, strip_prefixes(best.state, wanted, prefixes), others)
+    return ChosenState(best.key, strip_prefixes(best.state, expected, prefixes), others)
 
 
 def key_list(content: Mapping[Any, Any]) -> str:
@@ -94,35 +93,37 @@ def key_list(content: Mapping[Any, Any]) -> str:
 
 
 def strip_prefixes(
-    state: Mapping[str, Tensor], wanted: Collection[str], prefixes: Sequence[str] = PREFIXES
+    state: Mapping[str, Tensor], expected: Collection[str], prefixes: Sequence[str] = PREFIXES
 ) -> State:
-    """Return a state without the prefixes of training tools that the network itself does not use.
+    """Return a state without prefixes of training tools, except those that the network uses.
 
-    They are removed in any order and number: `module._orig_mod.backbone.w` is `w`.
+    They are removed in any order and number: `module._orig_mod.backbone.w` becomes `w`.
 
     Raises:
-        UserError: two different tensors would have one name.
+        UserError: two different tensors would have the same name.
     """
-    prefixes = _foreign(prefixes, wanted)
+    prefixes = _foreign(prefixes, expected)
     result: State = {}
     sources: dict[str, str] = {}
     for name, tensor in state.items():
         short = _short(name, prefixes)
         if short in result and not torch.equal(result[short], tensor):
-            raise UserError(f"{sources[short]} and {name} are two tensors of one name, {short}.")
+            raise UserError(
+                f"{sources[short]} and {name} are two tensors of the same name, {short}."
+            )
         result[short], sources[short] = tensor, name
-    if "n_averaged" not in wanted:  # torch's AveragedModel counts there
+    if "n_averaged" not in expected:  # the counter of torch's AveragedModel
         result.pop("n_averaged", None)
     return result
 
 
-def _foreign(prefixes: Sequence[str], wanted: Collection[str]) -> tuple[str, ...]:
-    """Return the prefixes that are no part of the network's own names."""
-    return tuple(p for p in prefixes if not any(name.startswith(p) for name in wanted))
+def _foreign(prefixes: Sequence[str], expected: Collection[str]) -> tuple[str, ...]:
+    """Return the prefixes that do not occur in the network's own names."""
+    return tuple(p for p in prefixes if not any(name.startswith(p) for name in expected))
 
 
 def _short(name: str, prefixes: tuple[str, ...]) -> str:
-    """Return a name without segments and prefixes of training tools."""
+    """Return a name without the segments and prefixes of training tools."""
     short = ".".join(part for part in name.split(".") if part not in _SEGMENTS)
     while prefix := next((p for p in prefixes if short.startswith(p)), ""):
         short = short.removeprefix(prefix)
@@ -130,7 +131,7 @@ def _short(name: str, prefixes: tuple[str, ...]) -> str:
 
 
 def _copies(content: Mapping[Any, Any], path: str = "") -> Iterator[StateCopy]:
-    """Yield the copies in a file, the preferred first."""
+    """Yield the copies in a file, the preferred one first."""
     yield from _nested(content, path, AVERAGED)
     yield from _nested(content, path, PLAIN)
     named = {
@@ -150,7 +151,7 @@ def _nested(content: Mapping[Any, Any], path: str, names: Collection[str]) -> It
 
 
 def _groups(copy: StateCopy, words: Collection[str]) -> Iterator[StateCopy]:
-    """Yield the copies whose flat names begin with one of the words."""
+    """Yield the copies that are marked by a first word of their flat names."""
     short = {_short(name, PREFIXES): tensor for name, tensor in copy.state.items()}
     for word in words:
         start = f"{word}."
@@ -160,29 +161,29 @@ def _groups(copy: StateCopy, words: Collection[str]) -> Iterator[StateCopy]:
 
 
 def _rank(key: str) -> bool:
-    """Sort averaged copies before all others, and keep the order otherwise."""
+    """Return a sort key that puts averaged copies first."""
     return not any(part in AVERAGED for part in key.split("."))
 
 
-def _fits(state: State, wanted: Mapping[str, Tensor]) -> bool:
-    """Return whether most of a network's tensors are in a state, by name and shape."""
-    prefixes = _foreign(PREFIXES, wanted)
+def _fits(state: State, expected: Mapping[str, Tensor]) -> bool:
+    """Return whether a state contains most of a network's tensors, by name and shape."""
+    prefixes = _foreign(PREFIXES, expected)
     shapes = {_short(name, prefixes): tensor.shape for name, tensor in state.items()}
-    alike = sum(shapes.get(name) == tensor.shape for name, tensor in wanted.items())
-    return alike > _ALIKE * len(wanted)
+    matching = sum(shapes.get(name) == tensor.shape for name, tensor in expected.items())
+    return matching > _MIN_SHARE * len(expected)
 
 
 def _without_small(copies: list[StateCopy]) -> list[StateCopy]:
-    """Return the copies in their order, less those that are too small to be the network."""
+    """Return the copies without those that are too small to be the network."""
     most = max(len(copy.state) for copy in copies)
-    return [copy for copy in copies if len(copy.state) >= _ALIKE * most]
+    return [copy for copy in copies if len(copy.state) >= _MIN_SHARE * most]
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """Return a tensor or an array as a tensor; of anything else, nothing."""
+    """Convert a tensor or an array to a tensor; return None for anything else."""
     if isinstance(value, Tensor):
         return value
     try:
         return torch.as_tensor(value) if hasattr(value, "__array__") else None
-    except (TypeError, ValueError):  # an array of words or of objects
+    except (TypeError, ValueError):  # an array of strings or objects
         return None

@@ -1,10 +1,10 @@
-"""The Summarizer: a grid of embeddings and a scale in, 65 conditioning tokens out.
+"""The Summarizer: maps a grid of embeddings and a scale to 65 conditioning tokens.
 
     cells [B, 64, C] (n real, then zeros) -normalise-> -linear-> n of 64 slots, learned pads
     around them -prepend the scale's embedding-> transformer -> 65 tokens -> layer norm
 
-Source: ZoomLDM, section 3.1 and supplement S3.1; the convolutional one is that of Table S3.
-The null condition is zeros *after* the Summarizer. Names follow torchvision's ViT encoder, as
+Source: ZoomLDM, section 3.1 and supplement S3.1; the convolutional one is that of Table S3. The
+null condition is zeros *after* the Summarizer. Names follow torchvision's ViT encoder, as those of
 the published weights do.
 """
 
@@ -39,9 +39,10 @@ class _Layer(nn.Module):
 class Summarizer(ModelMixin, ConfigMixin):
     """ViT over up to 64 embeddings and a scale token; 12 layers of width 512 as published.
 
-    `raw` says that embeddings arrive as their encoder gave them and are normalised here; the
-    published module wants them normalised already. `hidden` is the width inside the layers'
-    perceptrons; 0 is four times `width`.
+    Args:
+        raw: inputs are raw embeddings, normalised here; the published module expects normalised
+            ones.
+        hidden: width inside the layers' MLPs; 0 is four times `width`.
     """
 
     @register_to_config
@@ -72,7 +73,7 @@ class Summarizer(ModelMixin, ConfigMixin):
         scale: Int[Tensor, "B"],
         size: Int[Tensor, "B 2"] | None = None,
     ) -> Float[Tensor, "B 65 D"]:
-        """Context tokens of a batch of embedding grids.
+        """Return context tokens of a batch of embedding grids.
 
         Args:
             grid: grids [B, C, h, w] of any shape (pooled where they have more than 64 cells),
@@ -93,7 +94,7 @@ class Summarizer(ModelMixin, ConfigMixin):
         return tokens
 
     def null(self, count: int) -> Float[Tensor, "B 65 D"]:
-        """Zeros: the published null condition."""
+        """Return zeros, the published null condition."""
         return self.pad_token.new_zeros(count, SLOTS + 1, self.config.width)
 
     def _place(
@@ -108,10 +109,10 @@ class Summarizer(ModelMixin, ConfigMixin):
 
 
 class ConvSummarizer(ModelMixin, ConfigMixin):
-    """Four convolutions over the grid, laid out on 8 x 8 cells by nearest neighbour.
+    """Four convolutions over the grid, resized to 8 x 8 cells by nearest neighbour.
 
-    The paper says no more than "a simple 4-layer CNN" (Table S3); the scale enters as a token
-    and as a bias of the first layer, and the output has the Summarizer's shape.
+    The paper specifies "a simple 4-layer CNN" (Table S3). Here the scale is a token and a bias of
+    the first layer, and the output has the Summarizer's shape.
     """
 
     @register_to_config
@@ -130,7 +131,7 @@ class ConvSummarizer(ModelMixin, ConfigMixin):
         scale: Int[Tensor, "B"],
         size: Int[Tensor, "B 2"] | None = None,
     ) -> Float[Tensor, "B 65 D"]:
-        """Context tokens; arguments and errors as of `Summarizer`."""
+        """Return context tokens; arguments and errors as of `Summarizer`."""
         cells, size = read_cells(grid, size, self.config.channels)
         cells = normalise(cells) if self.config.raw else cells
         magnitude = self.mag_embedding(scale)
@@ -141,18 +142,14 @@ class ConvSummarizer(ModelMixin, ConfigMixin):
         return self.layer_norm(tokens)
 
     def null(self, count: int) -> Float[Tensor, "B 65 D"]:
-        """Zeros, as for `Summarizer`."""
+        """Return zeros, as `Summarizer` does."""
         return self.reduce.weight.new_zeros(count, SLOTS + 1, self.config.width)
 
 
 def _spread(cells: Float[Tensor, "B 64 C"], size: Int[Tensor, "B 2"]) -> Float[Tensor, "B C 8 8"]:
-    """Each grid laid out on 8 x 8 by nearest neighbour: row i is row i h // 8 of the grid.
-
-    A side below 8 is repeated; one above 8, which a grid of up to 64 cells may have, is thinned
-    out evenly. i h // 8 < h, so no index leaves the real cells.
-    """
-    place = torch.arange(SIDE, device=cells.device)
-    rows, columns = (place * size[:, axis, None] // SIDE for axis in (0, 1))
-    index = (rows[:, :, None] * size[:, 1, None, None] + columns[:, None]).flatten(1)
-    spread = cells.gather(1, index[..., None].expand(-1, -1, cells.shape[-1]))
+    """Resize each grid to 8 x 8 by nearest neighbour: row i is row i h // 8 of the grid."""
+    index = torch.arange(SIDE, device=cells.device)
+    rows, columns = (index * size[:, axis, None] // SIDE for axis in (0, 1))
+    source = (rows[:, :, None] * size[:, 1, None, None] + columns[:, None]).flatten(1)
+    spread = cells.gather(1, source[..., None].expand(-1, -1, cells.shape[-1]))
     return spread.mT.unflatten(-1, (SIDE, SIDE))

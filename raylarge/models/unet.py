@@ -1,4 +1,4 @@
-"""The denoising U-Net: diffusers' `UNet2DConditionModel`, configured as the papers' one.
+"""The denoising U-Net: diffusers' `UNet2DConditionModel`, configured as in the papers.
 
 Published: channels 192, 384, 576, 960, two layers per block, attention from the second level
 down, one head, context 512 (400,920,579 parameters). `attention_head_dim` of diffusers means
@@ -24,7 +24,7 @@ class UNetConfig:
 
     Attributes:
         channels: width of each level, finest first.
-        attention: which levels attend to the context.
+        attention: whether each level attends to the context.
         layers: residual blocks per level.
         heads: attention heads at every level.
         groups: groups of every group norm; divides all channels.
@@ -44,11 +44,11 @@ class UNet(UNet2DConditionModel):
         super().__init__(*args, **kwargs)
         attention.enable_cached_context(self)
 
-    # The signature names the config's keys to diffusers.
+    # diffusers reads the config's keys from the signature.
     __init__.__wrapped__ = UNet2DConditionModel.__init__  # type: ignore[attr-defined]
 
     def context(self, tokens: Float[Tensor, "B n D"]) -> CachedContext:
-        """Tokens as a context for many calls, for which its part is computed once."""
+        """Return a context for many calls, with keys and values of the tokens computed once."""
         return attention.cached_context(self, tokens)
 
     def forward(
@@ -58,12 +58,12 @@ class UNet(UNet2DConditionModel):
         context: Float[Tensor, "B n D"] | CachedContext,
         **residuals: Any,
     ) -> Float[Tensor, "B c2 h w"]:
-        """What the network predicts (noise, v or x_0; its schedule says which).
+        """Return the prediction: noise, v or x_0, as its schedule says.
 
         Args:
             t: timesteps, one per sample or one for all; fractions are allowed.
-            context: conditioning tokens, or what `context` made of them.
-            residuals: a ControlNet's additions (`down_block_additional_residuals`, …).
+            context: conditioning tokens, or the result of `context`.
+            residuals: of a ControlNet (`down_block_additional_residuals`, …).
         """
         output: Tensor = super().forward(
             x_t, t, encoder_hidden_states=context, return_dict=False, **residuals
@@ -76,33 +76,33 @@ class UNet(UNet2DConditionModel):
         t: Num[Tensor, "..."] | int | float,
         context: Float[Tensor, "B n D"],
     ) -> tuple[Float[Tensor, "B c2 h w"], list[Float[Tensor, "B d h2 w2"]]]:
-        """The prediction, and what the middle and each output block gave on the way.
+        """Return the prediction, and the outputs of the middle and each output block.
 
         The list is [middle, out 0, …] in the published numbering (`return_intermediates`): at
-        full size the middle and out 0 to out 11, so out i stands at index i + 1.
+        full size the middle and out 0 to out 11, so out i has index i + 1.
         """
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
 
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
+        def append(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
 
-        hooks = [block.register_forward_hook(keep) for block in _outputs(self)]
+        hooks = [block.register_forward_hook(append) for block in _output_blocks(self)]
         try:
             predicted = self(x_t, t, context)
         finally:
             for hook in hooks:
                 hook.remove()
-        return predicted, found
+        return predicted, outputs
 
 
-def _outputs(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """The modules whose outputs are those of the published middle and output blocks."""
-    found = [unet.mid_block]
+def _output_blocks(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """Return the modules whose outputs are those of the published middle and output blocks."""
+    blocks = [unet.mid_block]
     for block in unet.up_blocks:
         last = block.resnets if not hasattr(block, "attentions") else block.attentions
-        found += list(last[:-1])
-        found.append(block.upsamplers[0] if block.upsamplers else last[-1])
-    return found
+        blocks += list(last[:-1])
+        blocks.append(block.upsamplers[0] if block.upsamplers else last[-1])
+    return blocks
 
 
 def build(
@@ -112,14 +112,14 @@ def build(
     inputs: int = 0,
     depth: int = 1,
 ) -> UNet:
-    """A U-Net with fresh weights.
+    """Build a U-Net with random weights.
 
     Args:
         config: its size.
-        latent: channels, rows and columns of what it predicts.
+        latent: channels, rows and columns of the prediction.
         context: width of the context tokens.
-        inputs: channels of x_t where the prediction has others; 0 where it has as many.
-        depth: transformer blocks at each place of attention; the published ones have one.
+        inputs: channels of x_t; 0: those of the prediction.
+        depth: transformer blocks in each attention module; 1 as published.
     """
     down = ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in config.attention]
     up = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(config.attention)]
