@@ -32,8 +32,8 @@ from raylarge import report, storage
 from raylarge.config import build, parse
 from raylarge.errors import UserError
 from raylarge.fleet.session import QUIET, session
-from raylarge.train import ldm
 from raylarge.train.launch import Train
+from raylarge.train.tasks import ldm
 
 GOALS = {"Ray, torch": 0.03, "Ray, DeepSpeed": 0.08}
 SAME = 1e-3

@@ -27,14 +27,14 @@ from raylarge.errors import UserError
 from raylarge.geometry import Patch
 from raylarge.models.bundle import Bundle
 from raylarge.models.summarizer import Summarizer
-from raylarge.train.cdm import CdmTask
-from raylarge.train.ldm import LdmTask
+from raylarge.train.config import Train
 from raylarge.train.paper import held, plan
 from raylarge.train.paper.memory import Activations
 from raylarge.train.paper.plan import GIB, Plan, PlanConfig
-from raylarge.train.settings import Train
 from raylarge.train.task import Facts, Task
-from raylarge.train.vae import build as build_vae
+from raylarge.train.tasks.cdm import CdmTask
+from raylarge.train.tasks.ldm import LdmTask
+from raylarge.train.tasks.vae import build as build_vae
 
 CARDS_GIB = (24, 48, 80)
 PATCHES = 15_000_000

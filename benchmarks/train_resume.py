@@ -20,7 +20,6 @@ from benchmarks.page import Section
 from benchmarks.train_tables import GROUP
 from benchmarks.train_turns import now, silent
 from raylarge import storage
-from raylarge.train import ldm
 from raylarge.train.checkpoint import COMMIT, Checkpoints
 from raylarge.train.context import LocalContext
 from raylarge.train.ingest import Ingest
@@ -28,6 +27,7 @@ from raylarge.train.journal import HISTORY, Journal
 from raylarge.train.launch import Train, run_folder, train
 from raylarge.train.state import Stored
 from raylarge.train.task import Facts, Task
+from raylarge.train.tasks import ldm
 from raylarge.train.torch_engine import TorchEngine
 
 STEP = 1_000_000

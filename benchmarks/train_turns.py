@@ -30,9 +30,9 @@ import psutil
 import torch
 from torch import nn
 
-from raylarge.train import ldm
 from raylarge.train.launch import Train, train
 from raylarge.train.task import Batch, Facts, Task
+from raylarge.train.tasks import ldm
 
 LOOK_S = 1.0
 LOOPS = ("bare", "bare, making its batches")

@@ -16,8 +16,8 @@ from jobs.presets import PRESETS, TRAIN, overrides
 from raylarge import report
 from raylarge.config import nearest, parse, show_help, wants_help
 from raylarge.errors import UserError
+from raylarge.train.config import MODELS
 from raylarge.train.launch import Train, plan, train, train_folds
-from raylarge.train.settings import MODELS
 
 
 def main(arguments: list[str]) -> None:

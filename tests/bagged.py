@@ -6,7 +6,7 @@ import numpy as np
 import toy
 
 from raylarge import schema, storage
-from raylarge.train.mil import MilConfig
+from raylarge.train.tasks.mil import MilConfig
 
 WIDTH = 4
 

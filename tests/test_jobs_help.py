@@ -61,7 +61,7 @@ def test_help_holds_the_keys_of_what_is_named(job, words, inside, outside, capsy
     ("module", "name"),
     [
         ("raylarge.data.prepare", "Prepare"),
-        ("raylarge.train.settings", "Train"),
+        ("raylarge.train.config", "Train"),
         ("raylarge.fleet.sample", "Sample"),
         ("raylarge.data.exchange.h5", "Export"),
         ("raylarge.data.exchange.h5", "Outlines"),

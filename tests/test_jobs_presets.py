@@ -14,9 +14,9 @@ from raylarge.models import ssl
 from raylarge.models.cdm import CDM
 from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.unet import UNetConfig
-from raylarge.train.ldm import LdmTask
-from raylarge.train.settings import Train, checked
+from raylarge.train.config import Train, checked
 from raylarge.train.task import Facts
+from raylarge.train.tasks.ldm import LdmTask
 
 TRAININGS = [(model, name) for model in TRAIN for name in TRAIN[model]]
 ZOOM = ("brca", "brca_released", "naip")

@@ -16,7 +16,7 @@ from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
 from raylarge.models import bundle, published
 from raylarge.models import unet as unets
-from raylarge.train import ldm
+from raylarge.train.tasks import ldm
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {"vae": 55_322_782, "summarizer": 38_656_000, "unet": 400_920_579}

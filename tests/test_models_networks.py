@@ -18,7 +18,7 @@ from raylarge.models.embedder import VectorEmbedder
 from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.summarizer import Summarizer, _spread
 from raylarge.resample import upsample
-from raylarge.train.cdm import CdmConfig, CdmTask
+from raylarge.train.tasks.cdm import CdmConfig, CdmTask
 
 
 @pytest.fixture

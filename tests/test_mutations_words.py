@@ -13,7 +13,7 @@ from raylarge.fleet.reference import place_of
 from raylarge.fleet.sample import Sample
 from raylarge.geometry import Patch
 from raylarge.sampling import joint
-from raylarge.train.settings import Train
+from raylarge.train.config import Train
 
 TEXT_KEYS = [
     (Prepare, "slides"),

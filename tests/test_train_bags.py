@@ -4,8 +4,8 @@ from bagged import WIDTH, add, config, row_of, rows, write
 
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.train import mil
 from raylarge.train.labels import bags
+from raylarge.train.tasks import mil
 
 
 @pytest.fixture(scope="module")

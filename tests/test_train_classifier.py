@@ -8,10 +8,10 @@ import toy
 from raylarge import images, schema, storage
 from raylarge.errors import UserError
 from raylarge.models.classifier import Classifier
-from raylarge.train import classifier
-from raylarge.train.classifier import ClassifierConfig, Mixed
 from raylarge.train.ingest import Ingest
 from raylarge.train.task import Facts, Recipe, Source, Task
+from raylarge.train.tasks import classifier
+from raylarge.train.tasks.classifier import ClassifierConfig, Mixed
 
 COLOURS = {"blue": (60, 60, 200), "green": (60, 200, 60), "red": (200, 60, 60)}
 

@@ -20,9 +20,9 @@ from raylarge.models import bundle as bundles
 from raylarge.models.controlnet import lift
 from raylarge.models.summarizer import Summarizer
 from raylarge.resample import downsample
-from raylarge.train import controlnet
-from raylarge.train.controlnet import ControlnetConfig
 from raylarge.train.task import Facts, Recipe, Task
+from raylarge.train.tasks import controlnet
+from raylarge.train.tasks.controlnet import ControlnetConfig
 
 SIDE = 32
 

@@ -20,9 +20,9 @@ from raylarge.models.cdm import CDM
 from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.prior import GridPrior
 from raylarge.models.summarizer import Summarizer
-from raylarge.train import vae
 from raylarge.train.launch import Train, run_folder, train
-from raylarge.train.vae import VaeConfig
+from raylarge.train.tasks import vae
+from raylarge.train.tasks.vae import VaeConfig
 
 SCRIPT = textwrap.dedent(
     """

@@ -13,9 +13,9 @@ from raylarge.errors import UserError
 from raylarge.train import launch, loop
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.launch import Train, run_folder, train
-from raylarge.train.ldm import LdmConfig
 from raylarge.train.state import Stored
-from raylarge.train.work import STATISTICS
+from raylarge.train.tasks.ldm import LdmConfig
+from raylarge.train.worker import STATISTICS
 
 STEPS, BATCH = 20, 8
 INF, NAN = float("inf"), float("nan")

@@ -5,9 +5,9 @@ from bagged import config, write
 
 from raylarge import storage
 from raylarge.models.mil import ABMIL
-from raylarge.train import mil
 from raylarge.train.labels import bags
 from raylarge.train.task import Source, Task
+from raylarge.train.tasks import mil
 
 
 def trained(config, steps=120, batch=8):

@@ -15,14 +15,14 @@ from raylarge.geometry import Patch
 from raylarge.models import cost
 from raylarge.models.bundle import Bundle
 from raylarge.models.summarizer import Summarizer
-from raylarge.train import ldm, vae
 from raylarge.train.activations import recompute
-from raylarge.train.cdm import CdmTask
+from raylarge.train.config import Train, checked
 from raylarge.train.context import LocalContext
 from raylarge.train.paper import held, memory, plan
 from raylarge.train.pieces import Piece
-from raylarge.train.settings import Train, checked
 from raylarge.train.task import Facts
+from raylarge.train.tasks import ldm, vae
+from raylarge.train.tasks.cdm import CdmTask
 from raylarge.train.torch_engine import TorchEngine
 
 FACTS = Facts(8, {0: 900, 1: 90, 3: 10}, (3, 64, 64), (3, 16, 16), 0.5, {})

@@ -17,9 +17,9 @@ from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models import bundle_parts
 from raylarge.models.prior import GridSampling
-from raylarge.train import prior
-from raylarge.train.prior import PriorConfig
 from raylarge.train.task import Facts, Recipe, Task
+from raylarge.train.tasks import prior
+from raylarge.train.tasks.prior import PriorConfig
 
 CHANNELS, VECTOR = 6, 3
 SMALL = PriorConfig(width=32, blocks=1, drop=0.2)

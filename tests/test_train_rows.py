@@ -8,10 +8,10 @@ import toy
 from raylarge import images, schema, storage, tables
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
-from raylarge.train import ldm
 from raylarge.train.ingest import Ingest
 from raylarge.train.launch import Train
 from raylarge.train.task import Recipe
+from raylarge.train.tasks import ldm
 
 LATENTS, EXAMPLES = {"latents-0": ("latent", "grid")}, {"examples": ("image", "grid")}
 RECIPE = Recipe(batch=4, super_block=2)

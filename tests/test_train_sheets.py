@@ -12,7 +12,7 @@ from raylarge import images
 from raylarge.diffusion.schedule import Schedule
 from raylarge.models import bundle as bundles
 from raylarge.models.summarizer import Summarizer
-from raylarge.train.ldm import condition
+from raylarge.train.tasks.ldm import condition
 from raylarge.train.watch import curve, sheets
 from raylarge.train.watch.sheets import Painter, cdm_sheet, ldm_sheet, spread
 

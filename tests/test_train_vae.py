@@ -14,10 +14,10 @@ from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models.discriminator import DiscriminatorConfig, hinge_loss
 from raylarge.models.perceptual import FeatureDistance, Perceptual
-from raylarge.train import vae
 from raylarge.train.activations import recompute
 from raylarge.train.task import Task
-from raylarge.train.vae import VaeConfig
+from raylarge.train.tasks import vae
+from raylarge.train.tasks.vae import VaeConfig
 
 KINDS = pytest.mark.parametrize("kind", list(SMALL))
 

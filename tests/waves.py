@@ -7,9 +7,9 @@ import torch
 
 from raylarge.diffusion.noise import generator
 from raylarge.models.discriminator import DiscriminatorConfig
-from raylarge.train import vae
 from raylarge.train.task import Facts, Recipe
-from raylarge.train.vae import VaeConfig
+from raylarge.train.tasks import vae
+from raylarge.train.tasks.vae import VaeConfig
 
 SIDE = 16
 FACTS = Facts(0, {0: 100}, (3, SIDE, SIDE), None, None, {})

@@ -23,16 +23,16 @@ from tqdm import tqdm
 from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
-from raylarge.train import driver, identity
+from raylarge.train import ray_trainer, resume
 from raylarge.train.checkpoint import Checkpoints
+from raylarge.train.config import Train, checked, run_folder
 from raylarge.train.context import LocalContext, Status
 from raylarge.train.journal import HISTORY
 from raylarge.train.paper import plan as plans
 from raylarge.train.ray_context import RayContext
-from raylarge.train.settings import Train, checked, run_folder
 from raylarge.train.task import Build, Source
 from raylarge.train.watch import line
-from raylarge.train.work import module_of, work
+from raylarge.train.worker import module_of, work
 
 __all__ = ["Train", "plan", "run_folder", "train", "train_folds"]
 
@@ -42,7 +42,7 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
 
     Args:
         config: what to train, how, and where.
-        build: makes the task; by default that of raylarge/train/<model>.py.
+        build: makes the task; by default that of raylarge/train/tasks/<model>.py.
 
     Returns:
         What `fit` says, with seconds_total, bundle and loss_csv.
@@ -55,12 +55,12 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
     config = checked(config)
     root = run_folder(config)
     if build is None:
-        identity.refuse_lacking(config)
+        resume.refuse_lacking(config)
     storage.require_writable("out", config.out)
     source = module_of(config).source(config)  # what is missing is said before any worker starts
     with storage.exclusive(root, f"the training of model={config.model}"):
-        identity.refuse_mixing(config, root)
-        facts = identity.finished(config, root, source.digest)
+        resume.refuse_mixing(config, root)
+        facts = resume.finished(config, root, source.digest)
         if facts is None:
             facts = _carried_out(config, build, source)
             facts |= {"seconds_total": round(time.monotonic() - began, 2)}
@@ -119,7 +119,7 @@ def _here(
 
 
 def _on_ray(config: Train, build: Build | None, show: Callable[[Status], None]) -> dict[str, Any]:
-    crew = driver.Crew(
+    crew = ray_trainer.Crew(
         workers=config.workers,
         fewest=config.min_workers or config.workers,
         gpu=config.gpu,
@@ -128,7 +128,7 @@ def _on_ray(config: Train, build: Build | None, show: Callable[[Status], None]) 
         root=run_folder(config),
         logs=config.logs,
     )
-    return driver.run(_worker, (config, build), crew, show)
+    return ray_trainer.run(_worker, (config, build), crew, show)
 
 
 def _worker(settings: dict[str, bytes]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ sample (noise, timestep, dropout, flips) is drawn by `Task.draw` with `raylarge.
 at the address (seed, batch["sample"]), the sample's global index: rank, world size and the
 split into micro-batches change nothing (laws 6 and 7).
 
-Every raylarge/train/<model>.py has `source(config, split)` and `build(config, facts)`.
+Every raylarge/train/tasks/<model>.py has `source(config, split)` and `build(config, facts)`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from raylarge.train.paper.memory import modules, tensors
 from raylarge.train.task import Task
 
 if TYPE_CHECKING:
-    from raylarge.train.settings import Train
+    from raylarge.train.config import Train
 
 
 @dataclass(frozen=True)

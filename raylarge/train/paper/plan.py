@@ -25,7 +25,7 @@ from raylarge.train.pieces import passes
 from raylarge.train.task import Batch, Build, Facts, Task
 
 if TYPE_CHECKING:
-    from raylarge.train.settings import Train
+    from raylarge.train.config import Train
 
 GIB = 1 << 30
 _LEAST, _MOST = 1e-6, 1e9  # of what a card can be said to have

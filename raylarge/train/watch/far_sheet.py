@@ -13,7 +13,7 @@ import torch
 
 from raylarge.errors import UserError
 from raylarge.train.checkpoint import LOOK_S, SHARED_S, Checkpoints, Found
-from raylarge.train.settings import Train, run_folder
+from raylarge.train.config import Train, run_folder
 from raylarge.train.state import Stored, put_buffers
 from raylarge.train.task import Build, Source, Task
 from raylarge.train.watch import watcher

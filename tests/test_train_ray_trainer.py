@@ -3,7 +3,7 @@
 import pytest
 
 from raylarge.errors import UserError
-from raylarge.train.driver import _watched
+from raylarge.train.ray_trainer import _watched
 
 
 @pytest.mark.parametrize("code", [None, 1])

@@ -27,7 +27,7 @@ from raylarge.train.ingest import Ingest
 from raylarge.train.task import Batch, Facts, Source
 
 if TYPE_CHECKING:
-    from raylarge.train.settings import Train
+    from raylarge.train.config import Train
 
 STATISTICS = 512
 """Samples, the first of the training, whose means and spreads are the network's units."""

@@ -15,9 +15,10 @@ import torch
 from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.models import model_card
-from raylarge.train import identity
+from raylarge.train import resume
 from raylarge.train.activations import recompute
 from raylarge.train.checkpoint import Checkpoints
+from raylarge.train.config import Train, run_folder
 from raylarge.train.context import Context
 from raylarge.train.engine import DeepSpeedEngine, Engine
 from raylarge.train.ingest import Ingest
@@ -26,7 +27,6 @@ from raylarge.train.loop import Work, fit
 from raylarge.train.paper.memory import training_flops
 from raylarge.train.paper.plan import example
 from raylarge.train.rows import NoRows
-from raylarge.train.settings import Train, run_folder
 from raylarge.train.task import Build, Source, Task
 from raylarge.train.torch_engine import TorchEngine
 from raylarge.train.watch.bins import Bins
@@ -41,8 +41,8 @@ STATISTICS = 64
 
 
 def module_of(config: Train) -> Any:
-    """raylarge/train/<model>.py."""
-    return importlib.import_module(f"raylarge.train.{config.model}")
+    """raylarge/train/tasks/<model>.py."""
+    return importlib.import_module(f"raylarge.train.tasks.{config.model}")
 
 
 def work(
@@ -84,14 +84,14 @@ def _trained(config: Train, made: Work, context: Context) -> dict[str, Any]:
         made.task, config, context
     )
     facts = fit(engine, context, made, config)
-    facts |= {"config": identity.shareable(config), "data_digest": made.source.digest}
+    facts |= {"config": resume.shareable(config), "data_digest": made.source.digest}
     counts = {str(k): rows for k, rows in made.source.facts.counts.items()}
     facts |= {"rows": counts, "commit": model_card.commit()}
     average = engine.average()
     with engine.whole():
         if context.rank == 0:
-            identity.refuse_replaced(config, run_folder(config))
-            facts |= {"on": identity.stands_on(config)}
+            resume.refuse_replaced(config, run_folder(config))
+            facts |= {"on": resume.stands_on(config)}
             sample = made.source.batch(range(STATISTICS))
             made.task.finish(config.out, average, facts, sample)
             _tell(config, made, facts)
@@ -142,7 +142,7 @@ def _watcher(config: Train, task: Task, source: Source, context: Context) -> Wat
 
 
 def _track(config: Train, name: str, step: int) -> Any:
-    return track(config.track, Run(run_folder(config), name, identity.told(config), step))
+    return track(config.track, Run(run_folder(config), name, resume.told(config), step))
 
 
 def _tell(config: Train, made: Work, facts: dict[str, Any]) -> None:

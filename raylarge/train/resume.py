@@ -19,9 +19,9 @@ from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models import bundle_parts
 from raylarge.train.checkpoint import Checkpoints, document
+from raylarge.train.config import MODELS, Train
 from raylarge.train.ingest import latents_table
 from raylarge.train.journal import HISTORY
-from raylarge.train.settings import MODELS, Train
 
 FREE = {"out", "data", "steps", "minutes", "logs", "checkpoint_every", "checkpoint_minutes"}
 FREE |= {"keep", "log_every", "gpu", "patience", "spike", "micro_batch", "workers", "min_workers"}

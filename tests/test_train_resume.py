@@ -11,7 +11,7 @@ import toy
 from raylarge import config as config_of
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.train import identity
+from raylarge.train import resume
 from raylarge.train.launch import Train, run_folder, train
 
 DEFAULTS = json.loads(Path(__file__).with_name("data").joinpath("train_defaults.json").read_text())
@@ -28,7 +28,7 @@ def config(tmp_path):
 
 
 def leaves(record):
-    return identity._leaves(record)
+    return resume._leaves(record)
 
 
 def without(record, key):
@@ -56,14 +56,12 @@ def test_a_record_may_lack_any_key(config):
         value = leaves(record)[key]
         cure = f"{key}={config_of.format_value(DEFAULTS[key])}"
         if value == DEFAULTS[key]:
-            identity.refuse_mixing(config, root)
+            resume.refuse_mixing(config, root)
             assert storage.read_json(path) == record  # the record is complete again
             continue
-        said = (
-            f"without the key {key}, which means {cure}, not {config_of.format_value(value)}; give {cure}"
-        )
+        said = f"without the key {key}, which means {cure}, not {config_of.format_value(value)}; give {cure}"
         with pytest.raises(UserError, match=re.escape(said)):
-            identity.refuse_mixing(config, root)
+            resume.refuse_mixing(config, root)
         refused.add(key)
     assert refused == {"lr", "batch", "ldm.drop", "ldm.summarizer.layers"}
 
@@ -84,7 +82,7 @@ def record(config):
 
     def change(**more):
         storage.write_json(path, storage.read_json(path) | more)
-        identity.refuse_mixing(config, run_folder(config))
+        resume.refuse_mixing(config, run_folder(config))
         return storage.read_json(path)
 
     return change
@@ -93,7 +91,7 @@ def record(config):
 def test_a_key_that_is_gone_is_named(record, monkeypatch):
     with pytest.raises(UserError, match=r"trained with sigma=0\.5, which this version lacks"):
         record(sigma=0.5)
-    monkeypatch.setitem(identity.REMOVED, "sigma", 0.0)
+    monkeypatch.setitem(resume.REMOVED, "sigma", 0.0)
     record(sigma=0.0)
     with pytest.raises(UserError, match=r"sigma=0\.5, which this version lacks"):
         record(sigma=0.5)
@@ -105,14 +103,14 @@ def test_keys_that_may_change_or_are_of_other_models_do_not_count(record):
 
 def test_a_key_may_be_renamed_and_a_default_may_change(config, record, monkeypatch):
     path = f"{run_folder(config)}/config.json"
-    monkeypatch.setitem(identity.RENAMED, "block", "super_block")
+    monkeypatch.setitem(resume.RENAMED, "block", "super_block")
     storage.write_json(path, without(storage.read_json(path), "super_block"))
     with pytest.raises(UserError, match="with super_block=3, not 16; give the old value"):
         record(block=3)
     storage.write_json(path, without(storage.read_json(path), "block"))
     record(block=16)
     storage.write_json(path, without(storage.read_json(path), "super_block"))
-    monkeypatch.setitem(identity.ABSENT, "super_block", 8)
+    monkeypatch.setitem(resume.ABSENT, "super_block", 8)
     with pytest.raises(UserError, match="means super_block=8, not 16; give super_block=8 to go on"):
         record()
 
@@ -120,9 +118,9 @@ def test_a_key_may_be_renamed_and_a_default_may_change(config, record, monkeypat
 def test_absent_keys_mean_their_first_default():
     """A default that changes must be entered in `ABSENT`, a new key in train_defaults.json."""
     told = leaves(json.loads(json.dumps(config_of.plain(Train()))))
-    known = {k for k, v in told.items() if k.split(".")[0] not in identity.FREE and v != "???"}
-    assert known == DEFAULTS.keys() - identity.REMOVED.keys() - identity.RENAMED.keys()
-    assert {key: identity.absent(key) for key in known} == {key: DEFAULTS[key] for key in known}
+    known = {k for k, v in told.items() if k.split(".")[0] not in resume.FREE and v != "???"}
+    assert known == DEFAULTS.keys() - resume.REMOVED.keys() - resume.RENAMED.keys()
+    assert {key: resume.absent(key) for key in known} == {key: DEFAULTS[key] for key in known}
 
 
 @pytest.mark.parametrize(
@@ -141,13 +139,13 @@ def test_models_in_the_wrong_order_are_refused_and_leave_nothing(config, change,
 
 
 def test_a_diffusion_model_before_its_autoencoder_knows_it_still(config, capsys):
-    identity.refuse_lacking(config)
+    resume.refuse_lacking(config)
     assert "has no autoencoder: model=ldm is trained on latents-0 of" in capsys.readouterr().out
-    assert identity.stands_on(config) == "0"
+    assert resume.stands_on(config) == "0"
     path = f"{run_folder(config)}/config.json"
     train(config, toy.Toy())
     storage.write_json(path, storage.read_json(path) | {"on": ""})  # as older versions wrote it
-    identity.refuse_mixing(config, run_folder(config))
+    resume.refuse_mixing(config, run_folder(config))
     storage.write_json(path, storage.read_json(path) | {"on": "1"})
     with pytest.raises(UserError, match=r"not what .* was trained on"):
-        identity.refuse_mixing(config, run_folder(config))
+        resume.refuse_mixing(config, run_folder(config))

@@ -12,21 +12,21 @@ from omegaconf import MISSING
 from raylarge import config as configuration
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.train.cdm import CdmConfig
-from raylarge.train.classifier import ClassifierConfig
-from raylarge.train.controlnet import ControlnetConfig
 from raylarge.train.ingest import check_batch
-from raylarge.train.ldm import LdmConfig
-from raylarge.train.mil import MilConfig
 from raylarge.train.paper.plan import PlanConfig
-from raylarge.train.prior import PriorConfig
 from raylarge.train.sequence import DEAL
 from raylarge.train.task import Recipe
-from raylarge.train.vae import VaeConfig
+from raylarge.train.tasks.cdm import CdmConfig
+from raylarge.train.tasks.classifier import ClassifierConfig
+from raylarge.train.tasks.controlnet import ControlnetConfig
+from raylarge.train.tasks.ldm import LdmConfig
+from raylarge.train.tasks.mil import MilConfig
+from raylarge.train.tasks.prior import PriorConfig
+from raylarge.train.tasks.vae import VaeConfig
 from raylarge.train.watch.trackers import TRACKERS
 
 MODELS = ("vae", "ldm", "cdm", "prior", "controlnet", "mil", "classifier")
-"""raylarge/train/<model>.py has the source and the task of each."""
+"""raylarge/train/tasks/<model>.py has the source and the task of each."""
 
 CHOICES = {
     "model": MODELS,
