@@ -140,6 +140,7 @@ def test_what_nobody_knows_is_refused(word, said, one_thread):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_worker_of_ray_takes_turns_with_the_twin(measure, ray_session):
     section = train.overhead(replace(measure, bench=replace(measure.bench, zero="")))
     assert [row[0] for row in section.rows] == ["local twin", "Ray, torch"]

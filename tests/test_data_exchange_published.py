@@ -303,6 +303,7 @@ def test_a_set_in_a_store_is_read(run, tmp_path, s3_bucket):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_workers_make_the_same_bytes(run, tmp_path, ray_session):
     write_naip(tmp_path / "set", {"1x": range(6), "2x": range(3)})
     for workers, name in ((None, "one"), (2, "two")):

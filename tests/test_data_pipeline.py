@@ -139,6 +139,7 @@ def test_law_5_how_many_workers_does_not_matter(ray_session, tiny_prepare, tmp_p
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_law_5_with_a_real_network(ray_session, tiny_prepare, tmp_path):
     found = []
     for workers in (None, 2):

@@ -69,7 +69,10 @@ def test_a_cluster_with_an_autoscaler_is_waited_for(ray_session, capsys):
     "words",
     [
         "sample.py bundle={bundle} order.size=64 order.sampler.steps=1 out={out} workers=1 gpus=1",
-        "train.py model=vae preset=tiny data={data} out={out} track=none workers=2 gpu=true",
+        pytest.param(
+            "train.py model=vae preset=tiny data={data} out={out} track=none workers=2 gpu=true",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_job_on_its_own_ray_does_not_wait_for_a_gpu(words, tiny_bundle, small_examples, tmp_path):

@@ -90,7 +90,9 @@ def test_a_signal_stops_a_job_that_can_be_resumed(words, law_image, tmp_path, nu
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_actors_in_order(words, tmp_path, number):
     more = [*words, "workers=2", "order.sampler.steps=20"]
     said = stopped_half_way(more, tmp_path, number, lambda job: wait_for_replies(tmp_path, job, 4))

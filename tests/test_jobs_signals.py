@@ -68,7 +68,9 @@ def test_a_signal_stops_the_workers_of_prepare(tiny_slide, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_the_workers_of_a_training(small_examples, tmp_path, number):
     words = [*VAE, f"data={small_examples}", f"out={tmp_path}", "checkpoint_every=1"]
     words += ["log_every=1"]
@@ -84,6 +86,7 @@ def test_a_signal_stops_the_workers_of_a_training(small_examples, tmp_path, numb
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_a_signal_stops_the_demo(tmp_path):
     slide, out = tmp_path / "slide.tiff", tmp_path / "demo"
     procedural.write(str(slide), (1280, 1280), seed=3)
