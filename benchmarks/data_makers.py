@@ -1,8 +1,8 @@
-"""Our side of the data benchmark: `embed`'s own maker, watched, and everybody who may run it.
+"""Our side of the data benchmark: `embed`'s own stage, watched, and everybody who may run it.
 
     slides -tile (mask=all)-> units of `embed` -> this process | Ray | plain processes -> Timing
 
-A maker may have an encoder that costs nothing (reading alone) or sleeps (scaling on few cores).
+A stage may have an encoder that costs nothing (reading alone) or sleeps (scaling on few cores).
 All else is what users run: units, parts, stamps, atomic writes. Ray and plain processes start
 from a fresh process, so that nothing is warm for one and cold for another.
 """
@@ -27,10 +27,10 @@ import torch
 
 from benchmarks.data_slides import PATCH_PX, Slides
 from raylarge.data import embed, parts, tile
-from raylarge.data.candidates import Tile
-from raylarge.data.embed import Embed, Embedding
-from raylarge.data.parts import Facts, PartWork
-from raylarge.data.pipeline import Crew, Unit
+from raylarge.data.candidates import TileConfig
+from raylarge.data.embed import EmbedConfig, EmbedStage
+from raylarge.data.parts import Facts, PartBuilder
+from raylarge.data.pipeline import ExecutorConfig, Unit
 from raylarge.fleet.session import session
 
 
@@ -82,14 +82,14 @@ class Job:
     """
 
     root: str
-    tile: Tile
-    embed: Embed
+    tile: TileConfig
+    embed: EmbedConfig
     cost_s: float | None
     units: list[Unit]
 
     @property
-    def maker(self) -> Callable[[], Watched]:
-        """Makes the maker of the parts."""
+    def make_stage(self) -> Callable[[], Watched]:
+        """Makes the stage of the parts."""
         return partial(Watched, self.root, self.tile, self.embed, self.cost_s)
 
 
@@ -108,10 +108,12 @@ class Sleeper:
         return np.zeros((len(images), self.card.width), np.float16)
 
 
-class Watched(Embedding):
+class Watched(EmbedStage):
     """Makes EMBEDDINGS, and says when, where and with how much of a core."""
 
-    def __init__(self, root: str, tile: Tile, config: Embed, cost_s: float | None) -> None:
+    def __init__(
+        self, root: str, tile: TileConfig, config: EmbedConfig, cost_s: float | None
+    ) -> None:
         """See `Job`."""
         if cost_s is None:
             super().__init__(root, tile, config)
@@ -120,7 +122,7 @@ class Watched(Embedding):
             self._encoder: Any = Sleeper(cost_s)
 
     def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
-        """As of `Embedding`."""
+        """As of `EmbedStage`."""
         began, cpu = time.time(), time.process_time()
         table, facts = super().make(unit)
         watched = {"began": began, "cpu_s": time.process_time() - cpu, "pid": os.getpid()}
@@ -145,15 +147,17 @@ def steady(facts: Sequence[Facts]) -> float:
     return float(tiles / (stop - start)) if stop > start else 0.0
 
 
-def tiled(slides: Slides, folder: Path, block_tiles: int) -> tuple[str, Tile]:
+def tiled(slides: Slides, folder: Path, block_tiles: int) -> tuple[str, TileConfig]:
     """A data folder in which all base tiles of the slides are kept."""
-    config = Tile(patch_px=PATCH_PX, scales=[0], mask="all", block_tiles=block_tiles)
+    config = TileConfig(patch_px=PATCH_PX, scales=[0], mask="all", block_tiles=block_tiles)
     shutil.rmtree(folder, ignore_errors=True)
-    tile.run(str(folder), slides.paths, config, Crew())
+    tile.run(str(folder), slides.paths, config, ExecutorConfig())
     return str(folder), config
 
 
-def job(root: str, config: Tile, slides: Slides, means: Embed, cost_s: float | None = None) -> Job:
+def job(
+    root: str, config: TileConfig, slides: Slides, means: EmbedConfig, cost_s: float | None = None
+) -> Job:
     """The parts that hold the rows of the slides that are measured."""
     sections = {"tile": tile.section(config), "embed": embed.section(means)}
     units = embed.units_of(root, config, sections)
@@ -163,7 +167,7 @@ def job(root: str, config: Tile, slides: Slides, means: Embed, cost_s: float | N
 
 def here(job: Job) -> Timing:
     """In this process."""
-    return _run(job, Crew())
+    return _run(job, ExecutorConfig())
 
 
 def on_ray(job: Job, workers: int) -> Timing:
@@ -175,7 +179,7 @@ def _on_ray(job: Job, workers: int) -> Timing:
     began = time.time()
     with session(workers + 1):
         started = time.time() - began
-        found = _run(job, Crew(workers=workers))
+        found = _run(job, ExecutorConfig(workers=workers))
     return replace(found, whole_s=time.time() - began, first_s=found.first_s + started)
 
 
@@ -191,14 +195,14 @@ def plain(job: Job, workers: int) -> Timing:
 
 def _share(job: Job) -> list[Facts]:
     torch.set_num_threads(1)
-    work = PartWork(job.root, job.maker)
+    work = PartBuilder(job.root, job.make_stage)
     return [work(unit) for unit in job.units]
 
 
-def _run(job: Job, crew: Crew) -> Timing:
+def _run(job: Job, executor: ExecutorConfig) -> Timing:
     _forget(job)
     began = time.time()
-    built = parts.build(job.root, job.units, job.maker, crew, "embed")
+    built = parts.build(job.root, job.units, job.make_stage, executor, "embed")
     return Timing.of(built.facts, began, time.time())
 
 

@@ -18,11 +18,11 @@ from benchmarks.data_speed import BATCH, Measure, median
 from benchmarks.page import Section
 from raylarge import images
 from raylarge.data import embed, shard, tile
-from raylarge.data.candidates import Tile
-from raylarge.data.embed import Embed
+from raylarge.data.candidates import TileConfig
+from raylarge.data.embed import EmbedConfig
 from raylarge.data.grid import TileGrid
-from raylarge.data.pipeline import Crew
-from raylarge.data.shard import Shard
+from raylarge.data.pipeline import ExecutorConfig
+from raylarge.data.shard import ShardConfig
 
 SLIDES, TILES, EXAMPLES = 1136, 12.5e6, 16.6e6
 
@@ -150,7 +150,7 @@ def measured(measure: Measure) -> Costs:
         zoom: measure.made("square", (side, side), 0.5 / zoom) for zoom, side in units.items()
     }
     wide = {1: measure.part(measure.twenty), 2: measure.part(measure.forty)}
-    none = Embed(encoder="none", batch=BATCH)
+    none = EmbedConfig(encoder="none", batch=BATCH)
     read = {}
     for zoom, each in wide.items():
         job = measure.job(each, none, measure.block, 0.0)
@@ -169,7 +169,7 @@ def measured(measure: Measure) -> Costs:
 
 
 def _some_tiles(slides: Slides) -> list[np.ndarray]:
-    grid = TileGrid(Tile(patch_px=PATCH_PX))
+    grid = TileGrid(TileConfig(patch_px=PATCH_PX))
     grid.open({"path": slides.paths[0], "mpp_override": None})
     found: list[np.ndarray] = grid.read(3, 0, min(slides.grid[1], 30))
     grid.close()
@@ -180,10 +180,10 @@ def _shard_ms(measure: Measure, slides: Slides, quality: int) -> float:
     """CPU milliseconds of `shard` per base tile, over all scales that the slide has room for."""
     root = measure.folder / f"shard-{slides.zoom}-{quality}"
     scales = [k for k in range(8) if 1 << k <= min(slides.grid)]
-    config = Tile(patch_px=PATCH_PX, scales=scales, mask="all")
-    means = Embed(encoder="toy", batch=BATCH)
-    tile.run(str(root), slides.paths, config, Crew())
-    embed.run(str(root), config, means, Crew())
+    config = TileConfig(patch_px=PATCH_PX, scales=scales, mask="all")
+    means = EmbedConfig(encoder="toy", batch=BATCH)
+    tile.run(str(root), slides.paths, config, ExecutorConfig())
+    embed.run(str(root), config, means, ExecutorConfig())
     began = time.process_time()
-    shard.run(str(root), config, means, Shard(quality=quality), Crew())
+    shard.run(str(root), config, means, ShardConfig(quality=quality), ExecutorConfig())
     return 1000 * (time.process_time() - began) / slides.tiles

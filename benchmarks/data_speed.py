@@ -22,8 +22,8 @@ from benchmarks.data_makers import Job, Timing
 from benchmarks.data_slides import Slides
 from benchmarks.page import Section
 from raylarge import report
-from raylarge.data.candidates import Tile
-from raylarge.data.embed import Embed
+from raylarge.data.candidates import TileConfig
+from raylarge.data.embed import EmbedConfig
 from raylarge.data.grid import TileGrid
 from raylarge.models import ssl
 
@@ -94,7 +94,9 @@ class Measure:
         high = max(1, self.block // slides.grid[1])
         return slides.top(max(1, self.rows // high) * high)
 
-    def job(self, slides: Slides, means: Embed, block_tiles: int, cost_s: float | None) -> Job:
+    def job(
+        self, slides: Slides, means: EmbedConfig, block_tiles: int, cost_s: float | None
+    ) -> Job:
         """The parts of some slides, each in a data folder of its own."""
         name = f"{Path(slides.paths[0]).stem}-{len(slides.paths)}-{block_tiles}"
         root, tile = makers.tiled(slides, self.folder / name, block_tiles)
@@ -148,7 +150,7 @@ def read(measure: Measure) -> Section:
 
 def _rivals(measure: Measure, slides: Slides, encoder: str | None) -> dict[str, list[Timing]]:
     """All ways to read (and embed) some slides."""
-    means = Embed(encoder=encoder or "none", batch=BATCH)
+    means = EmbedConfig(encoder=encoder or "none", batch=BATCH)
     job = measure.job(slides, means, measure.block, 0.0 if encoder is None else None)
     count = measure.workers
     encode = None if encoder is None else ssl.load(encoder)
@@ -209,7 +211,7 @@ def _read_notes(measure: Measure) -> list[str]:
 def agreement(slides: Slides) -> str:
     """Whether rivals see our pixels and embed them alike, said in a sentence; asserted at 20x."""
     cells = [cell for cell in rivals.cells(slides.top(2)) if cell[1] < 32]
-    ours = TileGrid(Tile())
+    ours = TileGrid(TileConfig())
     ours.open({"path": slides.paths[0], "mpp_override": None})
     mine = np.stack([ours.read(row, column, 1)[0] for row, column in cells])
     bag = rivals.Bag(slides.paths[0], slides.top(2), rivals.pixels_alone)
@@ -239,7 +241,7 @@ def agreement(slides: Slides) -> str:
 def overhead(measure: Measure) -> Section:
     """One worker of Ray beside this process, over minutes."""
     slides = measure.twenty
-    means = Embed(encoder=ENCODER, batch=BATCH)
+    means = EmbedConfig(encoder=ENCODER, batch=BATCH)
     trial = measure.job(measure.part(slides), means, measure.block, None)
     rate = makers.here(trial).steady
     count = max(1, round(60 * measure.minutes * rate / slides.tiles))
@@ -279,7 +281,7 @@ def scaling(measure: Measure) -> Section:
     """Several workers beside as many plain processes; an encoder that sleeps beside one worker."""
     rows, short = [], []
     slides = measure.twenty.top(2 * measure.rows)
-    means = Embed(encoder=ENCODER, batch=BATCH)
+    means = EmbedConfig(encoder=ENCODER, batch=BATCH)
     job = measure.job(slides, means, slides.grid[1], None)
     for count in (2, 4):
         ways: Ways = {
@@ -307,7 +309,7 @@ def scaling(measure: Measure) -> Section:
         rows,
         [f"Medians of {measure.pairs} interleaved runs; one of the encoder that sleeps. Tiles per "
          f"second are from when every worker has finished a part until the last part. Plain "
-         f"processes are spawned, each has every n-th part and the same maker. More workers than "
+         f"processes are spawned, each has every n-th part and the same stage. More workers than "
          f"cores share these; the encoder that sleeps stands for one on a device of its own, "
          f"while reading still takes cores."],
         short,
@@ -319,7 +321,7 @@ def _sleeping(measure: Measure) -> dict[str, list[Timing]]:
     side = min(2, measure.units)
     slides = measure.made("small", (side, side), 0.5).copies(2 * side, measure.folder / "sleep")
     cost_s = measure.cost_ms / 1000
-    job = measure.job(slides, Embed(batch=BATCH), slides.grid[1], cost_s)
+    job = measure.job(slides, EmbedConfig(batch=BATCH), slides.grid[1], cost_s)
     ways: Ways = {
         f"{count} worker{'s' * (count > 1)} of Ray": partial(makers.on_ray, job, count)
         for count in (1, 2, 4)

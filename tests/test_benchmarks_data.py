@@ -17,7 +17,7 @@ from benchmarks import (
 )
 from benchmarks.data_makers import Timing, steady
 from benchmarks.data_speed import BATCH, Measure, agreement
-from raylarge.data.embed import Embed
+from raylarge.data.embed import EmbedConfig
 from raylarge.errors import UserError
 from raylarge.slides.reader import open_slide
 
@@ -35,7 +35,7 @@ def slide(measure):
 
 
 def job(measure, slide, cost_s=None):
-    return measure.job(slide, Embed(encoder="toy", batch=BATCH), measure.block, cost_s)
+    return measure.job(slide, EmbedConfig(encoder="toy", batch=BATCH), measure.block, cost_s)
 
 
 def test_slides_are_aperio_s_with_levels(measure):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from raylarge import images, storage, tables
-from raylarge.data.embed import Embedding
-from raylarge.data.parts import PartWork
-from raylarge.data.pipeline import Crew, _Runner, _runs
+from raylarge.data.embed import EmbedStage
+from raylarge.data.parts import PartBuilder
+from raylarge.data.pipeline import ExecutorConfig, _Runner, _runs
 from raylarge.data.prepare import prepare
 from raylarge.errors import UserError
 from raylarge.report import Report
@@ -28,7 +28,7 @@ def interrupted(monkeypatch):
     """Lets so many parts be made and then stops the run."""
 
     def after(count, work):
-        left, call = [count], PartWork.__call__
+        left, call = [count], PartBuilder.__call__
 
         def counted(self, unit):
             if not left[0]:
@@ -38,7 +38,7 @@ def interrupted(monkeypatch):
             return facts
 
         with monkeypatch.context() as patch:
-            patch.setattr(PartWork, "__call__", counted)
+            patch.setattr(PartBuilder, "__call__", counted)
             with pytest.raises(KeyboardInterrupt):
                 work()
 
@@ -185,10 +185,10 @@ def test_only_slides_are_skipped():
     from raylarge.data import pipeline
 
     slide, bucket = {"part": "a", "slide_id": "x"}, {"part": "b"}
-    (facts,) = pipeline.run([slide], Dying, Crew(skip=True), "some")
+    (facts,) = pipeline.run([slide], Dying, ExecutorConfig(skip=True), "some")
     assert facts == {"failed": "slide x is damaged"}
     with pytest.raises(UserError, match="slide x is damaged"):
-        pipeline.run([bucket], Dying, Crew(skip=True), "some")
+        pipeline.run([bucket], Dying, ExecutorConfig(skip=True), "some")
     assert _Runner(Dying).answer(0, bucket)["failed"]
 
 
@@ -209,7 +209,7 @@ def test_values_beyond_half_precision_are_refused(tiny_prepare, run, monkeypatch
     monkeypatch.setattr("raylarge.models.ssl.Encoder.__call__", huge)
     with pytest.raises(UserError, match=r"embed\.encoder=toy gives values beyond float16"):
         run(tiny_prepare(verbs="tile,embed"))
-    assert Embedding.kind.field("embedding").type.value_type == "halffloat"
+    assert EmbedStage.kind.field("embedding").type.value_type == "halffloat"
 
 
 def test_a_padded_band_has_its_rows_at_the_slides_lower_edge(tiny_prepare, run):

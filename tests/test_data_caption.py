@@ -6,8 +6,8 @@ import test_models_text
 
 from raylarge import config, images, schema, storage, tables
 from raylarge.data import caption
-from raylarge.data.caption import Caption
-from raylarge.data.pipeline import Crew
+from raylarge.data.caption import CaptionConfig
+from raylarge.data.pipeline import ExecutorConfig
 from raylarge.errors import UserError
 
 blip_folder = test_models_text.blip_folder
@@ -39,7 +39,7 @@ def parts_of(folder):
 def test_each_example_has_a_sentence_about_its_own_image(data, monkeypatch):
     monkeypatch.setattr("raylarge.models.text.load_captioner", lambda *given: Seeing())
     Seeing.sizes.clear()
-    done = caption.run(data, Caption(batch=5), Crew())
+    done = caption.run(data, CaptionConfig(batch=5), ExecutorConfig())
     assert set(Seeing.sizes) == {5}
     examples, captions = parts_of(f"{data}/examples"), parts_of(done["table"])
     assert len(captions) == len(examples) > 1
@@ -55,19 +55,22 @@ def test_each_example_has_a_sentence_about_its_own_image(data, monkeypatch):
     assert [one["groups"] for one in made["parts"]] == [one["groups"] for one in shard["parts"]]
     assert made["counts"] == shard["counts"]
     assert tables.rows(data, name, split="val").num_rows > 0
-    assert caption.run(data, Caption(batch=5), Crew())["made"] == 0
+    assert caption.run(data, CaptionConfig(batch=5), ExecutorConfig())["made"] == 0
 
 
 def test_scales_that_are_not_wanted_have_no_captions(data, monkeypatch):
     monkeypatch.setattr("raylarge.models.text.load_captioner", lambda *given: Seeing())
-    whole = caption.run(data, Caption(), Crew())
+    whole = caption.run(data, CaptionConfig(), ExecutorConfig())
     every = tables.rows(data, whole["table"].rsplit("/", 1)[1])
-    some = caption.run(data, Caption(scales=[0, 2]), Crew())
+    some = caption.run(data, CaptionConfig(scales=[0, 2]), ExecutorConfig())
     assert some["table"] != whole["table"]
     assert some["made"] == some["parts"]
     assert tables.rows(data, whole["table"].rsplit("/", 1)[1]) == every
-    assert caption.run(data, Caption(), Crew())["made"] == 0
-    assert caption.run(data, Caption(scales=[2, 0, 2]), Crew())["table"] == some["table"]
+    assert caption.run(data, CaptionConfig(), ExecutorConfig())["made"] == 0
+    assert (
+        caption.run(data, CaptionConfig(scales=[2, 0, 2]), ExecutorConfig())["table"]
+        == some["table"]
+    )
     found = tables.rows(data, some["table"].rsplit("/", 1)[1])
     assert set(found["scale"].to_pylist()) == {0, 2}
     wanted = [row for row in every.to_pylist() if row["scale"] != 1]
@@ -86,14 +89,16 @@ def test_scales_that_are_not_wanted_have_no_captions(data, monkeypatch):
 
 
 def test_blip_describes_the_examples(data, blip_folder, tmp_path):
-    setting = Caption(weights=str(blip_folder), batch=4, scales=[2])
-    done = caption.run(data, setting, Crew())
+    setting = CaptionConfig(weights=str(blip_folder), batch=4, scales=[2])
+    done = caption.run(data, setting, ExecutorConfig())
     found = tables.rows(data, done["table"].rsplit("/", 1)[1])
     assert found.num_rows == done["rows"] > 0
     words = set(" ".join(found["text"].to_pylist()).split())
     assert words <= set(test_models_text.WORDS)
     moved = shutil.copytree(blip_folder, tmp_path / "elsewhere")
-    again = caption.run(data, Caption(weights=str(moved), batch=4, scales=[2]), Crew())
+    again = caption.run(
+        data, CaptionConfig(weights=str(moved), batch=4, scales=[2]), ExecutorConfig()
+    )
     assert (again["table"], again["made"]) == (done["table"], 0)
 
 
@@ -110,32 +115,32 @@ def test_other_weights_are_another_table(blip_folder, tmp_path):
 
 def test_captions_of_a_part_do_not_hang_on_the_others(data, monkeypatch):
     monkeypatch.setattr("raylarge.models.text.load_captioner", lambda *given: Seeing())
-    done = caption.run(data, Caption(), Crew())
+    done = caption.run(data, CaptionConfig(), ExecutorConfig())
     path = storage.children(done["table"], "*.parquet")[1]
     before = storage.read_bytes(path)
     storage.remove(path)
-    assert caption.run(data, Caption(), Crew())["made"] == 1
+    assert caption.run(data, CaptionConfig(), ExecutorConfig())["made"] == 1
     assert storage.read_bytes(path) == before
 
 
 def test_what_caption_refuses(data, blip_folder, tmp_path):
     with pytest.raises(UserError, match=r"caption needs .*shard\.json; run verbs=shard"):
-        caption.run(str(tmp_path), Caption(), Crew())
+        caption.run(str(tmp_path), CaptionConfig(), ExecutorConfig())
     with pytest.raises(UserError, match=r"caption\.scales=\[1, 5\]: choose among .*\[0, 1, 2\]"):
-        caption.run(data, Caption(scales=[1, 5]), Crew())
+        caption.run(data, CaptionConfig(scales=[1, 5]), ExecutorConfig())
     with pytest.raises(UserError, match=r"caption\.scales=\[\]"):
-        caption.run(data, Caption(scales=[]), Crew())
+        caption.run(data, CaptionConfig(scales=[]), ExecutorConfig())
     with pytest.raises(UserError, match=r"batch=0: it must be 1 or more"):
-        caption.run(data, Caption(batch=0), Crew())
+        caption.run(data, CaptionConfig(batch=0), ExecutorConfig())
     with pytest.raises(UserError, match=r"no captioner 'minilm'; choose one of: blip"):
-        caption.run(data, Caption(model="minilm"), Crew())
+        caption.run(data, CaptionConfig(model="minilm"), ExecutorConfig())
     with pytest.raises(UserError, match=r"there are no weights at .*nowhere"):
-        caption.run(data, Caption(weights=str(tmp_path / "nowhere")), Crew())
+        caption.run(data, CaptionConfig(weights=str(tmp_path / "nowhere")), ExecutorConfig())
     assert not storage.children(data, "caption*")
 
 
 def test_the_configuration_reads_a_list_of_scales():
-    assert config.build(Caption, {"scales": [0, 2]}).scales == [0, 2]
-    assert config.build(Caption).scales is None
-    assert config.plain(Caption())["scales"] is None
-    assert np.isclose(config.build(Caption, {"gpus": 0.5}).gpus, 0.5)
+    assert config.build(CaptionConfig, {"scales": [0, 2]}).scales == [0, 2]
+    assert config.build(CaptionConfig).scales is None
+    assert config.plain(CaptionConfig())["scales"] is None
+    assert np.isclose(config.build(CaptionConfig, {"gpus": 0.5}).gpus, 0.5)

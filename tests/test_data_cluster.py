@@ -12,7 +12,7 @@ import pytest
 
 from raylarge import storage, tables
 from raylarge.data import embed, parts, tile
-from raylarge.data.pipeline import Crew
+from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.prepare import prepare
 from raylarge.report import Report
 
@@ -86,7 +86,7 @@ def test_law_5_three_nodes_make_the_rows_of_one_process(nodes, tiny_prepare, tmp
     assert found[None] == found[5]
 
 
-class Slow(embed.Embedding):
+class Slow(embed.EmbedStage):
     """Takes a second for each block, on whichever node, and says where."""
 
     def make(self, unit):
@@ -97,7 +97,7 @@ class Slow(embed.Embedding):
 
 
 class Slowly:
-    """Makes the maker in a worker that has the environment variable of the test."""
+    """Make the stage in a worker that has the environment variable of the test."""
 
     def __init__(self, folder, make):
         self.folder, self.make = folder, make
@@ -122,11 +122,11 @@ def test_nodes_that_die_every_few_seconds_cost_work_but_no_row(nodes, tmp_path, 
     sections = {"tile": tile.section(config.tile), "embed": embed.section(config.embed)}
     units = embed.units_of(config.out, config.tile, sections)
     assert len(units) == 32
-    maker = partial(Slow, config.out, config.tile, config.embed)
-    crew = Crew(5)
+    make_stage = partial(Slow, config.out, config.tile, config.embed)
+    executor = ExecutorConfig(5)
     with ThreadPoolExecutor(1) as thread:  # nodes may be added by the main thread alone
-        work = Slowly(str(begun), maker)
-        building = thread.submit(parts.build, config.out, units, work, crew, "embed")
+        work = Slowly(str(begun), make_stage)
+        building = thread.submit(parts.build, config.out, units, work, executor, "embed")
         wait_for(lambda: len(list(begun.iterdir())) >= 4)
         for _ in range(5):
             doomed = workers.pop(0)

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from raylarge.data.candidates import Tile
+from raylarge.data.candidates import TileConfig
 from raylarge.data.exchange import h5_place
 from raylarge.data.exchange.h5_read import Patches
 from raylarge.errors import SlideError
 
-TILE = Tile(patch_px=64)
+TILE = TileConfig(patch_px=64)
 UNIT = {"zoom": 1.0, "size_l0": [700, 900], "grid": [10, 14]}  # rows, columns
 
 

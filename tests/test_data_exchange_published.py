@@ -257,14 +257,16 @@ def test_training_reads_both_tables(run, tmp_path):
 
 def test_a_bundle_names_the_latents_and_encodes_the_images(run, tmp_path):
     from raylarge.data import encode
-    from raylarge.data.pipeline import Crew
+    from raylarge.data.pipeline import ExecutorConfig
     from raylarge.models import bundle
 
     folder, _ = written(tmp_path / "bundle")
     digest = bundle.digest(folder, ("vae",))
     write_naip(tmp_path / "set", {"1x": [0, 1], "2x": [0]})
     run("naip", tables="examples")
-    made = encode.run(str(tmp_path / "data"), folder, encode.Encode(batch=2), Crew())
+    made = encode.run(
+        str(tmp_path / "data"), folder, encode.EncodeConfig(batch=2), ExecutorConfig()
+    )
     assert made["rows"] == 3
     ours = tables.rows(str(tmp_path / "data"), f"latents-{digest}")
     run("naip", tables="latents", bundle=folder, out=str(tmp_path / "theirs"))

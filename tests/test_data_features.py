@@ -10,8 +10,8 @@ from bundles import written
 from raylarge import config, schema, storage, tables
 from raylarge.data import features, picked
 from raylarge.data.exchange import h5_features
-from raylarge.data.features import Features
-from raylarge.data.pipeline import Crew
+from raylarge.data.features import FeatureConfig
+from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.prepare import Prepare, prepare
 from raylarge.diffusion import noise
 from raylarge.errors import UserError
@@ -95,7 +95,7 @@ def direct(loaded, row, t=100, seed=0, own=True):
 
 
 def test_features_are_the_networks_own(data, bundle, loaded):
-    done = features.run(data, bundle, Features(batch=5), Crew())
+    done = features.run(data, bundle, FeatureConfig(batch=5), ExecutorConfig())
     found, made = found_in(data, done)
     rows = upright(data)
     assert found["key"].to_pylist() == [row["key"] for row in rows]
@@ -107,52 +107,54 @@ def test_features_are_the_networks_own(data, bundle, loaded):
     assert found["feature"].type == pa.list_(pa.float16())
     assert np.abs(matrix(found) - wanted).max() < 2e-3 * np.abs(wanted).max()
     assert matrix(found).std(axis=0).max() > 0.01
-    assert features.run(data, bundle, Features(batch=5), Crew())["made"] == 0
+    assert features.run(data, bundle, FeatureConfig(batch=5), ExecutorConfig())["made"] == 0
 
 
 def test_blocks_scales_time_and_condition_are_the_users_choice(data, bundle, loaded):
     rows = upright(data, [1, 2])
-    wish = Features(blocks=[-1, 0, 2], scales=[1, 2], t=400, seed=7, condition="null")
-    found, made = found_in(data, features.run(data, bundle, wish, Crew()))
+    wish = FeatureConfig(blocks=[-1, 0, 2], scales=[1, 2], t=400, seed=7, condition="null")
+    found, made = found_in(data, features.run(data, bundle, wish, ExecutorConfig()))
     assert found["key"].to_pylist() == [row["key"] for row in rows]
     assert set(made["counts"]) == {"1", "2"}
     every = [direct(loaded, row, 400, 7, own=False) for row in rows]
     wanted = np.stack([np.concatenate([one[0], one[1], one[3]]) for one in every])
     assert np.abs(matrix(found) - wanted).max() < 2e-3 * np.abs(wanted).max()
-    names = {features.run(data, bundle, Features(), Crew())["table"]}
+    names = {features.run(data, bundle, FeatureConfig(), ExecutorConfig())["table"]}
     for other in ({"t": 5}, {"blocks": [2]}, {"seed": 1}, {"condition": "null"}):
-        names.add(features.run(data, bundle, Features(**other), Crew())["table"])
+        names.add(features.run(data, bundle, FeatureConfig(**other), ExecutorConfig())["table"])
     assert len(names) == 5
-    some = features.run(data, bundle, Features(scales=[2]), Crew())
+    some = features.run(data, bundle, FeatureConfig(scales=[2]), ExecutorConfig())
     assert some["table"] not in names
     assert some["rows"] == len(upright(data, [2]))
-    assert features.run(data, bundle, Features(), Crew())["made"] == 0
+    assert features.run(data, bundle, FeatureConfig(), ExecutorConfig())["made"] == 0
 
 
 def test_the_condition_and_the_noise_are_each_examples_own(data, bundle):
     values = {}
     for wish in ({}, {"condition": "null"}, {"seed": 1}):
-        done = features.run(data, bundle, Features(**wish), Crew())
+        done = features.run(data, bundle, FeatureConfig(**wish), ExecutorConfig())
         values[str(wish)] = matrix(found_in(data, done)[0])
     first, *others = values.values()
     assert all((np.abs(first - other).max(axis=1) > 1e-3).all() for other in others)
 
 
 def test_another_unet_means_other_features(data, bundle, tmp_path):
-    before = features.run(data, bundle, Features(), Crew())["table"]
+    before = features.run(data, bundle, FeatureConfig(), ExecutorConfig())["table"]
     folder = shutil.copytree(bundle, tmp_path / "bundle").as_posix()
-    assert features.run(data, folder, Features(), Crew())["made"] == 0
+    assert features.run(data, folder, FeatureConfig(), ExecutorConfig())["made"] == 0
     other = bundles.load(folder)
     with torch.no_grad():
         other.unet.conv_in.weight.add_(0.1)
     bundles.save(folder, {"unet": other.unet}, {})
-    assert features.run(data, folder, Features(), Crew())["table"] != before
+    assert features.run(data, folder, FeatureConfig(), ExecutorConfig())["table"] != before
     bundles.save(folder, {"cdm": other.cdm}, {"cdm": "trained anew"})  # no part of any feature
-    assert features.run(data, folder, Features(), Crew())["made"] == 0
-    maker = features.Featuring(data, folder, bundles.digest(folder, features._PARTS), Features())
-    assert maker.kind is schema.FEATURES
+    assert features.run(data, folder, FeatureConfig(), ExecutorConfig())["made"] == 0
+    make_stage = features.FeatureStage(
+        data, folder, bundles.digest(folder, features._PARTS), FeatureConfig()
+    )
+    assert make_stage.kind is schema.FEATURES
     with pytest.raises(UserError, match=r"changed while features were taken"):
-        features.Featuring(data, folder, "another", Features())
+        features.FeatureStage(data, folder, "another", FeatureConfig())
 
 
 def test_batches_have_one_size_and_a_part_does_not_hang_on_the_others(data, bundle, monkeypatch):
@@ -164,32 +166,38 @@ def test_batches_have_one_size_and_a_part_does_not_hang_on_the_others(data, bund
         return pooled(loaded, x_0, key, condition, setting)
 
     monkeypatch.setattr(features, "pooled_features", seen)
-    done = features.run(data, bundle, Features(batch=8), Crew())
+    done = features.run(data, bundle, FeatureConfig(batch=8), ExecutorConfig())
     assert set(sizes) == {8}
     assert done["rows"] % 8
     path = storage.children(done["table"], "*.parquet")[-1]
     before = storage.read_bytes(path)
     storage.remove(path)
-    assert features.run(data, bundle, Features(batch=8), Crew())["made"] == 1
+    assert features.run(data, bundle, FeatureConfig(batch=8), ExecutorConfig())["made"] == 1
     assert storage.read_bytes(path) == before
 
 
 @pytest.mark.ray
 def test_law_5_workers_make_the_same_features(ray_session, data, bundle):
-    wish = Features(batch=8, blocks=[-1, 3])
-    done = features.run(data, bundle, wish, Crew())
+    wish = FeatureConfig(batch=8, blocks=[-1, 3])
+    done = features.run(data, bundle, wish, ExecutorConfig())
     paths = [*storage.children(done["table"], "*"), done["output"]]
     here = {path: storage.read_bytes(path) for path in paths}
     for path in paths:
         storage.remove(path)
-    again = features.run(data, bundle, Features(batch=8, blocks=[-1, 3], actors=2), Crew())
+    again = features.run(
+        data, bundle, FeatureConfig(batch=8, blocks=[-1, 3], actors=2), ExecutorConfig()
+    )
     assert again["made"] == done["parts"] > 1
     assert {path: storage.read_bytes(path) for path in paths} == here
 
 
 def test_half_precision_comes_near(data, bundle):
     one, half = (
-        matrix(found_in(data, features.run(data, bundle, Features(dtype=dtype), Crew()))[0])
+        matrix(
+            found_in(
+                data, features.run(data, bundle, FeatureConfig(dtype=dtype), ExecutorConfig())
+            )[0]
+        )
         for dtype in ("float32", "bfloat16")
     )
     assert 0 < np.abs(one - half).max() < 0.1 * np.abs(one).max()
@@ -201,13 +209,13 @@ def test_any_conditioner_will_do(data, tmp_path):
     with pytest.raises(
         UserError, match=r"there are no latents-.* yet; run .* verbs=encode bundle="
     ):
-        features.run(data, folder, Features(), Crew())
+        features.run(data, folder, FeatureConfig(), ExecutorConfig())
     vae = bundles.digest(folder, ("vae",))
     shutil.copytree(storage.children(data, "latents-*")[0], f"{data}/latents-{vae}")
     made = storage.read_json(storage.children(data, "encode-*.json")[0])
     storage.write_json(f"{data}/encode-{vae}.json", made)
     with pytest.raises(UserError, match=r"latents have 768 values, those of the bundle are \(3, 8"):
-        features.run(data, folder, Features(), Crew())
+        features.run(data, folder, FeatureConfig(), ExecutorConfig())
 
 
 def test_what_features_refuses(data, bundle, tmp_path):
@@ -223,9 +231,9 @@ def test_what_features_refuses(data, bundle, tmp_path):
         ({"batch": 0}, r"batch=0: it must be 1 or more"),
     ):
         with pytest.raises(UserError, match=told):
-            features.run(data, bundle, Features(**wish), Crew())
+            features.run(data, bundle, FeatureConfig(**wish), ExecutorConfig())
     with pytest.raises(UserError, match="there is no bundle at"):
-        features.run(data, str(tmp_path / "nothing"), Features(), Crew())
+        features.run(data, str(tmp_path / "nothing"), FeatureConfig(), ExecutorConfig())
     assert not storage.children(data, "features*")
 
 
@@ -234,9 +242,11 @@ def test_scales_that_the_summarizer_does_not_know(data, bundle, tmp_path):
     few = Summarizer(channels=32, width=64, layers=1, heads=4, scales=2)
     bundles.save(folder, {"summarizer": few}, {})
     with pytest.raises(UserError, match=r"scales 0 to 1, and there are latents of scale 2"):
-        features.run(data, folder, Features(), Crew())
-    assert features.run(data, folder, Features(scales=[0, 1]), Crew())["rows"] > 0
-    assert features.run(data, folder, Features(condition="null"), Crew())["counts"]["2"]
+        features.run(data, folder, FeatureConfig(), ExecutorConfig())
+    assert features.run(data, folder, FeatureConfig(scales=[0, 1]), ExecutorConfig())["rows"] > 0
+    assert features.run(data, folder, FeatureConfig(condition="null"), ExecutorConfig())["counts"][
+        "2"
+    ]
 
 
 def exported(data, table, out, scale=0):
@@ -245,7 +255,7 @@ def exported(data, table, out, scale=0):
 
 def test_each_slide_has_an_h5_file(data, bundle, tiny_slide, tmp_path):
     h5py = pytest.importorskip("h5py")
-    done = features.run(data, bundle, Features(), Crew())
+    done = features.run(data, bundle, FeatureConfig(), ExecutorConfig())
     name = done["table"].rsplit("/", 1)[1]
     told = exported(data, name, str(tmp_path / "h5"), scale=1)
     (path,) = (tmp_path / "h5").iterdir()
@@ -272,7 +282,9 @@ def test_each_slide_has_an_h5_file(data, bundle, tiny_slide, tmp_path):
 
 def test_h5_coordinates_are_the_files_own_pixels(data, bundle, tiny_slide, tmp_path):
     h5py = pytest.importorskip("h5py")
-    name = features.run(data, bundle, Features(scales=[0]), Crew())["table"].rsplit("/", 1)[1]
+    name = features.run(data, bundle, FeatureConfig(scales=[0]), ExecutorConfig())["table"].rsplit(
+        "/", 1
+    )[1]
     slides = storage.read_json(f"{data}/slides.json")
     slides["slides"][0]["mpp"] = 0.25  # as if it were a 40x scan
     other = {**slides["slides"][0], "slide_id": "unseen"}
@@ -287,7 +299,7 @@ def test_h5_coordinates_are_the_files_own_pixels(data, bundle, tiny_slide, tmp_p
 
 def test_parts_are_read_one_by_one_and_one_scale_of_them(data, bundle, monkeypatch, tmp_path):
     pytest.importorskip("h5py")
-    name = features.run(data, bundle, Features(), Crew())["table"].rsplit("/", 1)[1]
+    name = features.run(data, bundle, FeatureConfig(), ExecutorConfig())["table"].rsplit("/", 1)[1]
     made, read, seen = tables.manifest(data, name), picked.read, []
 
     def one(root, unit, columns, scales):

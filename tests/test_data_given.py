@@ -12,8 +12,8 @@ from test_data_text_embed import examples_of, matrix, vectors_of
 from raylarge import storage
 from raylarge.data import given_rows, text_embed
 from raylarge.data.given import Given
-from raylarge.data.pipeline import Crew
-from raylarge.data.text_embed import TextEmbed
+from raylarge.data.pipeline import ExecutorConfig
+from raylarge.data.text_embed import TextEmbedConfig
 from raylarge.errors import UserError
 
 data = test_data_text_embed.data
@@ -51,7 +51,9 @@ def test_a_large_table_is_read_by_row_groups(data, tmp_path, monkeypatch):
     assert (given.vectors(rows[::-1]) == drawn[12:27][::-1]).all()
     assert set(groups) <= {0, 1, 2} | {int(given._rows[0]) // 10}
     assert len(given._held) == 1
-    done = text_embed.run(data, TextEmbed(vectors=f"{tmp_path}/v.parquet:v"), Crew())
+    done = text_embed.run(
+        data, TextEmbedConfig(vectors=f"{tmp_path}/v.parquet:v"), ExecutorConfig()
+    )
     assert (matrix(vectors_of(data, done)[0]) == drawn).all()
 
 
@@ -68,7 +70,7 @@ def test_tables_that_no_worker_can_hold_are_refused(data, own_texts, tmp_path, m
         ({"texts": own_texts}, r"texts\.csv has 0\.0 GB; save it as \.parquet"),
     ):
         with pytest.raises(UserError, match=told):
-            text_embed.run(data, TextEmbed(**wish), Crew())
+            text_embed.run(data, TextEmbedConfig(**wish), ExecutorConfig())
     assert not storage.children(data, "text_embed*")
 
 
@@ -82,10 +84,10 @@ def test_empty_vectors_say_nothing(data, tmp_path, kind):
     own = examples.select(["key"]).append_column("v", pa.array(cells, kind))
     storage.write_table(str(tmp_path / "v.parquet"), own, [4] * 2 + [own.num_rows - 8])
     lost = sum(not cell for cell in cells)
-    wish = TextEmbed(vectors=f"{tmp_path}/v.parquet:v")
+    wish = TextEmbedConfig(vectors=f"{tmp_path}/v.parquet:v")
     with pytest.raises(UserError, match=rf"has no vector for {lost} of"):
-        text_embed.run(data, wish, Crew())
-    done = text_embed.run(data, replace(wish, missing="drop"), Crew())
+        text_embed.run(data, wish, ExecutorConfig())
+    done = text_embed.run(data, replace(wish, missing="drop"), ExecutorConfig())
     assert done["missing"] == lost
     assert matrix(vectors_of(data, done)[0]).tolist() == [cell for cell in cells if cell]
 
@@ -101,7 +103,7 @@ def test_words_for_no_value_are_no_texts_and_are_counted(data, tmp_path, ending,
         pa.csv.write_csv(own, path)
     else:
         storage.write_table(str(path), own, [own.num_rows])
-    done = text_embed.run(data, TextEmbed(texts=str(path), missing="drop"), Crew())
+    done = text_embed.run(data, TextEmbedConfig(texts=str(path), missing="drop"), ExecutorConfig())
     assert done["missing"] == 5
     count = examples.num_rows
     line = rf"texts.{ending}: 4 of {count} cells of 'text' say -, NA, None, n/a and count as empty"
@@ -113,15 +115,15 @@ def test_words_for_no_value_are_no_texts_and_are_counted(data, tmp_path, ending,
 def test_a_doubled_column_of_texts_is_refused(data, tmp_path):
     (tmp_path / "t.csv").write_text("key,text,text\n1,a,b\n")
     with pytest.raises(UserError, match=r"t\.csv has the column 'text' twice; keep one"):
-        text_embed.run(data, TextEmbed(texts=f"{tmp_path}/t.csv"), Crew())
+        text_embed.run(data, TextEmbedConfig(texts=f"{tmp_path}/t.csv"), ExecutorConfig())
 
 
 def test_a_table_that_was_matched_is_not_matched_again(data, tmp_path, monkeypatch):
     own_vectors(data, tmp_path / "v.parquet", 10)
-    wish = TextEmbed(vectors=f"{tmp_path}/v.parquet:v")
-    done = text_embed.run(data, wish, Crew())
+    wish = TextEmbedConfig(vectors=f"{tmp_path}/v.parquet:v")
+    done = text_embed.run(data, wish, ExecutorConfig())
     monkeypatch.setattr(text_embed, "Given", None)
-    again = text_embed.run(data, wish, Crew())
-    dropping = text_embed.run(data, replace(wish, missing="drop"), Crew())
+    again = text_embed.run(data, wish, ExecutorConfig())
+    dropping = text_embed.run(data, replace(wish, missing="drop"), ExecutorConfig())
     assert again["made"] == dropping["made"] == again["missing"] == 0
     assert again["table"] == dropping["table"] == done["table"]

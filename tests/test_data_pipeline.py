@@ -12,7 +12,7 @@ import torch
 from raylarge import storage
 from raylarge.config import plain
 from raylarge.data import pipeline
-from raylarge.data.pipeline import Crew
+from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.prepare import prepare
 from raylarge.errors import UserError
 from raylarge.report import Report
@@ -74,35 +74,35 @@ def made_here(config, root):
 
 def test_facts_come_back_in_the_order_of_the_units():
     before = torch.get_num_threads()
-    facts = pipeline.run(units(3, 1, 2), Square, Crew(), "square")
+    facts = pipeline.run(units(3, 1, 2), Square, ExecutorConfig(), "square")
     assert [one["square"] for one in facts] == [9, 1, 4]
     assert {one["threads"] for one in facts} == {1}
     assert torch.get_num_threads() == before
-    assert pipeline.run([], Square, Crew(), "square") == []
+    assert pipeline.run([], Square, ExecutorConfig(), "square") == []
 
 
 def test_failures_here():
     before = torch.get_num_threads()
     with pytest.raises(UserError, match=r"number=-1: numbers are above 0\."):
-        pipeline.run(units(1, -1), Square, Crew(), "square")
+        pipeline.run(units(1, -1), Square, ExecutorConfig(), "square")
     with pytest.raises(RuntimeError, match=r"square failed at .*-2.*ZeroDivisionError: two below"):
-        pipeline.run(units(1, -2), Square, Crew(), "square")
+        pipeline.run(units(1, -2), Square, ExecutorConfig(), "square")
     assert torch.get_num_threads() == before
     with pytest.raises(UserError, match=r"workers=0: give 1 or more"):
-        pipeline.run(units(1), Square, Crew(workers=0), "square")
+        pipeline.run(units(1), Square, ExecutorConfig(workers=0), "square")
 
 
 @pytest.mark.ray
 def test_failures_on_ray_are_the_same(ray_here):
     with pytest.raises(UserError, match=r"^number=-1: numbers are above 0\.$"):
-        pipeline.run(units(1, -1), Square, Crew(2), "square")
+        pipeline.run(units(1, -1), Square, ExecutorConfig(2), "square")
     with pytest.raises(RuntimeError, match=r"square failed at .*-2.*ZeroDivisionError: two below"):
-        pipeline.run(units(1, -2), Square, Crew(2), "square")
+        pipeline.run(units(1, -2), Square, ExecutorConfig(2), "square")
 
 
 @pytest.mark.ray
 def test_workers_share_the_units(ray_here):
-    facts = pipeline.run(units(*range(20)), Square, Crew(2), "square")
+    facts = pipeline.run(units(*range(20)), Square, ExecutorConfig(2), "square")
     assert [one["square"] for one in facts] == [number**2 for number in range(20)]
     assert {one["threads"] for one in facts} == {1}
     assert os.getpid() not in {one["process"] for one in facts}
@@ -111,7 +111,7 @@ def test_workers_share_the_units(ray_here):
 @pytest.mark.ray
 def test_a_worker_that_dies_costs_one_unit(ray_here, tmp_path):
     work = partial(Square, str(tmp_path))
-    facts = pipeline.run(units(*range(8)), work, Crew(1), "square")
+    facts = pipeline.run(units(*range(8)), work, ExecutorConfig(1), "square")
     assert [one["square"] for one in facts] == [number**2 for number in range(8)]
     assert (tmp_path / "died").exists()
     assert len({one["process"] for one in facts}) == 2
@@ -120,7 +120,7 @@ def test_a_worker_that_dies_costs_one_unit(ray_here, tmp_path):
 @pytest.mark.ray
 def test_a_unit_that_kills_every_worker_ends_the_run(ray_here):
     with pytest.raises(UserError, match=r"-3.*process died 5 times"):
-        pipeline.run(units(1, -3), Square, Crew(1), "square")
+        pipeline.run(units(1, -3), Square, ExecutorConfig(1), "square")
 
 
 @pytest.mark.ray

@@ -7,10 +7,10 @@ from PIL import Image
 
 from raylarge import images, schema, storage
 from raylarge.data import roster, tile
-from raylarge.data.pipeline import Crew
+from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.qc import regions as qc_regions
 from raylarge.data.qc import sheet as qc
-from raylarge.data.tile import Tile
+from raylarge.data.tile import TileConfig
 from raylarge.slides.reader import Slide, open_slide
 
 
@@ -69,7 +69,7 @@ def tiled(tiny_slide, tmp_path_factory):
         'slide,patient,mpp,type\nDOE_JANE.1970.tif,p1,0.5,"<b>IDC</b> ""x"" & \'y\'"\n'
     )
     root = str(tmp_path_factory.mktemp("data"))
-    config = Tile(
+    config = TileConfig(
         64,
         [0, 1, 2],
         [0.3, 0.2],
@@ -78,7 +78,7 @@ def tiled(tiny_slide, tmp_path_factory):
         val_fraction=0.35,
         table=str(folder / "table.csv"),
     )
-    tile.run(root, [str(path) for path in sorted(folder.glob("*.tif"))], config, Crew())
+    tile.run(root, [str(path) for path in sorted(folder.glob("*.tif"))], config, ExecutorConfig())
     return root
 
 
@@ -212,7 +212,9 @@ def test_examples_are_spread_and_distinct():
 )
 def test_a_real_slides_sheet_shows_it(shared_data, tmp_path, name, mpp):
     path = shared_data / name
-    tile.run(str(tmp_path), [str(path)], Tile(256, [0, 1, 2], crops=3, mpp=mpp), Crew())
+    tile.run(
+        str(tmp_path), [str(path)], TileConfig(256, [0, 1, 2], crops=3, mpp=mpp), ExecutorConfig()
+    )
     (png,) = storage.listing(f"{tmp_path}/qc/*.png")
     shown, text = images.read_png(png)
     assert "Synthetic" not in text

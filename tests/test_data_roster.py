@@ -2,7 +2,7 @@ import pytest
 
 from raylarge import storage
 from raylarge.data import roster
-from raylarge.data.candidates import Tile
+from raylarge.data.candidates import TileConfig
 from raylarge.errors import UserError
 
 SLIDES = [f"s3://bucket/a/TCGA-{p}-{i}.0F3A.svs" for p in ("AA", "BB", "CC", "DD") for i in (1, 2)]
@@ -10,7 +10,7 @@ PATIENT = r"^(TCGA-..)"
 
 
 def known(**values):
-    return {e.path: e for e in roster.index(SLIDES, Tile(patient=PATIENT, **values)).entries}
+    return {e.path: e for e in roster.index(SLIDES, TileConfig(patient=PATIENT, **values)).entries}
 
 
 def write(path, text):
@@ -65,7 +65,7 @@ def test_splits_by_patient_in_two_columns(tmp_path):
 
 def test_splits_by_hash_are_near_their_fractions_and_by_patient_alone():
     paths = [f"TCGA-{i:04d}-{j}.svs" for i in range(1500) for j in "ab"]
-    tile = Tile(patient=r"^(TCGA-....)", val_fraction=0.2, test_fraction=0.1)
+    tile = TileConfig(patient=r"^(TCGA-....)", val_fraction=0.2, test_fraction=0.1)
     entries = roster.index(paths, tile).entries
     shares = [sum(e.split == s for e in entries) / 3000 for s in ("train", "val", "test")]
     assert shares == pytest.approx([0.7, 0.2, 0.1], abs=0.03)
@@ -96,9 +96,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is no CSV or parquet table"):
         known(table=write(tmp_path / "x.parquet", "no table"))
     with pytest.raises(UserError, match=r"tile\.unlisted=maybe: it must be refuse, skip or hash"):
-        Tile(unlisted="maybe").check()
+        TileConfig(unlisted="maybe").check()
     with pytest.raises(UserError, match=r"have one file name"):
-        roster.index(["a/x.svs", "b/x.svs"], Tile())
+        roster.index(["a/x.svs", "b/x.svs"], TileConfig())
 
 
 @pytest.mark.parametrize("name", ["Slide", "PATIENT", "Split", "Mpp"])
@@ -144,7 +144,7 @@ def test_the_fingerprint_follows_the_content(tmp_path):
 
 def indexed(tmp_path, text, paths, **values):
     table = write(tmp_path / "t.csv", text)
-    return roster.index(paths, Tile(table=table, **values))
+    return roster.index(paths, TileConfig(table=table, **values))
 
 
 def test_an_accent_written_in_two_ways_is_one_name_and_one_patient(tmp_path):
@@ -155,7 +155,7 @@ def test_an_accent_written_in_two_ways_is_one_name_and_one_patient(tmp_path):
     assert len({entry.patient_id for entry in found.entries}) == 1
     assert found.lines == []
     with pytest.raises(UserError, match="have one file name"):
-        roster.index([f"/s/{apart}.tif", f"/r/{composed}.tif"], Tile())
+        roster.index([f"/s/{apart}.tif", f"/r/{composed}.tif"], TileConfig())
 
 
 def test_another_case_is_no_match_but_a_hint_and_a_missing_split_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raylarge import images, pyramid, resample, schema, storage, tables
-from raylarge.data.candidates import Tile
+from raylarge.data.candidates import TileConfig
 from raylarge.data.grid import TileGrid
 from raylarge.data.prepare import prepare
 from raylarge.data.shard import example_image, key, pooled
@@ -144,10 +144,10 @@ def test_examples_lie_in_buckets_by_scale_split_and_key(data, examples):
 
 def test_a_small_cache_changes_nothing(tiny_slide, monkeypatch):
     unit = {"path": tiny_slide, "mpp_override": None}
-    whole = TileGrid(Tile(64))
+    whole = TileGrid(TileConfig(64))
     whole.open(unit)
     monkeypatch.setattr("raylarge.data.grid._CACHE_BYTES", 3 * 64 * 64 * 3)
-    small = TileGrid(Tile(64))
+    small = TileGrid(TileConfig(64))
     small.open(unit)
     assert (example_image(small, 2, 1, 4) == example_image(whole, 2, 1, 4)).all()
 
@@ -160,7 +160,7 @@ def test_a_40x_slide_gives_the_examples_of_the_20x_one(tmp_path):
     procedural.write(str(tmp_path / "40x.tif"), (640, 640), 3, mpp=0.25)
     found = []
     for name in ("20x.tif", "40x.tif"):
-        grid = TileGrid(Tile(64))
+        grid = TileGrid(TileConfig(64))
         assert grid.open({"path": str(tmp_path / name), "mpp_override": None}).size_px == (320, 320)
         found.append([example_image(grid, 1, 1, f).astype(int) for f in (1, 2)])
     for low, high in zip(*found, strict=True):

@@ -7,9 +7,9 @@ import pytest
 
 from raylarge import images, schema, storage, tables
 from raylarge.data import caption, text_embed
-from raylarge.data.caption import Caption
-from raylarge.data.pipeline import Crew
-from raylarge.data.text_embed import TextEmbed
+from raylarge.data.caption import CaptionConfig
+from raylarge.data.pipeline import ExecutorConfig
+from raylarge.data.text_embed import TextEmbedConfig
 from raylarge.errors import UserError
 from raylarge.models import ssl, text
 
@@ -76,8 +76,8 @@ def direct(texts, batch):
 
 def test_captions_become_vectors_in_their_order(data, monkeypatch):
     monkeypatch.setattr("raylarge.models.text.load_captioner", lambda *given: Seeing())
-    captioned = caption.run(data, Caption(scales=[1, 2]), Crew())
-    done = text_embed.run(data, TextEmbed(batch=5), Crew())
+    captioned = caption.run(data, CaptionConfig(scales=[1, 2]), ExecutorConfig())
+    done = text_embed.run(data, TextEmbedConfig(batch=5), ExecutorConfig())
     found, made = vectors_of(data, done)
     assert done["width"] == 384
     assert found["vector"].type == pa.list_(pa.float32())
@@ -87,30 +87,32 @@ def test_captions_become_vectors_in_their_order(data, monkeypatch):
     assert np.allclose(matrix(found), np.concatenate(wanted), atol=1e-6)
     assert matrix(found).std(axis=0).max() > 0.01
     assert set(made["counts"]) == {"1", "2"}
-    assert text_embed.run(data, TextEmbed(batch=5), Crew())["made"] == 0
+    assert text_embed.run(data, TextEmbedConfig(batch=5), ExecutorConfig())["made"] == 0
 
 
 def test_several_tables_of_captions_are_told_apart(data, monkeypatch):
     with pytest.raises(UserError, match=r"has 0 tables of captions; run verbs=caption first"):
-        text_embed.run(data, TextEmbed(), Crew())
+        text_embed.run(data, TextEmbedConfig(), ExecutorConfig())
     monkeypatch.setattr("raylarge.models.text.load_captioner", lambda *given: Seeing())
-    one = caption.run(data, Caption(scales=[2]), Crew())["table"].rsplit("/", 1)[1]
+    one = caption.run(data, CaptionConfig(scales=[2]), ExecutorConfig())["table"].rsplit("/", 1)[1]
     monkeypatch.setattr("raylarge.data.caption.folder_digest", lambda folder: "others")
-    other = caption.run(data, Caption(scales=[1]), Crew())["table"].rsplit("/", 1)[1]
+    other = caption.run(data, CaptionConfig(scales=[1]), ExecutorConfig())["table"].rsplit("/", 1)[
+        1
+    ]
     with pytest.raises(UserError, match=r"has 2 tables of captions; choose one: .*=captions-"):
-        text_embed.run(data, TextEmbed(), Crew())
+        text_embed.run(data, TextEmbedConfig(), ExecutorConfig())
     found = {
-        name: text_embed.run(data, TextEmbed(captions=given), Crew())
+        name: text_embed.run(data, TextEmbedConfig(captions=given), ExecutorConfig())
         for name, given in ((one, one), (other, other.removeprefix("captions-")))
     }
     assert set(vectors_of(data, found[one])[0]["scale"].to_pylist()) == {2}
     assert set(vectors_of(data, found[other])[0]["scale"].to_pylist()) == {1}
     with pytest.raises(UserError, match=r"caption-nothing\.json is missing, so there are no capt"):
-        text_embed.run(data, TextEmbed(captions="nothing"), Crew())
+        text_embed.run(data, TextEmbedConfig(captions="nothing"), ExecutorConfig())
 
 
 def test_own_texts_are_matched_by_key(data, own_texts):
-    done = text_embed.run(data, TextEmbed(texts=own_texts, batch=8), Crew())
+    done = text_embed.run(data, TextEmbedConfig(texts=own_texts, batch=8), ExecutorConfig())
     found, made = vectors_of(data, done)
     examples = examples_of(data)
     assert found["key"] == examples["key"]
@@ -127,8 +129,10 @@ def test_own_texts_are_matched_by_place(data, own_texts, tmp_path):
     own = own.take(np.random.default_rng(0).permutation(own.num_rows))
     for name, write in (("place.parquet", storage.write_table), ("place.csv", csv)):
         write(str(tmp_path / name), own)
-        done = text_embed.run(data, TextEmbed(texts=str(tmp_path / name), batch=8), Crew())
-        by_key = text_embed.run(data, TextEmbed(texts=own_texts, batch=8), Crew())
+        done = text_embed.run(
+            data, TextEmbedConfig(texts=str(tmp_path / name), batch=8), ExecutorConfig()
+        )
+        by_key = text_embed.run(data, TextEmbedConfig(texts=own_texts, batch=8), ExecutorConfig())
         assert vectors_of(data, done)[0] == vectors_of(data, by_key)[0]
 
 
@@ -149,15 +153,18 @@ def test_examples_without_a_text_are_counted_and_refused_or_left_out(data, tmp_p
         rf"has no text for {len(lost)} of {len(texts)} examples \(such as key {examples['key'][0]}"
     )
     with pytest.raises(UserError, match=told):
-        text_embed.run(data, TextEmbed(texts=path), Crew())
+        text_embed.run(data, TextEmbedConfig(texts=path), ExecutorConfig())
     assert not storage.children(data, "*vectors*")
     assert not storage.children(data, "text_embed*")
-    done = text_embed.run(data, TextEmbed(texts=path, missing="drop"), Crew())
+    done = text_embed.run(data, TextEmbedConfig(texts=path, missing="drop"), ExecutorConfig())
     found, made = vectors_of(data, done)
     assert done["missing"] == len(lost)
     with pytest.raises(UserError, match=told):
-        text_embed.run(data, TextEmbed(texts=path), Crew())
-    assert text_embed.run(data, TextEmbed(texts=path, missing="drop"), Crew())["made"] == 0
+        text_embed.run(data, TextEmbedConfig(texts=path), ExecutorConfig())
+    assert (
+        text_embed.run(data, TextEmbedConfig(texts=path, missing="drop"), ExecutorConfig())["made"]
+        == 0
+    )
     assert vectors_of(data, done)[0] == found
     kept = [i for i in range(len(texts)) if i not in lost]
     assert found["key"].to_pylist() == examples["key"].take(kept).to_pylist()
@@ -166,11 +173,11 @@ def test_examples_without_a_text_are_counted_and_refused_or_left_out(data, tmp_p
     assert np.allclose(matrix(found), wanted, atol=1e-4)
     storage.write_table(path, pa.table({"key": pa.array([1], pa.uint64()), "text": ["x"]}))
     with pytest.raises(UserError, match=rf"for {len(texts)} of {len(texts)} .*; add them\.$"):
-        text_embed.run(data, TextEmbed(texts=path, missing="drop"), Crew())
+        text_embed.run(data, TextEmbedConfig(texts=path, missing="drop"), ExecutorConfig())
 
 
 def test_images_become_vectors_of_a_tile_encoder(data):
-    done = text_embed.run(data, TextEmbed(image=True, model="toy", batch=6), Crew())
+    done = text_embed.run(data, TextEmbedConfig(image=True, model="toy", batch=6), ExecutorConfig())
     found, _ = vectors_of(data, done)
     examples = examples_of(data)
     assert found["key"] == examples["key"]
@@ -182,7 +189,7 @@ def test_images_become_vectors_of_a_tile_encoder(data):
     grids = np.array(examples["grid"].take(base).to_pylist(), np.float32)
     assert np.allclose(matrix(found)[base], grids, atol=1e-2)  # as `embed` saw the same tile
     with pytest.raises(UserError, match="there is no encoder 'minilm'"):
-        text_embed.run(data, TextEmbed(image=True), Crew())
+        text_embed.run(data, TextEmbedConfig(image=True), ExecutorConfig())
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.float64()), pa.list_(pa.float16(), 5)])
@@ -191,16 +198,18 @@ def test_own_vectors_are_taken_as_they_are(data, tmp_path, kind):
     drawn = np.random.default_rng(0).standard_normal((examples.num_rows, 5)).astype(np.float16)
     own = examples.select(["key"]).append_column("mine", pa.array(drawn.tolist(), kind))
     storage.write_table(str(tmp_path / "own.parquet"), own.take(np.arange(own.num_rows)[::-1]))
-    wish = TextEmbed(vectors=f"{tmp_path}/own.parquet:mine")
-    done = text_embed.run(data, wish, Crew())
+    wish = TextEmbedConfig(vectors=f"{tmp_path}/own.parquet:mine")
+    done = text_embed.run(data, wish, ExecutorConfig())
     found, _ = vectors_of(data, done)
     assert found["key"] == examples["key"]
     assert (matrix(found) == drawn.astype(np.float32)).all()
     assert done["width"] == 5
     storage.write_table(str(tmp_path / "own.parquet"), own.slice(4))
     with pytest.raises(UserError, match=r"own\.parquet has no vector for 4 of"):
-        text_embed.run(data, wish, Crew())
-    dropped = text_embed.run(data, TextEmbed(vectors=wish.vectors, missing="drop"), Crew())
+        text_embed.run(data, wish, ExecutorConfig())
+    dropped = text_embed.run(
+        data, TextEmbedConfig(vectors=wish.vectors, missing="drop"), ExecutorConfig()
+    )
     assert dropped["table"] != done["table"]
     assert (matrix(vectors_of(data, dropped)[0]) == drawn[4:].astype(np.float32)).all()
 
@@ -211,8 +220,8 @@ def test_a_part_of_the_rows_leaves_its_own_groups(data, tmp_path):
     own = storage.read_table(paths[0], ["key"])
     own = own.append_column("v", pa.array([[float(i)] for i in range(own.num_rows)]))
     storage.write_table(str(tmp_path / "v.parquet"), own)
-    wish = TextEmbed(vectors=f"{tmp_path}/v.parquet:v", missing="drop")
-    done = text_embed.run(data, wish, Crew())
+    wish = TextEmbedConfig(vectors=f"{tmp_path}/v.parquet:v", missing="drop")
+    done = text_embed.run(data, wish, ExecutorConfig())
     found, made = vectors_of(data, done)
     assert [one["rows"] for one in made["parts"]] == [own.num_rows, *[0] * (len(paths) - 1)]
     assert matrix(found)[:, 0].tolist() == list(range(own.num_rows))
@@ -228,7 +237,7 @@ def test_tables_that_do_not_fit_are_refused(data, tmp_path):
         (storage.write_table if name.endswith(".parquet") else csv)(path, pa.table(columns))
         wish = {"texts": path} if column == "text" else {"vectors": f"{path}:{column}"}
         with pytest.raises(UserError, match=told):
-            text_embed.run(data, TextEmbed(**wish, missing="drop"), Crew())
+            text_embed.run(data, TextEmbedConfig(**wish, missing="drop"), ExecutorConfig())
 
     refused({"key": key, "w": [[1.0]] * 2}, r"no column 'v', but key, w\.")
     refused({"slide_id": ["a"], "v": [[1.0]]}, r"give it a column key, or columns slide_id, scale")
@@ -256,15 +265,15 @@ def test_what_text_embed_refuses(data, tmp_path):
         ({"texts": str(tmp_path / "no.csv")}, r"no\.csv does not exist; check the path"),
     ):
         with pytest.raises(UserError, match=told):
-            text_embed.run(data, TextEmbed(**wish), Crew())
+            text_embed.run(data, TextEmbedConfig(**wish), ExecutorConfig())
     with pytest.raises(UserError, match=r"text_embed needs .*shard\.json"):
-        text_embed.run(str(tmp_path), TextEmbed(image=True, model="toy"), Crew())
+        text_embed.run(str(tmp_path), TextEmbedConfig(image=True, model="toy"), ExecutorConfig())
 
 
 def test_other_texts_are_other_vectors(data, own_texts):
-    one = text_embed.run(data, TextEmbed(texts=own_texts), Crew())
+    one = text_embed.run(data, TextEmbedConfig(texts=own_texts), ExecutorConfig())
     content = storage.read_bytes(own_texts)
     storage.write_bytes(own_texts, content.replace(b"tissue", b"glands"))
-    other = text_embed.run(data, TextEmbed(texts=own_texts), Crew())
+    other = text_embed.run(data, TextEmbedConfig(texts=own_texts), ExecutorConfig())
     assert one["table"] != other["table"]
     assert len(storage.children(data, "vectors-*")) == 2

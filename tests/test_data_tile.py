@@ -7,8 +7,8 @@ import pytest
 
 from raylarge import images, pyramid, schema, storage, tables
 from raylarge.data import roster, tile
-from raylarge.data.candidates import Tile, candidates
-from raylarge.data.pipeline import Crew
+from raylarge.data.candidates import TileConfig, candidates
+from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.prepare import find_slides, prepare
 from raylarge.data.tile import slides_of
 from raylarge.data.views import view_of, with_views
@@ -28,8 +28,8 @@ def run(tmp_path):
 def tiles(tiny_slide, tmp_path_factory):
     """The TILES of the tiny slide (12 x 10 tiles), split by a band of four rows."""
     root = str(tmp_path_factory.mktemp("tiles"))
-    config = Tile(64, [0, 1, 2], [0.3, 0.2], crops=8, split="band", val_fraction=0.35)
-    tile.run(root, [tiny_slide], config, Crew())
+    config = TileConfig(64, [0, 1, 2], [0.3, 0.2], crops=8, split="band", val_fraction=0.35)
+    tile.run(root, [tiny_slide], config, ExecutorConfig())
     return storage.read_table(storage.listing(f"{root}/tiles/*.parquet")[0])
 
 
@@ -72,8 +72,8 @@ def test_the_rule_holds_on_every_row(tiles, tiny_slide):
 
 
 def test_crops_are_random_aligned_and_repeatable():
-    grid_only = candidates((800, 660), 1, Tile(64), "0" * 16)
-    config = Tile(64, crops=9)
+    grid_only = candidates((800, 660), 1, TileConfig(64), "0" * 16)
+    config = TileConfig(64, crops=9)
     cells = candidates((800, 660), 1, config, "0" * 16)
     even = {(r, c) for r in range(0, 14, 2) for c in range(0, 12, 2)}
     assert {tuple(c) for c in grid_only} == even
@@ -84,16 +84,16 @@ def test_crops_are_random_aligned_and_repeatable():
     assert (candidates((800, 660), 1, config, "0" * 16) == cells).all()
     assert len(candidates((800, 660), 0, config, "0" * 16)) == 13 * 11  # the base has none
     others = [
-        candidates((800, 660), 1, Tile(64, crops=9, seed=1), "0" * 16),
+        candidates((800, 660), 1, TileConfig(64, crops=9, seed=1), "0" * 16),
         candidates((800, 660), 1, config, "1" * 16),
     ]
     assert all({tuple(c) for c in other} != {tuple(c) for c in cells} for other in others)
 
 
 def test_more_crops_than_places_are_all_places():
-    cells = candidates((256, 256), 1, Tile(64, crops=1000), "0" * 16)
+    cells = candidates((256, 256), 1, TileConfig(64, crops=1000), "0" * 16)
     assert {tuple(c) for c in cells} == {(r, c) for r in range(3) for c in range(3)}
-    assert len(candidates((100, 100), 2, Tile(64, crops=5), "0" * 16)) == 1
+    assert len(candidates((100, 100), 2, TileConfig(64, crops=5), "0" * 16)) == 1
 
 
 def test_patients_are_held_out_whole(tiny_slide, tmp_path):
@@ -101,9 +101,9 @@ def test_patients_are_held_out_whole(tiny_slide, tmp_path):
     names = [f"P{patient:02d}-{part}.tif" for patient in range(8) for part in "ab"]
     for name in names:
         (tmp_path / name).write_bytes(content)
-    config = Tile(64, [0], [0.3], val_fraction=0.4, patient=r"^(P\d\d)-")
+    config = TileConfig(64, [0], [0.3], val_fraction=0.4, patient=r"^(P\d\d)-")
     root = str(tmp_path / "data")
-    tile.run(root, find_slides(f"{tmp_path}/*.tif"), config, Crew())
+    tile.run(root, find_slides(f"{tmp_path}/*.tif"), config, ExecutorConfig())
     slides = slides_of(root)
     assert len({slide["slide_id"] for slide in slides}) == 16
     splits = {}
@@ -115,7 +115,12 @@ def test_patients_are_held_out_whole(tiny_slide, tmp_path):
     tables = b"".join(storage.read_bytes(path) for path in storage.listing(f"{root}/tiles/*"))
     assert b"P03" not in tables  # no file names in tables
     with pytest.raises(UserError, match=r"tile\.patient=\(Q\) finds no patient in 'P00-a\.tif'"):
-        tile.run(root + "2", find_slides(f"{tmp_path}/*.tif"), Tile(64, patient="(Q)"), Crew())
+        tile.run(
+            root + "2",
+            find_slides(f"{tmp_path}/*.tif"),
+            TileConfig(64, patient="(Q)"),
+            ExecutorConfig(),
+        )
 
 
 def test_no_tissue_names_the_slide_and_the_cure(tmp_path, tiny_prepare, run):
@@ -229,7 +234,7 @@ def test_views_show_no_held_out_pixel_and_embed_their_own(tiny_prepare, run):
 
 def test_held_out_patients_have_one_view(tiny_slide, tmp_path):
     slides = [shutil.copy(tiny_slide, tmp_path / f"{name}.tif") for name in "abcdef"]
-    config = Tile(split="patient", val_fraction=0.5, views=3)
+    config = TileConfig(split="patient", val_fraction=0.5, views=3)
     entries = with_views(roster.index(list(map(str, slides)), config).entries, config)
     views = {
         split: {one.view for one in entries if one.split == split} for split in ("train", "val")
@@ -238,5 +243,5 @@ def test_held_out_patients_have_one_view(tiny_slide, tmp_path):
 
 
 def test_one_view_leaves_earlier_tables_valid():
-    assert "views" not in tile.section(Tile())
-    assert tile.section(Tile(views=2))["views"] == 2
+    assert "views" not in tile.section(TileConfig())
+    assert tile.section(TileConfig(views=2))["views"] == 2

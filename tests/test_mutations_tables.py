@@ -14,7 +14,7 @@ import pytest
 from mutations import Refused, outcome, pick
 
 from raylarge.data import roster, split_table
-from raylarge.data.candidates import Tile
+from raylarge.data.candidates import TileConfig
 
 STEMS = [
     "S-1",
@@ -121,7 +121,7 @@ def test_a_table_says_the_same_however_it_is_written(tmp_path, seed):
     rng = np.random.default_rng([11, seed])
     rows = truth(rng)
     path = write(rng, tmp_path, *table_of(rng, rows))
-    config = Tile(table=path, labels=["grade"])
+    config = TileConfig(table=path, labels=["grade"])
     assert outcome(lambda: seen(roster.index(list(rows), config))) == expected_of(rows)
 
 
@@ -215,7 +215,7 @@ def test_a_table_with_one_fault_is_refused_for_it(tmp_path, seed):
             csv.writer(file).writerows([columns, *lines])
     else:
         path = write(rng, tmp_path, columns, lines)
-    config = Tile(table=path, labels=["grade"])
+    config = TileConfig(table=path, labels=["grade"])
     assert outcome(lambda: seen(roster.index(list(rows), config))) == refused
 
 
@@ -241,7 +241,7 @@ def test_a_csv_that_is_broken_is_refused(tmp_path, seed):
     )
     path = tmp_path / "t.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    config = Tile(table=str(path))
+    config = TileConfig(table=str(path))
     assert outcome(lambda: seen(roster.index(list(rows), config))) == Refused(words)
 
 
@@ -283,7 +283,9 @@ def test_a_split_file_says_the_same_in_every_form(tmp_path, seed):
         "other": Refused("names none of the slides"),
     }[fault]
     assert (
-        outcome(lambda: {e.path: e.split for e in roster.index(slides, Tile(split=path)).entries})
+        outcome(
+            lambda: {e.path: e.split for e in roster.index(slides, TileConfig(split=path)).entries}
+        )
         == expected
     )
 
@@ -312,7 +314,7 @@ def test_a_split_file_that_contradicts_itself_is_refused(tmp_path, seed):
 @pytest.mark.parametrize("nearer", ["S-1.svs", "S-1"])
 def test_a_row_is_not_of_a_slide_with_a_longer_name(tmp_path, longer, nearer):
     (tmp_path / "t.csv").write_text("slide,split\nS-1,test\n")
-    config = Tile(table=str(tmp_path / "t.csv"))
+    config = TileConfig(table=str(tmp_path / "t.csv"))
     refused = Refused("1 of 2", "no split", f"'{longer}'")
     assert outcome(lambda: roster.index([nearer, longer], config)) == refused
 
@@ -322,7 +324,7 @@ def test_a_row_is_not_of_a_slide_with_a_longer_name(tmp_path, longer, nearer):
 )
 def test_a_row_of_several_slides_is_said(tmp_path, slides, row):
     (tmp_path / "t.csv").write_text(f"slide,split\n{row},test\n")
-    index = roster.index(slides, Tile(table=str(tmp_path / "t.csv")))
+    index = roster.index(slides, TileConfig(table=str(tmp_path / "t.csv")))
     assert [entry.split for entry in index.entries] == ["test", "test"]
     listed = ", ".join(f"'{one}'" for one in slides)
     assert index.lines == [

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from raylarge.data import encode
-from raylarge.data.encode import Encode
-from raylarge.data.pipeline import Crew
+from raylarge.data.encode import EncodeConfig
+from raylarge.data.pipeline import ExecutorConfig
 from raylarge.diffusion.loss import mse_per_sample
 from raylarge.diffusion.noise import generator
 from raylarge.diffusion.schedule import Schedule
@@ -236,7 +236,7 @@ def test_the_average_is_what_a_bundle_holds(folder, tmp_path):
 
 def test_latents_meet_their_images_however_flipped(small_examples, tiny_bundle, tmp_path):
     root = shutil.copytree(small_examples, tmp_path / "data").as_posix()
-    encode.run(root, tiny_bundle, Encode(flips=True), Crew())
+    encode.run(root, tiny_bundle, EncodeConfig(flips=True), ExecutorConfig())
     out = shutil.copytree(tiny_bundle, tmp_path / "bundle").as_posix()
     shape = {"channels": 32, "width": 64, "layers": 1, "heads": 4, "scales": 4}
     bundles.save(out, {"summarizer": Summarizer(**shape)}, {})

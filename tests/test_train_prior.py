@@ -10,8 +10,8 @@ import torch
 
 from raylarge import storage
 from raylarge.data import text_embed
-from raylarge.data.pipeline import Crew
-from raylarge.data.text_embed import TextEmbed
+from raylarge.data.pipeline import ExecutorConfig
+from raylarge.data.text_embed import TextEmbedConfig
 from raylarge.diffusion.noise import generator
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
@@ -262,8 +262,8 @@ def with_vectors(examples, folder, missing):
             own["key"].append(row["key"])
     own["key"] = pa.array(own["key"], pa.uint64())
     storage.write_table(f"{folder}/own.parquet", pa.table(own))
-    wish = TextEmbed(vectors=f"{folder}/own.parquet:mean", missing=missing)
-    text_embed.run(root, wish, Crew())
+    wish = TextEmbedConfig(vectors=f"{folder}/own.parquet:mean", missing=missing)
+    text_embed.run(root, wish, ExecutorConfig())
     return Config(data=root, out=str(folder / "bundle"), batch=16)
 
 

@@ -21,13 +21,13 @@ import pyarrow.compute as pc
 
 from raylarge import schema, storage
 from raylarge.data import parts
-from raylarge.data.parts import Built, Maker
-from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.parts import BuildResult, Stage
+from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
 
 _ORDER = [(name, "ascending") for name in ("scale", "split", "key")]
 
 
-class Plan:
+class BucketPlan:
     """Which block belongs to which bucket, and which of both are to be made."""
 
     def __init__(self, root: str, blocks: Sequence[Unit], buckets: int) -> None:
@@ -56,18 +56,18 @@ class Plan:
                 held.update(facts.get("blocks", {}))
         return [block for block in self._blocks if held.get(block["part"]) != block["stamp"]]
 
-    def without(self, slides: Iterable[str]) -> Plan:
+    def without(self, slides: Iterable[str]) -> BucketPlan:
         """The plan that leaves some slides out."""
         lost = set(slides)
         if not lost:
             return self
         rest = [block for block in self._blocks if block["slide_id"] not in lost]
-        return Plan(self._root, rest, self._buckets)
+        return BucketPlan(self._root, rest, self._buckets)
 
-    def build(self, group_rows: int, crew: Crew) -> Built:
+    def build(self, group_rows: int, executor: ExecutorConfig) -> BuildResult:
         """Make the buckets that are missing."""
-        maker = partial(Bucketing, self._root, group_rows)
-        return parts.build(self._root, self._units, maker, crew, "shard")
+        make_stage = partial(BucketStage, self._root, group_rows)
+        return parts.build(self._root, self._units, make_stage, executor, "shard")
 
     def sweep(self) -> None:
         """Remove the blocks, whose rows are in the buckets, and buckets without blocks."""
@@ -77,7 +77,7 @@ class Plan:
         storage.remove_all(storage.children(storage.join(self._root, "blocks"), "*.parquet"))
 
 
-class Bucketing(Maker):
+class BucketStage(Stage):
     """Makes one bucket of EXAMPLES."""
 
     kind = schema.EXAMPLES

@@ -26,7 +26,7 @@ _COARSEST = 12
 
 
 @dataclass(frozen=True)
-class Tile:
+class TileConfig:
     """What counts as an example, and who may train on it."""
 
     patch_px: int = 256  # side of an example in pixels, at every scale
@@ -116,7 +116,7 @@ class Tile:
         """What the readers of slides are told."""
         return ReadOptions(self.scene, tuple(self.bands), tuple(map(float, self.value_range)))
 
-    def require_one_view(self) -> Tile:
+    def require_one_view(self) -> TileConfig:
         """Return itself, for formats that know one view of a slide.
 
         Raises:
@@ -148,7 +148,7 @@ def _shares(tissue: Sequence[float]) -> bool:
     return bool(tissue) and all(0 <= share <= 1 for share in tissue)
 
 
-def base_grid(size_px: tuple[int, int], config: Tile) -> tuple[int, int]:
+def base_grid(size_px: tuple[int, int], config: TileConfig) -> tuple[int, int]:
     """(rows, columns) of base tiles: whole ones; padded, up to a multiple of the coarsest scale."""
     if config.border == "drop":
         return (size_px[0] // config.patch_px, size_px[1] // config.patch_px)
@@ -157,12 +157,12 @@ def base_grid(size_px: tuple[int, int], config: Tile) -> tuple[int, int]:
     return (rows, columns)
 
 
-def blocks(grid: Sequence[int], config: Tile) -> list[tuple[int, int]]:
+def blocks(grid: Sequence[int], config: TileConfig) -> list[tuple[int, int]]:
     """The rows [start, stop) of the base grid that each block of a slide's parts covers."""
     return spans(grid[0], max(1, config.block_tiles // max(1, grid[1]))) if all(grid) else []
 
 
-def candidates(size_px: tuple[int, int], k: int, config: Tile, slide_id: str) -> Cells:
+def candidates(size_px: tuple[int, int], k: int, config: TileConfig, slide_id: str) -> Cells:
     """(row, column) of all candidates at a scale: the regular grid, then random crops, sorted."""
     factor = 1 << k
     counts = [-(-side // (config.patch_px * factor)) for side in size_px]
@@ -197,7 +197,7 @@ def splits(cells: Cells, k: int, rows: int, split: str, val_fraction: float) -> 
     return [str(name) for name in np.select([above, below], ["train", "val"], "")]
 
 
-def band_rows(rows_px: int, config: Tile) -> int:
+def band_rows(rows_px: int, config: TileConfig) -> int:
     """Return how many rows of base tiles `split=band` divides."""
     padded = config.border == "pad"
     return -(-rows_px // config.patch_px) if padded else rows_px // config.patch_px

@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from raylarge import images, schema, storage
 from raylarge.data import derive, parts, picked
-from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Means, Unit, without_means
+from raylarge.data.parts import Stage
+from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, Unit, without_actors
 from raylarge.geometry import batches
 from raylarge.models import hub, text
 
@@ -27,7 +27,7 @@ _SMALL_FILES = (".json", ".txt")
 
 
 @dataclass(frozen=True)
-class Caption(Means):
+class CaptionConfig(ActorConfig):
     """Who describes the images, and which of them."""
 
     model: str = "blip"  # a captioner's card (models/text.py)
@@ -37,7 +37,7 @@ class Caption(Means):
     """Which scales are described; absent: all."""
 
 
-def run(root: str, config: Caption, crew: Crew) -> Facts:
+def run(root: str, config: CaptionConfig, executor: ExecutorConfig) -> Facts:
     """Describe the examples, and write `caption-<digest>.json`.
 
     Returns:
@@ -52,16 +52,16 @@ def run(root: str, config: Caption, crew: Crew) -> Facts:
     config = replace(config, weights=config.weights and storage.absolute(config.weights))
     used = _section(config)
     what = {key: value for key, value in used.items() if key != "batch"}
-    maker = partial(Captioning, root, config)
+    make_stage = partial(CaptionStage, root, config)
     table = f"captions-{parts.stamp(what)}"
-    return derive.run(root, table, maker, config.of(crew), {"caption": used})
+    return derive.run(root, table, make_stage, config.of(executor), {"caption": used})
 
 
-def _section(config: Caption) -> dict[str, Any]:
+def _section(config: CaptionConfig) -> dict[str, Any]:
     """What of the config the captions depend on."""
     scales = None if config.scales is None else sorted(set(config.scales))
     weights = folder_digest(config.weights)
-    return {**without_means(config), "scales": scales, "weights": weights}
+    return {**without_actors(config), "scales": scales, "weights": weights}
 
 
 def folder_digest(folder: str) -> str:
@@ -80,12 +80,12 @@ def folder_digest(folder: str) -> str:
     return storage.digest(*(storage.digest_file(file).encode() for file in files))
 
 
-class Captioning(Maker):
+class CaptionStage(Stage):
     """Makes the CAPTIONS of one part of the examples."""
 
     kind = schema.CAPTIONS
 
-    def __init__(self, root: str, config: Caption) -> None:
+    def __init__(self, root: str, config: CaptionConfig) -> None:
         """Load the captioner."""
         self._root, self._config = root, config
         self._captioner = text.load_captioner(config.model, config.weights, config.device)

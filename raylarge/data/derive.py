@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from raylarge import storage, tables
 from raylarge.data import parts
-from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts
+from raylarge.data.parts import Stage
+from raylarge.data.pipeline import ExecutorConfig, Facts
 
 WHERE = ("key", "slide_id", "patient_id", "split", "scale", "row", "column")
 
@@ -22,8 +22,8 @@ WHERE = ("key", "slide_id", "patient_id", "split", "scale", "row", "column")
 def run(
     root: str,
     table: str,
-    maker: Callable[[], Maker],
-    crew: Crew,
+    make_stage: Callable[[], Stage],
+    executor: ExecutorConfig,
     config: Mapping[str, Mapping[str, Any]],
     source: str = "shard",
 ) -> Facts:
@@ -31,8 +31,8 @@ def run(
 
     Args:
         root, table: the data folder, and the table's, `<name>-<digest of what makes it>`.
-        maker: makes the maker; `unit["source"]` is the part that it reads.
-        crew: see `pipeline.run`.
+        make_stage: makes the stage; `unit["source"]` is the part that it reads.
+        executor: see `pipeline.run`.
         config: sections of the verb, for its manifest and its stamps.
         source: whose parts are read: `shard`, or another verb's manifest.
 
@@ -55,7 +55,7 @@ def run(
         }
         for one in made["parts"]
     ]
-    built = parts.build(root, units, maker, crew, verb)
+    built = parts.build(root, units, make_stage, executor, verb)
     more = {name: made[name] for name in ("encoder", "patch_px")} | {"input": made["digest"]}
     done = parts.finish(root, verb, built, {**made["config"], **config}, **more)
     return {**done, "table": storage.join(root, table)}

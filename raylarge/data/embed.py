@@ -19,10 +19,10 @@ from jaxtyping import Float16
 
 from raylarge import schema, storage
 from raylarge.data import parts
-from raylarge.data.candidates import Tile, blocks, covered
+from raylarge.data.candidates import TileConfig, blocks, covered
 from raylarge.data.grid import TileGrid, about
-from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Means, Unit, without_means
+from raylarge.data.parts import Stage
+from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, Unit, without_actors
 from raylarge.data.tile import kept, scale_and_cells, slides_of
 from raylarge.data.tile import section as tile_section
 from raylarge.errors import UserError
@@ -35,7 +35,7 @@ Vectors = Float16[np.ndarray, "n width"]
 
 
 @dataclass(frozen=True)
-class Embed(Means):
+class EmbedConfig(ActorConfig):
     """Which encoder looks at the base tiles, and by what means."""
 
     encoder: str = "efficientnet_lite0"  # a card's name (models/ssl_cards.py)
@@ -45,7 +45,7 @@ class Embed(Means):
     """The network's precision: float32, bfloat16 or float16."""
 
 
-def run(root: str, tile: Tile, config: Embed, crew: Crew) -> Facts:
+def run(root: str, tile: TileConfig, config: EmbedConfig, executor: ExecutorConfig) -> Facts:
     """Embed the tiles of all slides, and write `embed.json`.
 
     Raises:
@@ -57,15 +57,15 @@ def run(root: str, tile: Tile, config: Embed, crew: Crew) -> Facts:
     parts.refuse_mixing(root, sections)
     units = units_of(root, tile, sections)
     config = replace(config, weights=config.weights and storage.absolute(config.weights))
-    maker = partial(Embedding, root, tile, config)
-    built = parts.build(root, units, maker, config.of(crew), "embed")
+    make_stage = partial(EmbedStage, root, tile, config)
+    built = parts.build(root, units, make_stage, config.of(executor), "embed")
     encoder = {**ssl.card(config.encoder).as_json(), "weights": used.get("weights", "")}
     totals = {key: sum(one[key] for one in built.facts) for key in ("embedded", "blank")}
     more = {"input": tiles["digest"], "encoder": encoder, **totals}
     return {**parts.finish(root, "embed", built, sections, **more), **totals}
 
 
-def units_of(root: str, tile: Tile, sections: dict[str, Any]) -> list[Unit]:
+def units_of(root: str, tile: TileConfig, sections: dict[str, Any]) -> list[Unit]:
     """The blocks of all slides."""
     return [
         {
@@ -82,7 +82,7 @@ def units_of(root: str, tile: Tile, sections: dict[str, Any]) -> list[Unit]:
     ]
 
 
-def section(config: Embed) -> dict[str, Any]:
+def section(config: EmbedConfig) -> dict[str, Any]:
     """What of the config the embeddings depend on: weights count by their content, not their path.
 
     Raises:
@@ -90,12 +90,12 @@ def section(config: Embed) -> dict[str, Any]:
     """
     if config.dtype not in DTYPES:
         raise UserError(f"embed.dtype={config.dtype}: choose one of {', '.join(DTYPES)}.")
-    known = without_means(config)
+    known = without_actors(config)
     digest = ssl.weights_digest(ssl.card(config.encoder), known.pop("weights"))
     return {**known, "weights": digest} if digest else known
 
 
-def section_in(root: str, config: Embed) -> dict[str, Any]:
+def section_in(root: str, config: EmbedConfig) -> dict[str, Any]:
     """The section of the embeddings in a folder: imported ones tell their own.
 
     Raises:
@@ -106,12 +106,12 @@ def section_in(root: str, config: Embed) -> dict[str, Any]:
     return made if "imported" in made else section(config)
 
 
-class Embedding(Maker):
+class EmbedStage(Stage):
     """Makes the EMBEDDINGS of one block of a slide."""
 
     kind = schema.EMBEDDINGS
 
-    def __init__(self, root: str, tile: Tile, config: Embed) -> None:
+    def __init__(self, root: str, tile: TileConfig, config: EmbedConfig) -> None:
         """Load the encoder."""
         self._root = root
         self._batch = config.batch

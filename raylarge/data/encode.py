@@ -19,14 +19,14 @@ from jaxtyping import Float16
 
 from raylarge import images, schema, storage, tables
 from raylarge.data import derive, parts
-from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Means, Unit, without_means
+from raylarge.data.parts import Stage
+from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, Unit, without_actors
 from raylarge.errors import UserError
 from raylarge.geometry import batches
 
 
 @dataclass(frozen=True)
-class Encode(Means):
+class EncodeConfig(ActorConfig):
     """How the autoencoder is fed."""
 
     batch: int = 32  # images of one pass
@@ -34,7 +34,7 @@ class Encode(Means):
     """Rows for the image mirrored left to right, upside down, and both, too."""
 
 
-def run(root: str, bundle: str, config: Encode, crew: Crew) -> Facts:
+def run(root: str, bundle: str, config: EncodeConfig, executor: ExecutorConfig) -> Facts:
     """Encode all examples with a bundle's autoencoder; write `encode-<digest>.json`.
 
     Returns:
@@ -48,17 +48,17 @@ def run(root: str, bundle: str, config: Encode, crew: Crew) -> Facts:
 
     parts.manifest(root, "shard", "encode")
     digest = load_autoencoder(bundle).digest
-    maker = partial(Encoding, root, bundle, digest, config)
-    sections = {"encode": without_means(config)}
-    return derive.run(root, f"latents-{digest}", maker, config.of(crew), sections)
+    make_stage = partial(EncodeStage, root, bundle, digest, config)
+    sections = {"encode": without_actors(config)}
+    return derive.run(root, f"latents-{digest}", make_stage, config.of(executor), sections)
 
 
-class Encoding(Maker):
+class EncodeStage(Stage):
     """Makes the LATENTS of one part of the examples."""
 
     kind = schema.LATENTS
 
-    def __init__(self, root: str, bundle: str, digest: str, config: Encode) -> None:
+    def __init__(self, root: str, bundle: str, digest: str, config: EncodeConfig) -> None:
         """Load the autoencoder.
 
         Raises:

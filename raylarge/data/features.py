@@ -23,8 +23,8 @@ from jaxtyping import Float, Float16, Int, UInt64
 from raylarge import schema, tables
 from raylarge.data import derive, parts, picked
 from raylarge.data.embed import DTYPES
-from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Means, Unit, without_means
+from raylarge.data.parts import Stage
+from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, Unit, without_actors
 from raylarge.diffusion import noise
 from raylarge.errors import UserError
 from raylarge.geometry import batches
@@ -38,7 +38,7 @@ _PARTS = ("vae", "unet", "summarizer", "scheduler")
 
 
 @dataclass(frozen=True)
-class Features(Means):
+class FeatureConfig(ActorConfig):
     """Which features are taken, and by what means."""
 
     blocks: list[int] = field(default_factory=lambda: [3])
@@ -70,7 +70,7 @@ class Features(Means):
                 raise UserError(f"features.{key}={getattr(self, key)}: it must be {wish}.")
 
 
-def run(root: str, bundle: str, config: Features, crew: Crew) -> Facts:
+def run(root: str, bundle: str, config: FeatureConfig, executor: ExecutorConfig) -> Facts:
     """Take features of all latents of a bundle's autoencoder; write `features-<digest>.json`.
 
     Returns:
@@ -88,20 +88,20 @@ def run(root: str, bundle: str, config: Features, crew: Crew) -> Facts:
     picked.require(made, config.scales, "features.scales")
     digest = bundles.digest(bundle, _PARTS)
     scales = None if config.scales is None else sorted(set(config.scales))
-    used = {**without_means(config), "scales": scales}
+    used = {**without_actors(config), "scales": scales}
     what = {key: value for key, value in used.items() if key != "batch"}
     table = f"features-{parts.stamp(digest, what)}"
-    maker = partial(Featuring, root, bundle, digest, config)
+    make_stage = partial(FeatureStage, root, bundle, digest, config)
     sections = {"features": used}
-    return derive.run(root, table, maker, config.of(crew), sections, tables.verb(latents))
+    return derive.run(root, table, make_stage, config.of(executor), sections, tables.verb(latents))
 
 
-class Featuring(Maker):
+class FeatureStage(Stage):
     """Makes the FEATURES of one part of the latents."""
 
     kind = schema.FEATURES
 
-    def __init__(self, root: str, bundle: str, digest: str, config: Features) -> None:
+    def __init__(self, root: str, bundle: str, digest: str, config: FeatureConfig) -> None:
         """Load the bundle.
 
         Raises:
@@ -181,24 +181,24 @@ class Samples:
 
     def batch(
         self, rows: Sequence[int]
-    ) -> tuple[Float[torch.Tensor, "B c h w"], UInt64[np.ndarray, "B"], Condition]:
+    ) -> tuple[Float[torch.Tensor, "B c h w"], UInt64[np.ndarray, "B"], GridCondition]:
         """Latents, keys and what conditions them."""
         order = list(rows)
         x_0 = torch.from_numpy(self._latent[order].astype(np.float32))
         return x_0, self.key[order], self._condition(order)
 
-    def _condition(self, rows: list[int]) -> Condition:
+    def _condition(self, rows: list[int]) -> GridCondition:
         """Cells row by row, zeros after them, as a conditioner reads them."""
         grids = [self._grid[self._start[row] : self._start[row + 1]] for row in rows]
         channels = len(grids[0]) // int(self.size[rows[0]].prod())
         cells = np.zeros((len(rows), _SLOTS, channels), np.float32)
         for i, grid in enumerate(grids):
             cells[i, : len(grid) // channels] = grid.reshape(-1, channels)
-        return Condition(*map(torch.from_numpy, (cells, self.scale[rows], self.size[rows])))
+        return GridCondition(*map(torch.from_numpy, (cells, self.scale[rows], self.size[rows])))
 
 
 @dataclass(frozen=True)
-class Condition:
+class GridCondition:
     """What a conditioner makes tokens of."""
 
     cells: Float[torch.Tensor, "B 64 C"]
@@ -210,8 +210,8 @@ def pooled_features(
     bundle: Bundle,
     x_0: Float[torch.Tensor, "B c h w"],
     key: UInt64[np.ndarray, "B"],
-    condition: Condition,
-    config: Features,
+    condition: GridCondition,
+    config: FeatureConfig,
 ) -> Float[torch.Tensor, "B width"]:
     """Spatial means of the blocks' outputs, end to end, as float32.
 

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 
 from raylarge import storage
 from raylarge.data import name_table
-from raylarge.data.candidates import Tile
+from raylarge.data.candidates import TileConfig
 from raylarge.data.views import view_of
 from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.reader import Slide, open_slide
@@ -36,8 +36,8 @@ Pixels = UInt8[np.ndarray, "P P 3"]
 class TileGrid:
     """Base tiles of the slide that was asked for last; it stays open until another comes."""
 
-    def __init__(self, config: Tile) -> None:
-        """See `raylarge.data.candidates.Tile` for the fields that matter here."""
+    def __init__(self, config: TileConfig) -> None:
+        """See `raylarge.data.candidates.TileConfig` for the fields that matter here."""
         self._config = config
         self.patch_px = config.patch_px
         self._name: tuple[str, int] | None = None

@@ -25,11 +25,11 @@ import pyarrow as pa
 
 from raylarge import schema, storage
 from raylarge.data import pipeline
-from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
 from raylarge.errors import UserError
 
 
-class Maker(ABC):
+class Stage(ABC):
     """Makes the parts of one verb; made once per process, before its first missing part."""
 
     kind: pa.Schema
@@ -43,7 +43,7 @@ class Maker(ABC):
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """What became of a verb's units: facts of the parts that stand, and what failed."""
 
     facts: list[Facts]
@@ -55,24 +55,24 @@ class Built:
         return {one["slide_id"] for one in self.failed}
 
 
-class PartWork:
+class PartBuilder:
     """The work of a unit: skip a part that stands, else make and write it."""
 
-    def __init__(self, root: str, make_maker: Callable[[], Maker]) -> None:
+    def __init__(self, root: str, make_stage: Callable[[], Stage]) -> None:
         """Nothing heavy is loaded until a part is missing."""
         self._root = root
-        self._make_maker = make_maker
-        self._maker: Maker | None = None
+        self._make_stage = make_stage
+        self._stage: Stage | None = None
 
     def __call__(self, unit: Unit) -> Facts:
         """The facts of the unit's part, with `made` telling whether it was made just now."""
         found = standing(self._root, unit["part"])
         if found.get("stamp") == unit["stamp"]:
             return {**found, "made": False}
-        if self._maker is None:
-            self._maker = self._make_maker()
-        table, facts = self._maker.make(unit)
-        table = schema.check(table, self._maker.kind)
+        if self._stage is None:
+            self._stage = self._make_stage()
+        table, facts = self._stage.make(unit)
+        table = schema.check(table, self._stage.kind)
         known = {key: unit[key] for key in ("part", "stamp", "tiles") if key in unit}
         facts = {**facts, **known, **_counts(table)}
         metadata = {**table.schema.metadata, "facts": storage.as_json(facts)}
@@ -83,15 +83,19 @@ class PartWork:
 
 
 def build(
-    root: str, units: Sequence[Unit], maker: Callable[[], Maker], crew: Crew, verb: str
-) -> Built:
+    root: str,
+    units: Sequence[Unit],
+    make_stage: Callable[[], Stage],
+    executor: ExecutorConfig,
+    verb: str,
+) -> BuildResult:
     """Make what is missing of a verb's parts.
 
     Args:
         root: the data folder.
-        units: each with `part` (its path below the folder), `stamp`, and what the maker wants.
-        maker: makes the maker; picklable.
-        crew: who makes them.
+        units: each with `part` (its path below the folder), `stamp`, and what the stage reads.
+        make_stage: makes the stage; picklable.
+        executor: who makes them.
         verb: whose manifest, where it exists, tells without a look which parts are done.
     """
     before = _manifest(root, verb)
@@ -101,7 +105,7 @@ def build(
         # The table is not whole from now on, but its settings still bind who runs next.
         storage.write_json(_unfinished(root, verb), {"config": before["config"]})
         storage.remove(storage.join(root, f"{verb}.json"))
-    made = pipeline.run(rest, partial(PartWork, root, maker), crew, verb.split("-")[0])
+    made = pipeline.run(rest, partial(PartBuilder, root, make_stage), executor, verb.split("-")[0])
     failed = []
     for unit, facts in zip(rest, made, strict=True):
         if "failed" in facts:
@@ -109,7 +113,7 @@ def build(
             failed.append({"slide_id": slide_id, "part": unit["part"], "reason": facts["failed"]})
         else:
             done[unit["part"]] = facts
-    return Built([done[unit["part"]] for unit in units if unit["part"] in done], failed)
+    return BuildResult([done[unit["part"]] for unit in units if unit["part"] in done], failed)
 
 
 def standing(root: str, part: str) -> Facts:
@@ -154,7 +158,7 @@ def refuse_mixing(
 
 
 def finish(
-    root: str, verb: str, built: Built, config: Mapping[str, Mapping[str, Any]], **more: Any
+    root: str, verb: str, built: BuildResult, config: Mapping[str, Mapping[str, Any]], **more: Any
 ) -> Facts:
     """Write a verb's manifest, the last thing it does; what a report wants to know of it."""
     facts = built.facts

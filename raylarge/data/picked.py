@@ -1,7 +1,7 @@
 """Which rows of a part a derived verb reads, and the row groups of what it writes.
 
 A row group of EXAMPLES, LATENTS and CAPTIONS never mixes scales, so scales that are not wanted
-are not even fetched. Groups are [scale, split, rows], in the order of the file (`Maker.make`).
+are not even fetched. Groups are [scale, split, rows], in the order of the file (`Stage.make`).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ _ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
-class Crew:
+class ExecutorConfig:
     """Who does the work of a verb.
 
     Attributes:
@@ -58,8 +58,8 @@ class Crew:
 
 
 @dataclass(frozen=True)
-class Means:
-    """What a verb with a network adds to its crew; the bytes do not depend on it."""
+class ActorConfig:
+    """What a verb with a network adds to its executor; the bytes do not depend on it."""
 
     actors: int | None = None
     """Ray actors; absent: `workers`."""
@@ -84,19 +84,21 @@ class Means:
         """Where an actor's network runs."""
         return "cuda" if self.gpus else "cpu"
 
-    def of(self, crew: Crew) -> Crew:
-        """The crew, with these means."""
-        workers = crew.workers if self.actors is None else self.actors
-        return replace(crew, workers=workers, gpus=self.gpus)
+    def of(self, executor: ExecutorConfig) -> ExecutorConfig:
+        """The executor, with these means."""
+        workers = executor.workers if self.actors is None else self.actors
+        return replace(executor, workers=workers, gpus=self.gpus)
 
 
-def without_means(config: Means) -> dict[str, Any]:
+def without_actors(config: ActorConfig) -> dict[str, Any]:
     """A config as plain values, without what the bytes do not depend on."""
-    means = {field.name for field in fields(Means)}
+    means = {field.name for field in fields(ActorConfig)}
     return {key: value for key, value in plain(config).items() if key not in means}
 
 
-def run(units: Sequence[Unit], work: Callable[[], Work], crew: Crew, title: str) -> list[Facts]:
+def run(
+    units: Sequence[Unit], work: Callable[[], Work], executor: ExecutorConfig, title: str
+) -> list[Facts]:
     """The facts of all units, in the order of the units; of a skipped one `{"failed": why}`.
 
     `again` among the facts is how often a unit was begun in vain, by workers that died.
@@ -104,27 +106,29 @@ def run(units: Sequence[Unit], work: Callable[[], Work], crew: Crew, title: str)
     Args:
         units: what is to be done; JSON. `tiles` and `slide_id`, where given, feed the progress.
         work: makes the work once per process; picklable (a class, `functools.partial` of one).
-        crew: who does it.
+        executor: who does it.
         title: of the progress bar.
 
     Raises:
-        SlideError: a slide cannot be read, and the crew does not skip it.
+        SlideError: a slide cannot be read, and the executor does not skip it.
         UserError: what else a unit raised.
         RuntimeError: any other failure of a unit, naming it.
     """
     if not units:
         return []
-    if crew.gpus and crew.workers is None and not torch.cuda.is_available():
+    if executor.gpus and executor.workers is None and not torch.cuda.is_available():
         raise UserError(
-            f"gpus={crew.gpus:g}: this machine has no CUDA device; leave gpus= out, or give "
+            f"gpus={executor.gpus:g}: this machine has no CUDA device; leave gpus= out, or give "
             "workers= on a cluster that has some."
         )
-    answers = _here(units, work) if crew.workers is None else _on_ray(units, work, crew, title)
+    answers = (
+        _here(units, work) if executor.workers is None else _on_ray(units, work, executor, title)
+    )
     found: dict[int, Facts] = {}
     with closing(answers), _Progress(units, title) as progress:
         for answer in answers:
             index, again = answer["index"], answer.get("again", 0)
-            skipped = crew.skip and units[index].get("slide_id")
+            skipped = executor.skip and units[index].get("slide_id")
             if "error" in answer:
                 raise UserError(answer["error"])
             if "failed" in answer and not skipped:
@@ -172,10 +176,10 @@ def _here(units: Sequence[Unit], work: Callable[[], Work]) -> Generator[Facts, N
 
 
 def _on_ray(
-    units: Sequence[Unit], work: Callable[[], Work], crew: Crew, title: str
+    units: Sequence[Unit], work: Callable[[], Work], executor: ExecutorConfig, title: str
 ) -> Generator[Facts, None, None]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
-    workers = min(crew.workers or 1, len(units))
+    workers = min(executor.workers or 1, len(units))
     with session(workers + 1):
         import ray.data
 
@@ -183,7 +187,7 @@ def _on_ray(
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        require_room(Room(f"an actor of {title}", 1.0, float(crew.gpus), keys=f"{title}.gpus="))
+        require_room(Room(f"an actor of {title}", 1.0, float(executor.gpus), keys=f"{title}.gpus="))
         rows = [{"runs": json.dumps(one)} for one in _runs(units, workers)]
         answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Runner,
@@ -191,7 +195,7 @@ def _on_ray(
             batch_size=1,
             compute=_pool(workers),
             num_cpus=1,
-            num_gpus=crew.gpus or None,
+            num_gpus=executor.gpus or None,
         )
         try:
             for row in answers.iter_rows():

@@ -15,15 +15,15 @@ from omegaconf import MISSING
 from raylarge import report, storage
 from raylarge.config import require_place
 from raylarge.data import caption, embed, encode, features, shard, text_embed, tile
-from raylarge.data.candidates import Tile
-from raylarge.data.caption import Caption
-from raylarge.data.embed import Embed
-from raylarge.data.encode import Encode
-from raylarge.data.features import Features
-from raylarge.data.pipeline import Crew
+from raylarge.data.candidates import TileConfig
+from raylarge.data.caption import CaptionConfig
+from raylarge.data.embed import EmbedConfig
+from raylarge.data.encode import EncodeConfig
+from raylarge.data.features import FeatureConfig
+from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.roster import with_names
-from raylarge.data.shard import Shard
-from raylarge.data.text_embed import TextEmbed
+from raylarge.data.shard import ShardConfig
+from raylarge.data.text_embed import TextEmbedConfig
 from raylarge.errors import UserError
 from raylarge.fleet.session import session
 from raylarge.storage import web
@@ -49,13 +49,13 @@ class Prepare:
     pseudonyms."""
     bundle: str = ""
     """Whose autoencoder `encode` uses, and whose U-Net `features`. Example: bundle."""
-    tile: Tile = field(default_factory=Tile)
-    embed: Embed = field(default_factory=Embed)
-    shard: Shard = field(default_factory=Shard)
-    encode: Encode = field(default_factory=Encode)
-    caption: Caption = field(default_factory=Caption)
-    text_embed: TextEmbed = field(default_factory=TextEmbed)
-    features: Features = field(default_factory=Features)
+    tile: TileConfig = field(default_factory=TileConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    text_embed: TextEmbedConfig = field(default_factory=TextEmbedConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
 
 
 def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
@@ -72,14 +72,14 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
         raise UserError(f"on_error={config.on_error}: it must be stop or skip.")
     require_place("out", config.out)
     root = storage.absolute(config.out)
-    crew = Crew(workers=config.workers, skip=config.on_error == "skip")
+    executor = ExecutorConfig(workers=config.workers, skip=config.on_error == "skip")
     if config.slides and "tile" not in _verbs(config):  # queries of web addresses are not stored
         for path in find_slides(config.slides):
             web.remember(path)
     try:
         with storage.exclusive(root, "prepare") as check:
             log.read()
-            return _run_all(root, config, log, crew, check)
+            return _run_all(root, config, log, executor, check)
     except UserError as error:
         if not config.names:
             raise
@@ -87,7 +87,11 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
 
 
 def _run_all(
-    root: str, config: Prepare, log: report.Report, crew: Crew, check: Callable[[], None]
+    root: str,
+    config: Prepare,
+    log: report.Report,
+    executor: ExecutorConfig,
+    check: Callable[[], None],
 ) -> dict[str, dict[str, Any]]:
     """The verbs one after the other, as long as the folder is ours (`check`)."""
     done: dict[str, dict[str, Any]] = {}
@@ -96,7 +100,7 @@ def _run_all(
             check()
             with log.stage(verb) as facts:
                 start = time.monotonic()
-                facts.update(_run(verb, root, config, crew))
+                facts.update(_run(verb, root, config, executor))
                 if facts["tiles"]:
                     facts["tiles_per_s"] = round(facts["tiles"] / (time.monotonic() - start), 1)
                 done[verb] = dict(facts)
@@ -124,25 +128,25 @@ def _line(verb: str, facts: dict[str, Any]) -> str:
     return f"{verb}: {facts['rows']} rows, {made}{again}{failed}"
 
 
-def _run(verb: str, root: str, config: Prepare, crew: Crew) -> dict[str, Any]:
+def _run(verb: str, root: str, config: Prepare, executor: ExecutorConfig) -> dict[str, Any]:
     if verb == "tile":
-        return tile.run(root, find_slides(config.slides), config.tile, crew, config.names)
+        return tile.run(root, find_slides(config.slides), config.tile, executor, config.names)
     if verb == "embed":
-        return embed.run(root, config.tile, config.embed, crew)
+        return embed.run(root, config.tile, config.embed, executor)
     if verb == "shard":
-        return shard.run(root, config.tile, config.embed, config.shard, crew)
+        return shard.run(root, config.tile, config.embed, config.shard, executor)
     if verb == "caption":
-        return caption.run(root, config.caption, crew)
+        return caption.run(root, config.caption, executor)
     if verb == "text_embed":
-        return text_embed.run(root, config.text_embed, crew)
+        return text_embed.run(root, config.text_embed, executor)
     if not config.bundle:
         wrote = "model=vae" if verb == "encode" else "model=ldm"
         raise UserError(f"{verb} needs bundle=, the folder that jobs/train.py {wrote} wrote.")
     require_place("bundle", config.bundle)
     bundle = storage.absolute(config.bundle)
     if verb == "encode":
-        return encode.run(root, bundle, config.encode, crew)
-    return features.run(root, bundle, config.features, crew)
+        return encode.run(root, bundle, config.encode, executor)
+    return features.run(root, bundle, config.features, executor)
 
 
 def find_slides(slides: str) -> list[str]:

@@ -12,9 +12,9 @@ from functools import partial
 
 from raylarge import report
 from raylarge.data import parts, pipeline, roster
-from raylarge.data.candidates import Tile
+from raylarge.data.candidates import TileConfig
 from raylarge.data.grid import about
-from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
 from raylarge.errors import SlideError
 from raylarge.slides.reader import open_slide
 
@@ -22,7 +22,7 @@ from raylarge.slides.reader import open_slide
 class Opening:
     """The work of a unit: open its slide and close it again."""
 
-    def __init__(self, config: Tile) -> None:
+    def __init__(self, config: TileConfig) -> None:
         """Hold the config."""
         self._config = config
 
@@ -37,7 +37,11 @@ class Opening:
 
 
 def refuse_all(
-    root: str, units: Sequence[Unit], config: Tile, crew: Crew, names: Mapping[str, str]
+    root: str,
+    units: Sequence[Unit],
+    config: TileConfig,
+    executor: ExecutorConfig,
+    names: Mapping[str, str],
 ) -> SlideError | None:
     """List the slides that cannot be opened in the terminal, if they are several.
 
@@ -45,14 +49,14 @@ def refuse_all(
         root: the data folder; slides whose part is there already are left out.
         units: of the slides.
         config: how slides are opened.
-        crew: who opens them.
+        executor: who opens them.
         names: file names by pseudonym, where the list shall have them.
 
     Returns:
         What to raise; None if at most one slide cannot be opened.
     """
     rest = [one for one in units if parts.standing(root, one["part"]).get("stamp") != one["stamp"]]
-    answers = pipeline.run(rest, partial(Opening, config), replace(crew, skip=True), "check")
+    answers = pipeline.run(rest, partial(Opening, config), replace(executor, skip=True), "check")
     reasons = [str(one["failed"]) for one in answers if "failed" in one]
     if len(reasons) < 2:
         return None

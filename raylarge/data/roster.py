@@ -18,7 +18,7 @@ from typing import Any
 
 from raylarge import storage
 from raylarge.data import split_table, text_table
-from raylarge.data.candidates import Tile
+from raylarge.data.candidates import TileConfig
 from raylarge.data.name_table import SOME, NameTable, file_name, some, stems
 from raylarge.data.split_table import WORDS
 from raylarge.errors import SlideError, UserError, printable
@@ -72,7 +72,7 @@ class SlideIndex:
     hint: str = ""
 
 
-def index(paths: Sequence[str], config: Tile) -> SlideIndex:
+def index(paths: Sequence[str], config: TileConfig) -> SlideIndex:
     """The slides by pseudonym, with what the tables say of them.
 
     Raises:
@@ -138,7 +138,9 @@ def _refuse_same_names(paths: Sequence[str]) -> None:
             )
 
 
-def _rows(paths: Sequence[str], config: Tile, found: SlideIndex) -> tuple[dict[str, Row], bool]:
+def _rows(
+    paths: Sequence[str], config: TileConfig, found: SlideIndex
+) -> tuple[dict[str, Row], bool]:
     """The row of each slide in `tile.table`, and whether the table gives splits."""
     table = text_table.read(config.table)
     table.require_spelling(COLUMNS, config.labels)
@@ -200,7 +202,7 @@ def _compare(
     }
 
 
-def _entry(path: str, config: Tile, row: Mapping[str, str]) -> Entry:
+def _entry(path: str, config: TileConfig, row: Mapping[str, str]) -> Entry:
     """A slide with the split that `tile.split` gives where no file and no table does."""
     name = file_name(path)
     patient = row.get("patient") or _patient(name, config.patient)
@@ -221,7 +223,9 @@ def _entry(path: str, config: Tile, row: Mapping[str, str]) -> Entry:
     )
 
 
-def _splits_by_file(known: dict[str, Entry], config: Tile, found: SlideIndex) -> dict[str, str]:
+def _splits_by_file(
+    known: dict[str, Entry], config: TileConfig, found: SlideIndex
+) -> dict[str, str]:
     """The split of each slide that the file of `tile.split` lists, by name or patient."""
     named, table = split_table.read(config.split)
     listed = named.match(list(known))
@@ -233,7 +237,7 @@ def _splits_by_file(known: dict[str, Entry], config: Tile, found: SlideIndex) ->
     return listed
 
 
-def _place_unlisted(known: dict[str, Entry], config: Tile, found: SlideIndex) -> None:
+def _place_unlisted(known: dict[str, Entry], config: TileConfig, found: SlideIndex) -> None:
     """Do with slides without a split as `tile.unlisted` says.
 
     Raises:

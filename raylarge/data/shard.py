@@ -24,11 +24,11 @@ from torch import nn
 from raylarge import images, schema, storage, tables
 from raylarge.config import plain
 from raylarge.data import bucket, parts
-from raylarge.data.candidates import Tile, blocks
-from raylarge.data.embed import Embed, section_in
+from raylarge.data.candidates import TileConfig, blocks
+from raylarge.data.embed import EmbedConfig, section_in
 from raylarge.data.grid import TileGrid, about
-from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.parts import Stage
+from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
 from raylarge.data.tile import kept, scale_and_cells, slides_of
 from raylarge.data.tile import section as tile_section
 from raylarge.errors import UserError
@@ -42,7 +42,7 @@ Vectors = Float16[np.ndarray, "rows columns width"]
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardConfig:
     """How examples are stored."""
 
     quality: int = 0
@@ -68,7 +68,9 @@ class Shard:
                 raise UserError(f"shard.{key}={getattr(self, key)}: it must be {wish}.")
 
 
-def run(root: str, tile: Tile, embed: Embed, config: Shard, crew: Crew) -> Facts:
+def run(
+    root: str, tile: TileConfig, embed: EmbedConfig, config: ShardConfig, executor: ExecutorConfig
+) -> Facts:
     """Put the examples of all slides together, and write `shard.json`.
 
     Slides of which `embed` could not read all are left out.
@@ -88,22 +90,22 @@ def run(root: str, tile: Tile, embed: Embed, config: Shard, crew: Crew) -> Facts
     slides = [one for one in slides_of(root) if one["slide_id"] not in embedded["lost"]]
     stamps = {one["part"]: one["stamp"] for one in embedded["parts"]}
     units = [unit for slide in slides for unit in _units(slide, tile, [sections, stamps])]
-    plan = bucket.Plan(root, units, number)
+    plan = bucket.BucketPlan(root, units, number)
     blocks_made = parts.build(
-        root, plan.missing_blocks(), partial(Sharding, root, tile, config), crew, "blocks"
+        root, plan.missing_blocks(), partial(ShardStage, root, tile, config), executor, "blocks"
     )
     plan = plan.without(blocks_made.lost)
-    built = plan.build(config.group_rows, crew)
+    built = plan.build(config.group_rows, executor)
     more = {"input": embedded["digest"], "encoder": embedded["encoder"], "patch_px": tile.patch_px}
     if not any(one["rows"] for one in built.facts):
         raise UserError(f"{root} has no example: no slide is whole; see {root}/failed.parquet.")
-    together = parts.Built(built.facts, blocks_made.failed)
+    together = parts.BuildResult(built.facts, blocks_made.failed)
     done = parts.finish(root, "shard", together, sections, **more)
     plan.sweep()
     return {**done, "blocks_made": sum(one["made"] for one in blocks_made.facts)}
 
 
-def _buckets(root: str, tiles: Facts, config: Shard) -> int:
+def _buckets(root: str, tiles: Facts, config: ShardConfig) -> int:
     """How many buckets a folder has, or else as many as its examples will fill."""
     path = storage.join(root, "shard.json")
     if storage.exists(path):
@@ -113,7 +115,7 @@ def _buckets(root: str, tiles: Facts, config: Shard) -> int:
     return max(_FEWEST_BUCKETS, math.ceil(rows * each / _BUCKET_BYTES))
 
 
-def _units(slide: dict[str, Any], tile: Tile, inputs: list[dict[str, Any]]) -> list[Unit]:
+def _units(slide: dict[str, Any], tile: TileConfig, inputs: list[dict[str, Any]]) -> list[Unit]:
     """The blocks of a slide; each depends on all its vectors, which may be another's."""
     edges = blocks(slide["grid"], tile)
     sections, stamps = inputs
@@ -134,12 +136,12 @@ def _units(slide: dict[str, Any], tile: Tile, inputs: list[dict[str, Any]]) -> l
     ]
 
 
-class Sharding(Maker):
+class ShardStage(Stage):
     """Makes the EXAMPLES whose upper edge lies in one block of a slide."""
 
     kind = schema.EXAMPLES
 
-    def __init__(self, root: str, tile: Tile, config: Shard) -> None:
+    def __init__(self, root: str, tile: TileConfig, config: ShardConfig) -> None:
         """Hold where the data lies, and the tiles and embeddings read last."""
         self._root = root
         self._quality = config.quality

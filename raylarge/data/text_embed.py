@@ -25,8 +25,8 @@ from raylarge import images, report, schema, storage, tables
 from raylarge.data import derive, parts, picked
 from raylarge.data.caption import folder_digest
 from raylarge.data.given import Given, source_of, split_column
-from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Means, Unit
+from raylarge.data.parts import Stage
+from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, Unit
 from raylarge.errors import UserError
 from raylarge.geometry import batches
 from raylarge.models import ssl, text
@@ -36,7 +36,7 @@ _READERS = 32  # threads: keys lie in many small pieces, and waiting for them ta
 
 
 @dataclass(frozen=True)
-class TextEmbed(Means):
+class TextEmbedConfig(ActorConfig):
     """Where an example's vector comes from. At most one of texts, image and vectors is set."""
 
     model: str = "minilm"
@@ -77,7 +77,7 @@ class TextEmbed(Means):
 _GIVEN = ("texts", "image", "vectors")
 
 
-def run(root: str, config: TextEmbed, crew: Crew) -> Facts:
+def run(root: str, config: TextEmbedConfig, executor: ExecutorConfig) -> Facts:
     """Give the examples vectors, and write `text_embed-<digest>.json`.
 
     Returns:
@@ -103,14 +103,16 @@ def run(root: str, config: TextEmbed, crew: Crew) -> Facts:
     table = f"vectors-{parts.stamp({k: v for k, v in used.items() if k != 'batch'})}"
     if config.kind in ("texts", "vectors"):
         _refuse(root, made, config, table)
-    makers: dict[str, Any] = {"image": OfImages, "vectors": OfTable}
-    maker = partial(makers.get(config.kind, OfTexts), root, config)
-    done = derive.run(root, table, maker, config.of(crew), {"text_embed": used}, made["verb"])
+    stages: dict[str, Any] = {"image": ImageVectorStage, "vectors": TableVectorStage}
+    make_stage = partial(stages.get(config.kind, TextVectorStage), root, config)
+    done = derive.run(
+        root, table, make_stage, config.of(executor), {"text_embed": used}, made["verb"]
+    )
     widths = {one["width"] for one in storage.read_json(done["output"])["parts"] if one["rows"]}
     return {**done, "missing": made["rows"] - done["rows"], "width": max(widths, default=0)}
 
 
-def _section(config: TextEmbed) -> dict[str, Any]:
+def _section(config: TextEmbedConfig) -> dict[str, Any]:
     """What of the config the vectors depend on: files count by their content, not their path.
 
     `missing` only decides whether there is a table, not what is in it.
@@ -152,7 +154,7 @@ def _captions(root: str, name: str) -> str:
     return names[0]
 
 
-def _refuse(root: str, made: Mapping[str, Any], config: TextEmbed, table: str) -> None:
+def _refuse(root: str, made: Mapping[str, Any], config: TextEmbedConfig, table: str) -> None:
     """Refuse a user's table that lacks examples, before anything is made of it.
 
     Raises:
@@ -197,17 +199,17 @@ def _lost(root: str, part: Mapping[str, Any], given: Given) -> str:
     return ", ".join(f"{name} {value}" for name, value in row.items())
 
 
-def _given(config: TextEmbed) -> Given:
+def _given(config: TextEmbedConfig) -> Given:
     path, column = split_column(config.vectors) if config.vectors else (config.texts, "text")
     return Given(path, column, vectors=bool(config.vectors))
 
 
-class OfTexts(Maker):
+class TextVectorStage(Stage):
     """Makes the VECTORS of captions, or of the user's texts."""
 
     kind = schema.VECTORS
 
-    def __init__(self, root: str, config: TextEmbed) -> None:
+    def __init__(self, root: str, config: TextEmbedConfig) -> None:
         """Load the text encoder, and find the texts."""
         self._root, self._batch = root, config.batch
         self._given = _given(config) if config.texts else None
@@ -227,12 +229,12 @@ class OfTexts(Maker):
         return _made(table, vectors, groups)
 
 
-class OfImages(Maker):
+class ImageVectorStage(Stage):
     """Makes the VECTORS of the examples' images."""
 
     kind = schema.VECTORS
 
-    def __init__(self, root: str, config: TextEmbed) -> None:
+    def __init__(self, root: str, config: TextEmbedConfig) -> None:
         """Load the tile encoder."""
         self._root, self._batch = root, config.batch
         self._encoder = ssl.load(config.model, config.weights, config.device)
@@ -248,12 +250,12 @@ class OfImages(Maker):
         return _made(table, vectors, groups)
 
 
-class OfTable(Maker):
+class TableVectorStage(Stage):
     """Makes VECTORS of the user's own."""
 
     kind = schema.VECTORS
 
-    def __init__(self, root: str, config: TextEmbed) -> None:
+    def __init__(self, root: str, config: TextEmbedConfig) -> None:
         """Find what the user's table is about."""
         self._root = root
         self._given = _given(config)

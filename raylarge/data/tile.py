@@ -20,7 +20,7 @@ from raylarge.config import plain
 from raylarge.data import name_table, parts, readable, roster
 from raylarge.data.candidates import (
     Grid,
-    Tile,
+    TileConfig,
     band_rows,
     base_grid,
     box_means,
@@ -30,8 +30,8 @@ from raylarge.data.candidates import (
     splits,
 )
 from raylarge.data.grid import about
-from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.parts import Stage
+from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
 from raylarge.data.qc.sheet import sheet as drawn
 from raylarge.data.qc.sheet import write_page
 from raylarge.data.views import mask_cell_px, view_of, view_splits, with_views
@@ -45,7 +45,7 @@ _NAMED = 3
 """So many slides are named that have one note."""
 
 
-def section(config: Tile) -> dict[str, Any]:
+def section(config: TileConfig) -> dict[str, Any]:
     """What of the config all slides depend on: no salt, and no file that may grow."""
     known = plain(config)
     for name in ("table", "labels", "mpp", "unlisted"):
@@ -61,14 +61,20 @@ def section(config: Tile) -> dict[str, Any]:
     return known
 
 
-def run(root: str, slides: Sequence[str], config: Tile, crew: Crew, names: bool = False) -> Facts:
+def run(
+    root: str,
+    slides: Sequence[str],
+    config: TileConfig,
+    executor: ExecutorConfig,
+    names: bool = False,
+) -> Facts:
     """Find the candidates of all slides, and write `slides.json`, `names.json` and `tile.json`.
 
     Args:
         root: the data folder.
         slides: paths or URLs.
         config: what counts as an example.
-        crew: who does it.
+        executor: who does it.
         names: whether the QC page and the facts may name files.
 
     Raises:
@@ -85,9 +91,9 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew, names: bool 
     shown = file_names(root) if names else {}
     units = _units(entries, sections, config)
     try:
-        built = parts.build(root, units, partial(Tiling, root, config), crew, "tile")
+        built = parts.build(root, units, partial(TileStage, root, config), executor, "tile")
     except SlideError as error:
-        raise readable.refuse_all(root, units, config, crew, shown) or error from error
+        raise readable.refuse_all(root, units, config, executor, shown) or error from error
     _tell_of_others(root, {unit["slide_id"] for unit in units})
     _say_notes(built.facts)
     write_page(root, built.facts, built.failed, shown)
@@ -100,7 +106,9 @@ def run(root: str, slides: Sequence[str], config: Tile, crew: Crew, names: bool 
     return {**facts, "user_tables": tables} if tables else facts
 
 
-def _nothing_kept(root: str, built: parts.Built, config: Tile, shown: dict[str, str]) -> UserError:
+def _nothing_kept(
+    root: str, built: parts.BuildResult, config: TileConfig, shown: dict[str, str]
+) -> UserError:
     """Print why slides failed, and return the error of a run that keeps no tile."""
     for one in built.failed:
         report.say(f"  {roster.with_names(one['reason'], shown)}")
@@ -125,7 +133,7 @@ def _say_notes(facts: Sequence[Facts]) -> None:
 
 
 def slides_of(root: str) -> list[dict[str, Any]]:
-    """The slides of a data folder as `Tiling` describes them, and the `path` of each."""
+    """The slides of a data folder as `TileStage` describes them, and the `path` of each."""
     names = _names(root)
     slides: list[dict[str, Any]] = storage.read_json(storage.join(root, "slides.json"))["slides"]
     unknown = {slide["slide_id"] for slide in slides} - names.keys()
@@ -166,7 +174,9 @@ def _remember(root: str, known: Sequence[roster.Entry]) -> None:
     storage.write_json(storage.join(root, "names.json"), names)
 
 
-def _units(known: Sequence[roster.Entry], sections: dict[str, Any], config: Tile) -> list[Unit]:
+def _units(
+    known: Sequence[roster.Entry], sections: dict[str, Any], config: TileConfig
+) -> list[Unit]:
     pattern = storage.absolute(config.mask) if "{name}" in config.mask else ""
     mask_paths = [pattern.replace("{name}", entry.stem) for entry in known]
     _refuse_shared(known, mask_paths)
@@ -217,12 +227,12 @@ def _fingerprint(path: str) -> str:
         raise
 
 
-class Tiling(Maker):
+class TileStage(Stage):
     """Makes the TILES of one slide."""
 
     kind = schema.TILES
 
-    def __init__(self, root: str, config: Tile) -> None:
+    def __init__(self, root: str, config: TileConfig) -> None:
         """Hold the config."""
         self._root = root
         self._config = config
@@ -312,7 +322,7 @@ def scale_and_cells(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return table["scale"].to_numpy(), cells.astype(np.int64)
 
 
-def tissue_grid(slide: Slide, config: Tile, mask_path: str = "") -> Grid:
+def tissue_grid(slide: Slide, config: TileConfig, mask_path: str = "") -> Grid:
     """The share of tissue in every base tile, those over the right and lower edge included."""
     downscale = mask_cell_px(config)
     shape = tuple(-(-side // downscale) for side in slide.size_px)

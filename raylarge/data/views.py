@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from raylarge.data import roster
-from raylarge.data.candidates import Cells, Tile, band_edge, band_rows
+from raylarge.data.candidates import Cells, TileConfig, band_edge, band_rows
 from raylarge.data.name_table import stems
 from raylarge.slides.reader import Slide
 from raylarge.slides.view import View
@@ -20,25 +20,25 @@ _MASK_CELLS = 8
 """Cells of a tissue mask along the side of a base tile."""
 
 
-def with_views(entries: Sequence[roster.Entry], config: Tile) -> list[roster.Entry]:
+def with_views(entries: Sequence[roster.Entry], config: TileConfig) -> list[roster.Entry]:
     """Return slides and the further views of those that train, sorted by pseudonym."""
     views = [view for entry in entries for view in _views(entry, config)]
     return sorted([*entries, *views], key=lambda entry: entry.slide_id)
 
 
-def _views(entry: roster.Entry, config: Tile) -> list[roster.Entry]:
+def _views(entry: roster.Entry, config: TileConfig) -> list[roster.Entry]:
     numbers = range(1, config.views if entry.split in ("train", "band") else 1)
     name = stems(entry.path)[0]
     names = {number: roster.pseudonym(config.salt, f"{name} view {number}") for number in numbers}
     return [replace(entry, slide_id=slide_id, view=number) for number, slide_id in names.items()]
 
 
-def mask_cell_px(config: Tile) -> int:
+def mask_cell_px(config: TileConfig) -> int:
     """Return the side of a cell of tissue masks in base pixels."""
     return max(1, config.patch_px // _MASK_CELLS)
 
 
-def view_of(unit: Mapping[str, Any], config: Tile) -> View:
+def view_of(unit: Mapping[str, Any], config: TileConfig) -> View:
     """Return how a unit's slide is shifted, turned and mirrored."""
     number = unit.get("view", 0)
     return (
@@ -48,7 +48,7 @@ def view_of(unit: Mapping[str, Any], config: Tile) -> View:
     )
 
 
-def view_splits(cells: Cells, k: int, slide: Slide, split: str, config: Tile) -> list[str]:
+def view_splits(cells: Cells, k: int, slide: Slide, split: str, config: TileConfig) -> list[str]:
     """Return each candidate's split in a view: train, or empty where it shows held-out rows."""
     if split != "band":
         return [split] * len(cells)

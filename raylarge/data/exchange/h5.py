@@ -25,9 +25,9 @@ from omegaconf import MISSING
 from raylarge import config as configs
 from raylarge import storage, tables
 from raylarge.data import parts, pipeline
-from raylarge.data.candidates import Tile
+from raylarge.data.candidates import TileConfig
 from raylarge.data.exchange.h5_read import Cells, Patches, Vectors, library, opened, patches
-from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
 from raylarge.data.tile import kept, scale_and_cells, slides_of
 from raylarge.errors import UserError
 from raylarge.slides.mpp import zoom
@@ -86,21 +86,21 @@ def run(config: Export) -> Facts:
         if slide["slide_id"] not in embedded["lost"]
     ]
     work = partial(Exporting, (root, out), config, tile, embedded["encoder"])
-    found = pipeline.run(units, work, Crew(workers=config.workers), "export")
+    found = pipeline.run(units, work, ExecutorConfig(workers=config.workers), "export")
     totals = {key: sum(one[key] for one in found) for key in ("cells", "made")}
     return {"slides": len(found), **totals, "output": out}
 
 
-def tile_of(manifest: Mapping[str, Any]) -> Tile:
+def tile_of(manifest: Mapping[str, Any]) -> TileConfig:
     """The config that made TILES, as far as their place and size go (its salt is a digest)."""
-    return configs.build(Tile, manifest["config"]["tile"]).require_one_view()
+    return configs.build(TileConfig, manifest["config"]["tile"]).require_one_view()
 
 
 class Exporting:
     """Writes the files of one slide; the one with the features last, with a stamp in it."""
 
     def __init__(
-        self, folders: tuple[str, str], config: Export, tile: Tile, encoder: Mapping[str, Any]
+        self, folders: tuple[str, str], config: Export, tile: TileConfig, encoder: Mapping[str, Any]
     ) -> None:
         """Hold where the data lies, where the files go, and what tiles and vectors are."""
         self._root, self._out = folders

@@ -21,14 +21,14 @@ from omegaconf import MISSING
 
 from raylarge import storage
 from raylarge.data import embed, name_table, parts, pipeline
-from raylarge.data.candidates import Tile, covered
-from raylarge.data.embed import Embed, Embedding
+from raylarge.data.candidates import TileConfig, covered
+from raylarge.data.embed import EmbedConfig, EmbedStage
 from raylarge.data.exchange import h5, h5_read
 from raylarge.data.exchange.h5_place import Index, check_index, index_of
 from raylarge.data.exchange.h5_read import Patches, Vectors
 from raylarge.data.grid import TileGrid, about
-from raylarge.data.parts import Built
-from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.parts import BuildResult
+from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
 from raylarge.data.tile import kept, scale_and_cells, slides_of
 from raylarge.errors import SlideError, UserError
 from raylarge.models import ssl
@@ -53,7 +53,7 @@ class Import:
     Example: patches."""
     fill: bool = False
     """Embed the tiles that the files lack here; it takes the encoder's weights."""
-    embed: Embed = field(default_factory=Embed)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
     """By what means; its `encoder` is the one above."""
     workers: int | None = None  # Ray workers; null: this process
     on_error: str = "stop"
@@ -76,9 +76,9 @@ def run(config: Import) -> Facts:
     tiles = parts.manifest(root, "tile", "import")
     _refuse_own(root)
     card, tile = ssl.card(config.encoder), h5.tile_of(tiles)
-    crew = Crew(workers=config.workers, skip=config.on_error == "skip")
+    executor = ExecutorConfig(workers=config.workers, skip=config.on_error == "skip")
     slides = _with_files(slides_of(root), config, tile)
-    looked = pipeline.run(slides, partial(Looking, root, tile, config), crew, "look")
+    looked = pipeline.run(slides, partial(Looking, root, tile, config), executor, "look")
     told = {slide["slide_id"]: {**slide, **one} for slide, one in zip(slides, looked, strict=True)}
     failed = [_failed(name, one["failed"]) for name, one in told.items() if "failed" in one]
     sections = {"tile": tiles["config"]["tile"], "embed": _section(config)}
@@ -87,10 +87,10 @@ def run(config: Import) -> Facts:
         for unit in embed.units_of(root, tile, sections)
         if "failed" not in told[unit["slide_id"]]
     ]
-    maker = partial(Importing, root, tile, config)
-    crew = config.embed.of(crew) if config.fill else crew
-    built = parts.build(root, units, maker, crew, "embed")
-    together = Built(built.facts, failed + built.failed)
+    make_stage = partial(Importing, root, tile, config)
+    executor = config.embed.of(executor) if config.fill else executor
+    built = parts.build(root, units, make_stage, executor, "embed")
+    together = BuildResult(built.facts, failed + built.failed)
     totals = {
         key: sum(one[key] for one in built.facts) for key in ("imported", "embedded", "blank")
     }
@@ -131,7 +131,7 @@ def _unit(unit: Unit, slide: Mapping[str, Any]) -> Unit:
     return {**unit, **more, "stamp": stamp}
 
 
-def _means(config: Import) -> Embed:
+def _means(config: Import) -> EmbedConfig:
     weights = config.embed.weights and storage.absolute(config.embed.weights)
     return replace(config.embed, encoder=config.encoder, weights=weights)
 
@@ -141,7 +141,7 @@ def _failed(slide_id: str, reason: str) -> dict[str, str]:
 
 
 def _with_files(
-    slides: Sequence[dict[str, Any]], config: Import, tile: Tile
+    slides: Sequence[dict[str, Any]], config: Import, tile: TileConfig
 ) -> list[dict[str, Any]]:
     """Slides as units, each with its `files`: that of the features, then that of the coords."""
     source = storage.absolute(config.source)
@@ -194,7 +194,7 @@ def _named(folder: str) -> dict[str, str]:
 class Looking:
     """Looks at one slide's file before anything is written."""
 
-    def __init__(self, root: str, tile: Tile, config: Import) -> None:
+    def __init__(self, root: str, tile: TileConfig, config: Import) -> None:
         """Hold what the file is to fit."""
         self._root, self._tile, self._fill = root, tile, config.fill
         self._card = ssl.card(config.encoder)
@@ -226,10 +226,10 @@ class Looking:
             return {"digest": digest, "missing": len(missing), "unused": unused}
 
 
-class Importing(Embedding):
+class Importing(EmbedStage):
     """Makes the EMBEDDINGS of one block out of a file's vectors."""
 
-    def __init__(self, root: str, tile: Tile, config: Import) -> None:
+    def __init__(self, root: str, tile: TileConfig, config: Import) -> None:
         """Load the encoder, where gaps are to be filled."""
         self._tile = tile
         self._read = lru_cache(1)(self._read_anew)
@@ -283,7 +283,7 @@ class _Unloaded(NamedTuple):
     card: EncoderCard
 
 
-def _source(unit: Unit, tile: Tile) -> tuple[Patches, Index]:
+def _source(unit: Unit, tile: TileConfig) -> tuple[Patches, Index]:
     """What a slide's files say, and which of their vectors is a cell's.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from raylarge.data.candidates import Tile
+from raylarge.data.candidates import TileConfig
 from raylarge.data.exchange.h5_read import Cells, Patches
 from raylarge.errors import SlideError
 
@@ -25,7 +25,7 @@ _SWAPPED = 1.25
 """Times as many tiles met with x and y swapped that tell that they are."""
 
 
-def index_of(layout: Patches, unit: Mapping[str, Any], tile: Tile) -> Index:
+def index_of(layout: Patches, unit: Mapping[str, Any], tile: TileConfig) -> Index:
     """Return which row of a file belongs to which base tile.
 
     Args:
@@ -78,7 +78,7 @@ def check_index(index: Index, needed: Sequence[tuple[int, int]]) -> None:
         )
 
 
-def _check_side(layout: Patches, side_l0: float, tile: Tile) -> None:
+def _check_side(layout: Patches, side_l0: float, tile: TileConfig) -> None:
     if abs(layout.side_l0 - side_l0) > _OFF_PX:
         mpp = tile.base_mpp * tile.patch_px / layout.side_l0
         raise SlideError(

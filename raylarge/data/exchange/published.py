@@ -26,8 +26,8 @@ from raylarge.config import plain
 from raylarge.data import bucket, parts, roster, shard
 from raylarge.data.exchange import layouts
 from raylarge.data.exchange.layouts import LAYOUTS, PATCH_PX, Unfit
-from raylarge.data.parts import Maker
-from raylarge.data.pipeline import Crew, Facts, Unit
+from raylarge.data.parts import Stage
+from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
 from raylarge.errors import UserError
 from raylarge.models import ssl
 
@@ -125,8 +125,8 @@ def run(config: Published) -> dict[str, Facts]:
         verb = tables.verb(table)
         parts.refuse_mixing(root, sections, [verb])
         mine = [_of_table(unit, table, sections) for unit in units]
-        maker = partial(Publishing, config, table.split("-", 1)[0], card.width)
-        built = parts.build(root, mine, maker, Crew(workers=config.workers), verb)
+        make_stage = partial(Publishing, config, table.split("-", 1)[0], card.width)
+        built = parts.build(root, mine, make_stage, ExecutorConfig(workers=config.workers), verb)
         rejected = sum(len(one["rejected"]) for one in built.facts)
         more = {"patch_px": PATCH_PX, "encoder": {**card.as_json(), "weights": ""}}
         facts = parts.finish(root, verb, built, sections, rejected=rejected, input="", **more)
@@ -219,7 +219,7 @@ def _ids(unit: Unit) -> Ids:
     return np.setdiff1d(every, np.array(unit["ids"]["but"], np.int64))
 
 
-class Publishing(Maker):
+class Publishing(Stage):
     """Makes a part of EXAMPLES or LATENTS out of the items of one unit."""
 
     def __init__(self, config: Published, table: str, width: int) -> None:

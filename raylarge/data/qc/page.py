@@ -86,7 +86,7 @@ def render(
     """The page.
 
     Args:
-        facts: of the parts of TILES (`Tiling` in tile.py), one for each slide.
+        facts: of the parts of TILES (`TileStage` in tile.py), one for each slide.
         failed: `slide_id`, `part` and `reason` of each slide that could not be read.
         names: file names by pseudonym; without them the page names no file.
     """
