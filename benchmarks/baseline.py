@@ -79,15 +79,15 @@ class Published:
     def _walk(self, z: Tensor, step: SamplerStep, tokens: Tensor, y: Tensor) -> Tensor:
         """K corrections and a step of DDIM, in the letters of Algorithm S2 (descending)."""
         sampler, vae = self.order.sampler, self.bundle.vae
-        delta = zeta = sampler.step
-        for _ in range(sampler.inner):
+        delta = zeta = sampler.fd_epsilon
+        for _ in range(sampler.corrections):
             z_0 = self.x_0(z, step.t, tokens)
             image = vae.decode(z_0)
             factor = image.shape[-1] // y.shape[-1]
             e_img = upsample(y - downsample(image, factor), factor)
             e = (vae.encode(image + zeta * e_img) - vae.encode(image)) / zeta
             g = (self.x_0(z + delta * e, step.t, tokens) - z_0) / delta
-            z = z + sampler.rate * g
+            z = z + sampler.correction_lr * g
         return ddim(z, self.x_0(z, step.t, tokens), step)
 
     def x_0(self, z: Tensor, t: int, tokens: Tensor) -> Tensor:

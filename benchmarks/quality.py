@@ -152,7 +152,7 @@ def conditions(judge: Judge, seconds: float = PRIOR_SECONDS) -> Section:
         judge.row(fine, condition=Condition(kind="cdm", fine=fine)) for fine in FINE
     ]  # fmt: skip
     free = Condition(kind="cdm", fine="null")
-    rows.append(judge.row("null, K = 0", condition=free, sampler={"inner": 0}))
+    rows.append(judge.row("null, K = 0", condition=free, sampler={"corrections": 0}))
     return _section(
         judge, "Conditions of windows under a guide that the CDM drew", "fine", rows,
         f"`prior` is a grid prior of 128 channels trained here for {seconds:g} s, drawn "
@@ -166,7 +166,7 @@ def constraints(judge: Judge) -> Section:
         "window": {},
         "mosaic": {"sampler": {"constraint": "mosaic"}},
         "backprop (S1)": {"sampler": {"correction": "backprop"}},
-        "none": {"sampler": {"inner": 0}},
+        "none": {"sampler": {"corrections": 0}},
         "window, seams removed": {"refine": True},
         "strided, 4 per side, no guide": {"algorithm": "strided"},
     }
@@ -180,9 +180,9 @@ def trading(judge: Judge) -> Section:
         "as it is": {},
         "interval=[0.2,0.8]": {"interval": [0.2, 0.8]},
         "interval=[0.4,0.8]": {"interval": [0.4, 0.8]},
-        "every=2": {"every": 2},
-        "every=4": {"every": 4},
-        "every=2 interval=[0.2,0.8]": {"every": 2, "interval": [0.2, 0.8]},
+        "every=2": {"correct_every": 2},
+        "every=4": {"correct_every": 4},
+        "every=2 interval=[0.2,0.8]": {"correct_every": 2, "interval": [0.2, 0.8]},
     }
     rows = [judge.row(name, sampler=way) for name, way in ways.items()]
     return _section(judge, "Cheaper sampling, embeddings of real regions", "sampler", rows)

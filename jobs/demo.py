@@ -229,7 +229,7 @@ class Thread:
         return float(state["seconds"])
 
     def _order(self, name: str) -> dict[str, Any]:
-        inner = {"inner": 0} if name == "uncorrected" else {}
+        inner = {"corrections": 0} if name == "uncorrected" else {}
         condition = (
             {"kind": "cdm"} if name == "novel" else asdict(Condition.of(self._region().grid))
         )

@@ -46,37 +46,38 @@ class Sampler:
         solver: `ddim`; for separate patches also `plms`, `dpm++` or `unipc` (eta 0).
         eta: 0 is deterministic DDIM, 1 the ancestral variance.
         guidance: w of u + w (c - u).
-        inner: corrections K in every step; 0 samples without the constraint.
+        corrections: K in every step; 0 samples without the constraint.
         correction: `encoder` (Algorithm S2) or `backprop` through the decoder (S1), as comparison.
         constraint: where A acts: inside each `window` (released code), or on the arranged
             `mosaic`, across the windows' borders (the paper's text).
-        rate: the correction's learning rate, lambda.
-        unit: divide e_img, e and g by their largest magnitude per window (released code).
+        correction_lr: the correction's learning rate, lambda.
+        normalize: divide e_img, e and g by their largest magnitude per window (released code).
         clamp: clamp the guide's frames to [-1, 1] before they constrain (released code).
         derivative: `jvp` (forward mode) or `difference` (the papers' finite difference, for
             float32 only: in half precision it cancels).
-        step: the finite difference's delta and zeta.
+        fd_epsilon: the finite difference's delta and zeta.
         interval: shares of the schedule between which timesteps are guided; all by default. Not
             to guide the others saves half of their U-Net and changes the image.
-        every: correct in every n-th step alone; saves, and changes the image.
-        small: correct with the bundle's small autoencoder; saves, and changes the image.
+        correct_every: correct in every n-th step alone; saves, and changes the image.
+        small_autoencoder: correct with the bundle's small autoencoder; saves, and changes the
+            image.
     """
 
     steps: int = number(50, 1, MOST_STEPS)
     solver: str = choice("ddim", SOLVERS)
     eta: float = number(0.0, 0, 1)
     guidance: float = number(2.0, 0, LIMIT_GUIDANCE)
-    inner: int = number(1, 0, 1000)
+    corrections: int = number(1, 0, 1000)
     correction: str = choice("encoder", ("encoder", "backprop"))
     constraint: str = choice("window", ("window", "mosaic"))
-    rate: float = number(0.5, 0, 100)
-    unit: bool = False
+    correction_lr: float = number(0.5, 0, 100)
+    normalize: bool = False
     clamp: bool = False
     derivative: str = choice("jvp", ("jvp", "difference"))
-    step: float = number(0.005, 0, 1, above=True)
+    fd_epsilon: float = number(0.005, 0, 1, above=True)
     interval: Any = field(default=ALWAYS, metadata={"kind": "two shares [from,to]"})
-    every: int = number(1, 1, MOST_STEPS)
-    small: bool = False
+    correct_every: int = number(1, 1, MOST_STEPS)
+    small_autoencoder: bool = False
 
     def __post_init__(self) -> None:
         config.check_fields(self)
@@ -85,21 +86,23 @@ class Sampler:
     @property
     def mosaic(self) -> bool:
         """Whether windows hear of each other through the constraint."""
-        return self.constraint == "mosaic" and self.inner > 0
+        return self.constraint == "mosaic" and self.corrections > 0
 
 
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {
         "steps": 20,
-        "inner": 10,
+        "corrections": 10,
         "eta": 1.0,
         "guidance": 3.0,
-        "unit": True,
+        "normalize": True,
         "clamp": True,
     },
 }
 """`paper`: supplement S3.2. `released`: the authors' code (its guidance 2 is 3 in our form)."""
+SUPERRES_RECIPES = {**RECIPES, "released": {**RECIPES["released"], "corrections": 5}}
+"""The same for `algorithm=superres`, whose released code corrects 5 times in each step."""
 
 
 KINDS = ("null", "cdm", "embeddings", "inverted", "prior")
@@ -292,7 +295,7 @@ class Order:
         several = self.algorithm == "joint" and not self.count
         return several and len(self.levels_of(patch)) > 1
 
-    def brief(self) -> Order:
+    def without_payload(self) -> Order:
         """The order without the bulk of its condition and source, for most requests."""
         condition = dataclasses.replace(self.condition, data="", shape=(), negative="")
         source = dataclasses.replace(self.source, image="")
@@ -310,7 +313,7 @@ class Order:
 
 
 def parse(values: Mapping[str, Any]) -> Order:
-    """An order from JSON or configuration values; the recipe fills what they leave open.
+    """Return an order from JSON or configuration values; the recipe sets what they leave open.
 
     Raises:
         UserError: an unknown recipe, key or kind, or a value of the wrong type.
@@ -319,7 +322,8 @@ def parse(values: Mapping[str, Any]) -> Order:
     if not isinstance(recipe, str) or recipe not in RECIPES:
         known = ", ".join(RECIPES)
         raise UserError(f"there is no recipe '{format_value(recipe)}'; choose one of: {known}.")
-    settings = {"sampler": RECIPES[recipe], "condition": {"draw": recipe}}
+    recipes = SUPERRES_RECIPES if values.get("algorithm") == "superres" else RECIPES
+    settings = {"sampler": recipes[recipe], "condition": {"draw": recipe}}
     return config.build(Order, settings, dict(values))
 
 

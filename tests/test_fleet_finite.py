@@ -78,7 +78,7 @@ def exploding(folder):
     return loaded
 
 
-SETTINGS = [{"inner": 0}, {"inner": 1}, {"inner": 1, "constraint": "mosaic"}]
+SETTINGS = [{"corrections": 0}, {"corrections": 1}, {"corrections": 1, "constraint": "mosaic"}]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -160,7 +160,10 @@ def test_a_reference_conditions_the_image(tiny_bundle, prepared, tmp_path, capsy
             ["order.sampler.guidance=1e308"],
             "order.sampler.guidance=1e.308: it must be from 0 to 100",
         ),
-        (["order.sampler.rate=1e308"], "order.sampler.rate=1e.308: it must be from 0 to 100"),
+        (
+            ["order.sampler.correction_lr=1e308"],
+            "order.sampler.correction_lr=1e.308: it must be from 0 to 100",
+        ),
         (["order.sampler=3"], "sampler=3 does not fit; give its keys one by one"),
         (["order.size=${{oc.env:HOME}}"], "plain values|not a number"),
         (["seed=3"], "unknown key 'seed'"),

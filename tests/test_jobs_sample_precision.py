@@ -24,10 +24,10 @@ ORDERS = {
     "patches": ["order.count=2", "order.scale=1", "order.condition.kind=cdm"],
     "patches, another solver": ["order.count=2", "order.sampler.solver=dpm++"],
     "joint": [*JOINT, "order.condition.fine=independent"],
-    "joint, released": [*JOINT, "order.recipe=released", "order.sampler.inner=1"],
+    "joint, released": [*JOINT, "order.recipe=released", "order.sampler.corrections=1"],
     "joint, mosaic": [*JOINT, "order.sampler.constraint=mosaic"],
     "joint, backprop": [*JOINT, "order.sampler.correction=backprop"],
-    "joint, small codec": [*JOINT, "order.sampler.small=true"],
+    "joint, small codec": [*JOINT, "order.sampler.small_autoencoder=true"],
     "joint, seams removed": [*JOINT, "order.refine=true"],
     "joint, cascade": [*JOINT, "order.size=128", "order.levels=2,1,0"],
     "joint, inversion": [

@@ -21,7 +21,7 @@ from raylarge.serve.desk import Desk, Limits
 y, x = np.mgrid[:64, :64]
 GREY = (90 + x + y).astype(np.uint8)
 RGB = np.repeat(GREY[..., None], 3, axis=-1)
-CHEAP = {"steps": 1, "inner": 1, "derivative": "difference"}
+CHEAP = {"steps": 1, "corrections": 1, "derivative": "difference"}
 
 
 def png(array):

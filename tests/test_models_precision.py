@@ -146,7 +146,7 @@ def test_the_whole_correction_keeps_its_direction_in_half_precision(
     chain starts from the rounded estimate.
     """
     unet, given = published.unet_from_published(state(parity, "unet_b")), figures(parity, "unet_b")
-    sampler, x_t = Sampler(unit=unit), given["x"]
+    sampler, x_t = Sampler(normalize=unit), given["x"]
     double, fast = copy.deepcopy(autoencoder).double(), half(autoencoder)
     with torch.no_grad():
         y = downsample(double.decode(noise(x_t, 2).double()), autoencoder.factor)

@@ -115,7 +115,7 @@ RANGES = {  # what the documentation of the order says
     "scale": (0, 30),
     "batch": (1, 1024),
     "sampler.steps": (1, 999),
-    "sampler.inner": (0, 1000),
+    "sampler.corrections": (0, 1000),
     "strided.share": (1, 1024),
     "source.octaves": (1, 30),
 }

@@ -28,7 +28,7 @@ def test_an_order_survives_json():
 
 def test_the_recipe_fills_what_is_left_open():
     order = parse({"size": 64, "recipe": "released", "sampler": {"steps": 7}})
-    assert (order.sampler.steps, order.sampler.inner, order.sampler.guidance) == (7, 10, 3.0)
+    assert (order.sampler.steps, order.sampler.corrections, order.sampler.guidance) == (7, 10, 3.0)
     assert parse({"size": 64}).sampler.steps == 50
 
 
@@ -51,10 +51,13 @@ def test_the_guide_covers_the_canvas(size, k):
         ({"size": 64, "batch": 0}, "must be from 1 to 1024"),
         ({"size": 64, "seed": -1}, "seed=-1: it must be from 0 to"),
         ({"size": 64, "sampler": {"guidance": -1}}, "guidance=-1.0: it must be from 0 to 100"),
-        ({"size": 64, "sampler": {"rate": float("nan")}}, "rate=nan does not fit; give a number"),
+        (
+            {"size": 64, "sampler": {"correction_lr": float("nan")}},
+            "correction_lr=nan does not fit; give a number",
+        ),
         ({"size": 64, "sampler": {"guidance": float("inf")}}, "guidance=inf does not fit"),
         ({"size": 64, "sampler": {"eta": 1.5}}, "eta=1.5: it must be from 0 to 1"),
-        ({"size": 64, "sampler": {"every": 0}}, "every=0: it must be from 1 to"),
+        ({"size": 64, "sampler": {"correct_every": 0}}, "correct_every=0: it must be from 1 to"),
         ({"size": 64, "sampler": {"steps": 1000}}, "steps=1000: it must be from 1 to 999"),
         ({"size": 64, "condition": dataclasses.asdict(Condition.of(GRID[:1, :1] * NAN))}, "NaN"),
         ({"size": 128, "condition": {"kind": "embeddings", "shape": (2, 2, 4)}}, "float16 values"),

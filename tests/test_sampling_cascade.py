@@ -79,7 +79,7 @@ def test_three_levels_equal_the_loop_that_advances_them_together(worker):
                     y = above[..., row : row + half, column : column + half]
                     image = dec(f(z))
                     e = enc(upsample(y - downsample(image, 2), 2))
-                    z = z + sampler.rate * torch.func.jvp(f, (z,), (e,))[1]
+                    z = z + sampler.correction_lr * torch.func.jvp(f, (z,), (e,))[1]
                 frames[k, r, c] = dec(f(z))
                 x[k, r, c] = ddim(z, f(z), step, 1.0, noise(k, (r, c), i + 1))
     assert {name[0] for name in found} == {1, 0}
@@ -92,7 +92,7 @@ def test_every_level_follows_the_one_above():
     """The relative error of A(window) against its block falls at least 4 times (`paper`)."""
     worker, error = Worker(oracle.bundle(), GaussianDenoiser(0.0, 0.25)), []
     for inner in (1, 0):
-        sampler = {"eta": 0.0, "steps": 50, "inner": inner}
+        sampler = {"eta": 0.0, "steps": 50, "corrections": inner}
         _, found = latents_of(an_order(size=128, sampler=sampler), worker)
         images = {name: oracle.Unshuffle().decode(x[None])[0] for name, x in found.items()}
         assert len(images) == 4 + 16
@@ -108,7 +108,7 @@ def test_every_level_follows_the_one_above():
 
 
 def test_without_corrections_levels_change_nothing(worker):
-    settings = {"sampler": {"inner": 0}}
+    settings = {"sampler": {"corrections": 0}}
     through = run(joint.plan(an_order(**settings), PATCH), worker.answer).image
     straight = run(joint.plan(an_order(levels=(), **settings), PATCH), worker.answer).image
     assert np.abs(through.astype(int) - straight).max() <= 1

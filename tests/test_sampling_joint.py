@@ -45,7 +45,7 @@ def test_the_sampler_equals_its_closed_form_recursion(recipe):
     """Law 3. Dense matrices, float64, one window: no autograd, no windows, no plan."""
     mean, variance, cell = 0.2, 0.7, (1, 2)
     order = an_order(
-        recipe=recipe, sampler={"unit": False, "clamp": False, "steps": 10, "inner": 2}
+        recipe=recipe, sampler={"normalize": False, "clamp": False, "steps": 10, "corrections": 2}
     )
     worker = Worker(oracle.bundle(), GaussianDenoiser(mean, variance))
     made, latents = finished_latents(joint.plan(order, PATCH), worker.answer)
@@ -83,8 +83,8 @@ def test_the_sampler_equals_its_closed_form_recursion(recipe):
         rows = slice(cell[0] * side // s, (cell[0] + 1) * side // s)
         columns = slice(cell[1] * side // s, (cell[1] + 1) * side // s)
         y = frame[:, rows, columns].flatten(1)
-        for _ in range(sampler.inner):
-            x = x + sampler.rate * gain * ((y - x_0(x) @ a.T) @ u.T)
+        for _ in range(sampler.corrections):
+            x = x + sampler.correction_lr * gain * ((y - x_0(x) @ a.T) @ u.T)
         x, guide = down(x, 0, cell), down(guide, 2, (0, 0))
     got = oracle.Unshuffle().decode(latents[cell]).double().flatten(1)
     assert (got - x).abs().max() < 1e-5
@@ -101,8 +101,8 @@ def test_the_constraint_lowers_the_cross_scale_error(recipe, variance, falls):
     """Law 3: at least 4 times under `paper`, 10 times under `released`."""
     patch = dataclasses.replace(PATCH, side_px=64)
     error = {}
-    for inner in (0, orders.RECIPES[recipe].get("inner", 1)):
-        settings = {"inner": inner, "clamp": False, "derivative": "difference"}
+    for inner in (0, orders.RECIPES[recipe].get("corrections", 1)):
+        settings = {"corrections": inner, "clamp": False, "derivative": "difference"}
         order = an_order(recipe=recipe, size=4 * patch.side_px, sampler=settings)
         worker = Worker(oracle.bundle(patch), GaussianDenoiser(0.0, variance))
         made, latents = finished_latents(joint.plan(order, patch), worker.answer)
@@ -117,7 +117,7 @@ def test_the_constraint_lowers_the_cross_scale_error(recipe, variance, falls):
 
 def test_unconstrained_joint_sampling_equals_independent_windows():
     """Law 3: without corrections a window does not know that there is a guide."""
-    order = an_order(sampler={"inner": 0, "steps": 5})
+    order = an_order(sampler={"corrections": 0, "steps": 5})
     worker = Worker(oracle.bundle(), GaussianDenoiser(0.0, 1.0))
     _, latents = finished_latents(joint.plan(order, PATCH), worker.answer)
     task = Windows(order, 0, ((0, 3),) * 8, 0, 5, None)
@@ -147,7 +147,7 @@ def test_guide_first_equals_algorithm_s2_step_by_step(tiny_bundle, recipe, deriv
     from raylarge.resample import downsample, upsample
 
     bundle = load(tiny_bundle)
-    settings = {"steps": 4, "inner": 2, "derivative": derivative, "guidance": 2.0}
+    settings = {"steps": 4, "corrections": 2, "derivative": derivative, "guidance": 2.0}
     order = orders.parse(
         {
             "size": 128,
@@ -166,7 +166,7 @@ def test_guide_first_equals_algorithm_s2_step_by_step(tiny_bundle, recipe, deriv
     enc, dec = bundle.vae.encode, bundle.vae.decode
 
     def unit(v):
-        return v / v.abs().amax(dim=(1, 2, 3), keepdim=True) if sampler.unit else v
+        return v / v.abs().amax(dim=(1, 2, 3), keepdim=True) if sampler.normalize else v
 
     def along(f, at, v):
         if derivative == "difference":
@@ -193,11 +193,11 @@ def test_guide_first_equals_algorithm_s2_step_by_step(tiny_bundle, recipe, deriv
             parts = torch.stack(
                 [y[:, r * half : (r + 1) * half, k * half : (k + 1) * half] for r, k in cells]
             )
-            for _ in range(sampler.inner):
+            for _ in range(sampler.corrections):
                 image = dec(f(z))
                 e_img = unit(upsample(parts - downsample(image, 2), 2))
                 e = unit(along(enc, image, e_img))
-                z = z + sampler.rate * unit(along(f, z, e))
+                z = z + sampler.correction_lr * unit(along(f, z, e))
             sigma = (
                 sampler.eta
                 * ((1 - step.abar_prev) / (1 - step.abar) * (1 - step.abar / step.abar_prev)) ** 0.5
@@ -227,7 +227,7 @@ def test_each_condition_lands_at_its_own_row_and_column(tiny_bundle):
     sides = {}
     for name, embeddings in (("before", grid), ("after", changed)):
         condition = dataclasses.asdict(orders.Condition.of(embeddings))
-        settings = {"steps": 3, "inner": 0}
+        settings = {"steps": 3, "corrections": 0}
         order = orders.parse(
             {"size": "128x256", "batch": 4, "sampler": settings, "condition": condition}
         )

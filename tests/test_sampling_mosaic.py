@@ -25,7 +25,7 @@ from raylarge.sampling.plan import Memory, run
 from raylarge.sampling.tasks import Mosaic, Parts, Windows
 
 PATCH = oracle.PATCH
-PLAIN = {"unit": False, "clamp": False}
+PLAIN = {"normalize": False, "clamp": False}
 
 
 def an_order(**values):
@@ -57,7 +57,7 @@ def latent_of(order, worker):
 def test_it_equals_its_text_on_the_whole_canvas(recipe, size):
     """A of one image in float64, no windows, no rows, no shares."""
     mean, variance = 0.2, 0.7
-    order = an_order(recipe=recipe, size=size, sampler={**PLAIN, "steps": 6, "inner": 2})
+    order = an_order(recipe=recipe, size=size, sampler={**PLAIN, "steps": 6, "corrections": 2})
     latent, made = latent_of(order, Worker(oracle.bundle(), GaussianDenoiser(mean, variance)))
     got = oracle.Unshuffle().decode(latent[None])[0]
 
@@ -88,9 +88,9 @@ def test_it_equals_its_text_on_the_whole_canvas(recipe, size):
             return step.abar_prev**0.5 * x_0(z) + rest * eps + sigma * noise
 
         y = x_0(guide)[:, : height // 4, : width // 4]
-        for _ in range(sampler.inner):
+        for _ in range(sampler.corrections):
             error = y - down @ x_0(x) @ across.mT
-            x = x + sampler.rate * gain * 16 * (down.mT @ error @ across)
+            x = x + sampler.correction_lr * gain * 16 * (down.mT @ error @ across)
         x, guide = (
             stepped(x, pixels(0, i + 1, *windows)),
             stepped(guide, pixels(2, i + 1, 1, 1)),
@@ -102,7 +102,7 @@ def test_it_equals_its_text_on_the_whole_canvas(recipe, size):
 def test_with_a_network_it_equals_algorithm_s2_with_one_mosaic(tiny_bundle):
     """The literal loop: every window advances together, A acts on all of them arranged."""
     bundle = load(tiny_bundle)
-    order = an_order(size=128, batch=2, sampler={"steps": 3, "inner": 2})
+    order = an_order(size=128, batch=2, sampler={"steps": 3, "corrections": 2})
     got, made = latent_of(order, Worker(bundle))
     side, cells, sampler = bundle.patch.side_px, [(0, 0), (0, 1), (1, 0), (1, 1)], order.sampler
     enc, dec, null = bundle.vae.encode, bundle.vae.decode, bundle.summarizer.null(4)
@@ -123,10 +123,10 @@ def test_with_a_network_it_equals_algorithm_s2_with_one_mosaic(tiny_bundle):
         denoise = bundle.denoiser()
         for i, step in enumerate(bundle.schedule.steps(sampler.steps)):
             f = lambda v, t=step.t: denoise(v, t, null)  # noqa: E731
-            for _ in range(sampler.inner):
+            for _ in range(sampler.corrections):
                 image = dec(f(z))
                 e_img = cut(upsample(made.frames[i] - downsample(arranged(image), 2), 2))
-                z = z + sampler.rate * along(f, z, along(enc, image, e_img))
+                z = z + sampler.correction_lr * along(f, z, along(enc, image, e_img))
             x_0 = f(z)
             eps = (z - step.abar**0.5 * x_0) / (1 - step.abar) ** 0.5
             z = step.abar_prev**0.5 * x_0 + (1 - step.abar_prev) ** 0.5 * eps
@@ -156,7 +156,7 @@ def test_a_super_resolved_image_may_follow_the_mosaic_too():
     small = np.random.default_rng(0).integers(60, 190, (24, 32, 3)).astype(np.uint8)
     source = Source(image=base64.b64encode(images.png_bytes(small)).decode(), octaves=2)
     order = dataclasses.replace(
-        an_order(size="96x128", algorithm="superres", sampler={"steps": 20, "inner": 4}),
+        an_order(size="96x128", algorithm="superres", sampler={"steps": 20, "corrections": 4}),
         source=source,
     )
     latent, _ = latent_of(order, Worker(oracle.bundle(), GaussianDenoiser(0.0, 1.0)))
@@ -184,7 +184,7 @@ def test_shares_add_up_to_the_downsampled_mosaic(small):
 def test_rows_in_any_order_and_after_a_kill_give_the_same_bytes(tiny_bundle):
     """Law 4: replies in random order, and a plan restored half-way."""
     worker = Worker(load(tiny_bundle))
-    order = an_order(size="192x128", batch=2, sampler={"steps": 2, "inner": 2})
+    order = an_order(size="192x128", batch=2, sampler={"steps": 2, "corrections": 2})
     first = run(joint.plan(order, worker.bundle.patch), worker.answer).image
     plan, random = joint.plan(order, worker.bundle.patch), np.random.default_rng(3)
     waiting = list(plan.ready())

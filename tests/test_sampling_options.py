@@ -84,7 +84,7 @@ def test_correcting_in_every_third_step_leaves_the_others_alone():
     variance, patch = 0.5, oracle.PATCH
     denoiser = GaussianDenoiser(0.0, variance)
     order = orders.parse(
-        {"size": 128, "batch": 1, "sampler": {"steps": 7, "every": 3, "clamp": False}}
+        {"size": 128, "batch": 1, "sampler": {"steps": 7, "correct_every": 3, "clamp": False}}
     )
     y = torch.randn(1, 3, 8, 8)
     networks = trajectory.Networks(denoiser, oracle.Unshuffle(), patch)
@@ -93,7 +93,7 @@ def test_correcting_in_every_third_step_leaves_the_others_alone():
     got = trajectory.windows(networks, task, tokens, lambda i: asked.append(i) or y, None)
     assert asked == [0, 3, 6]
     start = trajectory.Walk(networks, order, 0, ((1, 2),), tokens).start()
-    always = dataclasses.replace(order.sampler, every=1)
+    always = dataclasses.replace(order.sampler, correct_every=1)
     x = start
     for i, step in enumerate(denoiser.schedule.steps(7)):
         if i % 3 == 0:
@@ -109,11 +109,11 @@ def test_the_small_autoencoder_corrects_and_the_large_one_decodes(bundle):
     torch.manual_seed(1)
     other = dataclasses.replace(bundle, vae_small=Autoencoder(LightAutoencoder(width=8, blocks=1)))
     large = image_of(bundle, sampler=QUICK)
-    small = {**QUICK, "small": True}
+    small = {**QUICK, "small_autoencoder": True}
     assert np.array_equal(image_of(same, sampler=small), large)
     assert not np.array_equal(image_of(other, sampler=small), large)
-    free = image_of(bundle, sampler={**QUICK, "inner": 0})
-    assert np.array_equal(image_of(other, sampler={**small, "inner": 0}), free)
+    free = image_of(bundle, sampler={**QUICK, "corrections": 0})
+    assert np.array_equal(image_of(other, sampler={**small, "corrections": 0}), free)
 
 
 def test_a_bundle_carries_its_small_autoencoder(tiny_bundle, tmp_path):
@@ -121,7 +121,7 @@ def test_a_bundle_carries_its_small_autoencoder(tiny_bundle, tmp_path):
 
     folder = str(tmp_path / "b")
     shutil.copytree(tiny_bundle, folder)
-    asked = orders.parse({"size": 128, "sampler": {"small": True}})
+    asked = orders.parse({"size": 128, "sampler": {"small_autoencoder": True}})
     with pytest.raises(UserError, match="the bundle has no vae_small"):
         Facts.read(folder).check(asked)
     bundles.save(folder, {"vae_small": LightAutoencoder(width=8, blocks=1)}, {})

@@ -111,7 +111,7 @@ def test_seam_removal_is_the_published_one(parity, monkeypatch):
             "size": 512,
             "refine": True,
             "condition": condition,
-            "sampler": {"guidance": standard_guidance(2.0), "steps": 1, "inner": 0},
+            "sampler": {"guidance": standard_guidance(2.0), "steps": 1, "corrections": 0},
         }
     )
 
@@ -183,7 +183,7 @@ def test_closed_form_and_the_patches_of_joint_sampling():
     worker = Worker(oracle.bundle(), GaussianDenoiser(0.1, 0.25))
     order = an_order(size=64)
     image = run(joint.plan(order, PATCH), worker.answer).image
-    plain = orders.parse({"size": 64, "sampler": {"steps": 5, "inner": 0}})
+    plain = orders.parse({"size": 64, "sampler": {"steps": 5, "corrections": 0}})
     apart = run(joint.plan(plain, PATCH), worker.answer).image
     assert np.abs(image.astype(int) - apart).max() <= 1
     latent = settled(joint.plan(order, PATCH), worker.answer)

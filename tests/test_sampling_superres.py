@@ -24,8 +24,8 @@ CODEC = oracle.Unshuffle()
 
 
 def an_order(recipe="paper", **sampler):
-    settings = {**superres.SETTINGS[recipe], "derivative": "difference", **sampler}
-    return orders.parse({"seed": 5, "batch": 4, "sampler": settings})
+    values = {"algorithm": "superres", "recipe": recipe, "seed": 5, "batch": 4}
+    return orders.parse({**values, "sampler": {"derivative": "difference", **sampler}})
 
 
 def a_task(order, cells, levels, first=0, last=None):
@@ -92,7 +92,7 @@ def test_the_result_made_small_is_the_given_image(recipe, variance, falls, level
     q = PATCH.side_px >> levels
     y = low_resolution((2 * q, q), variance)
     order = an_order(recipe)
-    free = super_resolve(an_order(recipe, inner=0), y, levels, variance)
+    free = super_resolve(an_order(recipe, corrections=0), y, levels, variance)
     image = super_resolve(order, y, levels, variance)
     assert image.shape == (3, 2 * PATCH.side_px, PATCH.side_px)
     assert error(free, y) > 0.9
@@ -143,7 +143,7 @@ def test_it_is_joint_sampling_under_frames_that_all_equal_y(tiny_bundle, recipe)
     bundle = load(tiny_bundle)
     networks = trajectory.Networks(guided(bundle.denoiser(), 2.0), bundle.vae, bundle.patch)
     y = low_resolution((64, 64), 0.25)
-    order = an_order(recipe, steps=4, inner=2, clamp=False, derivative="jvp")
+    order = an_order(recipe, steps=4, corrections=2, clamp=False, derivative="jvp")
     task = a_task(order, [(0, 1), (1, 0)], 1)
     tokens = bundle.summarizer(torch.randn(2, 8, 1, 1), torch.zeros(2, dtype=torch.long)).detach()
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_backpropagation_has_the_direction_of_the_correction(side, derivative):
         return denoiser(x, 300, x.new_zeros(len(x), 1, 1))
 
     plain = orders.Sampler(derivative=derivative)
-    unit = dataclasses.replace(plain, unit=True)
+    unit = dataclasses.replace(plain, normalize=True)
     with torch.no_grad():
         by_s1 = correct_by_backprop(x_t, x_0, CODEC, y, plain) - x_t
         by_s2 = correct(x_t, x_0, CODEC, y, plain) - x_t
@@ -214,7 +214,7 @@ def test_backpropagation_through_a_network(tiny_bundle):
     vae = load(tiny_bundle).vae
     x_t, y = torch.randn(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
     x_0 = torch.nn.Identity()
-    sampler = orders.Sampler(rate=0.05, unit=True)
+    sampler = orders.Sampler(correction_lr=0.05, normalize=True)
     found = correct_by_backprop(x_t, x_0, vae, y, sampler).detach()
     alone = correct_by_backprop(x_t[1:], x_0, vae, y[1:], sampler).detach()
     assert (found[1:] - alone).abs().max() < 1e-5
@@ -262,4 +262,9 @@ def test_the_baseline_listens_to_its_own_block(tiny_bundle):
 def test_the_released_settings():
     sampler = an_order("released").sampler
     assert [step.t for step in Schedule().steps(sampler.steps)][:2] == [951, 901]
-    assert (sampler.guidance, sampler.inner, sampler.rate, sampler.unit) == (3.0, 5, 0.5, True)
+    assert (sampler.guidance, sampler.corrections, sampler.correction_lr, sampler.normalize) == (
+        3.0,
+        5,
+        0.5,
+        True,
+    )

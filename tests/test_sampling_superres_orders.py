@@ -50,7 +50,7 @@ def test_an_order_makes_an_uploaded_image_larger():
     small = downsample(torch.from_numpy(image / 127.5 - 1).float().permute(2, 0, 1), 2)
     away = float((small - y).norm() / (y - y.mean()).norm())
     assert away < 0.35
-    assert order.brief().source.image == ""
+    assert order.without_payload().source.image == ""
 
 
 def test_inferred_embeddings_condition_each_window_at_its_place(tiny_bundle):
@@ -69,7 +69,7 @@ def test_inferred_embeddings_condition_each_window_at_its_place(tiny_bundle):
             "algorithm": "superres",
             "source": {"image": data, "octaves": 1},
             "condition": {"kind": "inverted"},
-            "sampler": {"steps": 1, "inner": 1, "derivative": "difference"},
+            "sampler": {"steps": 1, "corrections": 1, "derivative": "difference"},
             "batch": 8,
         }
     )

@@ -68,8 +68,8 @@ class Facts:
             )
         if order.source.control and not self.controlnet:
             raise UserError("source.control: the bundle has no ControlNet; leave it out.")
-        if order.sampler.small and not self.small:
-            raise UserError("sampler.small: the bundle has no vae_small; leave it out.")
+        if order.sampler.small_autoencoder and not self.small:
+            raise UserError("sampler.small_autoencoder: the bundle has no vae_small; leave it out.")
 
     @classmethod
     def of(cls, bundle: Bundle) -> Facts:

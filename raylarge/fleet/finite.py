@@ -32,8 +32,9 @@ def check_reply(task: Task, reply: Any) -> None:
     sampler = task.order.sampler
     raise UserError(
         f"{described(task)} hold NaN or infinite values, so no image is written; lower "
-        f"order.sampler.guidance={sampler.guidance:g} or order.sampler.rate={sampler.rate:g}, "
-        f"compute in dtype=float32, or look whether the bundle's training diverged."
+        f"order.sampler.guidance={sampler.guidance:g} or "
+        f"order.sampler.correction_lr={sampler.correction_lr:g}, compute in "
+        "dtype=float32, or look whether the bundle's training diverged."
     )
 
 

@@ -195,7 +195,7 @@ class Worker:
         sampler, bundle = order.sampler, self.bundle
         w = 1.0 if torch.equal(tokens, null.expand_as(tokens)) else sampler.guidance
         denoiser = guided(denoiser or self._denoiser, w, null, sampler.interval)
-        small = bundle.vae_small if sampler.small else None
+        small = bundle.vae_small if sampler.small_autoencoder else None
         return trajectory.Networks(denoiser, self._codec, bundle.patch, small)
 
 

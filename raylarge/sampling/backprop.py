@@ -7,7 +7,7 @@ Algorithm S1 (ZoomLDM supplement, of Graikos et al. 2023), per correction:
 As printed it ascends the error; this descends. With an orthogonal decoder (whose derivative's
 transpose is the encoder's) e is 2 / s^2 times that of `constraint.correct`, s the downsampling
 factor: U = s^2 A^T, and the square's 2 is kept here. Divided by its largest magnitude
-(`sampler.unit`) it is the same. It keeps a whole decoder's activations in memory.
+(`sampler.normalize`) it is the same. It keeps a whole decoder's activations in memory.
 """
 
 from __future__ import annotations
@@ -40,4 +40,4 @@ def correct_by_backprop(
         image = autoencoder.decode(estimate)
         error = downsample(image, image.shape[-1] // y.shape[-1]) - y
         (gradient,) = torch.autograd.grad(error.square().sum(), estimate)
-    return x_t + sampler.rate * scaled(along(scaled(-gradient, sampler)), sampler)
+    return x_t + sampler.correction_lr * scaled(along(scaled(-gradient, sampler)), sampler)

@@ -33,7 +33,7 @@ def differentiated(f: Function, at: Tensor, sampler: Sampler) -> tuple[Tensor, F
     if sampler.derivative == "jvp":
         return linearize(f, at)
     value = f(at)
-    return value, lambda v: (f(at + sampler.step * v) - value) / sampler.step
+    return value, lambda v: (f(at + sampler.fd_epsilon * v) - value) / sampler.fd_epsilon
 
 
 def correct(
@@ -54,7 +54,7 @@ def correct(
     factor = image.shape[-1] // y.shape[-1]
     e_img = upsample(y - downsample(image, factor), factor)
     e = encoded(autoencoder, image, e_img, sampler)
-    return x_t + sampler.rate * scaled(along(e), sampler)
+    return x_t + sampler.correction_lr * scaled(along(e), sampler)
 
 
 def encoded(
@@ -70,6 +70,6 @@ def encoded(
 
 def scaled(direction: Tensor, sampler: Sampler) -> Tensor:
     """The direction divided by its largest magnitude per window, if the recipe says so."""
-    if not sampler.unit:
+    if not sampler.normalize:
         return direction
     return direction / direction.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)

@@ -31,7 +31,7 @@ def grids(order: Order, top: int, guided: bool) -> list[Request]:
         found.append(Request("imagined", Imagine(order)))
     if "inverted" in kinds:
         source = "guide" if guided else "given"
-        found.append(Request("inverted", Invert(order.brief(), top), (source,)))
+        found.append(Request("inverted", Invert(order.without_payload(), top), (source,)))
     return found
 
 
@@ -40,10 +40,10 @@ def draw(
 ) -> Request:
     """Tokens of windows; under a guide, such as `condition.fine` says."""
     kind = order.condition.fine_kind if guided else order.condition.kind
-    task = Draw(bulky(order), kind, scale, windows)
+    task = Draw(with_payload(order), kind, scale, windows)
     return Request(id, task, (GRIDS[kind],) if kind in GRIDS else ())
 
 
-def bulky(order: Order) -> Order:
+def with_payload(order: Order) -> Order:
     """The order as those need it who draw: with its embeddings, if that is its condition."""
-    return order if order.condition.kind == "embeddings" else order.brief()
+    return order if order.condition.kind == "embeddings" else order.without_payload()

@@ -82,7 +82,7 @@ def large(order: Order, patch: Patch) -> Plan:
     if below:
         requests += [
             draws.draw("draw/guide", order, top, ((0, 0),), guided=False),
-            Request("guide", Guide(order.brief(), top), ("draw/guide",)),
+            Request("guide", Guide(order.without_payload(), top), ("draw/guide",)),
         ]
     if below and order.sampler.mosaic:
         more, layout = mosaic.requests(order, patch, top, "guide")
@@ -146,7 +146,7 @@ def _decoded(
     for top, bottom in spans(order.size[0], height):
         begin = touching(order.size[0], side, side // 4, top, bottom)
         names, groups, rows = reach(begin[0] // side, -(-(begin[-1] + side) // side))
-        task = Decode(order.brief(), groups, top, bottom, rows)
+        task = Decode(order.without_payload(), groups, top, bottom, rows)
         bands.append(Request(f"decode/{top}", task, names))
     results = [band.id for band in bands] + (["guide"] if guided else [])
 
@@ -163,7 +163,9 @@ def patches(order: Order, patch: Patch) -> Plan:
     level = Level(order, patch, order.scale, None, cells)
     requests, results = level.requests(traced=False), []
     for b in range(len(level.groups)):
-        requests.append(Request(f"decode/{b}", DecodeEach(order.brief()), (level.last(b),)))
+        requests.append(
+            Request(f"decode/{b}", DecodeEach(order.without_payload()), (level.last(b),))
+        )
         results.append(f"decode/{b}")
 
     def finish(kept: list[Any], open_: Callable[[Any], Any]) -> np.ndarray:
@@ -246,7 +248,7 @@ class Level:
             for first, last in self._chunks():
                 above, frames_from = self._frames(group, first)
                 chunk = Windows(
-                    self.order.brief(),
+                    self.order.without_payload(),
                     self.scale,
                     group,
                     first,

@@ -78,12 +78,12 @@ def requests(
         source: the request that gives it.
     """
     found, layout, sampler = [], Layout.of(order, patch, guided_by), order.sampler
-    looks, given = sampler.steps * sampler.inner, source == "given"
+    looks, given = sampler.steps * sampler.corrections, source == "given"
     for r in range(layout.rows):
         near = layout.neighbours(r)
         found.append(draw(f"draw/{r}", order, order.scale, layout.windows(r), guided=not given))
         for look in range(looks + 1):
-            task = Mosaic(order.brief(), order.scale, r, look, guided_by, near, given)
+            task = Mosaic(order.without_payload(), order.scale, r, look, guided_by, near, given)
             needs: tuple[str, ...] = (f"draw/{r}", source)
             if look:
                 before = f"look/{look - 1}"
@@ -135,7 +135,7 @@ class _Row:
     @property
     def corrected(self) -> int:
         """The step whose correction this request ends, from the second look on."""
-        return (self.task.look - 1) // self.sampler.inner
+        return (self.task.look - 1) // self.sampler.corrections
 
     def moved(
         self,
@@ -149,7 +149,7 @@ class _Row:
         Args:
             before: their latents, images and e_img; nothing at the first look.
         """
-        task, inner, codec = self.task, self.sampler.inner, self.networks.correcting
+        task, inner, codec = self.task, self.sampler.corrections, self.networks.correcting
         cells = [self.layout.windows(task.row)[i] for i in here]
         walk = Walk(self.networks, task.order, task.scale, cells, tokens)
         estimate = bind_context(self.networks.denoiser, tokens)
@@ -160,7 +160,7 @@ class _Row:
             step = self.steps[self.corrected]
             e = encoded(codec, images, e_img.to(images), self.sampler)
             g = differentiated(partial(estimate, t=step.t), x_t, self.sampler)[1](e)
-            x_t = x_t + self.sampler.rate * scaled(g, self.sampler)
+            x_t = x_t + self.sampler.correction_lr * scaled(g, self.sampler)
             if task.look % inner == 0:
                 x_t = walk.down(self.corrected, step, x_t, estimate(x_t, step.t))
         if task.look < inner * len(self.steps):

@@ -106,10 +106,10 @@ def _(task: Windows, order: Order, patch: Patch) -> CallCounts:
     guided, again = task.guided_by is not None, sampler.solver == "plms"
     kind = order.condition.fine_kind if guided and not task.given else order.condition.kind
     steered = task.given and order.source.control  # a ControlNet in place of the corrections
-    inner = sampler.inner if guided and not steered else 0
+    inner = sampler.corrections if guided and not steered else 0
     found = CallCounts(decode=n * (task.last - task.first) if task.traced else 0)
     for i, t in enumerate(_timesteps(order, task.first, task.last), start=task.first):
-        corrections = inner if i % sampler.every == 0 else 0
+        corrections = inner if i % sampler.correct_every == 0 else 0
         unet = passes(order, kind, t) * n * (1 + 2 * corrections)
         if again and i == 0:  # plms begins with a step of Heun's
             unet += n * passes(order, kind, [*_timesteps(order, 0, sampler.steps), 0][1])
@@ -123,7 +123,7 @@ def _(task: Mosaic, order: Order, patch: Patch) -> CallCounts:
     columns = Layout.of(order, patch, task.guided_by).columns
     n = sum(map(len, batches(columns, min(columns, order.batch))))
     kind = order.condition.kind if task.given else order.condition.fine_kind
-    inner, steps = order.sampler.inner, order.sampler.steps
+    inner, steps = order.sampler.corrections, order.sampler.steps
     times = _timesteps(order, 0, steps)
     found = CallCounts()
     if task.look:
@@ -139,8 +139,12 @@ def _(task: Mosaic, order: Order, patch: Patch) -> CallCounts:
 def _corrected(order: Order, n: int) -> CallCounts:
     """The autoencoder's share in n corrections: a decode, and the encoder's derivative."""
     if order.sampler.correction == "backprop":
-        return CallCounts(small_decode=2 * n) if order.sampler.small else CallCounts(decode=2 * n)
-    if order.sampler.small:
+        return (
+            CallCounts(small_decode=2 * n)
+            if order.sampler.small_autoencoder
+            else CallCounts(decode=2 * n)
+        )
+    if order.sampler.small_autoencoder:
         return CallCounts(small_decode=n, small_encode=2 * n)
     return CallCounts(decode=n, encode=2 * n)
 

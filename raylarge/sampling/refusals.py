@@ -155,12 +155,12 @@ def _check_constraint(order: Order, patch: Patch) -> None:
     if not sampler.mosaic or order.count or order.algorithm == "strided":
         return
     levels = 2 if order.algorithm == "superres" else len(order.levels_of(patch))
-    more = sampler.every > 1 or order.source.control or order.refine
+    more = sampler.correct_every > 1 or order.source.control or order.refine
     if sampler.correction != "encoder" or more or levels > 2:
         raise UserError(
             "sampler.constraint mosaic is for two scales under sampler.correction encoder: leave "
-            "out levels, refine, source.control, sampler.every and correction=backprop, or choose "
-            "window."
+            "out levels, refine, source.control, sampler.correct_every and correction=backprop, or "
+            "choose window."
         )
 
 

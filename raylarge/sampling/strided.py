@@ -57,7 +57,7 @@ def canvas(order: Order, patch: Patch, start: Start | None = None) -> tuple[list
     height, width = (length // patch.factor for length in order.size)
     stride = side // (4 if refine else order.strided.share)
     count, steps = -(-height // side), REFINE_STEPS if refine else order.sampler.steps
-    columns, brief = origins(width, side, stride), order.brief()
+    columns, brief = origins(width, side, stride), order.without_payload()
     kind = order.condition.kind
     vectors, grid = kind in ("embeddings", "prior"), ("imagined",) if kind == "prior" else ()
     requests = []

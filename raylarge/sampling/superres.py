@@ -11,8 +11,6 @@ tokens of each window at its row and column. Source: ZoomLDM, section 4.4.
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,17 +18,9 @@ from raylarge.errors import UserError
 from raylarge.geometry import Patch
 from raylarge.models.bundle import Bundle
 from raylarge.models.controlnet import Controlled, lift
-from raylarge.order import RECIPES
 from raylarge.sampling.canvas import gather
 from raylarge.sampling.tasks import Windows
 from raylarge.sampling.trajectory import Wanted
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "paper": RECIPES["paper"],
-    "released": {**RECIPES["released"], "inner": 5, "rate": 0.5},
-}
-"""The sampler's settings by recipe. `released`: stride 50 (20 steps), guidance 2 (3 in our form),
-5 corrections of rate .5 divided by their largest magnitudes."""
 
 
 def layout(size: tuple[int, int], levels: int, patch: Patch) -> tuple[int, int]:

@@ -90,9 +90,9 @@ def windows(
     steps = schedule.steps(sampler.steps)
     for i in range(task.first, task.last):
         x_0 = partial(estimate, t=steps[i].t)
-        if wanted is not None and i % sampler.every == 0:
+        if wanted is not None and i % sampler.correct_every == 0:
             y = wanted(i).to(x_t)
-            for _ in range(sampler.inner):
+            for _ in range(sampler.corrections):
                 x_t = correction(x_t, x_0, networks.correcting, y, sampler)
         clean = x_0(x_t)
         if task.traced:

@@ -169,7 +169,7 @@ class Desk:
             "windows": windows,
             "batch": order.batch,
             "passes": max(
-                sampler.steps * (1 + sampler.inner),
+                sampler.steps * (1 + sampler.corrections),
                 order.condition.iterations,
                 order.condition.prior_steps,
             ),
