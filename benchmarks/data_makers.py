@@ -26,12 +26,12 @@ import pyarrow as pa
 import torch
 
 from benchmarks.data_slides import PATCH_PX, Slides
+from raylarge.compute.session import session
 from raylarge.data import embed, parts, tile
 from raylarge.data.candidates import TileConfig
 from raylarge.data.embed import EmbedConfig, EmbedStage
 from raylarge.data.parts import Facts, PartBuilder
 from raylarge.data.pipeline import ExecutorConfig, Unit
-from raylarge.fleet.session import session
 
 
 @dataclass(frozen=True)

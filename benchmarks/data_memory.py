@@ -23,9 +23,9 @@ from benchmarks.data_slides import PATCH_PX, Slides
 from benchmarks.data_speed import ENCODER, Measure
 from benchmarks.memory import Peaks
 from benchmarks.page import Section
+from raylarge.compute.session import session
 from raylarge.config import build
 from raylarge.data.prepare import Prepare, prepare
-from raylarge.fleet.session import session
 from raylarge.report import Report
 
 GOAL = 1.1

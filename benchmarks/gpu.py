@@ -32,13 +32,14 @@ from raylarge import report
 from raylarge.config import parse
 from raylarge.diffusion.linearize import linearize
 from raylarge.errors import UserError
-from raylarge.fleet.worker import Worker
 from raylarge.models import cost
 from raylarge.models.bundle import Bundle
 from raylarge.order import Condition, Order
-from raylarge.sampling import joint, price
+from raylarge.sampling import joint
+from raylarge.sampling.cost import count_calls
 from raylarge.sampling.plan import run
 from raylarge.sampling.tasks import Task
+from raylarge.workers.worker import Worker
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -259,7 +260,7 @@ _NOTE = (
 
 def _carried_out(card: Card, bundle: Bundle, order: Order, costs: cost.CallFlops) -> list[str]:
     """One order: seconds, rate, floor, shares and peak memory."""
-    plan, phases = joint.plan(order, bundle.patch), {"Draw": 0.0}
+    plan, phases = joint.plan(order, bundle.patch), {"EncodeContext": 0.0}
     worker = Worker(bundle)
 
     def answer(task: Task, *inputs: Any) -> Any:
@@ -270,12 +271,12 @@ def _carried_out(card: Card, bundle: Bundle, order: Order, costs: cost.CallFlops
         return reply
 
     seconds, peak = card.once(lambda: run(plan, answer))
-    counts = price.counts(plan, order, bundle.patch)
+    counts = count_calls(plan, order, bundle.patch)
     flops, floor = cost.total_flops(counts, costs), cost.total_flops(counts, costs) / card.rate
-    share = counts.unet * costs.unet / flops
+    share, context = counts.unet * costs.unet / flops, phases["EncodeContext"] / seconds
     return [
         f"{seconds:.2f}", f"{flops / seconds / 1e12:.2f}", f"{floor:.2f}", f"{seconds / floor:.2f}",
-        f"{share:.0%}", f"{1 - share:.0%}", f"{phases['Draw'] / seconds:.0%}", f"{peak:.2f}",
+        f"{share:.0%}", f"{1 - share:.0%}", f"{context:.0%}", f"{peak:.2f}",
     ]  # fmt: skip
 
 

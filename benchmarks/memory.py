@@ -22,13 +22,13 @@ import torch
 from benchmarks.bundles import oracle
 from benchmarks.page import Section
 from raylarge import order as orders
-from raylarge.fleet import result
-from raylarge.fleet.facts import Facts
-from raylarge.fleet.ledger import Ledger
-from raylarge.fleet.worker import Worker
+from raylarge.execution import result
+from raylarge.execution.reply_store import ReplyStore
 from raylarge.models.denoiser import GaussianDenoiser
 from raylarge.sampling import joint
+from raylarge.sampling.bundle_facts import BundleFacts
 from raylarge.sampling.plan import run
+from raylarge.workers.worker import Worker
 
 GOAL = 1.3
 """Times the memory of the first size that the last may take."""
@@ -96,17 +96,17 @@ class Peaks:
         return reply
 
 
-class Watched(Ledger):
+class Watched(ReplyStore):
     """A ledger whose reading and writing are phases."""
 
     peaks: Peaks
 
     def keep(self, name: str, reply: Any) -> Any:
-        """As of `Ledger`."""
+        """As of `ReplyStore`."""
         return self.peaks.during("ledger", super().keep, name, reply)
 
     def open(self, kept: Any) -> Any:
-        """As of `Ledger`."""
+        """As of `ReplyStore`."""
         return self.peaks.during("ledger", super().open, kept)
 
 
@@ -126,7 +126,7 @@ def carry_out(size: str, steps: int, batch: int, folder: str) -> dict[str, Any]:
         return peaks.during(type(task).__name__.lower(), worker.answer, task, *inputs)
 
     made = run(plan, answer)
-    facts = Facts.of(bundle)
+    facts = BundleFacts.of(bundle)
     peaks.during("write", lambda: result.write(folder, order, facts, made, pyramid=True))
     seconds, count = time.monotonic() - began, len(plan.requests)
     return {"mib": peaks.found, "start": peaks.start, "seconds": seconds, "requests": count}

@@ -23,7 +23,6 @@ from benchmarks.page import Section
 from raylarge import order as orders
 from raylarge import storage
 from raylarge.evaluate.references import ReferenceExample, references
-from raylarge.fleet.worker import Worker
 from raylarge.geometry import windows
 from raylarge.images import to_float
 from raylarge.metrics.consistency import cross_scale_error, window_error
@@ -37,6 +36,7 @@ from raylarge.models.prior import GridPrior
 from raylarge.order import Condition, Order
 from raylarge.sampling import joint
 from raylarge.sampling.plan import run
+from raylarge.workers.worker import Worker
 
 HEADER = (
     "seconds",

@@ -26,16 +26,17 @@ from raylarge import order as orders
 from raylarge import report
 from raylarge.config import parse
 from raylarge.errors import UserError
-from raylarge.fleet.worker import Worker
 from raylarge.geometry import windows
 from raylarge.images import to_float, to_uint8
 from raylarge.metrics.lines import window_lines
 from raylarge.metrics.seams import seam_ratio
 from raylarge.models.bundle import Bundle, load
 from raylarge.order import Condition, Order
-from raylarge.sampling import joint, price
+from raylarge.sampling import joint
+from raylarge.sampling.cost import count_calls, passes
 from raylarge.sampling.plan import run
-from raylarge.sampling.tasks import Task, Windows
+from raylarge.sampling.tasks import DenoiseWindows, Task
+from raylarge.workers.worker import Worker
 
 AGREE = 1e-5
 """Largest difference of latents in float64; the guide's frames travel in float32."""
@@ -155,7 +156,7 @@ def disagreement() -> float:
 
     def answer(task: Task, *inputs: Any) -> Any:
         reply = Worker(bundle).answer(task, *inputs)
-        if isinstance(task, Windows):
+        if isinstance(task, DenoiseWindows):
             found.update(zip(task.windows, reply, strict=True))
         return reply
 
@@ -211,8 +212,8 @@ def strides(config: Bench) -> Section:
         order, sampling = each[share], statistics.median(seconds) - decoding
         length = order.size[0] // bundle.patch.factor
         count = len(windows((length, length), side, side // share))
-        computed = price.counts(joint.plan(order, bundle.patch), order, bundle.patch).unet
-        computed //= steps * price.passes(order, order.condition.kind)
+        computed = count_calls(joint.plan(order, bundle.patch), order, bundle.patch).unet
+        computed //= steps * passes(order, order.condition.kind)
         rates.append(1000 * sampling / steps / computed)
         seam = seam_ratio(images[share], bundle.patch.side_px // share)
         edge = seam_ratio(images[share], bundle.patch.side_px)
@@ -276,7 +277,7 @@ def decoding_seconds(bundle: Bundle, order: Order, pairs: int) -> float:
             nonlocal here
             began = time.perf_counter()
             reply = worker.answer(task, *inputs)
-            here += (type(task).__name__ == "Decode") * (time.perf_counter() - began)
+            here += (type(task).__name__ == "DecodeBand") * (time.perf_counter() - began)
             return reply
 
         run(joint.plan(once, bundle.patch), answer)

@@ -22,16 +22,16 @@ from omegaconf import MISSING
 
 from benchmarks import page
 from raylarge import storage
+from raylarge.compute.config import ComputeConfig
+from raylarge.compute.session import session
 from raylarge.config import parse
-from raylarge.fleet.means import Means
-from raylarge.fleet.session import session
-from raylarge.fleet.worker import Worker
 from raylarge.geometry import Patch
 from raylarge.models import bundle as bundles
 from raylarge.order import Order
 from raylarge.order import parse as parse_order
 from raylarge.sampling import joint
 from raylarge.sampling.plan import arun, run
+from raylarge.workers.worker import Worker
 
 BEFORE = 2
 """What the deployment accepted until November 2026."""
@@ -104,14 +104,14 @@ def measured(config: Bench) -> page.Section:
 
 def served(serve: Any, bundle: str, order: Order, patch: Patch) -> dict[str, Callable[[], Any]]:
     """Return one way per number of requests that a replica accepts, deployed."""
-    from raylarge.fleet.pool import Replicas
     from raylarge.serve.deployments import MAX_ONGOING, WorkerReplica
+    from raylarge.workers.pool import Replicas
 
     def way(most: int) -> Callable[[], Any]:
         deployment = serve.deployment(
             WorkerReplica, name=f"Worker{most}", max_ongoing_requests=most
         )
-        bound = deployment.bind(bundle, Means())
+        bound = deployment.bind(bundle, ComputeConfig())
         handle = serve.run(bound, name=f"accepts-{most}", route_prefix=None)
 
         async def carry_out() -> Any:

@@ -29,9 +29,9 @@ from benchmarks.train_figures import STEP_S
 from benchmarks.train_turns import LOOPS, Found, Way
 from jobs.presets import TRAIN
 from raylarge import report, storage
+from raylarge.compute.session import QUIET, session
 from raylarge.config import build, parse
 from raylarge.errors import UserError
-from raylarge.fleet.session import QUIET, session
 from raylarge.train.launch import Train
 from raylarge.train.tasks import ldm
 

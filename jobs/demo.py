@@ -28,12 +28,11 @@ from jobs.demo_summary import captions, measures, summary
 from jobs.presets import PREPARE, TRAIN
 from raylarge import config as configuration
 from raylarge import images, report, storage
+from raylarge.compute.session import session
 from raylarge.data.prepare import Prepare, prepare
 from raylarge.errors import UserError
 from raylarge.evaluate.conditioning import shuffled_loss
 from raylarge.evaluate.references import ReferenceExample, references
-from raylarge.fleet.session import session
-from raylarge.fleet.worker import Worker
 from raylarge.geometry import guide_scale
 from raylarge.models import bundle as bundles
 from raylarge.order import Condition, parse
@@ -42,6 +41,7 @@ from raylarge.sampling.plan import run
 from raylarge.serve import app
 from raylarge.train.ingest import latents_table
 from raylarge.train.launch import Train, train
+from raylarge.workers.worker import Worker
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ import os
 
 from raylarge import report, storage
 from raylarge.config import parse, require_place
-from raylarge.fleet.sample import Sample, sample
+from raylarge.execution.sample import Sample, sample
 
 
 def main(arguments: list[str]) -> None:

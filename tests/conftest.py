@@ -38,7 +38,7 @@ def tiny_bundle(tmp_path_factory):
 
 @pytest.fixture
 def one_thread():
-    """One torch thread: as many as every worker of the fleet has."""
+    """One torch thread: as many as every worker has."""
     import torch
 
     before = torch.get_num_threads()
@@ -61,9 +61,9 @@ def law_image(tiny_bundle, law_order):
     import torch
 
     from raylarge import order
-    from raylarge.fleet.worker import Worker
     from raylarge.models import bundle
     from raylarge.sampling import joint, plan
+    from raylarge.workers.worker import Worker
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)

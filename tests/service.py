@@ -5,9 +5,9 @@ from pathlib import Path
 
 import httpx
 
-from raylarge.fleet.facts import Facts
+from raylarge.sampling.bundle_facts import BundleFacts
 from raylarge.serve.api import Api
-from raylarge.serve.desk import Desk, Limits
+from raylarge.serve.order_queue import OrderQueue, ServiceLimits
 
 SMALL = {"size": 64, "sampler": {"steps": 1}}
 
@@ -17,12 +17,12 @@ class Service:
 
     def __init__(self, worker, **limits):
         self.worker, self.gate, self.asked = worker, asyncio.Event(), 0
-        self.desk = Desk(self.answer, self.facts, Limits(**limits))
+        self.desk = OrderQueue(self.answer, self.facts, ServiceLimits(**limits))
         transport = httpx.ASGITransport(Api(self.desk).app())
         self.http = httpx.AsyncClient(transport=transport, base_url="http://here")
 
     async def facts(self):
-        return Facts.of(self.worker.bundle)
+        return BundleFacts.of(self.worker.bundle)
 
     async def answer(self, task, *inputs):
         self.asked += 1

@@ -62,7 +62,7 @@ def test_help_holds_the_keys_of_what_is_named(job, words, inside, outside, capsy
     [
         ("raylarge.data.prepare", "Prepare"),
         ("raylarge.train.config", "Train"),
-        ("raylarge.fleet.sample", "Sample"),
+        ("raylarge.execution.sample", "Sample"),
         ("raylarge.data.exchange.h5", "Export"),
         ("raylarge.data.exchange.h5", "Outlines"),
         ("raylarge.data.exchange.h5_embed", "Import"),

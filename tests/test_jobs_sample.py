@@ -235,7 +235,7 @@ def test_an_image_is_made_larger_and_the_price_is_told(tiny_bundle, tmp_path, ca
     assert json.loads(text["Order"])["source"]["image"] == ""
     report = json.loads((tmp_path / "made" / "report.json").read_text())
     assert report["evaluations"]["encode"] == 2 * 8
-    assert report["phases_s"]["windows"] > 0
+    assert report["phases_s"]["DenoiseWindows"] > 0
     assert report["flops"] > 0
     assert report["tflops_reached"] > 0
     assert report["peak_memory_bytes"] > 1 << 20

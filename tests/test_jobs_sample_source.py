@@ -12,11 +12,11 @@ from PIL import Image
 from jobs import sample as job
 from raylarge import images
 from raylarge.errors import UserError
-from raylarge.fleet.facts import Facts
-from raylarge.fleet.worker import Worker
 from raylarge.models import bundle
+from raylarge.sampling.bundle_facts import BundleFacts
 from raylarge.serve.api import Api
-from raylarge.serve.desk import Desk, Limits
+from raylarge.serve.order_queue import OrderQueue, ServiceLimits
+from raylarge.workers.worker import Worker
 
 y, x = np.mgrid[:64, :64]
 GREY = (90 + x + y).astype(np.uint8)
@@ -65,10 +65,10 @@ def test_the_service_refuses_at_once_before_any_worker(tiny_bundle):
         return worker.answer(task, *inputs)
 
     async def facts():
-        return Facts.of(worker.bundle)
+        return BundleFacts.of(worker.bundle)
 
     async def talk():
-        desk = Desk(answer, facts, Limits())
+        desk = OrderQueue(answer, facts, ServiceLimits())
         transport = httpx.ASGITransport(Api(desk).app())
         pictures = {}
         try:

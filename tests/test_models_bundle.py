@@ -14,11 +14,11 @@ from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
 from raylarge import storage
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
-from raylarge.fleet.facts import Facts
 from raylarge.models import autoencoder, bundle, bundle_parts, controlnet
 from raylarge.models.conditioner import Conditioner
 from raylarge.models.prior import GridPrior
 from raylarge.models.summarizer import ConvSummarizer
+from raylarge.sampling.bundle_facts import BundleFacts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,8 +32,8 @@ def test_every_autoencoder_comes_back_and_means_the_same(tmp_path, kind):
     assert latent.shape == (2, *loaded.patch.latent) == (2, 3, 8, 8)
     assert torch.equal(latent, given.encode(image))
     assert torch.equal(loaded.vae.decode(latent), given.decode(latent))
-    assert loaded.patch == bundle.patch_of(folder) == Facts.read(folder).patch
-    assert Facts.of(loaded) == Facts.read(folder)
+    assert loaded.patch == bundle.patch_of(folder) == BundleFacts.read(folder).patch
+    assert BundleFacts.of(loaded) == BundleFacts.read(folder)
     assert bundle.load_autoencoder(folder).digest == bundle.digest(folder, ("vae",))
 
 

@@ -9,8 +9,8 @@ from mutations import Refused, numbers, outcome, pick, texts
 from raylarge import order
 from raylarge.config import parse
 from raylarge.data.prepare import Prepare
-from raylarge.fleet.reference import place_of
-from raylarge.fleet.sample import Sample
+from raylarge.execution.reference import place_of
+from raylarge.execution.sample import Sample
 from raylarge.geometry import Patch
 from raylarge.sampling import joint
 from raylarge.train.config import Train

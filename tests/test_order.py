@@ -9,7 +9,7 @@ import pytest
 from raylarge.errors import UserError
 from raylarge.geometry import Patch, Scale, batches, guide_scale, origins, spans, windows
 from raylarge.order import Condition, parse
-from raylarge.sampling.refusals import check
+from raylarge.sampling.validation import check
 
 PATCH = Patch(side_px=64, factor=4, channels=3, scales=4)
 GRID = np.arange(2 * 3 * 5).reshape(2, 3, 5).astype(np.float16)

@@ -61,7 +61,7 @@ def test_blended_decode_equals_the_published_one_however_it_is_banded(parity, ba
     patch = Patch(side_px=256, factor=4, channels=3, scales=1)
     bands = [
         canvas.decode_band(
-            Stretch(), latent, canvas.Band(top, min(top + band_px, 384), 384), patch, 4
+            Stretch(), latent, canvas.PixelBand(top, min(top + band_px, 384), 384), patch, 4
         )
         for top in range(0, 384, band_px)
     ]
@@ -77,9 +77,9 @@ def test_blended_decode_equals_the_published_one_however_it_is_banded(parity, ba
 def test_bands_agree_to_the_bit():
     latent = torch.randn(3, 96, 64, generator=torch.Generator().manual_seed(0))
     patch = Patch(side_px=64, factor=4, channels=3, scales=1)
-    whole = canvas.decode_band(Stretch(), latent, canvas.Band(0, 384, 384), patch, 4)
+    whole = canvas.decode_band(Stretch(), latent, canvas.PixelBand(0, 384, 384), patch, 4)
     first = canvas.touching(384, 64, 16, 128, 256)[0] // 4
-    band = canvas.Band(128, 256, 384, first)
+    band = canvas.PixelBand(128, 256, 384, first)
     part = canvas.decode_band(Stretch(), latent[:, first:], band, patch, 4)
     assert first > 0
     assert torch.equal(whole[:, 128:256], part)

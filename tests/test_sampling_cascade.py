@@ -12,13 +12,13 @@ from raylarge.diffusion.noise import normal
 from raylarge.diffusion.schedule import Schedule
 from raylarge.diffusion.steps import ddim
 from raylarge.errors import UserError
-from raylarge.fleet.ledger import Ledger
-from raylarge.fleet.worker import Worker
+from raylarge.execution.reply_store import ReplyStore
 from raylarge.models.denoiser import GaussianDenoiser
 from raylarge.resample import downsample, upsample
 from raylarge.sampling import joint
 from raylarge.sampling.plan import run
-from raylarge.sampling.tasks import Windows
+from raylarge.sampling.tasks import DenoiseWindows
+from raylarge.workers.worker import Worker
 
 PATCH, SIDE = oracle.PATCH, oracle.PATCH.side_px
 
@@ -41,7 +41,7 @@ def latents_of(order, worker):
 
     def watched(task, *inputs):
         reply = worker.answer(task, *inputs)
-        if isinstance(task, Windows) and task.last == order.sampler.steps:
+        if isinstance(task, DenoiseWindows) and task.last == order.sampler.steps:
             found = reply.whole if task.traced else reply
             for part in reply.parts if task.traced else ():  # no views of one large storage
                 assert part.untyped_storage().nbytes() == part.nbytes
@@ -120,13 +120,13 @@ def test_law_4_for_levels(worker, tmp_path, seed):
     order = an_order()
     pixels = run(joint.plan(order, PATCH), worker.answer).image
     shuffle, plan, waiting = random.Random(seed), joint.plan(order, PATCH), []
-    assert Ledger(str(tmp_path), order, "b").resume(plan) == 0
+    assert ReplyStore(str(tmp_path), order, "b").resume(plan) == 0
     for _ in range(25):
         waiting += plan.ready()
         shuffle.shuffle(waiting)
         request = waiting.pop()
         plan.feed(request.id, worker.answer(request.task, *plan.inputs(request)))
-    again, ledger = joint.plan(order, PATCH), Ledger(str(tmp_path), order, "b")
+    again, ledger = joint.plan(order, PATCH), ReplyStore(str(tmp_path), order, "b")
     assert ledger.resume(again) == 25
     asked = []
 

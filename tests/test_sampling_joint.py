@@ -11,14 +11,14 @@ from raylarge import order as orders
 from raylarge.diffusion.linearize import linearize
 from raylarge.diffusion.noise import normal
 from raylarge.diffusion.schedule import Schedule
-from raylarge.fleet.worker import Worker
 from raylarge.metrics.consistency import cross_scale_error
 from raylarge.models.denoiser import GaussianDenoiser
 from raylarge.resample import bicubic_matrix
 from raylarge.sampling import joint
 from raylarge.sampling.canvas import scatter
 from raylarge.sampling.plan import run
-from raylarge.sampling.tasks import Decode, Windows
+from raylarge.sampling.tasks import DecodeBand, DenoiseWindows
+from raylarge.workers.worker import Worker
 
 PATCH = oracle.PATCH
 
@@ -29,7 +29,7 @@ def finished_latents(plan, answer):
 
     def watched(task, *inputs):
         reply = answer(task, *inputs)
-        if isinstance(task, Windows) and task.last == task.order.sampler.steps:
+        if isinstance(task, DenoiseWindows) and task.last == task.order.sampler.steps:
             kept.update(zip(task.windows, reply, strict=True))
         return reply
 
@@ -120,7 +120,7 @@ def test_unconstrained_joint_sampling_equals_independent_windows():
     order = an_order(sampler={"corrections": 0, "steps": 5})
     worker = Worker(oracle.bundle(), GaussianDenoiser(0.0, 1.0))
     _, latents = finished_latents(joint.plan(order, PATCH), worker.answer)
-    task = Windows(order, 0, ((0, 3),) * 8, 0, 5, None)
+    task = DenoiseWindows(order, 0, ((0, 3),) * 8, 0, 5, None)
     alone = worker.answer(task, torch.zeros(8, 65, 4))
     assert torch.equal(alone[0], latents[(0, 3)])
 
@@ -247,7 +247,9 @@ def test_a_canvas_need_not_be_square_or_a_power_of_two():
     image, frames = made.image, made.frames
     assert image.shape == (96, 160, 3)
     assert frames.shape[0] == 4
-    bands = [r for r in joint.plan(order, PATCH).requests.values() if isinstance(r.task, Decode)]
+    bands = [
+        r for r in joint.plan(order, PATCH).requests.values() if isinstance(r.task, DecodeBand)
+    ]
     assert [(b.task.top, b.task.bottom) for b in bands] == [(0, 96)]
 
 

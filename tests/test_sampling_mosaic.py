@@ -13,7 +13,6 @@ from raylarge import order as orders
 from raylarge.diffusion.noise import normal
 from raylarge.diffusion.schedule import Schedule
 from raylarge.errors import UserError
-from raylarge.fleet.worker import Worker
 from raylarge.metrics.consistency import cross_scale_error, window_error
 from raylarge.models.bundle import load
 from raylarge.models.denoiser import GaussianDenoiser
@@ -21,8 +20,9 @@ from raylarge.order import Source
 from raylarge.resample import bicubic_matrix, downsample, upsample
 from raylarge.sampling import joint, mosaic
 from raylarge.sampling.canvas import scatter
-from raylarge.sampling.plan import Memory, run
-from raylarge.sampling.tasks import Mosaic, Parts, Windows
+from raylarge.sampling.plan import MemoryStore, run
+from raylarge.sampling.tasks import DenoiseMosaicRow, DenoiseWindows, Parts
+from raylarge.workers.worker import Worker
 
 PATCH = oracle.PATCH
 PLAIN = {"normalize": False, "clamp": False}
@@ -40,9 +40,9 @@ def latent_of(order, worker):
 
     def answer(task, *inputs):
         reply = worker.answer(task, *inputs)
-        if isinstance(task, Windows) and task.last == order.sampler.steps:
+        if isinstance(task, DenoiseWindows) and task.last == order.sampler.steps:
             found.update(zip(task.windows, reply, strict=True))
-        if isinstance(task, Mosaic) and not isinstance(reply, Parts):
+        if isinstance(task, DenoiseMosaicRow) and not isinstance(reply, Parts):
             found.update({(task.row, column): z for column, z in enumerate(reply)})
         return reply
 
@@ -167,7 +167,7 @@ def test_a_super_resolved_image_may_follow_the_mosaic_too():
 @pytest.mark.parametrize("small", [1, 2, 3, 8])
 def test_shares_add_up_to_the_downsampled_mosaic(small):
     """Law 2, row by row, however few small pixels a window has."""
-    layout = mosaic.Layout(rows=6, columns=2, side=8 * small, factor=8)
+    layout = mosaic.MosaicLayout(rows=6, columns=2, side=8 * small, factor=8)
     image = torch.randn(3, 6 * layout.side, 2 * layout.side)
     whole, total = downsample(image, 8), torch.zeros(3, 6 * small, 2 * small)
     for r in range(6):
@@ -192,13 +192,13 @@ def test_rows_in_any_order_and_after_a_kill_give_the_same_bytes(tiny_bundle):
         request = waiting.pop(int(random.integers(len(waiting))))
         plan.feed(request.id, worker.answer(request.task, *plan.inputs(request)))
         waiting += plan.ready()
-        if plan.progress > 0.5 and isinstance(plan.store, Memory):
+        if plan.progress > 0.5 and isinstance(plan.store, MemoryStore):
             plan = joint.plan(order, worker.bundle.patch).restore(plan.snapshot())
             waiting, plan.store = list(plan.ready()), _Other()
     assert np.array_equal(plan.result.image, first)
 
 
-class _Other(Memory):
+class _Other(MemoryStore):
     """A store by another name, so that the plan is restored once."""
 
 

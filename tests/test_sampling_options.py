@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from raylarge import order as orders
+from raylarge.compute.config import ComputeConfig
 from raylarge.diffusion.steps import ddim
 from raylarge.errors import UserError
-from raylarge.fleet.facts import Facts
-from raylarge.fleet.means import Means
-from raylarge.fleet.worker import Worker
 from raylarge.models import bundle as bundles
 from raylarge.models import controlnet
 from raylarge.models.autoencoder import Autoencoder
@@ -21,8 +19,10 @@ from raylarge.models.denoiser import GaussianDenoiser, Guided, NetworkDenoiser, 
 from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.order import Condition
 from raylarge.sampling import joint, trajectory
+from raylarge.sampling.bundle_facts import BundleFacts
 from raylarge.sampling.plan import run
-from raylarge.sampling.tasks import Windows
+from raylarge.sampling.tasks import DenoiseWindows
+from raylarge.workers.worker import Worker
 
 QUICK = {"steps": 2, "derivative": "difference"}
 
@@ -88,11 +88,11 @@ def test_correcting_in_every_third_step_leaves_the_others_alone():
     )
     y = torch.randn(1, 3, 8, 8)
     networks = trajectory.Networks(denoiser, oracle.Unshuffle(), patch)
-    task = Windows(order, 0, ((1, 2),), 0, 7, 2)
+    task = DenoiseWindows(order, 0, ((1, 2),), 0, 7, 2)
     asked, tokens = [], torch.zeros(1, 65, 4)
     got = trajectory.windows(networks, task, tokens, lambda i: asked.append(i) or y, None)
     assert asked == [0, 3, 6]
-    start = trajectory.Walk(networks, order, 0, ((1, 2),), tokens).start()
+    start = trajectory.Stepper(networks, order, 0, ((1, 2),), tokens).start()
     always = dataclasses.replace(order.sampler, correct_every=1)
     x = start
     for i, step in enumerate(denoiser.schedule.steps(7)):
@@ -123,10 +123,10 @@ def test_a_bundle_carries_its_small_autoencoder(tiny_bundle, tmp_path):
     shutil.copytree(tiny_bundle, folder)
     asked = orders.parse({"size": 128, "sampler": {"small_autoencoder": True}})
     with pytest.raises(UserError, match="the bundle has no vae_small"):
-        Facts.read(folder).check(asked)
+        BundleFacts.read(folder).check(asked)
     bundles.save(folder, {"vae_small": LightAutoencoder(width=8, blocks=1)}, {})
-    Facts.read(folder).check(asked)
-    assert Facts.of(bundles.load(folder)) == Facts.read(folder)
+    BundleFacts.read(folder).check(asked)
+    assert BundleFacts.of(bundles.load(folder)) == BundleFacts.read(folder)
     bundles.save(folder, {"vae_small": LightAutoencoder(latent_channels=5, width=8, blocks=1)}, {})
     with pytest.raises(UserError, match=r"vae_small has factor and channels \(4, 5\)"):
         bundles.load(folder)
@@ -135,9 +135,9 @@ def test_a_bundle_carries_its_small_autoencoder(tiny_bundle, tmp_path):
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_half_precision_gives_nearly_the_same_image(tiny_bundle, name):
     """An untrained network is asked for two steps alone: more would amplify anything."""
-    single = Worker.opened(tiny_bundle, Means())
-    half = Worker.opened(tiny_bundle, Means(dtype=name))
-    assert half.bundle.unet.dtype == Means(dtype=name).torch_dtype
+    single = Worker.opened(tiny_bundle, ComputeConfig())
+    half = Worker.opened(tiny_bundle, ComputeConfig(dtype=name))
+    assert half.bundle.unet.dtype == ComputeConfig(dtype=name).torch_dtype
     condition = dataclasses.asdict(Condition.of(np.ones((2, 2, 8), np.float16)))
     order = orders.parse(
         {"size": 128, "batch": 4, "condition": condition, "sampler": {"steps": 1, "guidance": 1.0}}
@@ -174,7 +174,7 @@ def test_a_controlnet_in_half_precision(bundle):
 )
 def test_means_that_mean_nothing_are_refused(values, told):
     with pytest.raises(UserError, match=told):
-        Means(**values)
+        ComputeConfig(**values)
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_compiled_networks_give_the_same_image(tiny_bundle):
     condition = dataclasses.asdict(Condition.of(np.ones((2, 2, 8), np.float16)))
     order = orders.parse({"size": 128, "batch": 4, "condition": condition, "sampler": {"steps": 2}})
     made = []
-    for means in (Means(), Means(compile=True)):
+    for means in (ComputeConfig(), ComputeConfig(compile=True)):
         worker = Worker.opened(tiny_bundle, means)
         made.append(run(joint.plan(order, worker.bundle.patch), worker.answer))
     plain, compiled = made

@@ -9,11 +9,11 @@ import oracle
 import pytest
 
 from raylarge import order as orders
-from raylarge.fleet.worker import Worker
 from raylarge.models.denoiser import GaussianDenoiser
 from raylarge.sampling import joint
 from raylarge.sampling.plan import Plan, Request, arun, run
-from raylarge.sampling.tasks import Decode, DecodeEach
+from raylarge.sampling.tasks import DecodeBand, DecodePatches
+from raylarge.workers.worker import Worker
 
 ORDER = orders.parse({"size": 128, "batch": 4, "chunk": 2, "sampler": {"steps": 6}})
 
@@ -83,7 +83,7 @@ def test_replies_are_dropped_when_nobody_needs_them(worker):
 
 
 def test_a_failing_request_surfaces_and_cancels_the_others():
-    bad, good, cancelled = DecodeEach(ORDER), Decode(ORDER, (), 0, 1), []
+    bad, good, cancelled = DecodePatches(ORDER), DecodeBand(ORDER, (), 0, 1), []
 
     async def answer(task, *inputs):
         try:
@@ -101,6 +101,6 @@ def test_a_failing_request_surfaces_and_cancels_the_others():
 
 def test_a_plan_names_what_no_request_gives():
     with pytest.raises(ValueError, match="nobody"):
-        Plan([Request("a", DecodeEach(ORDER), ("nobody",))], ["a"], lambda kept, open_: kept)
+        Plan([Request("a", DecodePatches(ORDER), ("nobody",))], ["a"], lambda kept, open_: kept)
     with pytest.raises(RuntimeError, match="not done"):
-        _ = Plan([Request("a", DecodeEach(ORDER))], ["a"], lambda kept, open_: kept).result
+        _ = Plan([Request("a", DecodePatches(ORDER))], ["a"], lambda kept, open_: kept).result

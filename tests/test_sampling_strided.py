@@ -16,7 +16,6 @@ from raylarge.diffusion.schedule import Schedule
 from raylarge.diffusion.slerp import slerp
 from raylarge.diffusion.steps import ddim
 from raylarge.errors import UserError
-from raylarge.fleet.worker import Worker
 from raylarge.geometry import Patch, windows
 from raylarge.models.conditioner import normalise
 from raylarge.models.denoiser import GaussianDenoiser, NetworkDenoiser, standard_guidance
@@ -25,7 +24,8 @@ from raylarge.sampling import bands, joint
 from raylarge.sampling.canvas import kernel, scatter
 from raylarge.sampling.plan import run
 from raylarge.sampling.strided import interpolated
-from raylarge.sampling.tasks import Band, Decode, Draw, Windows
+from raylarge.sampling.tasks import DecodeBand, DenoiseBand, DenoiseWindows, EncodeContext
+from raylarge.workers.worker import Worker
 
 PATCH = oracle.PATCH  # latents of 12 x 16 x 16
 CORNERS = [(0, 0), (0, 64), (64, 0), (64, 64)]
@@ -72,15 +72,15 @@ class PublishedSummarizer(nn.Module):
         return torch.zeros(count, 65, 512)
 
 
-def settled(plan, answer):
+def final_latents(plan, answer):
     """Carry a plan out without decoding; the finished latent canvas."""
     rows = {}
 
     def watched(task, *inputs):
-        if isinstance(task, Decode):
+        if isinstance(task, DecodeBand):
             return np.zeros((1, 1, 3), np.uint8)
         reply = answer(task, *inputs)
-        if isinstance(task, Band) and not task.windows and task.step:
+        if isinstance(task, DenoiseBand) and not task.windows and task.step:
             rows[task.band] = reply
         return reply
 
@@ -116,19 +116,19 @@ def test_seam_removal_is_the_published_one(parity, monkeypatch):
     )
 
     def answer(task, *inputs):
-        if isinstance(task, Windows):  # the finished patches are given
+        if isinstance(task, DenoiseWindows):  # the finished patches are given
             return torch.stack([given["xt"][2 * r + c] for r, c in task.windows])
-        if isinstance(task, Draw) and task.between:
+        if isinstance(task, EncodeContext) and task.between:
             return interpolated(given["ssl"], task.windows, 64)
-        return np.zeros(1) if isinstance(task, Draw) else answer_of(worker, task, inputs)
+        return np.zeros(1) if isinstance(task, EncodeContext) else answer_of(worker, task, inputs)
 
-    found = settled(joint.plan(order, patch), answer)
+    found = final_latents(joint.plan(order, patch), answer)
     wanted = scatter(given["out"], CORNERS, (128, 128))
     assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
 
 def answer_of(worker, task, inputs):
-    if type(task).__name__ == "Guide":
+    if type(task).__name__ == "DenoiseGuide":
         return torch.zeros(2, 3, 4, 4)
     return worker.answer(task, *inputs)
 
@@ -155,7 +155,7 @@ class WindowMean:
 def test_bands_equal_the_loop_over_the_whole_canvas(average, eta):
     """80 x 104 px are 40 x 52 cells: neither a multiple of the patch nor of the stride."""
     order = an_order(strided={"average": average}, sampler={"eta": eta})
-    found = settled(joint.plan(order, PATCH), Worker(oracle.bundle(), WindowMean()).answer)
+    found = final_latents(joint.plan(order, PATCH), Worker(oracle.bundle(), WindowMean()).answer)
     denoise, side, height, width = WindowMean(), 16, 40, 52
     weight = kernel(side) if average == "gaussian" else torch.ones(side, side)
 
@@ -186,7 +186,7 @@ def test_closed_form_and_the_patches_of_joint_sampling():
     plain = orders.parse({"size": 64, "sampler": {"steps": 5, "corrections": 0}})
     apart = run(joint.plan(plain, PATCH), worker.answer).image
     assert np.abs(image.astype(int) - apart).max() <= 1
-    latent = settled(joint.plan(order, PATCH), worker.answer)
+    latent = final_latents(joint.plan(order, PATCH), worker.answer)
     assert latent.mean() == pytest.approx(0.1, abs=0.05)
 
 

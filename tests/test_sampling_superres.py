@@ -17,7 +17,7 @@ from raylarge.sampling import superres, trajectory
 from raylarge.sampling.backprop import correct_by_backprop
 from raylarge.sampling.canvas import gather, scatter
 from raylarge.sampling.constraint import correct
-from raylarge.sampling.tasks import Windows
+from raylarge.sampling.tasks import DenoiseWindows
 
 PATCH = dataclasses.replace(oracle.PATCH, side_px=64)
 CODEC = oracle.Unshuffle()
@@ -29,7 +29,7 @@ def an_order(recipe="paper", **sampler):
 
 
 def a_task(order, cells, levels, first=0, last=None):
-    return Windows(
+    return DenoiseWindows(
         order=order,
         scale=order.scale,
         windows=tuple(cells),

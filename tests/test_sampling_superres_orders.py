@@ -30,9 +30,9 @@ def a_picture(seed, rows, columns):
 
 def test_an_order_makes_an_uploaded_image_larger():
     """The whole plan: PNG in, windows that follow it, blended decode out."""
-    from raylarge.fleet.worker import Worker
     from raylarge.sampling import joint
     from raylarge.sampling.plan import run
+    from raylarge.workers.worker import Worker
 
     worker = Worker(oracle.bundle(PATCH), GaussianDenoiser(0.0, 0.25))
     data, y = a_picture(1, 64, 96)
@@ -55,11 +55,11 @@ def test_an_order_makes_an_uploaded_image_larger():
 
 def test_inferred_embeddings_condition_each_window_at_its_place(tiny_bundle):
     """`inverted` in small: the grid's cells reach the windows that they lie under."""
-    from raylarge.fleet.worker import Worker
     from raylarge.models.bundle import load
     from raylarge.sampling import joint
     from raylarge.sampling.plan import run
-    from raylarge.sampling.tasks import Draw, Invert
+    from raylarge.sampling.tasks import EncodeContext, InvertImage
+    from raylarge.workers.worker import Worker
 
     worker = Worker(load(tiny_bundle))
     data, _ = a_picture(2, 64, 128)
@@ -77,9 +77,9 @@ def test_inferred_embeddings_condition_each_window_at_its_place(tiny_bundle):
 
     def answer(task, *inputs):
         reply = worker.answer(task, *inputs)
-        if isinstance(task, Invert):
+        if isinstance(task, InvertImage):
             kept["grid"] = reply
-        if isinstance(task, Draw):
+        if isinstance(task, EncodeContext):
             kept["windows"], kept["tokens"] = task.windows, reply
         return reply
 
@@ -106,9 +106,9 @@ def test_inferred_embeddings_condition_each_window_at_its_place(tiny_bundle):
     ],
 )
 def test_bad_superresolution_orders_are_refused(values, told):
-    from raylarge.fleet.worker import Worker
     from raylarge.sampling import joint
     from raylarge.sampling.plan import run
+    from raylarge.workers.worker import Worker
 
     data, _ = a_picture(1, 64, 96)
     source = {"image": data, "octaves": 1} | values.pop("source", {})

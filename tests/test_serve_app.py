@@ -12,9 +12,9 @@ from service import serving
 
 from raylarge import images
 from raylarge.errors import UserError
-from raylarge.fleet.worker import Worker
 from raylarge.models import bundle
 from raylarge.serve import app
+from raylarge.workers.worker import Worker
 
 ROOT = Path(__file__).parents[1]
 

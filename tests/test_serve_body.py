@@ -3,8 +3,8 @@
 import pytest
 from service import serving
 
-from raylarge.fleet.worker import Worker
 from raylarge.models import bundle
+from raylarge.workers.worker import Worker
 
 
 @pytest.fixture(scope="module")

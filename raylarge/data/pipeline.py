@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from raylarge import report
+from raylarge.compute.resources import WorkerResources, require_resources
+from raylarge.compute.session import session
 from raylarge.config import plain
 from raylarge.errors import SlideError, UserError
-from raylarge.fleet.room import Room, require_room
-from raylarge.fleet.session import session
 
 Unit = Mapping[str, Any]
 Facts = dict[str, Any]
@@ -187,7 +187,11 @@ def _on_ray(
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        require_room(Room(f"an actor of {title}", 1.0, float(executor.gpus), keys=f"{title}.gpus="))
+        require_resources(
+            WorkerResources(
+                f"an actor of {title}", 1.0, float(executor.gpus), keys=f"{title}.gpus="
+            )
+        )
         rows = [{"runs": json.dumps(one)} for one in _runs(units, workers)]
         answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Runner,

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from raylarge import report, storage
+from raylarge.compute.session import session
 from raylarge.config import require_place
 from raylarge.data import caption, embed, encode, features, shard, text_embed, tile
 from raylarge.data.candidates import TileConfig
@@ -25,7 +26,6 @@ from raylarge.data.roster import with_names
 from raylarge.data.shard import ShardConfig
 from raylarge.data.text_embed import TextEmbedConfig
 from raylarge.errors import UserError
-from raylarge.fleet.session import session
 from raylarge.storage import web
 
 VERBS = ("tile", "embed", "shard", "encode", "caption", "text_embed", "features")

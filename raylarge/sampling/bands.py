@@ -23,7 +23,7 @@ from raylarge.diffusion.steps import ancestral, ddim
 from raylarge.geometry import batches, origins
 from raylarge.order import Order
 from raylarge.sampling.canvas import gather, kernel
-from raylarge.sampling.tasks import Band
+from raylarge.sampling.tasks import DenoiseBand
 
 Estimate = Callable[[Tensor, list[int], int], Tensor]
 """(windows of x_t [B, c, s, s], their indices, t) -> estimates of x_0."""
@@ -58,7 +58,7 @@ class Canvas:
     """
 
     def __init__(
-        self, task: Band, latent: tuple[int, int, int], factor: int, schedule: Schedule
+        self, task: DenoiseBand, latent: tuple[int, int, int], factor: int, schedule: Schedule
     ) -> None:
         self.task, self.schedule = task, schedule
         self.channels, self.side = latent[0], latent[1]

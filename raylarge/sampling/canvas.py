@@ -19,7 +19,7 @@ from raylarge.geometry import Patch, batches, origins
 from raylarge.models.autoencoder import Codec
 
 SIGMA = 0.8
-Windows = Sequence[tuple[int, int]]
+Origins = Sequence[tuple[int, int]]
 
 
 def kernel(side: int, sigma: float = SIGMA) -> Float[Tensor, "side side"]:
@@ -29,13 +29,13 @@ def kernel(side: int, sigma: float = SIGMA) -> Float[Tensor, "side side"]:
     return window / window.max()
 
 
-def gather(canvas: Float[Tensor, "c H W"], windows: Windows, side: int) -> Tensor:
+def gather(canvas: Float[Tensor, "c H W"], windows: Origins, side: int) -> Tensor:
     """Cut windows out of a canvas: [n, c, side, side]; origins in the canvas' own cells."""
     return torch.stack([canvas[:, r : r + side, k : k + side] for r, k in windows])
 
 
 def scatter(
-    patches: Float[Tensor, "n c s s"], windows: Windows, size: tuple[int, int]
+    patches: Float[Tensor, "n c s s"], windows: Origins, size: tuple[int, int]
 ) -> Float[Tensor, "c H W"]:
     """Put windows that do not overlap onto a canvas; what no window covers is zero."""
     side = patches.shape[-1]
@@ -47,7 +47,7 @@ def scatter(
 
 def arranged(
     latents: Sequence[Tensor],
-    groups: Sequence[Windows],
+    groups: Sequence[Origins],
     width: int,
     rows: tuple[int, int] | None = None,
 ) -> tuple[Float[Tensor, "c h W"], int]:
@@ -87,7 +87,7 @@ def touching(height: int, side: int, stride: int, top: int, bottom: int) -> list
 
 
 @dataclass(frozen=True)
-class Band:
+class PixelBand:
     """Pixel rows top .. bottom - 1 of a canvas, and where the latents at hand begin.
 
     Attributes:
@@ -102,7 +102,7 @@ class Band:
 
 
 def decode_band(
-    autoencoder: Codec, latent: Float[Tensor, "c h w"], band: Band, patch: Patch, batch: int
+    autoencoder: Codec, latent: Float[Tensor, "c h w"], band: PixelBand, patch: Patch, batch: int
 ) -> Float[Tensor, "3 rows W"]:
     """Pixel rows of the blended decode of a latent canvas.
 

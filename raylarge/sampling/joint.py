@@ -19,12 +19,12 @@ import numpy as np
 
 from raylarge.geometry import Patch, batches, spans
 from raylarge.order import Order
-from raylarge.sampling import draws, mosaic
+from raylarge.sampling import conditioning, mosaic
 from raylarge.sampling.canvas import touching
 from raylarge.sampling.plan import Plan, Request
-from raylarge.sampling.refusals import check
 from raylarge.sampling.strided import canvas
-from raylarge.sampling.tasks import Decode, DecodeEach, Guide, Windows
+from raylarge.sampling.tasks import DecodeBand, DecodePatches, DenoiseGuide, DenoiseWindows
+from raylarge.sampling.validation import check
 
 Cell = tuple[int, int]
 Group = tuple[Cell, ...]
@@ -37,7 +37,7 @@ BAND_PATCHES = 64
 
 
 @dataclass(frozen=True)
-class Large:
+class LargeImage:
     """A large image in bands, top to bottom, and the guide's frames.
 
     Attributes:
@@ -78,61 +78,61 @@ def plan(order: Order, patch: Patch) -> Plan:
 def large(order: Order, patch: Patch) -> Plan:
     """One canvas under one guide, by way of the levels between; a single patch has no guide."""
     top, *below = order.levels_of(patch)
-    requests = draws.grids(order, top, bool(below))
+    requests = conditioning.grids(order, top, bool(below))
     if below:
         requests += [
-            draws.draw("draw/guide", order, top, ((0, 0),), guided=False),
-            Request("guide", Guide(order.without_payload(), top), ("draw/guide",)),
+            conditioning.draw("draw/guide", order, top, ((0, 0),), guided=False),
+            Request("guide", DenoiseGuide(order.without_payload(), top), ("draw/guide",)),
         ]
     if below and order.sampler.mosaic:
         more, layout = mosaic.requests(order, patch, top, "guide")
         return _decoded(order, patch, [*requests, *more], _rows(layout), True)
-    level = Level(order, patch, below[0] if below else top, top if below else None)
+    level = WindowLevel(order, patch, below[0] if below else top, top if below else None)
     requests += level.requests(traced=len(below) > 1)
     for scale in below[1:]:
         level = level.finer(scale)
         requests += level.requests(traced=scale != order.scale)
     if order.refine:
         more, count = canvas(order, patch, level.covering)
-        return _decoded(order, patch, [*requests, *more], _settled(count), bool(below))
+        return _decoded(order, patch, [*requests, *more], _canvas_sources(count), bool(below))
     return _decoded(order, patch, requests, lambda *rows: (*level.covering(*rows), ()), bool(below))
 
 
 def overlapping(order: Order, patch: Patch) -> Plan:
     """One canvas by strided sampling: no guide, windows that overlap."""
     requests, count = canvas(order, patch)
-    requests = [*draws.grids(order, order.scale, False), *requests]
-    return _decoded(order, patch, requests, _settled(count), False)
+    requests = [*conditioning.grids(order, order.scale, False), *requests]
+    return _decoded(order, patch, requests, _canvas_sources(count), False)
 
 
 def larger(order: Order, patch: Patch) -> Plan:
     """An image made larger: every window follows its block of it in all steps."""
     coarse = order.scale + order.source.octaves
-    requests = draws.grids(order, coarse, False)
+    requests = conditioning.grids(order, coarse, False)
     if order.sampler.mosaic:
         more, layout = mosaic.requests(order, patch, coarse, "given")
         return _decoded(order, patch, [*requests, *more], _rows(layout), False)
-    level = Level(order, patch, order.scale, coarse)
+    level = WindowLevel(order, patch, order.scale, coarse)
     requests += level.requests(traced=False)
     return _decoded(order, patch, requests, lambda *rows: (*level.covering(*rows), ()), False)
 
 
-def _settled(count: int) -> Reach:
+def _canvas_sources(count: int) -> Reach:
     """Where the finished rows of a canvas of bands are."""
 
     def reach(first: int, last: int) -> tuple[tuple[str, ...], tuple[Group, ...], tuple[int, ...]]:
         bands = tuple(range(first, min(last, count)))
-        return tuple(f"settled/{j}" for j in bands), (), bands
+        return tuple(f"final/{j}" for j in bands), (), bands
 
     return reach
 
 
-def _rows(layout: mosaic.Layout) -> Reach:
+def _rows(layout: mosaic.MosaicLayout) -> Reach:
     """Where the finished latents of a mosaic are: row by row."""
 
     def reach(first: int, last: int) -> tuple[tuple[str, ...], tuple[Group, ...], tuple[int, ...]]:
         rows = range(first, min(last, layout.rows))
-        return tuple(f"settled/{r}" for r in rows), tuple(map(layout.windows, rows)), ()
+        return tuple(f"final/{r}" for r in rows), tuple(map(layout.windows, rows)), ()
 
     return reach
 
@@ -146,13 +146,13 @@ def _decoded(
     for top, bottom in spans(order.size[0], height):
         begin = touching(order.size[0], side, side // 4, top, bottom)
         names, groups, rows = reach(begin[0] // side, -(-(begin[-1] + side) // side))
-        task = Decode(order.without_payload(), groups, top, bottom, rows)
+        task = DecodeBand(order.without_payload(), groups, top, bottom, rows)
         bands.append(Request(f"decode/{top}", task, names))
     results = [band.id for band in bands] + (["guide"] if guided else [])
 
-    def finish(kept: list[Any], open_: Callable[[Any], Any]) -> Large:
+    def finish(kept: list[Any], open_: Callable[[Any], Any]) -> LargeImage:
         frames = open_(kept[-1]) if guided else None
-        return Large(kept[: len(bands)], frames, open_)
+        return LargeImage(kept[: len(bands)], frames, open_)
 
     return Plan([*requests, *bands], results, finish)
 
@@ -160,11 +160,11 @@ def _decoded(
 def patches(order: Order, patch: Patch) -> Plan:
     """`count` separate patches at one scale -> uint8 [count, P, P, 3]; patch i is at (0, i)."""
     cells = [(0, i) for i in range(order.count)]
-    level = Level(order, patch, order.scale, None, cells)
+    level = WindowLevel(order, patch, order.scale, None, cells)
     requests, results = level.requests(traced=False), []
     for b in range(len(level.groups)):
         requests.append(
-            Request(f"decode/{b}", DecodeEach(order.without_payload()), (level.last(b),))
+            Request(f"decode/{b}", DecodePatches(order.without_payload()), (level.last(b),))
         )
         results.append(f"decode/{b}")
 
@@ -174,7 +174,7 @@ def patches(order: Order, patch: Patch) -> Plan:
     return Plan(requests, results, finish)
 
 
-class Level:
+class WindowLevel:
     """The windows of one scale: their batches, and who is above them.
 
     Under the guide, a batch is any windows in row-major order; under a level of several
@@ -194,7 +194,7 @@ class Level:
         scale: int,
         above: int | None,
         cells: Sequence[Cell] | None = None,
-        parents: Level | None = None,
+        parents: WindowLevel | None = None,
     ) -> None:
         self.order, self.patch, self.scale, self.above = order, patch, scale, above
         self.parents = parents
@@ -216,9 +216,9 @@ class Level:
             for i, cell in reversed(list(enumerate(group)))
         }
 
-    def finer(self, scale: int) -> Level:
+    def finer(self, scale: int) -> WindowLevel:
         """The level below this one."""
-        return Level(self.order, self.patch, scale, self.scale, parents=self)
+        return WindowLevel(self.order, self.patch, scale, self.scale, parents=self)
 
     def last(self, b: int) -> str:
         """The name of a batch's finished latents."""
@@ -243,11 +243,11 @@ class Level:
         guided = self.above is not None and not given
         for b, group in enumerate(self.groups):
             draw = self._name(b, "tokens")
-            found.append(draws.draw(draw, self.order, self.scale, group, guided))
+            found.append(conditioning.draw(draw, self.order, self.scale, group, guided))
             before: tuple[str, ...] = ()
             for first, last in self._chunks():
                 above, frames_from = self._frames(group, first)
-                chunk = Windows(
+                chunk = DenoiseWindows(
                     self.order.without_payload(),
                     self.scale,
                     group,

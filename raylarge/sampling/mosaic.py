@@ -22,18 +22,18 @@ from raylarge.geometry import Patch, batches
 from raylarge.models.denoiser import bind_context
 from raylarge.order import Order
 from raylarge.resample import bicubic_matrix
+from raylarge.sampling.conditioning import draw
 from raylarge.sampling.constraint import differentiated, encoded, scaled
-from raylarge.sampling.draws import draw
 from raylarge.sampling.plan import Request
-from raylarge.sampling.tasks import Mosaic, Parts
-from raylarge.sampling.trajectory import Networks, Walk
+from raylarge.sampling.tasks import DenoiseMosaicRow, Parts
+from raylarge.sampling.trajectory import Networks, Stepper
 
 REACH = 2
 """Small pixels beyond a row of windows that its pixels reach: bicubic taps, antialiased."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class MosaicLayout:
     """The canvas as rows of windows, at a scale, under an image that is 2^octaves smaller."""
 
     rows: int
@@ -42,7 +42,7 @@ class Layout:
     factor: int
 
     @classmethod
-    def of(cls, order: Order, patch: Patch, guided_by: int) -> Layout:
+    def of(cls, order: Order, patch: Patch, guided_by: int) -> MosaicLayout:
         """The layout of an order's canvas."""
         rows, columns = (length // patch.side_px for length in order.size)
         return cls(rows, columns, patch.side_px, 1 << (guided_by - order.scale))
@@ -70,32 +70,34 @@ class Layout:
 
 def requests(
     order: Order, patch: Patch, guided_by: int, source: str
-) -> tuple[list[Request], Layout]:
-    """All rows through all steps; row r's finished latents are `settled/r`.
+) -> tuple[list[Request], MosaicLayout]:
+    """All rows through all steps; row r's finished latents are `final/r`.
 
     Args:
         guided_by: scale of the guide or the given image.
         source: the request that gives it.
     """
-    found, layout, sampler = [], Layout.of(order, patch, guided_by), order.sampler
+    found, layout, sampler = [], MosaicLayout.of(order, patch, guided_by), order.sampler
     looks, given = sampler.steps * sampler.corrections, source == "given"
     for r in range(layout.rows):
         near = layout.neighbours(r)
         found.append(draw(f"draw/{r}", order, order.scale, layout.windows(r), guided=not given))
         for look in range(looks + 1):
-            task = Mosaic(order.without_payload(), order.scale, r, look, guided_by, near, given)
+            task = DenoiseMosaicRow(
+                order.without_payload(), order.scale, r, look, guided_by, near, given
+            )
             needs: tuple[str, ...] = (f"draw/{r}", source)
             if look:
                 before = f"look/{look - 1}"
                 own = f"{before}/{r}"
                 needs = (*needs, own, f"{own}#0", *(f"{before}/{b}#1" for b in near))
-            id = f"look/{look}/{r}" if look < looks else f"settled/{r}"
+            id = f"look/{look}/{r}" if look < looks else f"final/{r}"
             found.append(Request(id, task, needs))
     return found, layout
 
 
 def answer(
-    networks: Networks, task: Mosaic, tokens: Float[Tensor, "n m D"], *replies: Tensor
+    networks: Networks, task: DenoiseMosaicRow, tokens: Float[Tensor, "n m D"], *replies: Tensor
 ) -> Float[Tensor, "n c p p"] | Parts:
     """From one look of a row of windows to the next.
 
@@ -127,9 +129,9 @@ def answer(
 class _Row:
     """A row of windows at a look, and what it computes."""
 
-    def __init__(self, networks: Networks, task: Mosaic) -> None:
+    def __init__(self, networks: Networks, task: DenoiseMosaicRow) -> None:
         self.networks, self.task, self.sampler = networks, task, task.order.sampler
-        self.layout = Layout.of(task.order, networks.patch, task.guided_by)
+        self.layout = MosaicLayout.of(task.order, networks.patch, task.guided_by)
         self.steps = networks.denoiser.schedule.steps(self.sampler.steps)
 
     @property
@@ -151,7 +153,7 @@ class _Row:
         """
         task, inner, codec = self.task, self.sampler.corrections, self.networks.correcting
         cells = [self.layout.windows(task.row)[i] for i in here]
-        walk = Walk(self.networks, task.order, task.scale, cells, tokens)
+        walk = Stepper(self.networks, task.order, task.scale, cells, tokens)
         estimate = bind_context(self.networks.denoiser, tokens)
         if not before:
             x_t = walk.start()
@@ -195,7 +197,7 @@ class _Row:
 
 
 @lru_cache(maxsize=8)
-def _blocks(layout: Layout, row: int) -> tuple[Tensor, Tensor]:
+def _blocks(layout: MosaicLayout, row: int) -> tuple[Tensor, Tensor]:
     inside = slice(row * layout.side, (row + 1) * layout.side)
     down = bicubic_matrix(layout.rows * layout.side, layout.factor, layout.span(row))[:, inside]
     across = bicubic_matrix(layout.columns * layout.side, layout.factor)

@@ -56,7 +56,7 @@ class Store(Protocol):
         ...
 
 
-class Memory:
+class MemoryStore:
     """The store that holds the replies themselves."""
 
     def keep(self, name: str, reply: Reply | None) -> Any:
@@ -91,7 +91,7 @@ class Plan:
         finish: Callable[[list[Any], Callable[[Any], Reply]], Any],
     ) -> None:
         self.requests = {request.id: request for request in requests}
-        self.results, self.finish, self.store = tuple(results), finish, Memory()
+        self.results, self.finish, self.store = tuple(results), finish, MemoryStore()
         needed = [need for request in requests for need in request.needs]
         if unknown := {whole(n) for n in [*needed, *results]} - self.requests.keys():
             raise ValueError(f"no request gives {sorted(unknown)}")

@@ -18,15 +18,15 @@ from raylarge.diffusion.slerp import slerp
 from raylarge.geometry import Patch, origins
 from raylarge.order import Order
 from raylarge.sampling.bands import REFINE_STEPS, starts
-from raylarge.sampling.canvas import Windows
+from raylarge.sampling.canvas import Origins
 from raylarge.sampling.plan import Request
-from raylarge.sampling.tasks import Band, Draw
+from raylarge.sampling.tasks import DenoiseBand, EncodeContext
 
-Start = Callable[[int, int], tuple[tuple[str, ...], tuple[Windows, ...]]]
+Start = Callable[[int, int], tuple[tuple[str, ...], tuple[Origins, ...]]]
 """Patch rows [first, last) -> names of the batches that cover them, and where they stand."""
 
 
-def interpolated(grid: Float[Tensor, "C h w"], windows: Windows, side: int) -> Float[Tensor, "n C"]:
+def interpolated(grid: Float[Tensor, "C h w"], windows: Origins, side: int) -> Float[Tensor, "n C"]:
     """The embedding at each window's place: slerp of the four nearest, columns first, then rows.
 
     Args:
@@ -47,7 +47,7 @@ def interpolated(grid: Float[Tensor, "C h w"], windows: Windows, side: int) -> F
 
 
 def canvas(order: Order, patch: Patch, start: Start | None = None) -> tuple[list[Request], int]:
-    """The requests of a canvas, and how many bands it has; band j ends as `settled/j`.
+    """The requests of a canvas, and how many bands it has; band j ends as `final/j`.
 
     Args:
         start: where the finished latents are that seam removal begins with; None samples from
@@ -66,17 +66,19 @@ def canvas(order: Order, patch: Patch, start: Start | None = None) -> tuple[list
         draw = (f"between/{j}",) if vectors and windows else ()
         if draw:
             bulky = order if kind == "embeddings" else brief
-            task = Draw(bulky, kind, order.scale, windows, between=True)
+            task = EncodeContext(bulky, kind, order.scale, windows, between=True)
             requests.append(Request(draw[0], task, grid))
         near = tuple(b for b in (j - 1, j, j + 1) if 0 <= b < count)
         needs, groups = start(j, min(j + 2, count)) if start else ((), ())
-        first = Band(brief, j, 0, windows, refine, bool(draw), groups=tuple(map(tuple, groups)))
+        first = DenoiseBand(
+            brief, j, 0, windows, refine, bool(draw), groups=tuple(map(tuple, groups))
+        )
         requests.append(Request(f"band/0/{j}", first, (*draw, *needs)))
         for i in range(1, steps):
-            step = Band(brief, j, i, windows, refine, bool(draw), near)
+            step = DenoiseBand(brief, j, i, windows, refine, bool(draw), near)
             before = tuple(f"band/{i - 1}/{b}" for b in near)
             requests.append(Request(f"band/{i}/{j}", step, (*draw, *before)))
         before = tuple(f"band/{steps - 1}/{b}" for b in near)
-        last = Band(brief, j, steps, (), refine, False, near)
-        requests.append(Request(f"settled/{j}", last, before))
+        last = DenoiseBand(brief, j, steps, (), refine, False, near)
+        requests.append(Request(f"final/{j}", last, before))
     return requests, count

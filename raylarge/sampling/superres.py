@@ -19,8 +19,8 @@ from raylarge.geometry import Patch
 from raylarge.models.bundle import Bundle
 from raylarge.models.controlnet import Controlled, lift
 from raylarge.sampling.canvas import gather
-from raylarge.sampling.tasks import Windows
-from raylarge.sampling.trajectory import Wanted
+from raylarge.sampling.tasks import DenoiseWindows
+from raylarge.sampling.trajectory import Target
 
 
 def layout(size: tuple[int, int], levels: int, patch: Patch) -> tuple[int, int]:
@@ -45,7 +45,7 @@ def layout(size: tuple[int, int], levels: int, patch: Patch) -> tuple[int, int]:
 
 
 def blocks(
-    y: Float[Tensor, "3 rows columns"], task: Windows, patch: Patch
+    y: Float[Tensor, "3 rows columns"], task: DenoiseWindows, patch: Patch
 ) -> Float[Tensor, "B 3 q q"]:
     """Each window's block of y, the image at scale `task.guided_by`.
 
@@ -64,7 +64,7 @@ def blocks(
     return gather(y, [(row * q, column * q) for row, column in task.windows], q)
 
 
-def fixed(y: Float[Tensor, "3 rows columns"], task: Windows, patch: Patch) -> Wanted:
+def fixed(y: Float[Tensor, "3 rows columns"], task: DenoiseWindows, patch: Patch) -> Target:
     """What windows should look like in every step: their blocks of y, in [-1, 1].
 
     Raises:
@@ -74,7 +74,9 @@ def fixed(y: Float[Tensor, "3 rows columns"], task: Windows, patch: Patch) -> Wa
     return lambda step: wanted
 
 
-def controlled(bundle: Bundle, task: Windows, y: Float[Tensor, "3 rows columns"]) -> Controlled:
+def controlled(
+    bundle: Bundle, task: DenoiseWindows, y: Float[Tensor, "3 rows columns"]
+) -> Controlled:
     """The baseline: the bundle's U-Net under its ControlNet, which sees each window's block of y.
 
     A denoiser for this batch of windows alone. Guide it, and run it unconstrained:

@@ -23,7 +23,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Draw(Task):
+class EncodeContext(Task):
     """The context tokens of some windows at a scale -> [B, n, D].
 
     Takes no replies; under `inverted` and `prior` the grid of embeddings.
@@ -38,17 +38,17 @@ class Draw(Task):
 
 
 @dataclass(frozen=True)
-class Imagine(Task):
+class SamplePrior(Task):
     """The grid prior's draw for the order's vector -> raw grid [C, rows, columns]."""
 
 
 @dataclass(frozen=True)
-class Given(Task):
+class LoadSource(Task):
     """The order's own low-resolution image -> float32 [3, rows, columns] in [-1, 1]."""
 
 
 @dataclass(frozen=True)
-class Invert(Task):
+class InvertImage(Task):
     """The embeddings that explain an image at a scale -> raw grid [C, rows, columns].
 
     Takes the image.
@@ -58,7 +58,7 @@ class Invert(Task):
 
 
 @dataclass(frozen=True)
-class Guide(Task):
+class DenoiseGuide(Task):
     """The coarse image's trajectory -> [S + 1, 3, P, P]: S estimates, then the image itself.
 
     Takes the guide's tokens.
@@ -68,7 +68,7 @@ class Guide(Task):
 
 
 @dataclass(frozen=True)
-class Windows(Task):
+class DenoiseWindows(Task):
     """A batch of windows of a scale through steps first .. last - 1 -> latents [B, c, p, p].
 
     Takes the batch's tokens; under a coarser level the frames of the one window above, from
@@ -88,7 +88,7 @@ class Windows(Task):
 
 
 @dataclass(frozen=True)
-class Band(Task):
+class DenoiseBand(Task):
     """One step of one band of a canvas of overlapping windows -> [2 c + 1, rows, W].
 
     Takes the band's embeddings (none if `vectors` is false), then at step 0 of seam removal
@@ -113,7 +113,7 @@ class Band(Task):
 
 
 @dataclass(frozen=True)
-class Mosaic(Task):
+class DenoiseMosaicRow(Task):
     """A row of windows, from look to look of the arranged mosaic -> latents [n, c, p, p].
 
     Takes the row's tokens and what guides it (the guide's frames, or, if `given`, an image);
@@ -136,7 +136,7 @@ class Mosaic(Task):
 
 
 @dataclass(frozen=True)
-class Decode(Task):
+class DecodeBand(Task):
     """Pixel rows top .. bottom - 1 of the canvas, blended -> uint8 [rows, columns, 3].
 
     Takes the latents that reach into the band: of batches, whose windows `windows` places, or
@@ -150,7 +150,7 @@ class Decode(Task):
 
 
 @dataclass(frozen=True)
-class DecodeEach(Task):
+class DecodePatches(Task):
     """Separate latents, each decoded alone -> uint8 [B, P, P, 3]. Takes the latents."""
 
 

@@ -26,10 +26,10 @@ from raylarge.order import Order
 from raylarge.sampling.backprop import correct_by_backprop
 from raylarge.sampling.canvas import gather
 from raylarge.sampling.constraint import correct
-from raylarge.sampling.tasks import Guide, Parts, Windows
+from raylarge.sampling.tasks import DenoiseGuide, DenoiseWindows, Parts
 
 Cells = Sequence[tuple[int, int]]
-Wanted = Callable[[int], Tensor]
+Target = Callable[[int], Tensor]
 """Step index -> what each window should be when made small, [B, 3, q, q]."""
 CORRECTIONS = {"encoder": correct, "backprop": correct_by_backprop}
 
@@ -54,10 +54,10 @@ class Networks:
 
 
 def guide(
-    networks: Networks, task: Guide, tokens: Float[Tensor, "1 n D"]
+    networks: Networks, task: DenoiseGuide, tokens: Float[Tensor, "1 n D"]
 ) -> Float[Tensor, "S1 3 P P"]:
     """The guide's whole trajectory: its S estimates decoded, then its finished image."""
-    order, walk = task.order, Walk(networks, task.order, task.scale, ((0, 0),), tokens)
+    order, walk = task.order, Stepper(networks, task.order, task.scale, ((0, 0),), tokens)
     frames, x_t, estimate = [], walk.start(), bind_context(networks.denoiser, tokens)
     for i, step in enumerate(networks.denoiser.schedule.steps(order.sampler.steps)):
         x_0 = estimate(x_t, step.t)
@@ -68,9 +68,9 @@ def guide(
 
 def windows(
     networks: Networks,
-    task: Windows,
+    task: DenoiseWindows,
     tokens: Float[Tensor, "B n D"],
-    wanted: Wanted | None,
+    wanted: Target | None,
     x_t: Float[Tensor, "B c p p"] | None,
 ) -> Float[Tensor, "B c p p"] | Parts:
     """A batch of windows through steps first .. last - 1.
@@ -82,7 +82,7 @@ def windows(
     """
     sampler, traced = task.order.sampler, []
     correction = CORRECTIONS[sampler.correction]
-    walk = Walk(networks, task.order, task.scale, task.windows, tokens)
+    walk = Stepper(networks, task.order, task.scale, task.windows, tokens)
     x_t = walk.start() if x_t is None else x_t.to(walk.dtype)
     schedule, estimate = networks.denoiser.schedule, bind_context(networks.denoiser, tokens)
     if sampler.solver != "ddim":  # they remember earlier steps: all are one request
@@ -104,7 +104,7 @@ def windows(
     return Parts(x_t, tuple(frames.clone() for frames in torch.stack(traced, dim=1)))
 
 
-def below(frames: Float[Tensor, "s 3 P P"], task: Windows) -> Wanted:
+def below(frames: Float[Tensor, "s 3 P P"], task: DenoiseWindows) -> Target:
     """What windows under one coarser window should look like: their blocks of its frames.
 
     Args:
@@ -123,7 +123,7 @@ def below(frames: Float[Tensor, "s 3 P P"], task: Windows) -> Wanted:
 
 
 @dataclass(frozen=True)
-class Walk:
+class Stepper:
     """Where a batch of windows stands in the noise, and how it takes a step.
 
     Latents are float32 or better, whatever the networks see: a step changes their last digits.

@@ -20,7 +20,7 @@ from fastapi.responses import FileResponse
 
 from raylarge.errors import UserError
 from raylarge.serve.body import Json, read_order
-from raylarge.serve.desk import Desk, FullError, Ticket
+from raylarge.serve.order_queue import FullError, Job, OrderQueue
 
 
 class Api:
@@ -30,7 +30,7 @@ class Api:
         desk: where orders go; closed when the application shuts down.
     """
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: OrderQueue) -> None:
         self._desk = desk
 
     def app(self) -> FastAPI:
@@ -101,7 +101,7 @@ class Api:
         """That the service listens."""
         return {"status": "ok"}
 
-    def _ticket(self, id: str) -> Ticket:
+    def _ticket(self, id: str) -> Job:
         ticket = self._desk.find(id)
         if ticket is None:
             name = ascii(id[:64])
@@ -118,7 +118,7 @@ class Api:
         return FileResponse(path, media_type="image/png")
 
 
-def _document(ticket: Ticket) -> dict[str, Any]:
+def _document(ticket: Job) -> dict[str, Any]:
     """A ticket as clients see it."""
     root = f"/v1/images/{ticket.id}"
     links = {"self": root, "order": f"{root}/order"}

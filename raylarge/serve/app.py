@@ -18,24 +18,24 @@ from omegaconf import MISSING
 
 from raylarge import config as configuration
 from raylarge import storage
+from raylarge.compute.config import ComputeConfig
+from raylarge.compute.session import session
 from raylarge.errors import UserError
-from raylarge.fleet.facts import require
-from raylarge.fleet.means import Means
-from raylarge.fleet.session import session
-from raylarge.serve.desk import Limits
+from raylarge.sampling.bundle_facts import require
+from raylarge.serve.order_queue import ServiceLimits
 
 HOST = "127.0.0.1"
 _running: list[ExitStack] = []
 
 
 @dataclass(frozen=True)
-class Service(Limits):
+class Service(ServiceLimits):
     """What `build` understands, besides the limits.
 
     Attributes:
         bundle: the folder of the models, visible on every node.
         workers: replicas of the Worker, unless the deployment's configuration says otherwise.
-        threads, dtype, compile: what each has (`fleet/means.py`); they decide the last bits.
+        threads, dtype, compile: what each has (`compute/config.py`); they decide the last bits.
     """
 
     bundle: str = MISSING
@@ -52,7 +52,7 @@ def build(args: dict[str, Any]) -> Any:
         UserError: an unknown argument, or a bundle that cannot sample.
     """
     config = configuration.build(Service, args)
-    means = Means(config.threads, config.dtype, config.compile)
+    means = ComputeConfig(config.threads, config.dtype, config.compile)
     folder = storage.absolute(config.bundle)
     require(folder)
     from ray import serve  # here, for `session` settles Ray's environment before
@@ -71,7 +71,9 @@ def build(args: dict[str, Any]) -> Any:
         name="Ingress",
         max_ongoing_requests=100,
     )
-    limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
+    limits = ServiceLimits(
+        **{name: getattr(config, name) for name in ServiceLimits.__dataclass_fields__}
+    )
     return ingress.bind(worker.bind(folder, means), limits)
 
 

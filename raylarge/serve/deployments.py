@@ -10,14 +10,14 @@ import torch
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from raylarge.fleet.facts import Facts
-from raylarge.fleet.means import Means
-from raylarge.fleet.pool import IN_FLIGHT, Held, Replicas
-from raylarge.fleet.worker import Worker
+from raylarge.compute.config import ComputeConfig
+from raylarge.sampling.bundle_facts import BundleFacts
 from raylarge.sampling.plan import Reply
 from raylarge.sampling.tasks import Task
 from raylarge.serve.api import Api
-from raylarge.serve.desk import Desk, Limits
+from raylarge.serve.order_queue import OrderQueue, ServiceLimits
+from raylarge.workers.pool import IN_FLIGHT, ObjectRefTensor, Replicas
+from raylarge.workers.worker import Worker
 
 MAX_ONGOING = IN_FLIGHT + 1
 """Requests that a replica accepts: all that the ingress has in flight, and one for the facts.
@@ -36,31 +36,31 @@ class WorkerReplica:
     is dropped.
     """
 
-    def __init__(self, bundle: str, means: Means) -> None:
+    def __init__(self, bundle: str, means: ComputeConfig) -> None:
         """Load the bundle; the replica is healthy when this has come back."""
         self._worker = Worker.opened(bundle, means)
         self._room = asyncio.Semaphore(OPENED)
         self._thread = ThreadPoolExecutor(1, "answer", torch.set_num_threads, (means.threads,))
 
-    async def facts(self) -> Facts:
+    async def facts(self) -> BundleFacts:
         """What the bundle is."""
-        return Facts.of(self._worker.bundle)
+        return BundleFacts.of(self._worker.bundle)
 
     async def answer(self, task: Task, *inputs: Any) -> Reply:
         """The reply to a task."""
         loop = asyncio.get_running_loop()
         async with self._room:
-            opened = [i.open(await i.ref) if isinstance(i, Held) else i for i in inputs]
+            opened = [i.open(await i.ref) if isinstance(i, ObjectRefTensor) else i for i in inputs]
             return await loop.run_in_executor(self._thread, self._worker.answer, task, *opened)
 
 
 class ServiceIngress:
     """The desk behind HTTP, as a Serve deployment."""
 
-    def __init__(self, worker: DeploymentHandle, limits: Limits) -> None:
+    def __init__(self, worker: DeploymentHandle, limits: ServiceLimits) -> None:
         """Open the desk."""
         replicas = Replicas(worker)
-        self._desk = Desk(replicas.answer, replicas.facts, limits)
+        self._desk = OrderQueue(replicas.answer, replicas.facts, limits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, made where the desk is."""

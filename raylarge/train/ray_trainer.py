@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylarge import storage
+from raylarge.compute.resources import WorkerResources, require_resources
+from raylarge.compute.session import session
 from raylarge.errors import UserError
-from raylarge.fleet.room import Room, require_room
-from raylarge.fleet.session import session
 from raylarge.train.context import Status
 from raylarge.train.ray_context import status_path
 
@@ -86,7 +86,7 @@ def _trainer(ray: Any, worker: Callable[..., Any], settings: dict[str, bytes], c
     each = {"CPU": 1.0 if elastic else cpus} | ({"GPU": 1.0} if gpus else {})
     fewest = crew.fewest if elastic else crew.workers
     keys = "workers= or set gpu=false" if gpus else "workers="
-    require_room(Room("training", each["CPU"], each.get("GPU", 0.0), fewest, keys))
+    require_resources(WorkerResources("training", each["CPU"], each.get("GPU", 0.0), fewest, keys))
     return TorchTrainer(
         worker,
         train_loop_config=settings,

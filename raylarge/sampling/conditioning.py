@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from raylarge.order import Order
 from raylarge.sampling.plan import Request
-from raylarge.sampling.tasks import Draw, Given, Imagine, Invert
+from raylarge.sampling.tasks import EncodeContext, InvertImage, LoadSource, SamplePrior
 
 GRIDS = {"inverted": "inverted", "prior": "imagined"}
 """Kinds of conditions that are cut out of a grid, and the request that gives it."""
@@ -24,14 +24,14 @@ def grids(order: Order, top: int, guided: bool) -> list[Request]:
     """
     found, kinds = [], {order.condition.kind}
     if order.algorithm == "superres":
-        found.append(Request("given", Given(order)))
+        found.append(Request("given", LoadSource(order)))
     if guided:
         kinds.add(order.condition.fine_kind)
     if "prior" in kinds:
-        found.append(Request("imagined", Imagine(order)))
+        found.append(Request("imagined", SamplePrior(order)))
     if "inverted" in kinds:
         source = "guide" if guided else "given"
-        found.append(Request("inverted", Invert(order.without_payload(), top), (source,)))
+        found.append(Request("inverted", InvertImage(order.without_payload(), top), (source,)))
     return found
 
 
@@ -40,7 +40,7 @@ def draw(
 ) -> Request:
     """Tokens of windows; under a guide, such as `condition.fine` says."""
     kind = order.condition.fine_kind if guided else order.condition.kind
-    task = Draw(with_payload(order), kind, scale, windows)
+    task = EncodeContext(with_payload(order), kind, scale, windows)
     return Request(id, task, (GRIDS[kind],) if kind in GRIDS else ())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CODE = r"""
 import os, sys
-from raylarge.fleet.session import _native_stderr
+from raylarge.compute.session import _native_stderr
 with _native_stderr(sys.argv[1]):
     for level in "DIWEC":
         line = f"[2026-12-01 00:14:13,336 {level} 30 30] core_worker.cc:2465: level {level}\n"

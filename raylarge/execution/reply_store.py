@@ -32,13 +32,13 @@ RECENT = 2
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredReply:
     """A reply that lies in the ledger under a name."""
 
     name: str
 
 
-class Ledger:
+class ReplyStore:
     """Keeps what a plan has been fed.
 
     Args:
@@ -56,17 +56,17 @@ class Ledger:
         sizes = storage.sizes(self.folder)
         full = {name for name in plan.names if sizes.get(_file(name))}
         finished = _usable(plan, {id for id in plan.requests if _file(id) in sizes}, full)
-        plan.resume(finished, {name: Kept(name) for name in _needed(plan, finished) & full})
+        plan.resume(finished, {name: StoredReply(name) for name in _needed(plan, finished) & full})
         return len(finished)
 
-    def keep(self, name: str, reply: Reply | None) -> Kept:
+    def keep(self, name: str, reply: Reply | None) -> StoredReply:
         """Write a reply; None leaves an empty file, which says that it came."""
         storage.write_bytes(self._path(name), _encode(reply))
         if reply is not None:
             self._remember(name, reply)
-        return Kept(name)
+        return StoredReply(name)
 
-    def open(self, kept: Kept) -> Reply:
+    def open(self, kept: StoredReply) -> Reply:
         """Read a reply.
 
         Raises:

@@ -19,8 +19,8 @@ from PIL import Image
 
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.fleet import ledger
-from raylarge.fleet.ledger import PREFIX, Ledger
+from raylarge.execution import reply_store
+from raylarge.execution.reply_store import PREFIX, ReplyStore
 from raylarge.order import Order
 from raylarge.storage import objects
 
@@ -55,9 +55,9 @@ class Output:
         return {"order": self.order.digest, "bundle": self.bundle, "means": self.compute}
 
     @property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> ReplyStore:
         """The replies of this order."""
-        return Ledger(self.folder, self.order, self.bundle + self.compute)
+        return ReplyStore(self.folder, self.order, self.bundle + self.compute)
 
     def finished(self, report: Mapping[str, Any]) -> dict[str, str]:
         """Return name and path of the files of a whole result of this order, else nothing."""
@@ -88,7 +88,7 @@ class Output:
         """Remove files and ledgers of other results."""
         ledgers = [name for name in names if name.startswith(PREFIX)]
         for name in ledgers:
-            ledger.remove(storage.join(self.folder, name))
+            reply_store.remove(storage.join(self.folder, name))
         files = [name for name in names if name not in ledgers]
         storage.remove_all(storage.join(self.folder, name) for name in files)
 

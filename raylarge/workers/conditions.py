@@ -21,7 +21,7 @@ from raylarge.models.bundle import Bundle
 from raylarge.models.conditioner import SIDE
 from raylarge.models.prior import GridSampling
 from raylarge.sampling import canvas, invert, strided
-from raylarge.sampling.tasks import Draw, Given, Imagine, Invert
+from raylarge.sampling.tasks import EncodeContext, InvertImage, LoadSource, SamplePrior
 
 
 class Conditions:
@@ -31,7 +31,7 @@ class Conditions:
         """Nothing is computed yet."""
         self.bundle = bundle
 
-    def draw(self, task: Draw, *inputs: Tensor) -> Float[Tensor, "n ..."]:
+    def draw(self, task: EncodeContext, *inputs: Tensor) -> Float[Tensor, "n ..."]:
         """Tokens of windows; under `between` the raw embedding of each.
 
         Raises:
@@ -48,7 +48,7 @@ class Conditions:
         }
         return how[task.kind](task, *inputs)
 
-    def given(self, task: Given) -> Float[Tensor, "3 rows columns"]:
+    def given(self, task: LoadSource) -> Float[Tensor, "3 rows columns"]:
         """The order's image.
 
         Raises:
@@ -56,7 +56,7 @@ class Conditions:
         """
         return images.to_float(uploads.source_of(task.order))
 
-    def invert(self, task: Invert, y: Tensor) -> Float[Tensor, "C rows columns"]:
+    def invert(self, task: InvertImage, y: Tensor) -> Float[Tensor, "C rows columns"]:
         """Embeddings inferred batch by batch, each patch of the image by itself.
 
         Args:
@@ -80,7 +80,7 @@ class Conditions:
         bands = [torch.cat([found[r, c] for c in range(columns)], dim=2) for r in range(rows)]
         return torch.cat(bands, dim=1)
 
-    def imagine(self, task: Imagine) -> Float[Tensor, "C rows columns"]:
+    def imagine(self, task: SamplePrior) -> Float[Tensor, "C rows columns"]:
         """The grid prior's draw for the whole canvas, one raw embedding per base tile.
 
         Raises:
@@ -100,11 +100,11 @@ class Conditions:
         grid: Tensor = prior.sample(vector, order.seed, [(order.scale, 0, 0)], walk, u)[0]
         return grid
 
-    def _null(self, task: Draw) -> Tensor:
+    def _null(self, task: EncodeContext) -> Tensor:
         tokens: Tensor = self.bundle.summarizer.null(len(task.windows))
         return tokens
 
-    def _from_cdm(self, task: Draw) -> Tensor:
+    def _from_cdm(self, task: EncodeContext) -> Tensor:
         if self.bundle.cdm is None:
             raise UserError("the bundle has no CDM; train one with python jobs/train.py model=cdm.")
         addresses = [(task.scale, row, column) for row, column in task.windows]
@@ -114,7 +114,7 @@ class Conditions:
         )
         return tokens
 
-    def _from_grid(self, task: Draw, grid: Tensor) -> Float[Tensor, "B n D"]:
+    def _from_grid(self, task: EncodeContext, grid: Tensor) -> Float[Tensor, "B n D"]:
         """Each window's cells of a grid, whose cells are base tiles or coarser.
 
         The grid covers the canvas; inferred from a guide it covers the guide's square.
@@ -133,7 +133,7 @@ class Conditions:
         tokens: Tensor = self.bundle.summarizer(canvas.gather(grid, at, per), scale)
         return tokens
 
-    def _between(self, task: Draw, *inputs: Tensor) -> Float[Tensor, "n C"]:
+    def _between(self, task: EncodeContext, *inputs: Tensor) -> Float[Tensor, "n C"]:
         """Raw embeddings at windows' places; of coarser scales the mean over what they cover."""
         given = inputs or (torch.from_numpy(task.order.condition.grid()).movedim(-1, 0),)
         grid = given[0]
@@ -144,7 +144,7 @@ class Conditions:
         side = self.bundle.patch.side_lat * task.order.strided.coarser
         return strided.interpolated(pooled, task.windows, side)
 
-    def _from_embeddings(self, task: Draw) -> Tensor:
+    def _from_embeddings(self, task: EncodeContext) -> Tensor:
         grid = task.order.condition.grid()
         side = 1 << task.scale
         if grid.ndim == 4:

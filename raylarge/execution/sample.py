@@ -23,20 +23,21 @@ import torch
 from omegaconf import MISSING
 
 from raylarge import report, storage
+from raylarge.compute.config import ComputeConfig
+from raylarge.compute.session import session
 from raylarge.errors import UserError
-from raylarge.fleet import result
-from raylarge.fleet.facts import Facts
-from raylarge.fleet.means import Means
-from raylarge.fleet.output import Output
-from raylarge.fleet.sample_order import read_order
-from raylarge.fleet.session import session
-from raylarge.fleet.worker import Worker
+from raylarge.execution import result
+from raylarge.execution.output import Output
+from raylarge.execution.sample_order import read_order
 from raylarge.models import bundle as bundles
 from raylarge.models import cost
 from raylarge.order import Order
-from raylarge.sampling import joint, price
+from raylarge.sampling import joint
+from raylarge.sampling.bundle_facts import BundleFacts
+from raylarge.sampling.cost import count_calls
 from raylarge.sampling.plan import Plan, arun, run
 from raylarge.sampling.tasks import Task
+from raylarge.workers.worker import Worker
 
 NETWORKS = (
     *("U-Net", "decoder", "encoder", "CDM", "grid prior (per cell)", "ControlNet"),
@@ -97,13 +98,13 @@ class Sample:
     tflops: float = 200.0
 
     @property
-    def means(self) -> Means:
+    def means(self) -> ComputeConfig:
         """What each worker has.
 
         Raises:
             UserError: a value that means nothing.
         """
-        return Means(self.threads, self.dtype, self.compile, self.gpus)
+        return ComputeConfig(self.threads, self.dtype, self.compile, self.gpus)
 
 
 def sample(config: Sample, log: report.Report) -> dict[str, str]:
@@ -116,7 +117,7 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
         raise UserError(f"workers starts at 0 (no Ray, in this process), not {config.workers}.")
     means = config.means
     folder = storage.absolute(config.bundle)
-    facts = Facts.read(folder)
+    facts = BundleFacts.read(folder)
     order, region = read_order(config, facts.patch)
     plan = joint.plan(order, facts.patch)
     facts.check(order)
@@ -143,7 +144,7 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
 def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
     """Print requests, evaluations, FLOPs and GPU-seconds of an order."""
     bundle = bundles.load(folder)
-    counted = price.counts(plan, order, bundle.patch)
+    counted = count_calls(plan, order, bundle.patch)
     costs = cost.bundle_flops(bundle)
     here = _seconds_here(config, bundle, counted, costs)
     named = zip(NETWORKS, dataclasses.astuple(counted), strict=True)
@@ -180,9 +181,9 @@ class _Run:
 
     def __init__(
         self,
-        means: Means,
+        means: ComputeConfig,
         output: Output,
-        facts: Facts,
+        facts: BundleFacts,
         plan: Plan,
         log: report.Report,
         replaced: list[str],
@@ -210,12 +211,12 @@ class _Run:
 
     def timed(self, task: Task, began: float) -> None:
         """Add what a request took to its kind's seconds."""
-        name = type(task).__name__.lower()
+        name = type(task).__name__
         self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - began
 
     def work(self) -> dict[str, Any]:
         """Network evaluations, FLOPs, the rate that was reached, and the peak memory."""
-        counted = price.counts(self.plan, self.order, self.facts.patch)
+        counted = count_calls(self.plan, self.order, self.facts.patch)
         found: dict[str, Any] = {"evaluations": dataclasses.asdict(counted)}
         found["phases_s"] = {name: round(spent, 3) for name, spent in self.phases.items()}
         found["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -275,7 +276,7 @@ def _on_ray(config: Sample, folder: str, this: _Run) -> dict[str, str]:
 
 
 async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
-    from raylarge.fleet.pool import ActorPool  # knows Ray, which workers=0 does without
+    from raylarge.workers.pool import ActorPool  # knows Ray, which workers=0 does without
 
     pool = ActorPool(folder, config.workers, this.means)
     try:

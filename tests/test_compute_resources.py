@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from raylarge.compute import session
+from raylarge.compute.resources import WorkerResources, _places, require_resources
 from raylarge.errors import UserError
-from raylarge.fleet import session
-from raylarge.fleet.room import Room, _places, require_room
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,24 +28,27 @@ ROOT = Path(__file__).parents[1]
     ],
 )
 def test_how_many_workers_fit_on_a_node(node, need, places):
-    assert _places(*map(float, node), Room("a worker", *map(float, need), fewest=9)) == places
+    assert (
+        _places(*map(float, node), WorkerResources("a worker", *map(float, need), fewest=9))
+        == places
+    )
 
 
 @pytest.mark.ray
 def test_a_ray_that_cannot_grow_refuses_at_once(ray_session, monkeypatch):
     monkeypatch.setattr(session, "_own", [Path("logs")])
-    require_room(Room("a worker", 4.0, 0.0))
-    require_room(Room("training", 1.0, 0.0, fewest=4))
+    require_resources(WorkerResources("a worker", 4.0, 0.0))
+    require_resources(WorkerResources("training", 1.0, 0.0, fewest=4))
     for room, says in (
         (
-            Room("a worker", 1.0, 1.0),
+            WorkerResources("a worker", 1.0, 1.0),
             "a worker needs 1 CPUs and 1 GPUs and the largest of 1 nodes has 4 CPUs",
         ),
-        (Room("a worker", 5.0, 0.0), "a worker needs 5 CPUs and the largest"),
-        (Room("training", 1.0, 0.0, fewest=5), "training needs 5 times 1 CPUs"),
+        (WorkerResources("a worker", 5.0, 0.0), "a worker needs 5 CPUs and the largest"),
+        (WorkerResources("training", 1.0, 0.0, fewest=5), "training needs 5 times 1 CPUs"),
     ):
         with pytest.raises(UserError, match=f"{says}.*RAY_ADDRESS"):
-            require_room(room)
+            require_resources(room)
 
 
 @pytest.mark.ray
@@ -55,13 +58,13 @@ def test_a_cluster_with_an_autoscaler_is_waited_for(ray_session, capsys):
     key = b"__autoscaling_status"
     _internal_kv_put(key, b"{}")
     try:
-        require_room(Room("a worker", 1.0, 1.0))
+        require_resources(WorkerResources("a worker", 1.0, 1.0))
         assert "waiting for more nodes" in capsys.readouterr().out
     finally:
         _internal_kv_del(key)
     if not session.may_grow():  # Ray has written no status of its own since
         with pytest.raises(UserError, match="the largest of 1 nodes"):
-            require_room(Room("a worker", 1.0, 1.0))
+            require_resources(WorkerResources("a worker", 1.0, 1.0))
 
 
 @pytest.mark.ray

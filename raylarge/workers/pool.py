@@ -28,14 +28,14 @@ from ray.exceptions import (
 )
 from torch import Tensor
 
+from raylarge.compute.config import ComputeConfig
+from raylarge.compute.resources import WorkerResources, require_resources
 from raylarge.errors import UserError
-from raylarge.fleet.facts import Facts
-from raylarge.fleet.means import Means
-from raylarge.fleet.room import Room, require_room
-from raylarge.fleet.worker import Worker
 from raylarge.report import say
+from raylarge.sampling.bundle_facts import BundleFacts
 from raylarge.sampling.plan import Reply
 from raylarge.sampling.tasks import Task
+from raylarge.workers.worker import Worker
 
 LARGE_BYTES = 1 << 20
 TRIES = 5
@@ -46,7 +46,7 @@ LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 
 
 @dataclass(frozen=True)
-class Held:
+class ObjectRefTensor:
     """A tensor in the object store: the reference to its bytes, and its type."""
 
     ref: ray.ObjectRef[Any]
@@ -57,24 +57,24 @@ class Held:
         return torch.from_numpy(content.copy()).view(self.dtype)
 
 
-class Shelf:
+class ObjectStoreCache:
     """Puts each large tensor into the object store once; it goes when the tensor does."""
 
     def __init__(self) -> None:
         """An empty shelf."""
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, ObjectRefTensor] = {}
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def hold(self, reply: Reply) -> Reply | Held:
+    def hold(self, reply: Reply) -> Reply | ObjectRefTensor:
         """What to hand on in place of a reply: itself if it is small."""
         if not isinstance(reply, Tensor) or reply.nbytes < LARGE_BYTES:
             return reply
         name = id(reply)
         if name not in self._held:
             content = reply.contiguous().view(torch.uint8).numpy()
-            self._held[name] = Held(ray.put(content), reply.dtype)
+            self._held[name] = ObjectRefTensor(ray.put(content), reply.dtype)
             weakref.finalize(reply, self._held.pop, name).atexit = False
         return self._held[name]
 
@@ -104,7 +104,7 @@ async def persist(ask: Callable[[], Awaitable[Any]], what: str) -> Any:
 class PooledWorker:
     """A worker in an actor. It loads at its first call, so that errors reach the asker."""
 
-    def __init__(self, bundle: str, means: Means) -> None:
+    def __init__(self, bundle: str, means: ComputeConfig) -> None:
         """Nothing is loaded yet."""
         self._bundle, self._means = bundle, means
         self._worker: Worker | None = None
@@ -118,7 +118,7 @@ class PooledWorker:
     def answer(self, task: Task, *inputs: Any) -> Reply:
         """The reply to a task."""
         self.ready()
-        opened = [i.open(ray.get(i.ref)) if isinstance(i, Held) else i for i in inputs]
+        opened = [i.open(ray.get(i.ref)) if isinstance(i, ObjectRefTensor) else i for i in inputs]
         return self._worker.answer(task, *opened)  # type: ignore[union-attr]
 
 
@@ -131,18 +131,18 @@ class ActorPool:
         means: what each has. The same means give the same bytes, however many workers.
     """
 
-    def __init__(self, bundle: str, workers: int, means: Means | None = None) -> None:
-        means = means or Means()
+    def __init__(self, bundle: str, workers: int, means: ComputeConfig | None = None) -> None:
+        means = means or ComputeConfig()
         some = float(ray.cluster_resources().get("GPU", 0) > 0)
         gpus = some if means.gpus < 0 else means.gpus
-        self._room = Room("a worker", float(means.threads), float(gpus))
-        require_room(self._room)
+        self._room = WorkerResources("a worker", float(means.threads), float(gpus))
+        require_resources(self._room)
         actor = ray.remote(PooledWorker).options(
             num_cpus=means.threads, num_gpus=gpus, max_restarts=-1
         )
         self._actors = [actor.remote(bundle, means) for _ in range(workers)]
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
-        self._shelf = Shelf()
+        self._shelf = ObjectStoreCache()
         self._closed = False
         self._coming: set[asyncio.Task[None]] = set()
 
@@ -230,10 +230,10 @@ class Replicas:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._shelf = Shelf()
+        self._shelf = ObjectStoreCache()
         self._room = asyncio.Semaphore(IN_FLIGHT)
 
-    async def facts(self) -> Facts:
+    async def facts(self) -> BundleFacts:
         """What bundle the replicas have."""
         return await persist(lambda: self._handle.facts.remote(), "a question for the bundle")
 

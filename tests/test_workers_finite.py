@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from jobs import sample as job
 from raylarge import order as orders
 from raylarge.errors import UserError
-from raylarge.fleet.finite import check_reply, described
-from raylarge.fleet.worker import Worker
 from raylarge.models import bundle
 from raylarge.models.cdm import CDM
 from raylarge.sampling import joint
 from raylarge.sampling.plan import run
-from raylarge.sampling.tasks import Decode, DecodeEach, Parts, Windows
+from raylarge.sampling.tasks import DecodeBand, DecodePatches, DenoiseWindows, Parts
+from raylarge.workers.finite import check_reply, described
+from raylarge.workers.worker import Worker
 
 
 @pytest.fixture
@@ -113,15 +113,15 @@ def test_a_decoder_that_overflows_is_an_error(folder):
 
 def test_replies_are_checked_in_all_their_parts():
     order = orders.parse({"size": 64})
-    task = Windows(order, 0, tuple((0, i) for i in range(6)), 10, 20, 1)
+    task = DenoiseWindows(order, 0, tuple((0, i) for i in range(6)), 10, 20, 1)
     fine, bad = torch.zeros(2, 3), torch.tensor([1.0, float("inf")])
     for reply in (fine, Parts(fine, (fine, fine)), torch.zeros(0), torch.ones(2).bfloat16()):
         check_reply(task, reply)
     for reply in (bad, bad.half(), Parts(bad, ()), Parts(fine, (fine, bad))):
         with pytest.raises(UserError, match=r"\(0, 3\), … at scale 0 after steps 11 to 20"):
             check_reply(task, reply)
-    assert described(Decode(order, (), 64, 128)) == "the decoded pixel rows 64 to 127"
-    assert described(DecodeEach(order)) == "the decoded patches"
+    assert described(DecodeBand(order, (), 64, 128)) == "the decoded pixel rows 64 to 127"
+    assert described(DecodePatches(order)) == "the decoded patches"
 
 
 def test_conditioners_of_every_kind_are_checked(tmp_path):

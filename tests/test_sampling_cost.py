@@ -10,7 +10,6 @@ from torch.overrides import _get_current_function_mode_stack as modes
 
 from raylarge import images
 from raylarge import order as orders
-from raylarge.fleet.worker import Worker
 from raylarge.models import bundle as bundles
 from raylarge.models import controlnet
 from raylarge.models.autoencoder import Autoencoder
@@ -18,8 +17,9 @@ from raylarge.models.cost import CallCounts
 from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.prior import GridPrior
 from raylarge.order import Condition
-from raylarge.sampling import joint, price
+from raylarge.sampling import cost, joint
 from raylarge.sampling.plan import run
+from raylarge.workers.worker import Worker
 
 
 def png(side):
@@ -110,4 +110,4 @@ def test_every_evaluation_is_counted(tiny_bundle, values, one_thread):
     )
     plan = joint.plan(order, worker.bundle.patch)
     run(plan, worker.answer)
-    assert seen == dataclasses.asdict(price.counts(plan, order, bundle.patch))
+    assert seen == dataclasses.asdict(cost.count_calls(plan, order, bundle.patch))

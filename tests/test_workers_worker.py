@@ -10,13 +10,13 @@ import pytest
 
 from raylarge import order, storage
 from raylarge.errors import UserError
-from raylarge.fleet.facts import Facts
-from raylarge.fleet.worker import Worker
 from raylarge.models import bundle
 from raylarge.order import Condition
 from raylarge.sampling import joint
+from raylarge.sampling.bundle_facts import BundleFacts
 from raylarge.sampling.plan import Plan, Request, arun, run
-from raylarge.sampling.tasks import Draw, Task
+from raylarge.sampling.tasks import EncodeContext, Task
+from raylarge.workers.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,7 +117,7 @@ def test_a_request_failing_in_arun_stops_the_others():
 
 
 def test_the_facts_of_a_folder_are_those_of_the_bundle_loaded_from_it(worker, tiny_bundle):
-    assert Facts.read(tiny_bundle) == Facts.of(worker.bundle)
+    assert BundleFacts.read(tiny_bundle) == BundleFacts.of(worker.bundle)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_an_unfinished_bundle_says_what_to_train(tiny_bundle, tmp_path, missing,
             str(folder / "model_index.json"), {k: v for k, v in index.items() if k != missing}
         )
     with pytest.raises(UserError, match=says):
-        Facts.read(str(folder))
+        BundleFacts.read(str(folder))
 
 
 def test_an_unknown_task_is_refused(worker):
@@ -148,13 +148,13 @@ def test_an_unknown_task_is_refused(worker):
 
 def test_a_bundle_without_a_cdm_says_how_to_get_one(worker, law_order):
     poor = Worker(dataclasses.replace(worker.bundle, cdm=None))
-    draw = Draw(order.parse(law_order), "cdm", 0, ((0, 0),))
+    draw = EncodeContext(order.parse(law_order), "cdm", 0, ((0, 0),))
     with pytest.raises(UserError, match="model=cdm"):
         poor.answer(draw)
 
 
 def test_embeddings_of_another_encoder_are_refused(worker):
     values = {"size": 64, "condition": dataclasses.asdict(Condition.of(np.ones((1, 1, 5))))}
-    draw = Draw(order.parse(values), "embeddings", 0, ((0, 0),))
+    draw = EncodeContext(order.parse(values), "embeddings", 0, ((0, 0),))
     with pytest.raises(UserError, match="have 5 channels, the bundle's Summarizer takes 8"):
         worker.answer(draw)

@@ -16,8 +16,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Means:
-    """What every worker of a fleet has.
+class ComputeConfig:
+    """What every worker has.
 
     Attributes:
         threads: CPU threads, and cores of the cluster.

@@ -12,13 +12,13 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from raylarge import order
 from raylarge.errors import UserError
-from raylarge.fleet import pool as pools
-from raylarge.fleet.facts import Facts
-from raylarge.fleet.pool import TRIES, ActorPool, Held, Shelf, persist
 from raylarge.order import Condition
 from raylarge.sampling import joint
+from raylarge.sampling.bundle_facts import BundleFacts
 from raylarge.sampling.plan import arun
-from raylarge.sampling.tasks import Draw, Task
+from raylarge.sampling.tasks import EncodeContext, Task
+from raylarge.workers import pool as pools
+from raylarge.workers.pool import TRIES, ActorPool, ObjectRefTensor, ObjectStoreCache, persist
 
 TASK = Task(order.parse({"size": 64}))
 
@@ -66,7 +66,7 @@ async def rough(pool, plan, count):
 def test_law_4_one_actor_even_if_it_is_killed(ray_session, tiny_bundle, law_order, law_image):
     async def main():
         async with hired(tiny_bundle, 1) as pool:
-            plan = joint.plan(order.parse(law_order), Facts.read(tiny_bundle).patch)
+            plan = joint.plan(order.parse(law_order), BundleFacts.read(tiny_bundle).patch)
             return await rough(pool, plan, 1)
 
     image, killed = asyncio.run(main())
@@ -79,7 +79,7 @@ def test_law_4_four_actors_with_and_without_losses(
     ray_session, tiny_bundle, law_order, law_image, monkeypatch
 ):
     monkeypatch.setattr(pools, "LARGE_BYTES", 10_000)  # so that the small guide is held, too
-    patch = Facts.read(tiny_bundle).patch
+    patch = BundleFacts.read(tiny_bundle).patch
 
     async def main():
         async with hired(tiny_bundle, 4) as pool:
@@ -104,9 +104,9 @@ def test_what_a_user_can_mend_arrives_as_it_was_raised(ray_session, tiny_bundle,
             grid = Condition.of(np.ones((1, 1, 5)))
             values = {"size": 64, "condition": vars(grid)}
             with pytest.raises(UserError, match="have 5 channels") as caught:
-                await pool.answer(Draw(order.parse(values), "embeddings", 0, ((0, 0),)))
+                await pool.answer(EncodeContext(order.parse(values), "embeddings", 0, ((0, 0),)))
             assert type(caught.value) is UserError
-            reply = await pool.answer(Draw(TASK.order, "null", 0, ((0, 0),)))
+            reply = await pool.answer(EncodeContext(TASK.order, "null", 0, ((0, 0),)))
             assert reply.shape == (1, 65, 64)  # the actor goes on
 
     async def no_bundle():
@@ -120,9 +120,9 @@ def test_what_a_user_can_mend_arrives_as_it_was_raised(ray_session, tiny_bundle,
 
 @pytest.mark.ray
 def test_a_large_reply_is_put_once_and_goes_with_its_tensor(ray_session):
-    shelf, frames = Shelf(), torch.randn(3, 512, 512).to(torch.bfloat16)
+    shelf, frames = ObjectStoreCache(), torch.randn(3, 512, 512).to(torch.bfloat16)
     held = shelf.hold(frames)
-    assert isinstance(held, Held)
+    assert isinstance(held, ObjectRefTensor)
     assert shelf.hold(frames) is held
     assert torch.equal(held.open(ray_session.get(held.ref)), frames)
     assert shelf.hold(small := torch.zeros(3)) is small

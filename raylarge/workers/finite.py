@@ -50,19 +50,21 @@ def _cells(windows: tuple[tuple[int, int], ...]) -> str:
 
 
 _DESCRIPTIONS: dict[type[Task], Callable[[Any], str]] = {
-    tasks.Draw: lambda t: (
+    tasks.EncodeContext: lambda t: (
         f"the conditions ({t.kind}) of windows (row, column) {_cells(t.windows)} at scale {t.scale}"
     ),
-    tasks.Given: lambda t: "the pixels of order.source.image",
-    tasks.Imagine: lambda t: "the embeddings that the grid prior drew",
-    tasks.Invert: lambda t: f"the embeddings inferred from an image at scale {t.scale}",
-    tasks.Guide: lambda t: f"the guide's frames at scale {t.scale}",
-    tasks.Windows: lambda t: (
+    tasks.LoadSource: lambda t: "the pixels of order.source.image",
+    tasks.SamplePrior: lambda t: "the embeddings that the grid prior drew",
+    tasks.InvertImage: lambda t: f"the embeddings inferred from an image at scale {t.scale}",
+    tasks.DenoiseGuide: lambda t: f"the guide's frames at scale {t.scale}",
+    tasks.DenoiseWindows: lambda t: (
         f"the latents of windows (row, column) {_cells(t.windows)} at scale {t.scale} "
         f"after steps {t.first + 1} to {t.last}"
     ),
-    tasks.Band: lambda t: f"the latents of band {t.band} at step {t.step}",
-    tasks.Mosaic: lambda t: f"the latents of row {t.row} of windows at correction {t.look}",
-    tasks.Decode: lambda t: f"the decoded pixel rows {t.top} to {t.bottom - 1}",
-    tasks.DecodeEach: lambda t: "the decoded patches",
+    tasks.DenoiseBand: lambda t: f"the latents of band {t.band} at step {t.step}",
+    tasks.DenoiseMosaicRow: lambda t: (
+        f"the latents of row {t.row} of windows at correction {t.look}"
+    ),
+    tasks.DecodeBand: lambda t: f"the decoded pixel rows {t.top} to {t.bottom - 1}",
+    tasks.DecodePatches: lambda t: "the decoded patches",
 }

@@ -19,26 +19,26 @@ from raylarge.models.denoiser import in_interval
 from raylarge.order import Order
 from raylarge.sampling.bands import walk
 from raylarge.sampling.canvas import touching
-from raylarge.sampling.mosaic import Layout
+from raylarge.sampling.mosaic import MosaicLayout
 from raylarge.sampling.plan import Plan
 from raylarge.sampling.tasks import (
-    Band,
-    Decode,
-    DecodeEach,
-    Draw,
-    Guide,
-    Imagine,
-    Invert,
-    Mosaic,
+    DecodeBand,
+    DecodePatches,
+    DenoiseBand,
+    DenoiseGuide,
+    DenoiseMosaicRow,
+    DenoiseWindows,
+    EncodeContext,
+    InvertImage,
+    SamplePrior,
     Task,
-    Windows,
 )
 
 WALK = Schedule()
 """Stands for any schedule: prices only ask for its timesteps."""
 
 
-def counts(plan: Plan, order: Order, patch: Patch) -> CallCounts:
+def count_calls(plan: Plan, order: Order, patch: Patch) -> CallCounts:
     """Evaluations of the networks for one window each, over all requests of a plan.
 
     Args:
@@ -71,21 +71,21 @@ def _counts(task: Task, order: Order, patch: Patch) -> CallCounts:
 
 
 @_counts.register
-def _(task: Draw, order: Order, patch: Patch) -> CallCounts:
+def _(task: EncodeContext, order: Order, patch: Patch) -> CallCounts:
     if task.kind != "cdm":
         return CallCounts()
     return CallCounts(cdm=CDM_STEPS[order.condition.draw] * len(task.windows))
 
 
 @_counts.register
-def _(task: Imagine, order: Order, patch: Patch) -> CallCounts:
+def _(task: SamplePrior, order: Order, patch: Patch) -> CallCounts:
     cells = math.prod(-(-length // patch.side_px) << order.scale for length in order.size)
     both = 1 if order.condition.prior_guidance == 1.0 else 2
     return CallCounts(prior=both * order.condition.prior_steps * cells)
 
 
 @_counts.register
-def _(task: Invert, order: Order, patch: Patch) -> CallCounts:
+def _(task: InvertImage, order: Order, patch: Patch) -> CallCounts:
     n = 1
     if order.algorithm == "superres":  # else the guide, one patch
         inside = math.prod(n // (patch.side_px << order.source.octaves) for n in order.size)
@@ -94,14 +94,14 @@ def _(task: Invert, order: Order, patch: Patch) -> CallCounts:
 
 
 @_counts.register
-def _(task: Guide, order: Order, patch: Patch) -> CallCounts:
+def _(task: DenoiseGuide, order: Order, patch: Patch) -> CallCounts:
     steps, kind = order.sampler.steps, order.condition.kind
     unet = sum(passes(order, kind, t) for t in _timesteps(order, 0, steps))
     return CallCounts(unet=unet, decode=steps + 1)
 
 
 @_counts.register
-def _(task: Windows, order: Order, patch: Patch) -> CallCounts:
+def _(task: DenoiseWindows, order: Order, patch: Patch) -> CallCounts:
     sampler, n = order.sampler, len(task.windows)
     guided, again = task.guided_by is not None, sampler.solver == "plms"
     kind = order.condition.fine_kind if guided and not task.given else order.condition.kind
@@ -119,8 +119,8 @@ def _(task: Windows, order: Order, patch: Patch) -> CallCounts:
 
 
 @_counts.register
-def _(task: Mosaic, order: Order, patch: Patch) -> CallCounts:
-    columns = Layout.of(order, patch, task.guided_by).columns
+def _(task: DenoiseMosaicRow, order: Order, patch: Patch) -> CallCounts:
+    columns = MosaicLayout.of(order, patch, task.guided_by).columns
     n = sum(map(len, batches(columns, min(columns, order.batch))))
     kind = order.condition.kind if task.given else order.condition.fine_kind
     inner, steps = order.sampler.corrections, order.sampler.steps
@@ -150,7 +150,7 @@ def _corrected(order: Order, n: int) -> CallCounts:
 
 
 @_counts.register
-def _(task: Band, order: Order, patch: Patch) -> CallCounts:
+def _(task: DenoiseBand, order: Order, patch: Patch) -> CallCounts:
     n = len(batches(len(task.windows), order.batch)) * order.batch
     steps = walk(order, WALK, task.refine)
     if task.step == len(steps):
@@ -159,7 +159,7 @@ def _(task: Band, order: Order, patch: Patch) -> CallCounts:
 
 
 @_counts.register
-def _(task: Decode, order: Order, patch: Patch) -> CallCounts:
+def _(task: DecodeBand, order: Order, patch: Patch) -> CallCounts:
     side = patch.side_px
     rows = touching(order.size[0], side, side // 4, task.top, task.bottom)
     count = len(rows) * len(origins(order.size[1], side, side // 4))
@@ -167,5 +167,5 @@ def _(task: Decode, order: Order, patch: Patch) -> CallCounts:
 
 
 @_counts.register
-def _(task: DecodeEach, order: Order, patch: Patch) -> CallCounts:
+def _(task: DecodePatches, order: Order, patch: Patch) -> CallCounts:
     return CallCounts(decode=order.batch)

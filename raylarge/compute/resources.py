@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raylarge import report
+from raylarge.compute import session
 from raylarge.errors import UserError
-from raylarge.fleet import session
 
 
 @dataclass(frozen=True)
-class Room:
+class WorkerResources:
     """What each of several workers needs on one node.
 
     Attributes:
@@ -36,7 +36,7 @@ class Room:
         return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
 
 
-def require_room(room: Room) -> None:
+def require_resources(room: WorkerResources) -> None:
     """Refuse what can never be scheduled; say so where it may be later.
 
     Raises:
@@ -63,7 +63,7 @@ def require_room(room: Room) -> None:
     report.say(f"{lack}: waiting for more nodes")
 
 
-def _places(cpus: float, gpus: float, room: Room) -> int:
+def _places(cpus: float, gpus: float, room: WorkerResources) -> int:
     """How many workers fit on a node."""
     rooms = [room.fewest]
     rooms += [int((cpus + 1e-6) // room.cpus)] if room.cpus else []

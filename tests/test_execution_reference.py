@@ -8,8 +8,8 @@ from raylarge import order, schema, storage
 from raylarge.data.prepare import prepare
 from raylarge.data.tile import slides_of
 from raylarge.errors import UserError
-from raylarge.fleet import reference
-from raylarge.fleet.reference import find_region
+from raylarge.execution import reference
+from raylarge.execution.reference import find_region
 from raylarge.geometry import Patch
 from raylarge.report import Report
 

@@ -21,18 +21,18 @@ from typing import Any
 
 from raylarge import order as orders
 from raylarge.errors import UserError
-from raylarge.fleet import result
-from raylarge.fleet.facts import Facts
+from raylarge.execution import result
 from raylarge.geometry import Patch
 from raylarge.order import Order
 from raylarge.sampling import joint
+from raylarge.sampling.bundle_facts import BundleFacts
 from raylarge.sampling.plan import Plan, arun
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServiceLimits:
     """What one service takes on.
 
     Attributes:
@@ -59,7 +59,7 @@ class FullError(Exception):
 
 
 @dataclass
-class Ticket:
+class Job:
     """One order and what became of it; the order itself is a file in the folder."""
 
     id: str
@@ -84,7 +84,7 @@ class Ticket:
         self.progress = min(plan.progress, 0.99)
 
 
-class Desk:
+class OrderQueue:
     """Orders from the moment they are taken to the moment they are forgotten.
 
     Args:
@@ -96,23 +96,23 @@ class Desk:
     def __init__(
         self,
         answer: Callable[..., Awaitable[Any]],
-        facts: Callable[[], Awaitable[Facts]],
-        limits: Limits,
+        facts: Callable[[], Awaitable[BundleFacts]],
+        limits: ServiceLimits,
     ) -> None:
         self.limits = limits
         self._answer, self._ask_facts = answer, facts
-        self._facts: Facts | None = None
-        self._tickets: dict[str, Ticket] = {}
+        self._facts: BundleFacts | None = None
+        self._tickets: dict[str, Job] = {}
         self._room = asyncio.Semaphore(limits.running)
         self._scratch = tempfile.TemporaryDirectory(prefix="raylarge-serve-")
 
-    async def facts(self) -> Facts:
+    async def facts(self) -> BundleFacts:
         """What orders are planned with."""
         if self._facts is None:
             self._facts = await self._ask_facts()
         return self._facts
 
-    async def take(self, values: Mapping[str, Any]) -> Ticket:
+    async def take(self, values: Mapping[str, Any]) -> Job:
         """Take an order in.
 
         Raises:
@@ -124,18 +124,18 @@ class Desk:
         order, plan = await asyncio.to_thread(self._plan, values, facts)
         name = uuid.uuid4().hex
         self._turn_away()  # others came in while this one was read
-        ticket = Ticket(name, order.digest, Path(self._scratch.name, name))
+        ticket = Job(name, order.digest, Path(self._scratch.name, name))
         result.write_order(str(ticket.folder), order)
         self._tickets[name] = ticket
         ticket.work = asyncio.create_task(self._carry_out(ticket, order, plan, facts))
         ticket.work.add_done_callback(lambda work: self._settle(ticket, work))
         return ticket
 
-    def find(self, id: str) -> Ticket | None:
+    def find(self, id: str) -> Job | None:
         """The ticket of an id, if it is known (still)."""
         return self._tickets.get(id)
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: Job) -> None:
         """Stop an order that waits or runs; forget one that has ended."""
         if ticket.ended is not None:
             self._forget(ticket)
@@ -154,7 +154,7 @@ class Desk:
         if waiting >= self.limits.queued:
             raise FullError(f"{waiting} orders are waiting already; try again later.")
 
-    def _plan(self, values: Mapping[str, Any], facts: Facts) -> tuple[Order, Plan]:
+    def _plan(self, values: Mapping[str, Any], facts: BundleFacts) -> tuple[Order, Plan]:
         order = orders.parse(values)
         self._bound(order, facts.patch)
         plan = joint.plan(order, facts.patch)
@@ -178,13 +178,13 @@ class Desk:
             if value > (most := getattr(limits, name)):
                 raise UserError(f"the order asks for {value} {name}; this service allows {most}.")
 
-    async def _carry_out(self, ticket: Ticket, order: Order, plan: Plan, facts: Facts) -> None:
+    async def _carry_out(self, ticket: Job, order: Order, plan: Plan, facts: BundleFacts) -> None:
         async with self._room:
             ticket.state, ticket.began = "running", time.monotonic()
             made = await arun(plan, self._answer, ticket.watch)
             await asyncio.to_thread(result.write, str(ticket.folder), order, facts, made)
 
-    def _settle(self, ticket: Ticket, work: asyncio.Task[None]) -> None:
+    def _settle(self, ticket: Job, work: asyncio.Task[None]) -> None:
         """Note how an order ended, and forget the oldest."""
         ticket.ended = time.monotonic()
         error = None if work.cancelled() else work.exception()
@@ -199,7 +199,7 @@ class Desk:
         for old in sorted(ended, key=lambda t: t.ended or 0.0)[: -self.limits.kept or None]:
             self._forget(old)
 
-    def _forget(self, ticket: Ticket) -> None:
+    def _forget(self, ticket: Job) -> None:
         self._tickets.pop(ticket.id, None)
         shutil.rmtree(ticket.folder, ignore_errors=True)
 

@@ -17,13 +17,13 @@ from jaxtyping import UInt8
 
 from raylarge import images, storage
 from raylarge import pyramid as pyramids
-from raylarge.fleet.facts import Facts
 from raylarge.geometry import spans
 from raylarge.metrics.consistency import WindowError
 from raylarge.metrics.lines import MIN_WINDOWS, WindowLines
 from raylarge.metrics.seams import SeamRatio
 from raylarge.order import Order
-from raylarge.sampling.joint import Large
+from raylarge.sampling.bundle_facts import BundleFacts
+from raylarge.sampling.joint import LargeImage
 
 STRIP_ROWS = 32
 """Rows that are floats at a time."""
@@ -40,7 +40,7 @@ PNG_PIXELS = 1 << 26
 """Larger images (8192 x 8192) are written as a pyramid alone."""
 
 
-def marks(order: Order, facts: Facts) -> dict[str, str]:
+def marks(order: Order, facts: BundleFacts) -> dict[str, str]:
     """The text fields of an order's pictures; embeddings are named by the digest, not copied."""
     document = order.as_json()
     document["condition"]["data"] = document["source"]["image"] = ""
@@ -54,7 +54,7 @@ def marks(order: Order, facts: Facts) -> dict[str, str]:
 
 
 def write(
-    folder: str, order: Order, facts: Facts, result: Any, pyramid: bool = False
+    folder: str, order: Order, facts: BundleFacts, result: Any, pyramid: bool = False
 ) -> tuple[dict[str, str], dict[str, float]]:
     """Write the files of a result, the image last; name -> path, and what was measured.
 
@@ -67,7 +67,7 @@ def write(
     if (guide := guide_of(result)) is not None:
         paths["guide.png"] = storage.join(folder, "guide.png")
         images.write_png(paths["guide.png"], guide, text)
-    if not isinstance(result, Large):
+    if not isinstance(result, LargeImage):
         return paths | _png(folder, mosaic(result), text), {}
     small = order.size[0] * order.size[1] <= PNG_PIXELS
     whole = np.empty((*order.size, 3), np.uint8) if small else None
@@ -94,7 +94,7 @@ def _png(folder: str, image: UInt8[np.ndarray, "H W 3"], text: dict[str, str]) -
 class _Measured:
     """Figures of a large image, taken from its bands as they pass."""
 
-    def __init__(self, order: Order, facts: Facts, result: Large) -> None:
+    def __init__(self, order: Order, facts: BundleFacts, result: LargeImage) -> None:
         self._error = self._seams = self._lines = None
         side = facts.patch.side_px
         if result.frames is not None:
@@ -152,6 +152,6 @@ def mosaic(patches: UInt8[np.ndarray, "n P P 3"]) -> UInt8[np.ndarray, "H W 3"]:
 
 def guide_of(result: Any) -> UInt8[np.ndarray, "P P 3"] | None:
     """The finished guide of a large image, if it had one."""
-    if not isinstance(result, Large) or result.frames is None:
+    if not isinstance(result, LargeImage) or result.frames is None:
         return None
     return images.to_uint8(result.frames[-1])

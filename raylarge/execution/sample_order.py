@@ -15,12 +15,12 @@ from raylarge import config as configuration
 from raylarge import order as orders
 from raylarge import storage, uploads
 from raylarge.errors import UserError
-from raylarge.fleet.reference import Region, find_region
+from raylarge.execution.reference import Region, find_region
 from raylarge.geometry import Patch
 from raylarge.order import Condition, Order
 
 if TYPE_CHECKING:
-    from raylarge.fleet.sample import Sample
+    from raylarge.execution.sample import Sample
 
 _OF_TEXT = ("fine", "draw", "prior_guidance", "prior_steps")
 """Settings of `order.condition` that stay where a text decides the rest."""

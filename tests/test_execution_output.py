@@ -8,7 +8,7 @@ import pytest
 from raylarge import images, order, storage
 from raylarge import pyramid as pyramids
 from raylarge.errors import UserError
-from raylarge.fleet.output import Output
+from raylarge.execution.output import Output
 
 HERE = order.parse({"size": 64, "seed": 1})
 OTHER = order.parse({"size": 64, "seed": 2})

@@ -13,7 +13,7 @@ from raylarge.order import Order
 
 
 @dataclass(frozen=True)
-class Facts:
+class BundleFacts:
     """A bundle as those see it who ask its workers.
 
     Attributes:
@@ -72,7 +72,7 @@ class Facts:
             raise UserError("sampler.small_autoencoder: the bundle has no vae_small; leave it out.")
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Facts:
+    def of(cls, bundle: Bundle) -> BundleFacts:
         """The facts of a loaded bundle."""
         return cls(
             bundle.patch,
@@ -86,7 +86,7 @@ class Facts:
         )
 
     @classmethod
-    def read(cls, folder: str) -> Facts:
+    def read(cls, folder: str) -> BundleFacts:
         """The same facts, read from a bundle's folder.
 
         Raises:

@@ -8,7 +8,7 @@ import torch
 
 from raylarge import order, storage
 from raylarge.errors import UserError
-from raylarge.fleet.ledger import Ledger
+from raylarge.execution.reply_store import ReplyStore
 from raylarge.sampling.plan import Plan, Request, run
 from raylarge.sampling.tasks import Task
 
@@ -56,7 +56,7 @@ def stopped_after(count, ledger, plan=None):
 
 def resumed(root, bundle="weights"):
     """Run again; the result, and how many requests were answered for it."""
-    ledger, plan, asked = Ledger(root, ORDER, bundle), new_plan(), []
+    ledger, plan, asked = ReplyStore(root, ORDER, bundle), new_plan(), []
     found = ledger.resume(plan)
 
     def counted(task, *inputs):
@@ -75,7 +75,7 @@ def root(tmp_path):
 
 @pytest.mark.parametrize("count", range(1, len(REQUESTS)))
 def test_a_run_goes_on_wherever_it_stopped(root, count):
-    stopped_after(count, Ledger(root, ORDER, "weights"))
+    stopped_after(count, ReplyStore(root, ORDER, "weights"))
     made, asked = resumed(root)
     assert asked == len(REQUESTS) - count
     for now, then in zip(made, run(new_plan(), answer), strict=True):
@@ -83,7 +83,7 @@ def test_a_run_goes_on_wherever_it_stopped(root, count):
 
 
 def test_what_has_had_its_use_takes_no_room(root):
-    ledger = Ledger(root, ORDER, "weights")
+    ledger = ReplyStore(root, ORDER, "weights")
     plan = stopped_after(5, ledger)
     sizes = {path.name: path.stat().st_size for path in Path(ledger.folder).iterdir()}
     assert len(sizes) == 5
@@ -93,7 +93,7 @@ def test_what_has_had_its_use_takes_no_room(root):
 
 
 def test_a_reply_that_was_lost_is_asked_for_again_with_all_it_takes(root):
-    ledger = Ledger(root, ORDER, "weights")
+    ledger = ReplyStore(root, ORDER, "weights")
     stopped_after(5, ledger)
     Path(ledger.folder, "guide").unlink()
     made, asked = resumed(root)
@@ -102,11 +102,11 @@ def test_a_reply_that_was_lost_is_asked_for_again_with_all_it_takes(root):
 
 
 def test_another_order_or_bundle_begins_anew(root):
-    stopped_after(4, Ledger(root, ORDER, "weights"))
-    assert Ledger(root, ORDER, "others").resume(new_plan()) == 0
+    stopped_after(4, ReplyStore(root, ORDER, "weights"))
+    assert ReplyStore(root, ORDER, "others").resume(new_plan()) == 0
     other = order.parse({"size": 64, "seed": 1})
-    assert Ledger(root, other, "weights").resume(new_plan()) == 0
-    assert Ledger(root, ORDER, "weights").resume(new_plan()) == 4
+    assert ReplyStore(root, other, "weights").resume(new_plan()) == 0
+    assert ReplyStore(root, ORDER, "weights").resume(new_plan()) == 4
 
 
 def each(kept, open_):
@@ -120,12 +120,12 @@ def test_types_come_back_as_they_went(root):
         "guide": torch.randn(3, 2).T,
     }
     requests = [Request(id, TASK) for id in replies]
-    ledger, plan = Ledger(root, ORDER, "weights"), Plan(requests, list(replies), each)
+    ledger, plan = ReplyStore(root, ORDER, "weights"), Plan(requests, list(replies), each)
     ledger.resume(plan)
     for id, reply in replies.items():
         plan.feed(id, reply)
     back = Plan(requests, list(replies), each)
-    assert Ledger(root, ORDER, "weights").resume(back) == 3
+    assert ReplyStore(root, ORDER, "weights").resume(back) == 3
     for then, now in zip(replies.values(), back.result, strict=True):
         assert type(now) is type(then)
         assert now.dtype == then.dtype
@@ -136,7 +136,7 @@ def test_types_come_back_as_they_went(root):
 
 
 def test_a_damaged_file_is_named(root):
-    ledger = Ledger(root, ORDER, "weights")
+    ledger = ReplyStore(root, ORDER, "weights")
     stopped_after(3, ledger)
     Path(ledger.folder, "guide").write_bytes(b"not a tensor at all")
     with pytest.raises(UserError, match=r"guide is damaged; remove its folder"):
@@ -144,19 +144,19 @@ def test_a_damaged_file_is_named(root):
 
 
 def test_a_removed_ledger_leaves_nothing(root):
-    ledger = Ledger(root, ORDER, "weights")
+    ledger = ReplyStore(root, ORDER, "weights")
     ledger.remove()
     stopped_after(3, ledger)
     ledger.remove()
     assert list(Path(root).iterdir()) == []
-    assert Ledger(root, ORDER, "weights").resume(new_plan()) == 0
+    assert ReplyStore(root, ORDER, "weights").resume(new_plan()) == 0
 
 
 @pytest.mark.s3
 def test_a_ledger_may_lie_in_a_bucket(s3_bucket):
     root = storage.join(s3_bucket, "orders")
-    stopped_after(4, Ledger(root, ORDER, "weights"))
+    stopped_after(4, ReplyStore(root, ORDER, "weights"))
     assert resumed(root)[1] == 2
-    ledger = Ledger(root, ORDER, "weights")
+    ledger = ReplyStore(root, ORDER, "weights")
     ledger.remove()
     assert ledger.resume(new_plan()) == 0

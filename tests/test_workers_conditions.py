@@ -10,14 +10,14 @@ from jobs import sample as job
 from raylarge import images
 from raylarge import order as orders
 from raylarge.errors import UserError
-from raylarge.fleet.facts import Facts
-from raylarge.fleet.worker import Worker
 from raylarge.models import bundle as bundles
 from raylarge.models.prior import GridPrior
 from raylarge.order import Condition
 from raylarge.sampling import joint
+from raylarge.sampling.bundle_facts import BundleFacts
 from raylarge.sampling.plan import run
-from raylarge.sampling.tasks import Draw, Imagine, Invert
+from raylarge.sampling.tasks import EncodeContext, InvertImage, SamplePrior
+from raylarge.workers.worker import Worker
 
 CONDITION = ("kind", "fine", "data", "shape", "prior_steps", "prior_guidance", "iterations")
 LABEL, OTHER = np.eye(5, dtype=np.float32)[:2]
@@ -53,9 +53,9 @@ def carried_out(folder, order):
 
     def answer(task, *inputs):
         reply = worker.answer(task, *inputs)
-        if isinstance(task, Imagine | Invert):
+        if isinstance(task, SamplePrior | InvertImage):
             kept["grid"] = reply
-        if isinstance(task, Draw):
+        if isinstance(task, EncodeContext):
             drawn.update({(task.scale, *w): r for w, r in zip(task.windows, reply, strict=True)})
         return reply
 
@@ -110,7 +110,7 @@ def test_the_four_conditions_of_fine_windows_share_one_guide(imagining):
         drawn_from = Condition.of_vector(LABEL) if len(vector) else Condition()
         condition = dataclasses.replace(drawn_from, kind="cdm", fine=fine)
         order = an_order(condition, size=128)
-        facts = Facts.read(imagining)
+        facts = BundleFacts.read(imagining)
         facts.check(order)
         worker = Worker(bundles.load(imagining))
         seen[fine, len(vector)] = run(joint.plan(order, facts.patch), worker.answer)
@@ -209,19 +209,19 @@ def test_bad_prior_orders_are_refused(imagining, values, told):
 def test_conditions_that_a_bundle_cannot_read_are_refused_before_any_work(
     imagining, condition, told
 ):
-    facts = Facts.read(imagining)
-    assert facts == Facts.of(bundles.load(imagining))
+    facts = BundleFacts.read(imagining)
+    assert facts == BundleFacts.of(bundles.load(imagining))
     with pytest.raises(UserError, match=told):
         facts.check(an_order(condition, size=128))
 
 
 def test_what_a_bundle_lacks_is_refused_with_a_cure(tiny_bundle):
-    facts = dataclasses.replace(Facts.read(tiny_bundle), cdm=False)
+    facts = dataclasses.replace(BundleFacts.read(tiny_bundle), cdm=False)
     with pytest.raises(UserError, match="the bundle has no CDM; train one"):
         facts.check(an_order(Condition(kind="cdm"), size=128))
     with pytest.raises(UserError, match="the bundle has no grid prior"):
         facts.check(an_order(Condition.of_vector(LABEL), size=128))
-    facts = Facts.read(tiny_bundle)
+    facts = BundleFacts.read(tiny_bundle)
     with pytest.raises(UserError, match="the bundle has no grid prior"):
         facts.check(an_order(Condition(kind="cdm", fine="prior"), size=128))
     facts.check(an_order(Condition(kind="cdm", fine="prior"), count=2))  # nothing is guided

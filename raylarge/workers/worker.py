@@ -14,9 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from raylarge.fleet.conditions import Conditions
-from raylarge.fleet.finite import check_reply
-from raylarge.fleet.means import Means
+from raylarge.compute.config import ComputeConfig
 from raylarge.images import to_uint8
 from raylarge.models.autoencoder import Codec
 from raylarge.models.bundle import Bundle, default_device, load
@@ -24,19 +22,21 @@ from raylarge.models.denoiser import Denoiser, NetworkDenoiser, guided
 from raylarge.order import Order
 from raylarge.sampling import bands, canvas, mosaic, superres, trajectory
 from raylarge.sampling.tasks import (
-    Band,
-    Decode,
-    DecodeEach,
-    Draw,
-    Given,
-    Guide,
-    Imagine,
-    Invert,
-    Mosaic,
+    DecodeBand,
+    DecodePatches,
+    DenoiseBand,
+    DenoiseGuide,
+    DenoiseMosaicRow,
+    DenoiseWindows,
+    EncodeContext,
+    InvertImage,
+    LoadSource,
     Parts,
+    SamplePrior,
     Task,
-    Windows,
 )
+from raylarge.workers.conditions import Conditions
+from raylarge.workers.finite import check_reply
 
 SHAPES = 256
 """Shapes of batches that a compiled network may meet; each is compiled once."""
@@ -67,7 +67,7 @@ class Worker:
         self._told_late = denoiser or network(timestep_offset=1)
 
     @classmethod
-    def opened(cls, folder: str, means: Means) -> Worker:
+    def opened(cls, folder: str, means: ComputeConfig) -> Worker:
         """The worker of a bundle's folder, on whatever device this process may use."""
         device = "cpu" if means.gpus == 0 else default_device()
         bundle = load(folder, device, means.torch_dtype)
@@ -93,27 +93,27 @@ class Worker:
         raise TypeError(f"no worker answers {type(task).__name__}")
 
     @_answer.register
-    def _draw(self, task: Draw, *inputs: Tensor) -> Float[Tensor, "n ..."]:
+    def _draw(self, task: EncodeContext, *inputs: Tensor) -> Float[Tensor, "n ..."]:
         return self._conditions.draw(task, *inputs)
 
     @_answer.register
-    def _given(self, task: Given) -> Float[Tensor, "3 rows columns"]:
+    def _given(self, task: LoadSource) -> Float[Tensor, "3 rows columns"]:
         return self._conditions.given(task)
 
     @_answer.register
-    def _invert(self, task: Invert, y: Tensor) -> Float[Tensor, "C rows columns"]:
+    def _invert(self, task: InvertImage, y: Tensor) -> Float[Tensor, "C rows columns"]:
         return self._conditions.invert(task, y)
 
     @_answer.register
-    def _imagine(self, task: Imagine) -> Float[Tensor, "C rows columns"]:
+    def _imagine(self, task: SamplePrior) -> Float[Tensor, "C rows columns"]:
         return self._conditions.imagine(task)
 
     @_answer.register
-    def _guide(self, task: Guide, tokens: Tensor) -> Float[Tensor, "S1 3 P P"]:
+    def _guide(self, task: DenoiseGuide, tokens: Tensor) -> Float[Tensor, "S1 3 P P"]:
         return trajectory.guide(self._networks(task.order, tokens), task, tokens)
 
     @_answer.register
-    def _windows(self, task: Windows, tokens: Tensor, *rest: Tensor) -> Tensor | Parts:
+    def _windows(self, task: DenoiseWindows, tokens: Tensor, *rest: Tensor) -> Tensor | Parts:
         replies, wanted = list(rest), None
         above = replies.pop(0) if task.guided_by is not None else None
         x_t = replies.pop(0) if task.first else None
@@ -130,23 +130,23 @@ class Worker:
         return trajectory.windows(networks, task, tokens, wanted, x_t)
 
     @_answer.register
-    def _mosaic(self, task: Mosaic, tokens: Tensor, *rest: Tensor) -> Tensor | Parts:
+    def _mosaic(self, task: DenoiseMosaicRow, tokens: Tensor, *rest: Tensor) -> Tensor | Parts:
         return mosaic.answer(self._networks(task.order, tokens), task, tokens, *rest)
 
     @_answer.register
-    def _decode(self, task: Decode, *latents: Tensor) -> UInt8[np.ndarray, "rows W 3"]:
+    def _decode(self, task: DecodeBand, *latents: Tensor) -> UInt8[np.ndarray, "rows W 3"]:
         patch, order = self.bundle.patch, task.order
         if task.bands:
             latent, first = torch.cat(latents, dim=1), task.bands[0]
         else:
             latent, first = canvas.arranged(latents, task.windows, order.size[1] // patch.factor)
-        band = canvas.Band(task.top, task.bottom, order.size[0], first * patch.side_lat)
+        band = canvas.PixelBand(task.top, task.bottom, order.size[0], first * patch.side_lat)
         image = canvas.decode_band(self._codec, latent, band, patch, order.batch)
         check_reply(task, image)
         return to_uint8(image)
 
     @_answer.register
-    def _band(self, task: Band, *inputs: Tensor) -> Float[Tensor, "d rows W"]:
+    def _band(self, task: DenoiseBand, *inputs: Tensor) -> Float[Tensor, "d rows W"]:
         patch, replies = self.bundle.patch, list(inputs)
         vectors = replies.pop(0) if task.vectors else None
         here = bands.Canvas(task, patch.latent, patch.factor, self._denoiser.schedule)
@@ -161,7 +161,7 @@ class Worker:
             return x_t[:, : patch.side_lat]
         return here.ask(x_t, self._estimates(task, vectors))
 
-    def _estimates(self, task: Band, vectors: Tensor | None) -> bands.Estimate:
+    def _estimates(self, task: DenoiseBand, vectors: Tensor | None) -> bands.Estimate:
         """What asks the denoiser for a band's windows, each under its own embedding.
 
         Canvases are float32; the networks see their own precision.
@@ -182,7 +182,7 @@ class Worker:
         return estimate
 
     @_answer.register
-    def _decode_each(self, task: DecodeEach, latents: Tensor) -> UInt8[np.ndarray, "B P P 3"]:
+    def _decode_each(self, task: DecodePatches, latents: Tensor) -> UInt8[np.ndarray, "B P P 3"]:
         decoded = self._codec.decode(latents)
         check_reply(task, decoded)
         return to_uint8(decoded)
