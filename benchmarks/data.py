@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import data_memory, data_plan, data_speed, page
-from benchmarks.data_speed import Measure
+from benchmarks.data_speed import DataMeasure
 from benchmarks.page import Section
 from raylarge import report, storage
 from raylarge.config import parse
@@ -28,12 +28,12 @@ from raylarge.errors import UserError
 
 
 @dataclass(frozen=True)
-class Bench:
+class DataBench:
     """What is measured, and how long.
 
     Attributes:
         only: of read, overhead, scaling, memory and plan.
-        pairs: how often each way is timed; this and the next six are those of `Measure`.
+        pairs: how often each way is timed; this and the next six are those of `DataMeasure`.
         units: width of the slides that are made, times 3,840 px; a quarter is their height.
         rows: of base tiles that are read of a slide.
         block: base tiles per part, about.
@@ -71,18 +71,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def main(words: list[str]) -> None:
-    """Measure, print and write."""
+    """DataMeasure, print and write."""
     torch.set_num_threads(1)
     quick = "quick=true" in words
-    config = parse(Bench, ["preset=quick", *words] if quick else words, PRESETS)
+    config = parse(DataBench, ["preset=quick", *words] if quick else words, PRESETS)
     names = config.only.split(",")
     if unknown := set(names) - PARTS.keys():
         raise UserError(f"only={','.join(sorted(unknown))} is not of {', '.join(PARTS)}.")
     sections = []
     with tempfile.TemporaryDirectory(prefix="raylarge-data-") as folder:
-        known = {"pairs", "units", "rows", "block", "minutes", "workers", "cost_ms"}
-        chosen = {name: value for name, value in asdict(config).items() if name in known}
-        measure = Measure(Path(folder), **chosen)
+        keys = {"pairs", "units", "rows", "block", "minutes", "workers", "cost_ms"}
+        chosen = {name: value for name, value in asdict(config).items() if name in keys}
+        measure = DataMeasure(Path(folder), **chosen)
         for name in names:
             sections.append(PARTS[name](measure, config))
             page.show(sections[-1])
@@ -91,7 +91,7 @@ def main(words: list[str]) -> None:
         _write(out, sections, measure)
 
 
-def _write(out: str, sections: list[Section], measure: Measure) -> None:
+def _write(out: str, sections: list[Section], measure: DataMeasure) -> None:
     """The page, and beside it the tables and every sample as JSON."""
     readers = ", ".join(f"{name} {version(name)}" for name in ("openslide-python", "ray"))
     sections[0].notes.insert(0, f"{readers}. {measure.about}")
@@ -102,7 +102,7 @@ def _write(out: str, sections: list[Section], measure: Measure) -> None:
     storage.write_json(storage.absolute(str(Path(out).with_suffix(".json"))), document)
 
 
-PARTS: dict[str, Callable[[Measure, Bench], Section]] = {
+PARTS: dict[str, Callable[[DataMeasure, DataBench], Section]] = {
     "read": lambda measure, _: data_speed.read(measure),
     "overhead": lambda measure, _: data_speed.overhead(measure),
     "scaling": lambda measure, _: data_speed.scaling(measure),

@@ -179,8 +179,8 @@ def _on_ray(job: Job, workers: int) -> Timing:
     began = time.time()
     with session(workers + 1):
         started = time.time() - began
-        found = _run(job, ExecutorConfig(workers=workers))
-    return replace(found, whole_s=time.time() - began, first_s=found.first_s + started)
+        timing = _run(job, ExecutorConfig(workers=workers))
+    return replace(timing, whole_s=time.time() - began, first_s=timing.first_s + started)
 
 
 def plain(job: Job, workers: int) -> Timing:

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from benchmarks.data_slides import PATCH_PX, Slides
-from benchmarks.data_speed import ENCODER, Measure
+from benchmarks.data_speed import ENCODER, DataMeasure
 from benchmarks.memory import Peaks
 from benchmarks.page import Section
 from raylarge.compute.session import session
@@ -34,9 +34,9 @@ VERBS = ("tile", "embed", "shard")
 _EVERY_S = 0.1
 
 
-def section(measure: Measure, copies: int) -> Section:
+def section(measure: DataMeasure, copies: int) -> Section:
     """Peaks of one slide and of many, over Ray and in one process."""
-    one = measure.made("memory", (1, 1), 0.5)
+    one = measure.create_slide("memory", (1, 1), 0.5)
     runs: dict[tuple[str, int], dict[str, Any]] = {}
     for workers in (1, 0):
         for slides in (one, one.copies(copies, measure.folder / "memory")):
@@ -45,8 +45,8 @@ def section(measure: Measure, copies: int) -> Section:
                 slides, measure.folder / f"mem-{workers}-{count}", workers
             )
     kept = measure.samples.setdefault("memory", {})
-    for (who, count), found in runs.items():
-        kept.setdefault(who, {})[f"{count} slides"] = [found]
+    for (who, count), peak in runs.items():
+        kept.setdefault(who, {})[f"{count} slides"] = [peak]
     rows, short = [], []
     for who in (_who(1), _who(0)):
         few, many = runs[who, 1], runs[who, copies]
@@ -83,8 +83,8 @@ def measured(slides: Slides, out: Path, workers: int) -> dict[str, Any]:
     done = subprocess.run([*words, str(workers)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the run for memory failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    peak: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return peak
 
 
 class Below:
@@ -124,13 +124,13 @@ def carry_out(out: str, slides: str, workers: int | None) -> dict[str, Any]:
     peaks, below = Peaks(), {}
     with nullcontext() if workers is None else session(workers + 1):
         for verb in VERBS:
-            told = {"out": out, "slides": slides, "verbs": verb, "workers": workers}
-            config = build(Prepare, {**told, "tile": tile, "embed": {"encoder": ENCODER}})
+            values = {"out": out, "slides": slides, "verbs": verb, "workers": workers}
+            config = build(Prepare, {**values, "tile": tile, "embed": {"encoder": ENCODER}})
             watch = Below()
             with watch.watching():
                 peaks.during(verb, _quiet, lambda c=config: prepare(c, Report(f"{out}.json")))
             below[verb] = watch.most
-    above = {verb: peaks.start + more for verb, more in peaks.found.items()}
+    above = {verb: peaks.start + more for verb, more in peaks.mib.items()}
     mib = {"driver": above} if workers is None else {"driver": above, "worker": below}
     sizes = [path.stat().st_size for path in Path(out, "examples").glob("*.parquet")]
     return {"mib": mib, "examples_mb": sum(sizes) / 1e6}

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import data_makers as makers
 from benchmarks.data_slides import PATCH_PX, Slides
-from benchmarks.data_speed import BATCH, Measure, median
+from benchmarks.data_speed import BATCH, DataMeasure, median
 from benchmarks.page import Section
 from raylarge import images
 from raylarge.data import embed, shard, tile
@@ -89,7 +89,7 @@ def vit_flops(
     return 2.0 * (depth * block + patches * 3 * patch_px**2 * width)
 
 
-def section(measure: Measure) -> Section:
+def section(measure: DataMeasure) -> Section:
     """Minutes of each stage on both clusters, and what binds."""
     costs = measured(measure)
     measure.samples["plan"] = {"costs": {"all": [asdict(costs)]}}
@@ -119,7 +119,7 @@ def rows_of(cluster: Cluster, costs: Costs) -> list[list[str]]:
     """The stages on one cluster."""
     files = SLIDES * cluster.slide_gb
     gpu = TILES * vit_flops() / (1e12 * cluster.tflops)
-    found = []
+    items = []
     for zoom, power in ((1, "20x"), (2, "40x")):
         stages = [(f"embed, {power} slides", gpu, costs.read_ms[zoom], files)]
         for name, per_tile, kb in (
@@ -128,8 +128,8 @@ def rows_of(cluster: Cluster, costs: Costs) -> list[list[str]]:
         ):
             # Blocks are written, read and mixed: three times their bytes.
             stages.append((f"shard, {power}, {name}", 0.0, per_tile, files + 3e-6 * EXAMPLES * kb))
-        found += [_row(cluster, *stage) for stage in stages]
-    return found
+        items += [_row(cluster, *stage) for stage in stages]
+    return items
 
 
 def _row(cluster: Cluster, stage: str, gpu_s: float, tile_ms: float, gb: float) -> list[str]:
@@ -143,11 +143,12 @@ def _row(cluster: Cluster, stage: str, gpu_s: float, tile_ms: float, gb: float) 
     return [str(cluster.gpus), stage, *each, f"{seconds[binds] / 60:.0f}", binds]
 
 
-def measured(measure: Measure) -> Costs:
+def measured(measure: DataMeasure) -> Costs:
     """The costs, here and now, on one core."""
     units = {1: min(2, measure.units), 2: min(4, 2 * measure.units)}
     slides = {
-        zoom: measure.made("square", (side, side), 0.5 / zoom) for zoom, side in units.items()
+        zoom: measure.create_slide("square", (side, side), 0.5 / zoom)
+        for zoom, side in units.items()
     }
     wide = {1: measure.part(measure.twenty), 2: measure.part(measure.forty)}
     none = EmbedConfig(encoder="none", batch=BATCH)
@@ -171,12 +172,12 @@ def measured(measure: Measure) -> Costs:
 def _some_tiles(slides: Slides) -> list[np.ndarray]:
     grid = TileGrid(TileConfig(patch_px=PATCH_PX))
     grid.open({"path": slides.paths[0], "mpp_override": None})
-    found: list[np.ndarray] = grid.read(3, 0, min(slides.grid[1], 30))
+    items: list[np.ndarray] = grid.read(3, 0, min(slides.grid[1], 30))
     grid.close()
-    return found
+    return items
 
 
-def _shard_ms(measure: Measure, slides: Slides, quality: int) -> float:
+def _shard_ms(measure: DataMeasure, slides: Slides, quality: int) -> float:
     """CPU milliseconds of `shard` per base tile, over all scales that the slide has room for."""
     root = measure.folder / f"shard-{slides.zoom}-{quality}"
     scales = [k for k in range(8) if 1 << k <= min(slides.grid)]

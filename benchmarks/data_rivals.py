@@ -40,8 +40,8 @@ def cells(slides: Slides) -> Iterator[tuple[int, int]]:
 def tile_image(slide: openslide.OpenSlide, cell: tuple[int, int], zoom: int) -> Image.Image:
     """One base tile as CLAM reads it."""
     side = PATCH_PX * zoom
-    found = slide.read_region((cell[1] * side, cell[0] * side), 0, (side, side)).convert("RGB")
-    return found if zoom == 1 else found.resize((PATCH_PX, PATCH_PX))
+    region = slide.read_region((cell[1] * side, cell[0] * side), 0, (side, side)).convert("RGB")
+    return region if zoom == 1 else region.resize((PATCH_PX, PATCH_PX))
 
 
 def loop(slides: Slides, encode: Encode | None, batch: int) -> Timing:

@@ -84,33 +84,36 @@ class Slides:
 def write(path: Path, units: tuple[int, int], mpp: float, picture: Pixels) -> Slides:
     """An Aperio-like slide of rows x columns times `UNIT_PX`, the picture repeated."""
     power, (high, wide) = round(10 / mpp), (count * UNIT_PX for count in units)
-    told = (
+    description = (
         f"Aperio Image Library v11.2.1\n{wide}x{high} [0,0 {wide}x{high}] "
         f"({TILE_PX}x{TILE_PX}) JPEG/RGB Q={_QUALITY}|AppMag = {power}|MPP = {mpp:.4f}"
     )
     with tifffile.TiffWriter(path) as file:
         for factor in LEVELS:
             size = (high // factor, wide // factor)
-            tiles = {"description": told, "tile": (TILE_PX, TILE_PX)}
+            tiles = {"description": description, "tile": (TILE_PX, TILE_PX)}
             _page(file, _pieces(picture, factor, size), size, tiles)
             if factor == 1:  # the thumbnail, which readers of this layout expect here
                 thumbnail = Image.fromarray(picture).resize((TILE_PX, TILE_PX))
                 strip = iter([_jpeg(np.asarray(thumbnail))])
                 _page(
-                    file, strip, (TILE_PX, TILE_PX), {"description": told, "rowsperstrip": TILE_PX}
+                    file,
+                    strip,
+                    (TILE_PX, TILE_PX),
+                    {"description": description, "rowsperstrip": TILE_PX},
                 )
     return Slides.of(path, f"{power}x, {wide} x {high} px")
 
 
 def picture(seed: int = 0) -> tuple[Pixels, str]:
     """What the slides show, one unit of it, and where it comes from."""
-    found = sorted((SHARED / "he_large").glob("*.jpg"))
-    if not found:
+    files = sorted((SHARED / "he_large").glob("*.jpg"))
+    if not files:
         scene = procedural.Scene(seed, (UNIT_PX / 2, UNIT_PX / 2))
         return scene.region(0, 0, UNIT_PX, UNIT_PX, BASE_MPP), "a procedural scene"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is known and large
-        pixels = np.asarray(Image.open(found[0]).convert("RGB"))
+        pixels = np.asarray(Image.open(files[0]).convert("RGB"))
     corners = [
         (top, left)
         for top in range(0, pixels.shape[0] - UNIT_PX, _SEARCH_PX)
@@ -121,7 +124,7 @@ def picture(seed: int = 0) -> tuple[Pixels, str]:
     top, left = min(  # where there is most tissue: glass is too easily decoded
         corners, key=lambda c: small[c[0] // 16 :, c[1] // 16 :][:part, :part].mean()
     )
-    name = f"the densest part of a real H&E section ({found[0].name})"
+    name = f"the densest part of a real H&E section ({files[0].name})"
     return pixels[top : top + UNIT_PX, left : left + UNIT_PX], name
 
 

@@ -37,7 +37,7 @@ Ways = dict[str, Callable[[], Timing]]
 
 
 @dataclass
-class Measure:
+class DataMeasure:
     """How things are measured, and every sample that was taken.
 
     Attributes:
@@ -77,14 +77,14 @@ class Measure:
     @cached_property
     def twenty(self) -> Slides:
         """A 20x slide, whole."""
-        return self.made("wide", (max(1, self.units // 4), self.units), 0.5)
+        return self.create_slide("wide", (max(1, self.units // 4), self.units), 0.5)
 
     @cached_property
     def forty(self) -> Slides:
         """A 40x slide, whole."""
-        return self.made("wide", (max(1, self.units // 4), self.units), 0.25)
+        return self.create_slide("wide", (max(1, self.units // 4), self.units), 0.25)
 
-    def made(self, name: str, units: tuple[int, int], mpp: float) -> Slides:
+    def create_slide(self, name: str, units: tuple[int, int], mpp: float) -> Slides:
         """A slide of that many units and that resolution."""
         path = self.folder / f"{name}-{units[0]}-{units[1]}-{round(10 / mpp)}x.svs"
         return data_slides.write(path, units, mpp, self._picture[0])
@@ -113,7 +113,7 @@ class Measure:
                 spent[name].append(way())
                 report.say(f"{section}, {case}: {name}, {spent[name][-1].steady:.1f} tiles/s")
         kept = self.samples.setdefault(section, {}).setdefault(case, {})
-        kept.update({name: [asdict(one) for one in found] for name, found in spent.items()})
+        kept.update({name: [asdict(one) for one in timings] for name, timings in spent.items()})
         return spent
 
 
@@ -127,7 +127,7 @@ def ratio(of: Sequence[Timing], to: Sequence[Timing], name: str) -> float:
     return median([getattr(a, name) / getattr(b, name) for a, b in zip(of, to, strict=True)])
 
 
-def read(measure: Measure) -> Section:
+def read(measure: DataMeasure) -> Section:
     """Tiles and embeddings per second of all rivals, on three kinds of slides."""
     cases = [measure.part(measure.twenty)]
     cases.append(measure.part(measure.forty).copies(2, measure.folder / "forty"))
@@ -139,16 +139,16 @@ def read(measure: Measure) -> Section:
     agreed = [agreement(slides) for slides in cases]
     for slides in cases:
         for encoder in (None, "toy", ENCODER):
-            found = _rivals(measure, slides, encoder)
-            rows += _read_rows(slides, encoder, found)
-            short += _slower(slides, encoder, found)
+            timings = _rivals(measure, slides, encoder)
+            rows += _read_rows(slides, encoder, timings)
+            short += _slower(slides, encoder, timings)
     header = ["slides", "encoder", "who", "tiles/s", "start-up included", "times ours here",
               "CPU ms per tile"]  # fmt: skip
     title = f"Reading and embedding, {measure.workers} workers where there are several"
     return Section(title, header, rows, [*_read_notes(measure), *agreed], short)
 
 
-def _rivals(measure: Measure, slides: Slides, encoder: str | None) -> dict[str, list[Timing]]:
+def _rivals(measure: DataMeasure, slides: Slides, encoder: str | None) -> dict[str, list[Timing]]:
     """All ways to read (and embed) some slides."""
     means = EmbedConfig(encoder=encoder or "none", batch=BATCH)
     job = measure.job(slides, means, measure.block, 0.0 if encoder is None else None)
@@ -164,9 +164,9 @@ def _rivals(measure: Measure, slides: Slides, encoder: str | None) -> dict[str, 
 
 
 def _read_rows(
-    slides: Slides, encoder: str | None, found: dict[str, list[Timing]]
+    slides: Slides, encoder: str | None, timings: dict[str, list[Timing]]
 ) -> list[list[str]]:
-    ours, *_ = found.values()
+    ours, *_ = timings.values()
     return [
         [
             slides.title,
@@ -177,14 +177,14 @@ def _read_rows(
             f"{ratio(all_, ours, 'steady'):.2f}",
             f"{median([1000 * one.cpu_s / one.tiles for one in all_]):.2f}",
         ]
-        for who, all_ in found.items()
+        for who, all_ in timings.items()
     ]
 
 
-def _slower(slides: Slides, encoder: str | None, found: dict[str, list[Timing]]) -> list[str]:
+def _slower(slides: Slides, encoder: str | None, timings: dict[str, list[Timing]]) -> list[str]:
     """Where a rival in as many processes is faster than ours."""
     pairs = (("read_region loop", "ours, this process"), ("CLAM, DataLoader", "ours over Ray"))
-    times = {theirs: (own, ratio(found[theirs], found[own], "steady")) for theirs, own in pairs}
+    times = {theirs: (own, ratio(timings[theirs], timings[own], "steady")) for theirs, own in pairs}
     return [
         f"Reading: on {slides.title}, {encoder or 'reading alone'}, `{theirs}` gives "
         f"{value:.2f} times the tiles per second of `{own}`."
@@ -193,7 +193,7 @@ def _slower(slides: Slides, encoder: str | None, found: dict[str, list[Timing]])
     ]
 
 
-def _read_notes(measure: Measure) -> list[str]:
+def _read_notes(measure: DataMeasure) -> list[str]:
     return [
         f"Medians of {measure.pairs} interleaved runs, of tiles per second after start-up (a "
         f"DataLoader's first batch, a worker's first part) and start-up included, which for Ray "
@@ -238,7 +238,7 @@ def agreement(slides: Slides) -> str:
     )
 
 
-def overhead(measure: Measure) -> Section:
+def overhead(measure: DataMeasure) -> Section:
     """One worker of Ray beside this process, over minutes."""
     slides = measure.twenty
     means = EmbedConfig(encoder=ENCODER, batch=BATCH)
@@ -251,15 +251,15 @@ def overhead(measure: Measure) -> Section:
         "this process": partial(makers.here, job),
         "Ray, 1 worker": partial(makers.on_ray, job, 1),
     }
-    found = measure.timed("overhead", slides.title, ways)
-    here, ray = found.values()
+    timings = measure.timed("overhead", slides.title, ways)
+    here, ray = timings.values()
     whole, steady = ratio(ray, here, "whole_s") - 1, ratio(here, ray, "steady") - 1
     rows = [
         [who, str(all_[0].tiles)]
         + [f"{median([getattr(one, name) for one in all_]):.1f}" for name in
            ("whole_s", "first_s", "steady")]
         + [f"{median([1000 * one.cpu_s / one.tiles for one in all_]):.2f}"]
-        for who, all_ in found.items()
+        for who, all_ in timings.items()
     ]  # fmt: skip
     rows.append(["Ray's overhead", "", f"{whole:+.1%}", "", f"{steady:+.1%}", ""])
     short = [] if whole <= OVERHEAD_GOAL else [
@@ -277,7 +277,7 @@ def overhead(measure: Measure) -> Section:
     )  # fmt: skip
 
 
-def scaling(measure: Measure) -> Section:
+def scaling(measure: DataMeasure) -> Section:
     """Several workers beside as many plain processes; an encoder that sleeps beside one worker."""
     rows, short = [], []
     slides = measure.twenty.top(2 * measure.rows)
@@ -288,9 +288,9 @@ def scaling(measure: Measure) -> Section:
             f"{count} plain processes": partial(makers.plain, job, count),
             f"{count} workers of Ray": partial(makers.on_ray, job, count),
         }
-        found = measure.timed("scaling", f"{count}", ways)
-        alone, ray = found.values()
-        rows += _scaling_rows(ENCODER, found, alone)
+        timings = measure.timed("scaling", f"{count}", ways)
+        alone, ray = timings.values()
+        rows += _scaling_rows(ENCODER, timings, alone)
         if (share := ratio(ray, alone, "steady")) < PROCESSES_GOAL:
             short.append(
                 f"Scaling: {count} workers of Ray give {share:.2f} times the tiles per second of "
@@ -316,10 +316,12 @@ def scaling(measure: Measure) -> Section:
     )  # fmt: skip
 
 
-def _sleeping(measure: Measure) -> dict[str, list[Timing]]:
+def _sleeping(measure: DataMeasure) -> dict[str, list[Timing]]:
     """1, 2 and 4 workers whose encoders sleep; parts of one batch, that all end at about once."""
     side = min(2, measure.units)
-    slides = measure.made("small", (side, side), 0.5).copies(2 * side, measure.folder / "sleep")
+    slides = measure.create_slide("small", (side, side), 0.5).copies(
+        2 * side, measure.folder / "sleep"
+    )
     cost_s = measure.cost_ms / 1000
     job = measure.job(slides, EmbedConfig(batch=BATCH), slides.grid[1], cost_s)
     ways: Ways = {
@@ -330,11 +332,11 @@ def _sleeping(measure: Measure) -> dict[str, list[Timing]]:
 
 
 def _scaling_rows(
-    encoder: str, found: dict[str, list[Timing]], first: Sequence[Timing]
+    encoder: str, timings: dict[str, list[Timing]], first: Sequence[Timing]
 ) -> list[list[str]]:
     return [
         [encoder, who, str(all_[0].tiles), f"{median([one.steady for one in all_]):.1f}"]
         + [f"{median([one.whole for one in all_]):.1f}"]
         + [f"{ratio(all_, first, name):.2f}" for name in ("steady", "whole")]
-        for who, all_ in found.items()
+        for who, all_ in timings.items()
     ]

@@ -52,7 +52,7 @@ LEVELS = ((384, 32), (576, 16), (960, 8))
 
 
 @dataclass(frozen=True)
-class Bench:
+class GpuBench:
     """What is measured.
 
     Attributes:
@@ -126,7 +126,7 @@ class Card:
 def main(words: list[str]) -> None:
     """Measure, print and write."""
     tiny = "tiny=true" in words
-    config = parse(Bench, ["preset=tiny", *words] if tiny else words, PRESETS)
+    config = parse(GpuBench, ["preset=tiny", *words] if tiny else words, PRESETS)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here; device=cpu tiny=true tries the code out.")
     card = Card(config.device, config.tiny)
@@ -146,16 +146,16 @@ def main(words: list[str]) -> None:
         page.write(out, f"Sampling on {card.name}", command, sections)
 
 
-def networks(config: Bench) -> tuple[Bundle, cost.CallFlops]:
+def networks(config: GpuBench) -> tuple[Bundle, cost.CallFlops]:
     """The bundle in bf16, channels-last, and the FLOPs of its networks."""
-    made = bundles.tiny() if config.tiny else bundles.full(config.device)
-    context = made.summarizer.null(1).shape[1:]
-    costs = cost.network_flops(made.unet, made.vae, made.patch, (context[0], context[1]))
-    return bundles.in_precision(made, torch.bfloat16), costs
+    bundle = bundles.tiny() if config.tiny else bundles.full(config.device)
+    context = bundle.summarizer.null(1).shape[1:]
+    costs = cost.network_flops(bundle.unet, bundle.vae, bundle.patch, (context[0], context[1]))
+    return bundles.in_precision(bundle, torch.bfloat16), costs
 
 
 @torch.no_grad()
-def rates(config: Bench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> Section:
+def rates(config: GpuBench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> Section:
     """Each network alone, by batch size: milliseconds and TFLOP/s."""
     rows, more = [], () if config.tiny else (2 * config.batch, 4 * config.batch)
     for batch in (1, config.batch, *more):
@@ -181,13 +181,13 @@ def rates(config: Bench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> S
 
 
 def _calls(
-    config: Bench, bundle: Bundle, costs: cost.CallFlops, batch: int
+    config: GpuBench, bundle: Bundle, costs: cost.CallFlops, batch: int
 ) -> dict[str, tuple[Callable[[], Any], float]]:
     """What sampling asks of the networks for a batch, and its FLOPs per window."""
     patch, like = bundle.patch, {"device": config.device, "dtype": torch.bfloat16}
     z = torch.randn(batch, *patch.latent, **like)
     image = torch.randn(batch, 3, patch.side_px, patch.side_px, **like)
-    unet = partial(_told, bundle.unet, 500, bundle.summarizer.null(batch))
+    unet = partial(_predict, bundle.unet, 500, bundle.summarizer.null(batch))
     encode = bundle.vae.encode
     return {
         "U-Net": (partial(unet, z), costs.unet),
@@ -198,7 +198,7 @@ def _calls(
     }
 
 
-def attention(config: Bench, card: Card) -> Section:
+def attention(config: GpuBench, card: Card) -> Section:
     """Which kernels take the head widths of the published U-Net, and how long."""
     rows = []
     batch = 2 * config.batch
@@ -216,7 +216,7 @@ def attention(config: Bench, card: Card) -> Section:
     )
 
 
-def joint_images(config: Bench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> Section:
+def joint_images(config: GpuBench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> Section:
     """Joint images by the paper's recipe."""
     rows = []
     for size in map(int, config.size.split(",")):
@@ -230,7 +230,7 @@ def joint_images(config: Bench, card: Card, bundle: Bundle, costs: cost.CallFlop
     )
 
 
-def strided_images(config: Bench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> Section:
+def strided_images(config: GpuBench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> Section:
     """Strided sampling of a square canvas by stride."""
     rows, side = [], 2 if config.tiny else 4
     for share in map(int, config.shares.split(",")):
@@ -280,7 +280,7 @@ def _carried_out(card: Card, bundle: Bundle, order: Order, costs: cost.CallFlops
     ]  # fmt: skip
 
 
-def _order(config: Bench, bundle: Bundle, values: dict[str, Any]) -> Order:
+def _order(config: GpuBench, bundle: Bundle, values: dict[str, Any]) -> Order:
     """An order under random embeddings, one per patch, so that guidance takes two passes."""
     order = orders.parse({**values, "batch": config.batch})
     rows, columns = (length // bundle.patch.side_px for length in order.size)
@@ -289,7 +289,7 @@ def _order(config: Bench, bundle: Bundle, values: dict[str, Any]) -> Order:
     return dataclasses.replace(order, condition=Condition.of(grid.numpy()))
 
 
-def _sampler(config: Bench) -> dict[str, Any]:
+def _sampler(config: GpuBench) -> dict[str, Any]:
     return {"steps": config.steps, "derivative": config.derivative}
 
 
@@ -302,7 +302,7 @@ def _kernel(card: Card, call: Callable[[], Any], backend: SDPBackend, repeats: i
         return "–"
 
 
-def _told(network: Callable[..., Tensor], t: int, tokens: Tensor, z: Tensor) -> Tensor:
+def _predict(network: Callable[..., Tensor], t: int, tokens: Tensor, z: Tensor) -> Tensor:
     return network(z, t, tokens)
 
 

@@ -36,21 +36,21 @@ GOAL = 1.3
 
 def section(sizes: Sequence[str]) -> Section:
     """Peak memory of large orders against the first, phase by phase."""
-    found = [measured(size, 4, 16) for size in sizes]
-    peaks = [each["mib"] for each in found]
+    orders = [measured(size, 4, 16) for size in sizes]
+    peaks = [each["mib"] for each in orders]
     rows = [[phase, *(f"{each[phase]:.0f}" for each in peaks)] for phase in peaks[0]]
     totals = [max(each.values()) for each in peaks]
     rows.append(["whole order", *(f"{total:.0f}" for total in totals)])
     rows.append(["times the first", *(f"{total / totals[0]:.2f}" for total in totals)])
-    rows.append(["requests", *(str(each["requests"]) for each in found)])
-    rows.append(["seconds", *(f"{each['seconds']:.0f}" for each in found)])
+    rows.append(["requests", *(str(each["requests"]) for each in orders)])
+    rows.append(["seconds", *(f"{each['seconds']:.0f}" for each in orders)])
     ratio = totals[-1] / totals[0]
     return Section(
         "Peak memory above an idle process, MiB",
         ["while", *sizes],
         rows,
         [
-            f"VmHWM of a process less its memory after the imports, {found[-1]['start']:.0f} MiB; "
+            f"VmHWM of a process less its memory after the imports, {orders[-1]['start']:.0f} MiB; "
             f"patches of 256 px, Gaussian denoiser, S = 4, an orthogonal autoencoder without "
             f"weights, the ledger on disk, the pyramid streamed. A phase's figure includes what "
             f"earlier ones left resident. The aim is {GOAL} times."
@@ -75,8 +75,8 @@ def measured(size: str, steps: int, batch: int) -> dict[str, Any]:
     """Peaks in MiB by phase and seconds of one order, in a process of its own."""
     words = [sys.executable, "-m", "benchmarks.memory", size, str(steps), str(batch)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    peaks: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
 
 
 class Peaks:
@@ -84,7 +84,7 @@ class Peaks:
 
     def __init__(self) -> None:
         self.start = _mib("VmRSS")
-        self.found: dict[str, float] = {}
+        self.mib: dict[str, float] = {}
 
     def during(self, phase: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """Call something and note how much memory there was at most meanwhile."""
@@ -92,12 +92,12 @@ class Peaks:
             stream.write("5")  # the peak begins anew at what is resident now
         reply = call(*arguments)
         peak = _mib("VmHWM") - self.start
-        self.found[phase] = max(self.found.get(phase, 0.0), peak)
+        self.mib[phase] = max(self.mib.get(phase, 0.0), peak)
         return reply
 
 
-class Watched(ReplyStore):
-    """A ledger whose reading and writing are phases."""
+class MeasuredStore(ReplyStore):
+    """A reply store whose reading and writing are phases."""
 
     peaks: Peaks
 
@@ -118,18 +118,18 @@ def carry_out(size: str, steps: int, batch: int, folder: str) -> dict[str, Any]:
     worker = Worker(bundle, GaussianDenoiser(0.0, 1.0, bundle.schedule))
     began, peaks = time.monotonic(), Peaks()
     plan = peaks.during("plan", joint.plan, order, bundle.patch)
-    store = Watched(folder, order, bundle.digest)
+    store = MeasuredStore(folder, order, bundle.digest)
     store.peaks = peaks
     peaks.during("plan", store.resume, plan)
 
     def answer(task: Any, *inputs: Any) -> Any:
         return peaks.during(type(task).__name__.lower(), worker.answer, task, *inputs)
 
-    made = run(plan, answer)
+    image = run(plan, answer)
     facts = BundleFacts.of(bundle)
-    peaks.during("write", lambda: result.write(folder, order, facts, made, pyramid=True))
+    peaks.during("write", lambda: result.write(folder, order, facts, image, pyramid=True))
     seconds, count = time.monotonic() - began, len(plan.requests)
-    return {"mib": peaks.found, "start": peaks.start, "seconds": seconds, "requests": count}
+    return {"mib": peaks.mib, "start": peaks.start, "seconds": seconds, "requests": count}
 
 
 def _mib(field: str) -> float:

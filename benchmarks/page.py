@@ -58,12 +58,12 @@ def write(path: str, title: str, command: str, sections: Sequence[Section]) -> N
 def machine() -> str:
     """Hardware and versions in two sentences."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    found = [f"{name} {_version(name)}" for name in PACKAGES]
+    packages = [f"{name} {_version(name)}" for name in PACKAGES]
     python = f"Python {platform.python_version()}"
     cuda = [f"CUDA {torch.version.cuda}"] if torch.cuda.is_available() else []
     return (
         f"{os.cpu_count()} cores of {_processor()}, {memory:.0f} GiB, torch threads: "
-        f"{torch.get_num_threads()}. {', '.join([python, *found, *cuda])}."
+        f"{torch.get_num_threads()}. {', '.join([python, *packages, *cuda])}."
     )
 
 

@@ -51,8 +51,8 @@ PRIOR_SECONDS = 90
 
 
 @dataclass
-class Judge:
-    """Makes images with a trained bundle and holds them against real tiles.
+class ImageJudge:
+    """Samples images with a trained bundle and compares them with real tiles.
 
     Attributes:
         bundle: what makes the images.
@@ -73,7 +73,7 @@ class Judge:
     steps: int = 20
 
     @classmethod
-    def open(cls, bundle: str, data: str, side: int, seeds: int) -> Judge:
+    def open(cls, bundle: str, data: str, side: int, seeds: int) -> ImageJudge:
         """The judge of a trained bundle's folder and the data that it was trained on."""
         data = storage.absolute(data)
         encoder = ssl.load(bundles.facts(bundle)["encoder"]["name"])
@@ -88,10 +88,10 @@ class Judge:
 
     def row(self, name: str, **values: Any) -> list[str]:
         """The figures of an order, the mean over its seeds."""
-        found = [self._judged(self._order(values, seed)) for seed in range(self.seeds)]
-        means = (statistics.mean(one[i] for one in found) for i in range(5))
+        figures = [self._judged(self._order(values, seed)) for seed in range(self.seeds)]
+        means = (statistics.mean(one[i] for one in figures) for i in range(5))
         seconds, inside, across, seam, lines = means
-        features = torch.cat([one[5] for one in found])
+        features = torch.cat([one[5] for one in figures])
         kid, spread = kernel_distances(features, self.real, size=min(100, len(features)))
         errors = [f"{error:.3f}" if error >= 0 else "–" for error in (inside, across)]
         distance = f"{1000 * kid:.1f} ± {1000 * spread:.1f}"
@@ -110,12 +110,14 @@ class Judge:
 
     def _judged(self, order: Order) -> tuple[float, float, float, float, float, Tensor]:
         patch, began = self.bundle.patch, time.perf_counter()
-        made = run(joint.plan(order, patch), Worker(self.bundle).answer)
-        pixels = made.image
+        result = run(joint.plan(order, patch), Worker(self.bundle).answer)
+        pixels = result.image
         seconds, image = time.perf_counter() - began, to_float(pixels)
         inside = across = -1.0
-        if made.frames is not None:
-            inside, across = (f(image, made.frames[-1]) for f in (window_error, cross_scale_error))
+        if result.frames is not None:
+            inside, across = (
+                f(image, result.frames[-1]) for f in (window_error, cross_scale_error)
+            )
         side = patch.side_px
         cut = np.stack(
             [pixels[r : r + side, c : c + side] for r, c in windows(order.size, side, side)]
@@ -136,16 +138,16 @@ class Judge:
         while time.monotonic() < ended:
             some = torch.randint(len(grids), (32,))
             clean, t = prior.to_standard(grids[some]), torch.randint(1000, (32,))
-            given = vectors[some] * (torch.rand(32, 1) > 0.5)
+            conditions = vectors[some] * (torch.rand(32, 1) > 0.5)
             noisy = prior.schedule.noised(clean, torch.randn_like(clean), t)
-            loss = (prior(noisy, t, given) - clean).square().mean()
+            loss = (prior(noisy, t, conditions) - clean).square().mean()
             adam.zero_grad()
             loss.backward()
             adam.step()
         self.bundle = dataclasses.replace(self.bundle, prior=prior.eval())
 
 
-def conditions(judge: Judge, seconds: float = PRIOR_SECONDS) -> Section:
+def conditions(judge: ImageJudge, seconds: float = PRIOR_SECONDS) -> Section:
     """How windows under a guide that the CDM drew are conditioned."""
     judge.train_prior(seconds)
     rows = [
@@ -160,7 +162,7 @@ def conditions(judge: Judge, seconds: float = PRIOR_SECONDS) -> Section:
     )  # fmt: skip
 
 
-def constraints(judge: Judge) -> Section:
+def constraints(judge: ImageJudge) -> Section:
     """Where A acts, what the correction goes through, and seams after their removal."""
     ways: dict[str, dict[str, Any]] = {
         "window": {},
@@ -174,7 +176,7 @@ def constraints(judge: Judge) -> Section:
     return _section(judge, "Constraint and seams, embeddings of real regions", "way", rows)
 
 
-def trading(judge: Judge) -> Section:
+def trading(judge: ImageJudge) -> Section:
     """What cheaper sampling costs in quality."""
     ways: dict[str, dict[str, Any]] = {
         "as it is": {},
@@ -189,7 +191,7 @@ def trading(judge: Judge) -> Section:
 
 
 def _section(
-    judge: Judge, title: str, first: str, rows: Sequence[list[str]], *more: str
+    judge: ImageJudge, title: str, first: str, rows: Sequence[list[str]], *more: str
 ) -> Section:
     side = judge.side * judge.bundle.patch.side_px
     note = (

@@ -45,7 +45,7 @@ STRIDE_GOAL = 0.1
 
 
 @dataclass(frozen=True)
-class Bench:
+class SampleBench:
     """What is measured, and how long.
 
     Attributes:
@@ -93,7 +93,7 @@ def main(words: list[str]) -> None:
     """Measure, print and write."""
     torch.set_num_threads(1)
     quick = "quick=true" in words
-    config = parse(Bench, ["preset=quick", *words] if quick else words, PRESETS)
+    config = parse(SampleBench, ["preset=quick", *words] if quick else words, PRESETS)
     parts = config.only.split(",")
     if unknown := set(parts) - PARTS.keys():
         raise UserError(f"only={','.join(sorted(unknown))} is not of {', '.join(PARTS)}.")
@@ -108,7 +108,7 @@ def main(words: list[str]) -> None:
         page.write(out, title, page.command("benchmarks.sample"), sections)
 
 
-def speed(config: Bench) -> Section:
+def speed(config: SampleBench) -> Section:
     """Ours against the published loops: the same image, interleaved."""
     difference = disagreement()
     bundle = bundles.tiny()
@@ -152,16 +152,16 @@ def disagreement() -> float:
     order, grid = conditioned(bundle, 2, 2)
     loop = Published(bundle, order, Average(bundle.unet))
     theirs = loop.latents(grid.double())
-    found: dict[tuple[int, int], Tensor] = {}
+    latents: dict[tuple[int, int], Tensor] = {}
 
     def answer(task: Task, *inputs: Any) -> Any:
         reply = Worker(bundle).answer(task, *inputs)
         if isinstance(task, DenoiseWindows):
-            found.update(zip(task.windows, reply, strict=True))
+            latents.update(zip(task.windows, reply, strict=True))
         return reply
 
     image = run(joint.plan(order, bundle.patch), answer).image
-    ours = torch.stack([found[place] for place in windows((2, 2), 1, 1)])
+    ours = torch.stack([latents[place] for place in windows((2, 2), 1, 1)])
     difference = float((ours - theirs).abs().max())
     levels = to_uint8(loop.image(theirs, 2).float()).astype(int) - image
     if difference > AGREE or abs(levels).max() > 1:
@@ -181,8 +181,8 @@ def conditioned(bundle: Bundle, side: int, steps: int) -> tuple[Order, Tensor]:
 
 def image_of(bundle: Bundle, order: Order) -> Any:
     """Our result."""
-    made = run(joint.plan(order, bundle.patch), Worker(bundle).answer)
-    return made, made.image
+    result = run(joint.plan(order, bundle.patch), Worker(bundle).answer)
+    return result, result.image
 
 
 def published(bundle: Bundle, order: Order, grid: Tensor, together: int) -> Tensor:
@@ -191,7 +191,7 @@ def published(bundle: Bundle, order: Order, grid: Tensor, together: int) -> Tens
     return loop.image(loop.latents(grid), grid.shape[1])
 
 
-def strides(config: Bench) -> Section:
+def strides(config: SampleBench) -> Section:
     """Time and seams of overlapping windows by stride (Table 8 of Graikos et al.)."""
     bundle = load(config.bundle) if config.bundle else bundles.tiny()
     side, steps = bundle.patch.side_lat, 2 * config.steps
@@ -226,7 +226,7 @@ def strides(config: Bench) -> Section:
 
 
 def _strides_section(
-    config: Bench, rows: list[list[Any]], rates: list[float], steps: int, decoding: float
+    config: SampleBench, rows: list[list[Any]], rates: list[float], steps: int, decoding: float
 ) -> Section:
     """The table, and whether the cost per window is one figure."""
     middle = statistics.median(rates)
@@ -285,18 +285,20 @@ def decoding_seconds(bundle: Bundle, order: Order, pairs: int) -> float:
     return statistics.median(spent)
 
 
-def judged(section: Callable[[quality.Judge], Section]) -> Callable[[Bench], Section]:
+def judged(section: Callable[[quality.ImageJudge], Section]) -> Callable[[SampleBench], Section]:
     """A section that judges pictures of a trained bundle."""
 
-    def made(config: Bench) -> Section:
+    def section_of(config: SampleBench) -> Section:
         if not (config.bundle and config.data):
             raise UserError(
                 "pictures are judged of a trained bundle: give bundle=DIR data=DIR, such as "
                 "out/demo/bundle and out/demo/data after make demo."
             )
-        return section(quality.Judge.open(config.bundle, config.data, config.patches, config.seeds))
+        return section(
+            quality.ImageJudge.open(config.bundle, config.data, config.patches, config.seeds)
+        )
 
-    return made
+    return section_of
 
 
 def interleaved(ways: dict[Any, Callable[[], Any]], pairs: int) -> dict[Any, list[float]]:
@@ -314,7 +316,7 @@ def _median(values: list[float]) -> str:
     return f"{statistics.median(values):.2f}"
 
 
-PARTS: dict[str, Callable[[Bench], Section]] = {
+PARTS: dict[str, Callable[[SampleBench], Section]] = {
     "speed": speed,
     "strides": strides,
     "memory": lambda config: memory.section(config.sizes.split(",")),

@@ -38,7 +38,7 @@ BEFORE = 2
 
 
 @dataclass(frozen=True)
-class Bench:
+class ServeBench:
     """What the benchmark understands.
 
     Attributes:
@@ -60,7 +60,7 @@ class Bench:
 
 def main(arguments: list[str]) -> None:
     """Measure, print, and write if asked to."""
-    config = parse(Bench, arguments, {})
+    config = parse(ServeBench, arguments, {})
     torch.set_num_threads(1)
     section = measured(config)
     page.show(section)
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
         page.write(path, "Requests over Ray Serve", command, [section])
 
 
-def measured(config: Bench) -> page.Section:
+def measured(config: ServeBench) -> page.Section:
     """Return medians of all ways, and what each costs beside this process."""
     values = {"count": config.count, "batch": 1, "chunk": 1, "sampler": {"steps": config.steps}}
     order, worker = parse_order(values), Worker(bundles.load(config.bundle))

@@ -45,7 +45,7 @@ MOST = 512
 
 
 @dataclass(frozen=True)
-class Bench:
+class ConditioningBench:
     """What is trained, and how long.
 
     Attributes:
@@ -57,7 +57,7 @@ class Bench:
         steps: of each other latent diffusion model.
         cdm_steps: of the CDM.
         rows: training examples of scales 0, 1, …, a quarter as many per octave.
-        held: held-out examples of each scale that conditions are taken of.
+        held_out: held-out examples of each scale, for conditions.
         references: other held-out examples of each scale, for KID.
         drawn: token grids that the CDM draws for each scale.
         guidance: of the samples.
@@ -75,7 +75,7 @@ class Bench:
     steps: int = 800
     cdm_steps: int = 600
     rows: tuple[int, ...] = (4096, 1024, 256, 64)
-    held: int = 96
+    held_out: int = 96
     references: int = 160
     drawn: int = 128
     guidance: float = 1.5
@@ -91,11 +91,11 @@ class Bench:
 
     def scales(self) -> Study:
         """Few rows of coarse scales and many of fine ones, with held-out rows."""
-        held = dict.fromkeys(range(len(self.rows)), self.held + self.references)
-        return self.study("scales", {"train": dict(enumerate(self.rows)), "val": held})
+        counts = dict.fromkeys(range(len(self.rows)), self.held_out + self.references)
+        return self.study("scales", {"train": dict(enumerate(self.rows)), "val": counts})
 
 
-def overfit(config: Bench) -> Section:
+def overfit(config: ConditioningBench) -> Section:
     """A conditional model against its unconditional twin, by heart."""
     counts = {"train": dict.fromkeys(range(len(config.rows)), OVERFIT)}
     rows, short = heart(config.study("overfit", counts), config.overfit_steps)
@@ -114,13 +114,15 @@ def overfit(config: Bench) -> Section:
 
 def heart(study: Study, steps: int, **more: object) -> tuple[list[list[str]], list[str]]:
     """Rows of the table of `overfit`, the last over all scales, and what misses its aim."""
-    told = {}
+    losses_by_model = {}
     for name, drop in (("conditional", 0.1), ("twin", 1.0)):
         bundle = study.trained(name, steps=steps, **{**more, "ldm": {"drop": drop}})
-        told[name] = shuffled_loss(bundle, study.data, study.latents, "train")
+        losses_by_model[name] = shuffled_loss(bundle, study.data, study.latents, "train")
     rows, short, losses = [], [], []
-    for k, own in told["conditional"].items():
-        losses.append([told["twin"][k]["null"], own["true"], own["shuffled"], own["null"]])
+    for k, own in losses_by_model["conditional"].items():
+        losses.append(
+            [losses_by_model["twin"][k]["null"], own["true"], own["shuffled"], own["null"]]
+        )
         rows.append([str(k), *_compared(losses[-1])])
         if own["shuffled"] < (1 + RAISED) * own["true"]:
             short.append(
@@ -138,7 +140,7 @@ def _compared(losses: Sequence[float]) -> list[str]:
     return [f"{twin:.3f}", f"{true:.3f}", below, f"{shuffled:.3f}", above, f"{null:.3f}"]
 
 
-def tokens(config: Bench) -> Section:
+def tokens(config: ConditioningBench) -> Section:
     """What the CDM draws against what the Summarizer makes of real examples."""
     study = config.scales()
     out = study.learned("together", steps=config.steps)
@@ -164,15 +166,15 @@ def drawn_tokens(
 ) -> tuple[list[list[str]], list[str]]:
     """Rows of the table of `tokens`, and what misses its aim."""
     rows, short = [], []
-    found = tables.rows(data, "examples", columns=["scale"])["scale"].to_pylist()
-    for k in sorted(set(found)):
-        real, held = (summarized(bundle, data, k, split) for split in ("train", "val"))
+    scales = tables.rows(data, "examples", columns=["scale"])["scale"].to_pylist()
+    for k in sorted(set(scales)):
+        real, held_out = (summarized(bundle, data, k, split) for split in ("train", "val"))
         near = Near(real, min(32, count // 4, len(real) // 4))
         drawn = bundle.cdm.draw(k, seed, [(k, 0, i) for i in range(count)]).flatten(1)
         own, distances = near(drawn.numpy()), [near(one) for one in noises(real, count, seed)]
         pairs = [(f"{distance:.1f}", f"{distance / own:.1f}") for distance in distances]
-        told = f"{near(held):.2f}" if len(held) else "–"
-        rows.append([str(k), str(len(near.axes)), f"{own:.2f}", *sum(pairs, ()), told])
+        distance_held_out = f"{near(held_out):.2f}" if len(held_out) else "–"
+        rows.append([str(k), str(len(near.axes)), f"{own:.2f}", *sum(pairs, ()), distance_held_out])
         if distances[0] < NEARER * own:
             short.append(f"Tokens: at scale {k} the CDM's are {pairs[0][1]} times nearer.")
     return rows, short
@@ -213,11 +215,11 @@ def summarized(bundle: Bundle, data: str, k: int, split: str) -> Float[np.ndarra
     side = rows["grid_rows"][0].as_py()
     grids = tables.lists(rows["grid"])[0].reshape(len(rows), side, side, -1)
     cells = torch.from_numpy(grids.astype(np.float32)).movedim(-1, 1)
-    made = [bundle.summarizer(some, torch.full((len(some),), k)) for some in cells.split(32)]
-    return torch.cat(made).flatten(1).numpy()
+    tokens = [bundle.summarizer(some, torch.full((len(some),), k)) for some in cells.split(32)]
+    return torch.cat(tokens).flatten(1).numpy()
 
 
-SECTIONS: dict[str, Callable[[Bench], Section]] = {
+SECTIONS: dict[str, Callable[[ConditioningBench], Section]] = {
     "overfit": overfit,
     "tokens": tokens,
     "scales": lambda config: train_scales.together(config.scales(), config),
@@ -228,7 +230,7 @@ SECTIONS: dict[str, Callable[[Bench], Section]] = {
 def main(words: list[str]) -> None:
     """Train, judge, print and, where told, write."""
     torch.set_num_threads(1)
-    config = parse(Bench, words, {})
+    config = parse(ConditioningBench, words, {})
     names = config.only.split(",")
     if unknown := set(names) - SECTIONS.keys():
         raise UserError(f"only={','.join(sorted(unknown))} is not of {', '.join(SECTIONS)}.")

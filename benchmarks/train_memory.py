@@ -69,7 +69,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Bench:
+class MemoryBench:
     """What is worked out.
 
     Attributes:
@@ -88,16 +88,16 @@ def config_of(model: str, *layers: dict[str, Any]) -> Train:
     return build(Train, {"model": model, "data": "-", "out": "-"}, *layers)
 
 
-def task_of(config: Train, found: Facts) -> Task:
+def task_of(config: Train, facts: Facts) -> Task:
     """The task of a training, without a bundle, on the meta device."""
     with torch.device("meta"):
         if config.model == "vae":
-            return build_vae(config, found)
+            return build_vae(config, facts)
         if config.model == "ldm":
-            return LdmTask(config.ldm, found, config.seed)
-        ours = config_of("ldm", TRAIN["ldm"]["small"] if found is SMALL else {}).ldm.summarizer
-        tokens = Summarizer(found.channels, ours.width, ours.layers, ours.heads, len(found.counts))
-        patch = Patch(found.image[-1], 4, 3, len(found.counts))
+            return LdmTask(config.ldm, facts, config.seed)
+        ours = config_of("ldm", TRAIN["ldm"]["small"] if facts is SMALL else {}).ldm.summarizer
+        tokens = Summarizer(facts.channels, ours.width, ours.layers, ours.heads, len(facts.counts))
+        patch = Patch(facts.image[-1], 4, 3, len(facts.counts))
         return CdmTask(
             config.cdm, Bundle(None, None, tokens, None, Schedule(), patch, ""), config.seed
         )
@@ -107,22 +107,22 @@ _KNOWN: dict[tuple[Any, ...], Activations] = {}
 """Passes of networks that were looked at already; the number of scales changes none."""
 
 
-def planned(config: Train, found: Facts, explicit: bool = False) -> Plan:
+def planned(config: Train, facts: Facts, explicit: bool = False) -> Plan:
     """The plan of a training.
 
     Args:
         explicit: attention has its whole matrix in memory.
     """
-    task = task_of(config, found)
+    task = task_of(config, facts)
     network = getattr(config, config.model)
     key = (config.model, network, config.precision, config.checkpointing, explicit)
-    key = (*key, found.channels, found.image)
+    key = (*key, facts.channels, facts.image)
     if key in _KNOWN:
-        return plan.of(config, found, task, _KNOWN[key])
+        return plan.of(config, facts, task, _KNOWN[key])
     with unfused(task) if explicit else nullcontext():
-        made = plan.plan(config, found, task)
-    _KNOWN[key] = made.activations
-    return made
+        plan_ = plan.plan(config, facts, task)
+    _KNOWN[key] = plan_.activations
+    return plan_
 
 
 @contextmanager
@@ -141,15 +141,15 @@ def unfused(task: Task) -> Iterator[None]:
 def patches(card: PlanConfig) -> Section:
     """Table 6: largest batch, cost of a sample, time of an epoch of equal pixels."""
     released = {**overrides("ldm", "graikos_brca"), "workers": 0, "card": card}
-    config, made = config_of("ldm", released), {}
+    config, plans = config_of("ldm", released), {}
     for side_px in QUOTED:
-        found = facts(384, (PATCHES * 256**2 // side_px**2,), side_px)
+        data = facts(384, (PATCHES * 256**2 // side_px**2,), side_px)
         for explicit in (False, True):
-            one = planned(config, found, explicit)
-            made[side_px, explicit] = replace(one, states=without_average(one, config))
-    rows = [_patches_row(*key, one, made[256, key[1]]) for key, one in made.items()]
+            one = planned(config, data, explicit)
+            plans[side_px, explicit] = replace(one, states=without_average(one, config))
+    rows = [_patches_row(*key, one, plans[256, key[1]]) for key, one in plans.items()]
     return Section(
-        "Patches against whole images (Graikos et al., Table 6)", _HEADER, rows, _notes(made)
+        "Patches against whole images (Graikos et al., Table 6)", _HEADER, rows, _notes(plans)
     )
 
 
@@ -167,25 +167,25 @@ _HEADER = (
 )
 
 
-def _patches_row(side_px: int, explicit: bool, made: Plan, patch: Plan) -> list[str]:
-    sample = made.activations.peak(2) - made.activations.peak(1)
-    hours, of_patches = (one.rows / one.samples_per_s / 3600 for one in (made, patch))
+def _patches_row(side_px: int, explicit: bool, plan_: Plan, patch: Plan) -> list[str]:
+    sample = plan_.activations.peak(2) - plan_.activations.peak(1)
+    hours, of_patches = (one.rows / one.samples_per_s / 3600 for one in (plan_, patch))
     return [
         f"{side_px}²",
         "whole matrix" if explicit else "fused",
-        f"{made.states.total / GIB:.1f}",
+        f"{plan_.states.total / GIB:.1f}",
         f"{sample / 2**20:,.0f}",
-        *(str(largest(made, gib)) for gib in CARDS_GIB),
-        f"{made.activations.flops / 1e12:.2f}",
+        *(str(largest(plan_, gib)) for gib in CARDS_GIB),
+        f"{plan_.activations.flops / 1e12:.2f}",
         f"{hours:.1f}",
         f"{hours / of_patches:.2f}",
         *map(str, QUOTED[side_px]),
     ]
 
 
-def _notes(made: dict[tuple[int, bool], Plan]) -> list[str]:
-    card = made[256, True].card
-    least = [largest(made[side_px, True], CARDS_GIB[0]) for side_px in QUOTED]
+def _notes(plans: dict[tuple[int, bool], Plan]) -> list[str]:
+    card = plans[256, True].card
+    least = [largest(plans[side_px, True], CARDS_GIB[0]) for side_px in QUOTED]
     return [
         f"One U-Net of 400.9 M parameters on f4 latents with one token, bf16, activation "
         f"checkpointing, AdamW in 8 bit, no average, as the released code trains; {card.free:.0%} "
@@ -201,27 +201,27 @@ def _notes(made: dict[tuple[int, bool], Plan]) -> list[str]:
     ]
 
 
-def largest(made: Plan, gib: float) -> int:
+def largest(plan_: Plan, gib: float) -> int:
     """Samples of the largest pass on a card of some size."""
-    return replace(made, card=replace(made.card, card_gib=float(gib))).largest
+    return replace(plan_, card=replace(plan_.card, card_gib=float(gib))).largest
 
 
-def without_average(made: Plan, config: Train) -> held.States:
+def without_average(plan_: Plan, config: Train) -> held.States:
     """The states of a training that keeps no moving average."""
-    parts = [replace(part, averaged=0) for part in made.parts]
-    return held.states(parts, made.states.card["weights that are fixed"], config)
+    parts = [replace(part, averaged=0) for part in plan_.parts]
+    return held.states(parts, plan_.states.card["weights that are fixed"], config)
 
 
 def stages(card: PlanConfig) -> Section:
     """Memory of ZoomLDM by ZeRO stage on 8 workers, and the passes that fit."""
-    rows, found, base = [], PUBLISHED["brca"], {"workers": 8, "batch": 600, "precision": "bf16"}
+    rows, data, base = [], PUBLISHED["brca"], {"workers": 8, "batch": 600, "precision": "bf16"}
     for again in (False, True):
         config = config_of("ldm", {**base, "checkpointing": again, "card": card})
-        made = planned(config, found)
+        plan_ = planned(config, data)
         for zero, offload in ((0, False), (1, False), (2, False), (3, False), (2, True)):
-            fixed = made.states.card["weights that are fixed"]
+            fixed = plan_.states.card["weights that are fixed"]
             one = replace(config, zero=zero, offload=offload)
-            stage = replace(made, states=held.states(made.parts, fixed, one))
+            stage = replace(plan_, states=held.states(plan_.parts, fixed, one))
             rows.append(
                 [
                     f"{zero}{', offload' if offload else ''}",
@@ -244,21 +244,21 @@ def presets(card: PlanConfig) -> Section:
     rows = []
     for name, model in _trainings():
         config = config_of(model, overrides(model, name), {"card": card})
-        made = planned(config, PUBLISHED[name.removesuffix("_released")])
-        millions = sum(part.trained for part in made.parts) / 1e6
+        plan_ = planned(config, PUBLISHED[name.removesuffix("_released")])
+        millions = sum(part.trained for part in plan_.parts) / 1e6
         rows.append(
             [
                 name,
                 model,
                 f"{millions:.1f} M",
-                f"{made.workers} x {made.passes} x {made.micro_batch}",
-                f"{made.memory / GIB:.1f}",
-                f"{made.activations.flops / 1e9:,.1f}",
-                f"{made.steps:,}",
-                f"{made.epochs:.3g}",
-                f"{made.days * 24 * made.workers:.3g}",
-                f"{made.days:.2g}",
-                f"{made.dollars:,.0f}",
+                f"{plan_.workers} x {plan_.passes} x {plan_.micro_batch}",
+                f"{plan_.memory / GIB:.1f}",
+                f"{plan_.activations.flops / 1e9:,.1f}",
+                f"{plan_.steps:,}",
+                f"{plan_.epochs:.3g}",
+                f"{plan_.days * 24 * plan_.workers:.3g}",
+                f"{plan_.days:.2g}",
+                f"{plan_.dollars:,.0f}",
             ]
         )
     header = ["preset", "model", "parameters", "cards x passes x samples", "GiB a card"]
@@ -284,7 +284,7 @@ SECTIONS = {"patches": patches, "stages": stages, "presets": presets}
 
 def main(words: list[str]) -> None:
     """Work out, print and, where told, write."""
-    config = parse(Bench, words, {})
+    config = parse(MemoryBench, words, {})
     names = config.only.split(",")
     if unknown := set(names) - SECTIONS.keys():
         raise UserError(f"only={','.join(sorted(unknown))} is not of {', '.join(SECTIONS)}.")

@@ -1,7 +1,7 @@
-"""Going on at step 1,000,000, and how fast rows come: both on a table as large as TCGA-BRCA's.
+"""Time to resume at step 1,000,000, and rows per second, on a table as large as TCGA-BRCA's.
 
-The checkpoint is one that the training wrote, with the step, the history and the counts of a run
-that is a million steps old.
+The checkpoint is one that the training wrote, with step, history and counts changed to those of a
+run of a million steps.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 
 from benchmarks.memory import Peaks
 from benchmarks.page import Section
+from benchmarks.train_runs import now, silent
 from benchmarks.train_tables import GROUP
-from benchmarks.train_turns import now, silent
 from raylarge import storage
 from raylarge.train.checkpoint import COMMIT, Checkpoints
 from raylarge.train.context import LocalContext
@@ -34,34 +34,36 @@ STEP = 1_000_000
 RESUME_GOAL_S = 5.0
 BATCH = 64
 Spent = dict[str, tuple[float, ...]]
-"""By what was done, wall and CPU seconds."""
+"""By phase, wall and CPU seconds."""
 T = TypeVar("T")
 
 
-class Reached(Exception):
-    """The first pass after resuming."""
+class FirstPass(Exception):
+    """Raised by the first forward pass after resuming."""
 
 
 def resume(config: Train, times: int) -> tuple[Section, list[Spent]]:
-    """Seconds until a training goes on at step 1,000,000.
+    """Measure the seconds until a training resumes at step 1,000,000.
 
     Args:
         config: of a training of `ldm`, whose table exists.
-        times: that all is measured.
+        times: number of measurements.
     """
-    aged(config)
+    age_checkpoint(config)
     samples = [_resumed(replace(config, steps=STEP + 1)) for _ in range(times)]
-    values = {name: np.median([one[name] for one in samples], axis=0) for name in samples[0]}
+    values = {name: np.median([sample[name] for sample in samples], axis=0) for name in samples[0]}
     values["table and state"] = values["table"] + values["state"]
-    rows = [[_SAID[name], *(f"{value:.2f}" for value in values[name])] for name in _SAID]
+    rows = [[_PHASES[name], *(f"{value:.2f}" for value in values[name])] for name in _PHASES]
     source = ldm.source(config)
     total = sum(source.facts.counts.values())
-    needed, batch, whole = (float(values[name][0]) for name in ("table and state", "batch", "all"))
+    needed, batch, total_s = (
+        float(values[name][0]) for name in ("table and state", "batch", "all")
+    )
     short = [
-        f"Resuming: {what} takes {seconds:.1f} s; the aim is {RESUME_GOAL_S:g} s."
-        for what, seconds in {
+        f"Resuming: {phase} takes {seconds:.1f} s; the aim is {RESUME_GOAL_S:g} s."
+        for phase, seconds in {
             "table and state": needed,
-            f"all until the first pass, the first batch's {batch:.1f} s among it,": whole,
+            f"all until the first pass, the first batch's {batch:.1f} s among it,": total_s,
         }.items()
         if seconds > RESUME_GOAL_S
     ]
@@ -69,108 +71,108 @@ def resume(config: Train, times: int) -> tuple[Section, list[Spent]]:
         f"Medians of {times}, imports done. {total:,} rows of {len(source.facts.counts)} scales "
         f"in {total // GROUP:,} row groups, with grids of "
         f"{source.facts.channels} channels and latents of {source.facts.latent}; one file that is "
-        f"listed many times, in the page cache. Batches of {config.batch}, every scale alike, "
-        f"which for the first one means row groups of all of them; by four threads. A history of "
-        f"{STEP // config.log_every:,} rows."
+        f"listed many times, in the page cache. Batches of {config.batch} with equal weights "
+        f"of all scales, so the first one needs row groups of all of them; four threads. A "
+        f"history of {STEP // config.log_every:,} rows."
     )
     header = ["until", "seconds", "CPU seconds"]
-    return Section("Going on at step 1,000,000", header, rows, [note], short), samples
+    return Section("Resuming at step 1,000,000", header, rows, [note], short), samples
 
 
-_SAID = {
-    "table": "the table's row groups are known (Ingest)",
+_PHASES = {
+    "table": "the table's row groups are read (Ingest)",
     "state": "weights, moments, averages and history are loaded",
     "table and state": "both",
-    "batch": "the first batch is there",
-    "all": "`train` makes its first pass, all in all",
+    "batch": "the first batch is read",
+    "all": "the first forward pass of `train`, in total",
 }
 
 
-def aged(config: Train) -> None:
-    """Train one step, and have its checkpoint be of a million."""
+def age_checkpoint(config: Train) -> None:
+    """Train one step, and change its checkpoint to one of a million steps."""
     train(replace(config, steps=1), silent)
     root = run_folder(config)
-    found = Checkpoints(root, 1).newest()
-    assert found is not None
-    old = Path(root, found.name)
+    checkpoint = Checkpoints(root, 1).newest()
+    assert checkpoint is not None
+    old = Path(root, checkpoint.name)
     journal = Journal(config)
-    journal.resume(found.facts, (old / HISTORY).read_text(), "")
+    journal.resume(checkpoint.facts, (old / HISTORY).read_text(), "")
     every = range(config.log_every, STEP + 1, config.log_every)
     journal.rows = [(n, "0.123456789012345", "1e-04", 12.34, n / 2, 0, "") for n in every]
     journal.step, journal.seconds = STEP, STEP / 2
     new = old.rename(old.with_name(old.name.replace(f"{1:08d}", f"{STEP:08d}")))
     (new / HISTORY).write_text(journal.tables()[HISTORY])
-    facts = {**found.facts, **journal.state()}
+    facts = {**checkpoint.facts, **journal.state()}
     facts["files"] = {name: (new / name).stat().st_size for name in facts["files"]}
     storage.write_json(str(new / COMMIT), facts)
 
 
 def _resumed(config: Train) -> Spent:
-    """What each part takes, and all of it."""
+    """Measure each phase, and the total."""
     spent: Spent = {}
     source, spent["table"] = timed(lambda: ldm.source(config))
     _, spent["state"] = timed(lambda: _loaded(config, source.facts))
     first = range(STEP * config.batch, (STEP + 1) * config.batch)
     _, spent["batch"] = timed(lambda: source.batch(first))
-    seen: list[list[int]] = []
+    samples: list[list[int]] = []
     began = now()
 
-    def reaching(config: Train, facts: Facts) -> Task:
-        """A task that stops at its first pass."""
+    def build(config: Train, facts: Facts) -> Task:
+        """Build a task that stops at its first pass."""
         task = silent(config, facts)
 
         def hook(_: nn.Module, inputs: Any) -> None:
-            spent["all"] = since(began)  # after it the batches on their way are waited for
-            seen.append(inputs[0]["sample"].tolist())
-            raise Reached
+            spent["all"] = since(began)  # before waiting for prefetched batches
+            samples.append(inputs[0]["sample"].tolist())
+            raise FirstPass
 
         task.network.register_forward_pre_hook(hook)
         return task
 
-    with suppress(Reached):
-        train(config, reaching)
-    if seen != [list(first)]:
-        raise AssertionError(f"it went on with the samples {seen}")
+    with suppress(FirstPass):
+        train(config, build)
+    if samples != [list(first)]:
+        raise AssertionError(f"it resumed with the samples {samples}")
     return spent
 
 
 def _loaded(config: Train, facts: Facts) -> None:
-    """The task with what the checkpoint says."""
+    """Load the task and the checkpoint."""
     engine = TorchEngine(ldm.build(config, facts), config, LocalContext(lambda _: None))
     checkpoints = Checkpoints(run_folder(config), config.keep)
-    found = checkpoints.newest()
-    assert found is not None
-    with checkpoints.fetch(found) as folder:
+    newest = checkpoints.newest()
+    assert newest is not None
+    with checkpoints.fetch(newest) as folder:
         engine.load(Stored(folder))
-        Journal(config).resume(found.facts, (folder / HISTORY).read_text(), "")
+        Journal(config).resume(newest.facts, (folder / HISTORY).read_text(), "")
 
 
 def timed(call: Callable[[], T]) -> tuple[T, tuple[float, ...]]:
-    """What a call gives, and its wall and CPU seconds."""
+    """Return the result of a call, and its wall and CPU seconds."""
     began = now()
-    answer = call()
-    return answer, since(began)
+    result = call()
+    return result, since(began)
 
 
 def since(began: tuple[float, float]) -> tuple[float, ...]:
-    """Wall and CPU seconds since then."""
+    """Return wall and CPU seconds since a time."""
     return tuple(b - a for a, b in zip(began, now(), strict=True))
 
 
 def ingest(config: Train, blocks: int) -> tuple[Section, list[list[str]]]:
-    """Rows per second of the ingest alone.
+    """Measure the rows per second of the ingest alone.
 
     Args:
         config: of a training of `ldm`, whose table exists.
-        blocks: super-blocks of a scale that are read.
+        blocks: super-blocks to read of a scale.
     """
     scales = sorted(ldm.source(config).facts.counts)
     large = [k for k in scales if 2**k >= 8] or scales[-1:]
     cases = {"8 x 8 cells, one scale": large[:1], f"all {len(scales)} scales alike": scales}
-    rows = [_ingested(config, name, some, blocks) for name, some in cases.items()]
+    rows = [_ingest_row(config, name, ks, blocks) for name, ks in cases.items()]
     note = (
-        f"Batches of {BATCH}, one after the other in this process; rows lie in zstd, in the page "
-        f"cache, and are not in memory before. {blocks} super-blocks of {config.super_block} row "
+        f"Batches of {BATCH}, one after the other in this process; rows are compressed by zstd, in "
+        f"the page cache, not decoded before. {blocks} super-blocks of {config.super_block} row "
         f"groups of each scale, after one for warming up; four threads read ahead. Memory is the "
         f"peak above that at the start: the super-block in use and the next one, of each scale, "
         f"and up to 1 GiB of others. `draw` is the task's: timestep, coin and noise of each "
@@ -181,8 +183,8 @@ def ingest(config: Train, blocks: int) -> tuple[Section, list[list[str]]]:
     return Section("Ingest alone", header, rows, [note]), rows
 
 
-def _ingested(config: Train, name: str, scales: Sequence[int], blocks: int) -> list[str]:
-    """A row of `ingest`."""
+def _ingest_row(config: Train, name: str, scales: Sequence[int], blocks: int) -> list[str]:
+    """Return a row of `ingest`."""
     table = Path(*storage.children(config.data, "latents-*")).name
     source = Ingest(config.data, {table: ("latent", "grid")}, config, scales=scales)
     block = max(1, config.super_block * GROUP * len(scales) // BATCH)
@@ -191,17 +193,17 @@ def _ingested(config: Train, name: str, scales: Sequence[int], blocks: int) -> l
         for number in range(first, last):
             source.batch(range(number * BATCH, (number + 1) * BATCH))
 
-    def all_of_it() -> tuple[float, float, float]:
-        _, (begun, _) = timed(lambda: read(0, 1))
+    def measure() -> tuple[float, float, float]:
+        _, (first_s, _) = timed(lambda: read(0, 1))
         read(1, block)
         _, (wall, cpu) = timed(lambda: read(block, (blocks + 1) * block))
-        return begun, wall, cpu
+        return first_s, wall, cpu
 
     peaks = Peaks()
-    begun, wall, cpu = peaks.during("ingest", all_of_it)
+    first_s, wall, cpu = peaks.during("ingest", measure)
     count, batch = blocks * block, source.batch(range(BATCH))
     task = ldm.build(config, source.facts)
     draw = min(timed(lambda: task.draw(batch))[1][0] for _ in range(5))
     figures = [f"{count / wall:.1f}", f"{count * BATCH / wall:.0f}", f"{count * BATCH / cpu:.0f}"]
-    figures += [f"{1000 * draw / BATCH:.2f}", f"{begun:.1f}"]
-    return [name, *figures, f"{peaks.found['ingest']:.0f}"]
+    figures += [f"{1000 * draw / BATCH:.2f}", f"{first_s:.1f}"]
+    return [name, *figures, f"{peaks.mib['ingest']:.0f}"]

@@ -35,13 +35,13 @@ AT_ONCE = 16
 
 
 class Sizes(Protocol):
-    """What of the benchmark's config is read here (`train_conditioning.Bench`)."""
+    """What of the benchmark's config is read here (`train_conditioning.ConditioningBench`)."""
 
     seed: int
     batch: int
     steps: int
     rows: Sequence[int]
-    held: int
+    held_out: int
     references: int
     guidance: float
     sampler_steps: int
@@ -49,7 +49,7 @@ class Sizes(Protocol):
 
 def together(study: Study, sizes: Sizes) -> Section:
     """One model for all scales against one for each, at equal steps each."""
-    judge, scales = Judge(study, sizes), range(len(sizes.rows))
+    judge, scales = ModelJudge(study, sizes), range(len(sizes.rows))
     shared = study.trained("together", steps=sizes.steps)
     alone = {
         k: study.trained(
@@ -70,7 +70,7 @@ def together(study: Study, sizes: Sizes) -> Section:
 
 def summarizers(study: Study, sizes: Sizes) -> Section:
     """The ViT against the convolutional Summarizer."""
-    judge, scales = Judge(study, sizes), range(len(sizes.rows))
+    judge, scales = ModelJudge(study, sizes), range(len(sizes.rows))
     kinds = {
         "vit": study.trained("together", steps=sizes.steps),
         "cnn": study.trained("cnn", steps=sizes.steps, ldm={"summarizer": {"kind": "cnn"}}),
@@ -90,37 +90,38 @@ def summarizers(study: Study, sizes: Sizes) -> Section:
     return Section("Kinds of Summarizers", judge.header, rows, [note, judge.note, verdict])
 
 
-class Judge:
-    """Holds models against held-out rows of a section that none was trained on."""
+class ModelJudge:
+    """Compares models on held-out rows of a slide that none was trained on."""
 
     def __init__(self, study: Study, sizes: Sizes) -> None:
-        """Take the rows apart: some give conditions, the others are what patches are held to."""
+        """Split the rows: some are conditions, the others references for generated patches."""
         self.study, self.sizes = study, sizes
         self.encoder = ssl.load("efficientnet_lite0")
-        self.given: dict[int, list[ReferenceExample]] = {}
+        self.conditions: dict[int, list[ReferenceExample]] = {}
         self.real: dict[int, Tensor] = {}
         self.floor: dict[int, float] = {}
         for k in range(len(sizes.rows)):
-            found = references(study.data, k, None)
-            chosen = set((np.arange(sizes.held) * len(found) // sizes.held).tolist())
-            self.given[k] = [one for i, one in enumerate(found) if i in chosen]
-            others = [one.image for i, one in enumerate(found) if i not in chosen]
+            examples = references(study.data, k, None)
+            chosen = set((np.arange(sizes.held_out) * len(examples) // sizes.held_out).tolist())
+            self.conditions[k] = [one for i, one in enumerate(examples) if i in chosen]
+            others = [one.image for i, one in enumerate(examples) if i not in chosen]
             self.real[k] = self.features(others)
             self.floor[k] = kernel_distance(
-                self.features([one.image for one in self.given[k]]), self.real[k]
+                self.features([one.image for one in self.conditions[k]]), self.real[k]
             )
         self.header: list[str] = []
 
     @property
     def note(self) -> str:
-        """How the figures were come by."""
+        """Describe how the figures were computed."""
         sizes = self.sizes
         return (
             f"Networks of preset `tiny`, one training of each (seed {sizes.seed}), flips left "
             f"out. Held-out rows are of a section that no training saw. Loss: mean squared error "
-            f"of v, 64 rows, 4 draws of noise each, the same for both. KID x 1000: {sizes.held} "
-            f"patches a scale, DDIM {sizes.sampler_steps} steps, guidance {sizes.guidance:g}, on "
-            f"conditions of held-out rows, against {sizes.references} other held-out rows, in "
+            f"of v, 64 rows, 4 draws of noise each, the same for both. KID x 1000: "
+            f"{sizes.held_out} patches a scale, DDIM {sizes.sampler_steps} steps, guidance "
+            f"{sizes.guidance:g}, on conditions of held-out rows, against {sizes.references} other "
+            f"held-out rows, in "
             f"the features of efficientnet_lite0: trained on ImageNet's labels, a stand-in for a "
             f"pathology encoder, and the one whose embeddings are the conditions. In brackets: "
             f"95 % by half-sampling over patches (both models' alike) and rows, not over "
@@ -128,22 +129,22 @@ class Judge:
         )
 
     def compared(self, models: Mapping[str, Mapping[int, Bundle]]) -> tuple[list[list[str]], str]:
-        """Rows of a table of two families of models by scale, and a sentence on who is ahead."""
+        """Return table rows of two families of models by scale, and a sentence as verdict."""
         first, second = models
         self.header = ["scale", "training rows", f"loss {first}", f"loss {second}"]
         self.header += [f"KID {first}", f"KID {second}", f"KID {second} - {first}", "KID real"]
         losses = {name: self._losses(family) for name, family in models.items()}
         rows, by_loss, by_kid, sure = [], [], [], []
-        for k in self.given:
+        for k in self.conditions:
             one, other = (losses[name][k] for name in models)
-            sets = [self._made(name, family[k], k) for name, family in models.items()]
-            found = intervals(self.real[k], sets, self.sizes.seed)
+            sets = [self._generated(name, family[k], k) for name, family in models.items()]
+            kids = intervals(self.real[k], sets, self.sizes.seed)
             by_loss += [str(k)] * (one < other)
-            by_kid += [str(k)] * (found[-1][0] > 0)
-            sure += [str(k)] * (found[-1][1] * found[-1][2] > 0)
-            told = [f"{kid:.0f} [{low:.0f}, {high:.0f}]" for kid, low, high in found]
+            by_kid += [str(k)] * (kids[-1][0] > 0)
+            sure += [str(k)] * (kids[-1][1] * kids[-1][2] > 0)
+            cells = [f"{kid:.0f} [{low:.0f}, {high:.0f}]" for kid, low, high in kids]
             rows.append(
-                [str(k), str(self.sizes.rows[k]), f"{one:.4f}", f"{other:.4f}", *told,
+                [str(k), str(self.sizes.rows[k]), f"{one:.4f}", f"{other:.4f}", *cells,
                  f"{1000 * self.floor[k]:.0f}"]
             )  # fmt: skip
         ahead = [", ".join(some) or "none" for some in (by_loss, by_kid, sure)]
@@ -154,12 +155,12 @@ class Judge:
         )
 
     def features(self, pictures: Sequence[np.ndarray]) -> Float[Tensor, "n d"]:
-        """Of pictures, in batches of one size."""
+        """Return features of images, in batches of one size."""
         some = [np.stack(pictures[i : i + AT_ONCE]) for i in range(0, len(pictures), AT_ONCE)]
         return torch.from_numpy(np.concatenate([self.encoder(one) for one in some])).float()
 
     def _losses(self, family: Mapping[int, Bundle]) -> dict[int, float]:
-        """The held-out loss of each scale under its model."""
+        """Return the held-out loss of each scale with its model."""
         study, done = self.study, dict[str, Mapping[int, Mapping[str, float]]]()
         for bundle in family.values():
             if bundle.digest not in done:
@@ -168,44 +169,49 @@ class Judge:
                 )
         return {k: done[bundle.digest][k]["true"] for k, bundle in family.items()}
 
-    def _made(self, name: str, bundle: Bundle, k: int) -> Float[Tensor, "n d"]:
-        """Features of patches under the conditions of a scale; the first are kept to look at."""
-        pixels = patches(bundle, self.given[k], k, self.sizes)
-        pairs = [[one.image, made] for one, made in zip(self.given[k], pixels, strict=True)]
+    def _generated(self, name: str, bundle: Bundle, k: int) -> Float[Tensor, "n d"]:
+        """Return features of patches generated for the conditions of a scale; save the first."""
+        pixels = patches(bundle, self.conditions[k], k, self.sizes)
+        pairs = [
+            [example.image, patch]
+            for example, patch in zip(self.conditions[k], pixels, strict=True)
+        ]
         rows = [[image for pair in pairs[i::8][:5] for image in pair] for i in range(8)]
         images.write_png(f"{self.study.work}/{name}-{k}.png", images.sheet(rows))
         return self.features(list(pixels))
 
 
 @torch.no_grad()
-def patches(bundle: Bundle, given: Sequence[ReferenceExample], k: int, sizes: Sizes) -> np.ndarray:
-    """Patches of a scale under the grids of some rows; noise stands at (scale, place)."""
-    grids = torch.from_numpy(np.stack([one.grid for one in given])).float().movedim(-1, 1)
+def patches(
+    bundle: Bundle, examples: Sequence[ReferenceExample], k: int, sizes: Sizes
+) -> np.ndarray:
+    """Generate patches of a scale for the grids of examples, with noise at (scale, index)."""
+    grids = torch.from_numpy(np.stack([one.grid for one in examples])).float().movedim(-1, 1)
     noise = normal(
-        bundle.patch.latent, sizes.seed, "benchmark", [(k, i) for i in range(len(given))]
+        bundle.patch.latent, sizes.seed, "benchmark", [(k, i) for i in range(len(examples))]
     )
     denoiser = guided(bundle.denoiser(), sizes.guidance, bundle.summarizer.null(1))
-    made = []
+    batches = []
     for cells, begin in zip(grids.split(AT_ONCE), noise.split(AT_ONCE), strict=True):
         estimate = bind_context(denoiser, bundle.summarizer(cells, torch.full((len(cells),), k)))
         latent = solve(estimate, begin, bundle.schedule, "ddim", sizes.sampler_steps)
-        made.append(images.to_uint8(bundle.vae.decode(latent)))
-    return np.concatenate(made)
+        batches.append(images.to_uint8(bundle.vae.decode(latent)))
+    return np.concatenate(batches)
 
 
 def intervals(
     real: Float[Tensor, "n d"], sets: Sequence[Float[Tensor, "m d"]], seed: int
 ) -> list[tuple[float, float, float]]:
-    """KID x 1000 of each set, and of the last less the first, each with 95 %.
+    """Return KID x 1000 of each set, and of the last minus the first, with 95 % intervals.
 
-    Halves drawn without replacement scatter about the whole as the whole does about the truth,
-    and repeat no sample, which would be near itself. All sets lose the same places.
+    By half-sampling without replacement: a bootstrap would repeat samples, which are close to
+    themselves. All sets omit the same indices.
     """
     rng = np.random.default_rng(seed)
 
     def distances(of: Tensor, at: Any) -> list[float]:
-        found = [1000 * kernel_distance(some[at], of) for some in sets]
-        return [*found, found[-1] - found[0]]
+        values = [1000 * kernel_distance(features[at], of) for features in sets]
+        return [*values, values[-1] - values[0]]
 
     drawn = [
         distances(real[_half(rng, len(real))], _half(rng, len(sets[0]))) for _ in range(DRAWS)

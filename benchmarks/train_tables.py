@@ -44,12 +44,12 @@ def write(
         Bytes of the file.
     """
     rng = np.random.default_rng(0)
-    made = [
+    groups_ = [
         _group(rng, k, latent, channels) for k, count in enumerate(groups) for _ in range(count)
     ]
-    table = pa.concat_tables(made)
+    table = pa.concat_tables(groups_)
     path = storage.join(root, "latents-0", "part.parquet")
-    storage.write_table(path, table, [GROUP] * len(made))
+    storage.write_table(path, table, [GROUP] * len(groups_))
     parts = [_part(listed, latent) for listed in _listed(groups, rows)]
     manifest = {
         "verb": "encode-0",
@@ -77,8 +77,8 @@ def _listed(groups: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
 
 def _part(scales: Sequence[int], latent: Sequence[int]) -> dict[str, Any]:
     groups = [[k, "train", GROUP] for k in scales]
-    told = {"counts": {}, "groups": groups, "shape": list(latent)}
-    return {"part": "latents-0/part.parquet", **told}
+    facts = {"counts": {}, "groups": groups, "shape": list(latent)}
+    return {"part": "latents-0/part.parquet", **facts}
 
 
 def _group(rng: np.random.Generator, k: int, latent: Sequence[int], channels: int) -> pa.Table:

@@ -57,7 +57,7 @@ def test_choices_are_judged_by_pictures(tiny_bundle, one_thread):
             random.integers(0, 255, (64, 64, 3), np.uint8), grid, random.random()
         )
 
-    judge = quality.Judge(
+    judge = quality.ImageJudge(
         load(tiny_bundle),
         lambda pixels: pixels.reshape(len(pixels), -1)[:, :8].astype(np.float32) / 255,
         [example(1) for _ in range(12)],

@@ -96,7 +96,7 @@ def test_other_rows_want_another_folder(made, tmp_path):
 
 
 def test_a_begun_bundle_has_the_autoencoder_alone(made, tiny_bundle, tmp_path):
-    out = train_rows.begun(tiny_bundle, str(tmp_path / "one"))
+    out = train_rows.with_autoencoder_of(tiny_bundle, str(tmp_path / "one"))
     assert bundles.digest(out, ("vae",)) == bundles.digest(tiny_bundle, ("vae",))
     assert not (tmp_path / "one" / "unet").exists()
     with pytest.raises(UserError, match="lacks unet"):
@@ -148,7 +148,7 @@ def test_the_command_trains_and_judges_all(made, tmp_path, one_thread, monkeypat
     monkeypatch.setattr(train_scales, "DRAWS", 20)
     words = [f"data={data}", f"bundle={bundle}", f"work={tmp_path}/work", f"out={tmp_path}/page.md"]
     words += ["overfit_steps=1", "steps=1", "cdm_steps=1", "batch=2", "rows=[8,6]", "drawn=8"]
-    train_conditioning.main([*words, "held=4", "references=4", "sampler_steps=2"])
+    train_conditioning.main([*words, "held_out=4", "references=4", "sampler_steps=2"])
     text = (tmp_path / "page.md").read_text()
     for title in ("64 examples", "Tokens drawn", "One model for all", "Kinds of Summarizers"):
         assert title in text

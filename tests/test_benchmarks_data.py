@@ -16,7 +16,7 @@ from benchmarks import (
     data_speed,
 )
 from benchmarks.data_makers import Timing, steady
-from benchmarks.data_speed import BATCH, Measure, agreement
+from benchmarks.data_speed import BATCH, DataMeasure, agreement
 from raylarge.data.embed import EmbedConfig
 from raylarge.errors import UserError
 from raylarge.slides.reader import open_slide
@@ -26,7 +26,7 @@ from raylarge.slides.reader import open_slide
 def measure(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     values = {"pairs": 1, "units": 1, "rows": 4, "block": 30, "minutes": 0.0}
-    return Measure(folder, **values, workers=2, cost_ms=0.1)
+    return DataMeasure(folder, **values, workers=2, cost_ms=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_the_slowest_resource_binds():
 
 @pytest.mark.slow
 def test_memory_is_told_by_verb(measure, tmp_path):
-    small = measure.made("memory", (1, 1), 0.5)
+    small = measure.create_slide("memory", (1, 1), 0.5)
     found = data_memory.measured(small, tmp_path / "out", 0)
     assert set(found["mib"]) == {"driver"}
     assert set(found["mib"]["driver"]) == {"tile", "embed", "shard"}
