@@ -42,7 +42,7 @@ class UserError(Exception):
         super().__init__(printable(text))
 
 
-class Lack(Exception):
+class MissingResource(Exception):
     """What a file needs and this machine has not (a package, room): the end of a sentence.
 
     Whoever knows the file puts its name before it.

@@ -68,8 +68,8 @@ def require_depth(dtype: Any, bits: int = 0) -> int:
         return 1
     if dtype.kind != "u" or dtype.itemsize > 2:
         raise PixelFormatError(
-            f"holds {dtype.name} samples, which have no range of their own; convert it to 8-bit "
-            "RGB with the contrast you want"
+            f"the file holds {dtype.name} samples, which have no range of their own; convert it "
+            "to 8-bit RGB with the contrast you want"
         )
     return bits or 8 * dtype.itemsize
 
@@ -108,8 +108,8 @@ def require_mode(mode: str) -> None:
     if mode not in (*_DEEP, *_SHALLOW):
         names = {"F": "floating-point grey", "I": "32-bit grey"}
         raise PixelFormatError(
-            f"holds {names.get(mode, mode)} pixels, which have no fixed meaning as RGB; convert "
-            "it to 8-bit RGB"
+            f"the file holds {names.get(mode, mode)} pixels, which have no fixed meaning as RGB; "
+            "convert it to 8-bit RGB"
         )
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from raylarge import interrupts, storage
 from raylarge.errors import UserError, printable
-from raylarge.storage.web import scrubbed
+from raylarge.storage.web import redact_urls
 
 
 def say(line: str) -> None:
@@ -70,7 +70,7 @@ def _status_of(job: Callable[[list[str]], None]) -> int:
     try:
         job(sys.argv[1:])
     except UserError as error:
-        _tell(scrubbed(f"{printable(sys.argv[0])}: {error}"))
+        _tell(redact_urls(f"{printable(sys.argv[0])}: {error}"))
         return 2
     except interrupts.Interrupted:
         return 0

@@ -77,7 +77,7 @@ def _sentences(name: str) -> Iterator[None]:
         except UserError:
             raise
         except pixels.PixelFormatError as error:
-            raise UserError(f"{name} {error}.") from error
+            raise UserError(f"{name}: {error}.") from error
         except UnidentifiedImageError as error:
             raise UserError(
                 f"{name} is no PNG, JPEG or TIFF image that can be read; save it as a PNG."
@@ -120,9 +120,15 @@ def _require_plain(picture: TiffImagePlugin.TiffImageFile) -> None:
     """
     bits = picture.tag_v2.get(_BITS, (1,))
     if any(depth not in (1, 2, 4, 8, 16) for depth in bits):
-        raise pixels.PixelFormatError(f"holds {max(bits)}-bit samples; convert it to 8 or 16 bits")
+        raise pixels.PixelFormatError(
+            f"the file holds {max(bits)}-bit samples; convert it to 8 or 16 bits"
+        )
     if _SIGNED in picture.tag_v2.get(_SAMPLE_FORMAT, ()):
-        raise pixels.PixelFormatError("holds signed samples; convert it to unsigned 8 or 16 bits")
+        raise pixels.PixelFormatError(
+            "the file holds signed samples; convert it to unsigned 8 or 16 bits"
+        )
     white = picture.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     if white and max(bits) > 8:
-        raise pixels.PixelFormatError("holds 16-bit samples of which 0 is white; invert it")
+        raise pixels.PixelFormatError(
+            "the file holds 16-bit samples of which 0 is white; invert it"
+        )

@@ -20,7 +20,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from raylarge import storage
-from raylarge.storage import patience
+from raylarge.storage import retry
 
 HOST = "127.0.0.1"
 BUSY = (
@@ -196,7 +196,7 @@ def machine():
 def store(machine, monkeypatch, request):
     """The server for one test, with little patience, and its folder."""
     monkeypatch.setenv("RAYLARGE_STORAGE_PATIENCE_S", "4")
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.03)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.03)
     machine.root = f"s3://faults/{request.node.name.replace('[', '-').strip(']')}"
     storage.write_bytes(f"{machine.root}/first", b"the session stands")
     machine.line.clear()

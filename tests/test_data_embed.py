@@ -19,7 +19,7 @@ def run(tmp_path):
 
 
 def rows_of(folder):
-    tables = [storage.read_table(path) for path in storage.listing(f"{folder}/*.parquet")]
+    tables = [storage.read_table(path) for path in storage.glob(f"{folder}/*.parquet")]
     return [row for table in tables for row in table.to_pylist()]
 
 
@@ -167,12 +167,12 @@ def test_weights_count_by_their_content_and_their_path_is_told_to_nobody(
 def test_a_rerun_makes_nothing_and_a_lost_part_comes_back(tiny_prepare, run, monkeypatch):
     config = tiny_prepare(verbs="tile,embed")
     run(config)
-    paths = storage.listing(f"{config.out}/*/*.parquet") + storage.listing(f"{config.out}/*.json")
+    paths = storage.glob(f"{config.out}/*/*.parquet") + storage.glob(f"{config.out}/*.json")
     before = {path: storage.read_bytes(path) for path in paths}
     monkeypatch.setattr(ssl, "load", lambda *_: pytest.fail("nothing is left to embed"))
     assert [facts["made"] for facts in run(config).values()] == [0, 0]
     monkeypatch.undo()
-    fs_path = storage.listing(f"{config.out}/embeddings/*.parquet")[1]
+    fs_path = storage.glob(f"{config.out}/embeddings/*.parquet")[1]
     Path(fs_path).unlink()
     assert [facts["made"] for facts in run(config).values()] == [0, 1]
     assert {path: storage.read_bytes(path) for path in paths} == before
@@ -201,7 +201,7 @@ def test_another_config_is_not_mixed_in(tiny_prepare, run, other, told):
 def test_parts_of_an_unfinished_run_with_another_config_are_made_anew(tiny_prepare, run):
     config = tiny_prepare(verbs="tile,embed")
     run(config)
-    mine = storage.listing(f"{config.out}/embeddings/*.parquet")
+    mine = storage.glob(f"{config.out}/embeddings/*.parquet")
     before = [storage.read_bytes(path) for path in mine]
     Path(f"{config.out}/embed.json").unlink()  # as if killed before the end
     assert run(tiny_prepare(verbs="embed", embed={"batch": 16}))["embed"]["made"] == 4

@@ -17,7 +17,7 @@ def run(tmp_path):
 
 
 def rows_of(folder):
-    tables = [storage.read_table(path) for path in storage.listing(f"{folder}/*.parquet")]
+    tables = [storage.read_table(path) for path in storage.glob(f"{folder}/*.parquet")]
     assert all(table.schema.metadata[b"raylarge"] == b"latents" for table in tables)
     assert all(table.schema.names == schema.LATENTS.names for table in tables)
     return [row for table in tables for row in table.to_pylist()]
@@ -46,7 +46,7 @@ def test_each_example_has_its_latent(tiny_prepare, run, monkeypatch):
     assert done["table"] == f"{config.out}/latents-feedfacefeedface"
     assert set(Doubling.sizes) == {8}
     found = rows_of(done["table"])
-    parts = storage.listing(f"{config.out}/examples/*.parquet")
+    parts = storage.glob(f"{config.out}/examples/*.parquet")
     examples = [row for path in parts for row in storage.read_table(path).to_pylist()]
     assert len(found) == len(examples) == done["rows"] > 30
     for latent, example in zip(found, examples, strict=True):
@@ -65,7 +65,7 @@ def test_a_part_without_examples_is_encoded_and_trained_on(tiny_prepare, run, ti
         shard={"buckets": 16},
     )
     table = run(config)["encode"]["table"]
-    rows = [storage.read_table(path).num_rows for path in storage.listing(f"{table}/*.parquet")]
+    rows = [storage.read_table(path).num_rows for path in storage.glob(f"{table}/*.parquet")]
     assert 0 in rows
     assert sum(rows) > 0
     name = f"latents-{load_autoencoder(tiny_bundle).digest}"
@@ -80,7 +80,7 @@ def test_a_bundles_autoencoder_names_the_table(tiny_prepare, run, tiny_bundle):
     manifest = storage.read_json(f"{config.out}/encode-{autoencoder.digest}.json")
     assert manifest["counts"] == storage.read_json(f"{config.out}/shard.json")["counts"]
     row = rows_of(done["table"])[0]
-    part = storage.read_table(storage.listing(f"{config.out}/examples/*.parquet")[0])
+    part = storage.read_table(storage.glob(f"{config.out}/examples/*.parquet")[0])
     x = images.to_float(images.from_bytes(part["image"][0].as_py()))[None]
     with torch.inference_mode():
         expected = autoencoder.encode(x)[0].numpy()
@@ -96,7 +96,7 @@ def test_latents_that_float16_cannot_hold_are_refused(tiny_prepare, run, monkeyp
     config = tiny_prepare(verbs="tile,embed,shard,encode", bundle="somewhere")
     with pytest.raises(UserError, match=r"latents hold NaN or values beyond float16 among rows 0"):
         run(config)
-    assert not storage.listing(f"{config.out}/latents-*/*.parquet")
+    assert not storage.glob(f"{config.out}/latents-*/*.parquet")
 
 
 def test_a_new_autoencoder_means_new_latents_never_new_examples(tiny_prepare, run, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_new_autoencoder_means_new_latents_never_new_examples(tiny_prepare, ru
     autoencoder.digest = "0123456789abcdef"
     done = run(config)
     assert [facts["made"] for facts in done.values()] == [0, 0, 0, done["encode"]["parts"]]
-    assert len(storage.listing(f"{config.out}/latents-*")) == 2
+    assert len(storage.glob(f"{config.out}/latents-*")) == 2
 
 
 def test_encode_needs_examples_and_an_autoencoder(tiny_prepare, run, tmp_path, tiny_bundle):

@@ -115,7 +115,7 @@ def no_files(tmp_path):
 NO_FILES = {
     "dangling.tif": "does not exist",
     "loop.tif": "does not exist",
-    "folder.tif": "is a folder that holds 0 DICOM slides",
+    "folder.tif": "the folder holds 0 DICOM slides",
     "pipe.tif": "is no file but a pipe, socket or device",
     "socket.tif": "is no file but a pipe, socket or device",
 }
@@ -188,7 +188,7 @@ def test_a_mended_slide_joins_at_the_next_run(tiny_prepare, run, tiny_slide, tmp
 def test_a_bad_slide_stops_the_run_where_that_is_wanted(tiny_prepare, run, tiny_slide, tmp_path):
     (tmp_path / "secret.svs").write_bytes(b"")
     slides = f"{tiny_slide},{tmp_path}/secret.svs"
-    with pytest.raises(UserError, match=r"^slide [0-9a-f]{16} is empty;.*names\.json"):
+    with pytest.raises(UserError, match=r"^slide [0-9a-f]{16}: the file is empty;.*names\.json"):
         run(tiny_prepare(slides=slides))
     with pytest.raises(UserError, match="on_error=maybe: it must be stop or skip"):
         run(tiny_prepare(slides=slides, on_error="maybe"))

@@ -155,7 +155,7 @@ def test_law_5_with_a_real_network(ray_session, tiny_prepare, tmp_path):
 def test_a_broken_slide_is_the_same_sentence_on_ray(ray_session, tiny_prepare, tmp_path):
     (tmp_path / "bad.svs").write_bytes(b"no slide")
     with pytest.raises(
-        UserError, match=r"^slide [0-9a-f]{16} is neither .*leave it out\. \(names\.json"
+        UserError, match=r"^slide [0-9a-f]{16}: the file is neither .*leave it out\. \(names\.json"
     ):
         made_here(tiny_prepare(slides=str(tmp_path / "bad.svs"), workers=1), tmp_path)
 
@@ -189,7 +189,7 @@ def test_killed_half_way_and_run_again(tiny_prepare, tmp_path, parts, made):
     words = [repr(plain(config)), str(tmp_path / "r.json"), str(parts)]
     done = subprocess.run([sys.executable, "-c", KILLED, *words], **QUIETLY)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert len(storage.listing(f"{config.out}/*/*.parquet")) == parts
+    assert len(storage.glob(f"{config.out}/*/*.parquet")) == parts
     assert storage.exists(f"{config.out}/embed.json") == (parts >= 7)
     facts = prepare(config, Report(str(tmp_path / "r.json")))
     found = {verb: one["made"] for verb, one in facts.items()}

@@ -159,7 +159,7 @@ def test_a_sheet_is_the_same_every_time_and_says_no_name(tiny_slide, tiled, tmp_
 
 
 def test_a_sheet_shows_the_splits_that_are_there(tiny_slide, tiled):
-    parts = storage.listing(f"{tiled}/tiles/*.parquet")
+    parts = storage.glob(f"{tiled}/tiles/*.parquet")
     found = storage.read_table(parts[0])
     with open_slide(tiny_slide) as slide:
         both = qc.sheet(slide, found, 64)
@@ -215,7 +215,7 @@ def test_a_real_slides_sheet_shows_it(shared_data, tmp_path, name, mpp):
     tile.run(
         str(tmp_path), [str(path)], TileConfig(256, [0, 1, 2], crops=3, mpp=mpp), ExecutorConfig()
     )
-    (png,) = storage.listing(f"{tmp_path}/qc/*.png")
+    (png,) = storage.glob(f"{tmp_path}/qc/*.png")
     shown, text = images.read_png(png)
     assert "Synthetic" not in text
     assert max(shown.shape) <= qc.SIDE_PX

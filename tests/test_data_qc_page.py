@@ -58,7 +58,7 @@ def test_the_pages_numbers_are_the_tables(tiled):
     found = Page(page_of(tiled))
     rows = [
         row
-        for path in storage.listing(f"{tiled}/tiles/*.parquet")
+        for path in storage.glob(f"{tiled}/tiles/*.parquet")
         for row in storage.read_table(path).to_pylist()
     ]
     kept = [row for row in rows if row["kept"]]

@@ -34,7 +34,7 @@ def data(tiny_slide, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(data):
-    parts = [storage.read_table(path) for path in storage.listing(f"{data}/examples/*.parquet")]
+    parts = [storage.read_table(path) for path in storage.glob(f"{data}/examples/*.parquet")]
     return [row for part in parts for row in part.to_pylist()]
 
 
@@ -86,7 +86,7 @@ def test_law_2_fine_examples_under_a_are_the_coarse_one(base, examples, scale):
 
 
 def test_grids_hold_the_embeddings_they_cover(data, examples):
-    parts = [storage.read_table(path) for path in storage.listing(f"{data}/embeddings/*.parquet")]
+    parts = [storage.read_table(path) for path in storage.glob(f"{data}/embeddings/*.parquet")]
     vectors = {
         (row["row"], column): vector
         for part in parts
@@ -112,7 +112,7 @@ def test_larger_grids_are_pooled_to_8_by_8():
 
 def test_examples_lie_in_buckets_by_scale_split_and_key(data, examples):
     blocks, made = {}, storage.read_json(f"{data}/shard.json")
-    assert [f"{data}/{part['part']}" for part in made["parts"]] == storage.listing(
+    assert [f"{data}/{part['part']}" for part in made["parts"]] == storage.glob(
         f"{data}/examples/*.parquet"
     )
     for part in made["parts"]:
@@ -134,7 +134,7 @@ def test_examples_lie_in_buckets_by_scale_split_and_key(data, examples):
     assert all(len(found) == 1 for found in blocks.values())  # a block stays together
     assert len(set.union(*blocks.values())) > 1
     assert not storage.exists(f"{data}/blocks") or not os.listdir(f"{data}/blocks")
-    tiles = storage.read_table(storage.listing(f"{data}/tiles/*.parquet")[0])
+    tiles = storage.read_table(storage.glob(f"{data}/tiles/*.parquet")[0])
     kept = tiles.filter(tiles["kept"]).to_pylist()
     where = ("slide_id", "patient_id", "split", "scale", "row", "column", "tissue")
     assert sorted(str([row[k] for k in where]) for row in kept) == sorted(
@@ -203,7 +203,7 @@ def test_a_changed_slide_is_done_anew(tiny_prepare, tmp_path, tiny_slide):
     pyramid.write_image(str(mine), np.full((800, 660, 3), (225, 150, 190), np.uint8), 0.5)
     done = prepare(tiny_prepare(slides=str(mine)), log)
     assert all(facts["made"] == facts["parts"] for facts in done.values())
-    tables = [storage.read_table(p) for p in storage.listing(f"{tmp_path}/data/examples/*.parquet")]
+    tables = [storage.read_table(p) for p in storage.glob(f"{tmp_path}/data/examples/*.parquet")]
     picture = images.from_bytes(pa.concat_tables(tables)["image"][0].as_py())
     assert (picture == (225, 150, 190)).all()
     assert torch.is_tensor(images.to_float(picture))

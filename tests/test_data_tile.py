@@ -30,7 +30,7 @@ def tiles(tiny_slide, tmp_path_factory):
     root = str(tmp_path_factory.mktemp("tiles"))
     config = TileConfig(64, [0, 1, 2], [0.3, 0.2], crops=8, split="band", val_fraction=0.35)
     tile.run(root, [tiny_slide], config, ExecutorConfig())
-    return storage.read_table(storage.listing(f"{root}/tiles/*.parquet")[0])
+    return storage.read_table(storage.glob(f"{root}/tiles/*.parquet")[0])
 
 
 def test_every_candidate_is_a_row_with_its_reason(tiles):
@@ -112,7 +112,7 @@ def test_patients_are_held_out_whole(tiny_slide, tmp_path):
     assert len(splits) == 8
     assert all(len(found) == 1 for found in splits.values())
     assert set.union(*splits.values()) == {"train", "val"}
-    tables = b"".join(storage.read_bytes(path) for path in storage.listing(f"{root}/tiles/*"))
+    tables = b"".join(storage.read_bytes(path) for path in storage.glob(f"{root}/tiles/*"))
     assert b"P03" not in tables  # no file names in tables
     with pytest.raises(UserError, match=r"tile\.patient=\(Q\) finds no patient in 'P00-a\.tif'"):
         tile.run(
@@ -152,7 +152,9 @@ def test_slides_are_found_or_missed_loudly(tiny_slide, tmp_path, tiny_prepare, r
 
 def test_a_broken_slide_stops_the_run_by_its_pseudonym(shared_data, tiny_prepare, run):
     broken = str(shared_data / "wsi/broken.svs")
-    with pytest.raises(UserError, match=r"^slide [0-9a-f]{16} is neither .*leave it out") as told:
+    with pytest.raises(
+        UserError, match=r"^slide [0-9a-f]{16}: the file is neither .*leave it out"
+    ) as told:
         run(tiny_prepare(slides=broken, verbs="tile"))
     slide_id = re.search(r"[0-9a-f]{16}", str(told.value))[0]
     assert "broken" not in str(told.value)

@@ -118,7 +118,7 @@ def test_a_part_forgets_where_diffusers_loaded_it_from(made, tmp_path):
 def test_places_are_reduced_to_names():
     document = {"a": ["/x/y.csv", "s3://bucket/k/", "masks/{name}.png", 3], "b": {"c": "~/q/t"}}
     expected = {"a": ["y.csv", "k", "masks/{name}.png", 3], "b": {"c": "t"}}
-    assert storage.without_places(document) == expected
+    assert storage.without_folders(document) == expected
 
 
 PLANNED = {

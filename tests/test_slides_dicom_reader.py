@@ -182,7 +182,7 @@ def test_several_slides_in_a_folder_are_refused(tmp_path, image):
     for name in "ab":
         series = uid.generate_uid()[:50]
         write_instance(tmp_path / f"{name}.dcm", image, "VOLUME", 0.5, series)
-    with pytest.raises(SlideError, match=r"is a folder that holds 2 DICOM slides; name a slide's"):
+    with pytest.raises(SlideError, match=r"the folder holds 2 DICOM slides; name a slide's"):
         open_slide(str(tmp_path))
 
 
@@ -203,7 +203,9 @@ def test_a_truncated_slide_is_one_sentence(tmp_path, image, syntax):
     content = (tmp_path / "a.dcm").read_bytes()
     (tmp_path / "a.dcm").write_bytes(content[: len(content) // 2])
     with (
-        pytest.raises(SlideError, match=r"^slide \S+a\.dcm is damaged or incomplete [^\n]+\.$"),
+        pytest.raises(
+            SlideError, match=r"^slide \S+a\.dcm: the file is damaged or incomplete [^\n]+\.$"
+        ),
         open_slide(str(tmp_path / "a.dcm")) as slide,
     ):
         slide.read(0, 0, 200, 260)
@@ -217,7 +219,7 @@ def test_without_wsidicom_the_cure_is_named(slides, monkeypatch):
     with pytest.raises(UserError, match=r"Unsupported transfer syntax " + cure) as told:
         open_slide(str(slides / "jpeg-ls/b.dcm"))
     assert told.type is UserError  # no fault of the slide
-    with pytest.raises(UserError, match=r"is a folder, and may be DICOM; " + cure) as told:
+    with pytest.raises(UserError, match=r"the folder may hold DICOM; " + cure) as told:
         open_slide(str(slides / "plain"))
     assert told.type is UserError
 

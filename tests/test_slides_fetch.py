@@ -11,7 +11,7 @@ from raylarge import pyramid, storage
 from raylarge.errors import SlideError, UserError
 from raylarge.slides import fetch
 from raylarge.slides.fetch import companions, fetched
-from raylarge.slides.protocol import Refusal
+from raylarge.slides.protocol import UnreadableSlide
 from raylarge.slides.reader import open_slide
 from raylarge.storage import cache as slide_cache
 
@@ -63,7 +63,9 @@ def test_an_object_is_fetched_once_per_version(s3_bucket, image, cache):
 @pytest.mark.s3
 def test_a_missing_object_is_one_sentence(s3_bucket):
     url = f"{s3_bucket}/slides/other.tif"
-    with pytest.raises(SlideError, match=rf"^slide {url} does not exist; check the path\.$"):
+    with pytest.raises(
+        SlideError, match=rf"^slide {url}: the file does not exist; check the path\.$"
+    ):
         open_slide(url)
 
 
@@ -74,12 +76,12 @@ def test_a_slide_in_use_stays_in_the_cache(s3_bucket, image, monkeypatch):
     first = f"{s3_bucket}/full/a.tif"
     size = os.path.getsize(local_copy(first))
     monkeypatch.setenv("RAYLARGE_CACHE_BYTES", str(size * 3 // 2))
-    monkeypatch.setattr(slide_cache, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(slide_cache, "WAIT_S", 0.01)
+    monkeypatch.setattr(slide_cache, "WAIT_S", 0.0)
+    monkeypatch.setattr(slide_cache, "POLL_S", 0.01)
     with (
         open_slide(first) as slide,
         pytest.raises(
-            UserError, match=rf"full/b\.tif needs up to {size:,} bytes .* in use"
+            UserError, match=rf"full/b\.tif: the file needs up to {size:,} bytes .* in use"
         ) as told,
     ):
         open_slide(f"{s3_bucket}/full/b.tif")
@@ -94,7 +96,9 @@ def test_a_slide_in_use_stays_in_the_cache(s3_bucket, image, monkeypatch):
 @pytest.mark.s3
 def test_a_mirax_slide_brings_its_folder(s3_bucket):
     put(f"{s3_bucket}/mirax/case.mrxs", b"index")
-    with pytest.raises(Refusal, match=r"MIRAX index, and nothing is found in the folder .*case/"):
+    with pytest.raises(
+        UnreadableSlide, match=r"MIRAX index, and nothing is found in the folder .*case/"
+    ):
         fetched(f"{s3_bucket}/mirax/case.mrxs")
     put(f"{s3_bucket}/mirax/case/Slidedat.ini", b"first")
     put(f"{s3_bucket}/mirax/case/Data0000.dat", b"12345")
@@ -140,7 +144,7 @@ def test_a_web_address_is_fetched_too(web, tmp_path, image, cache):
     for url in (f"{web}/made.tif", f"{web}/made.tif?token=1"):
         with open_slide(url) as slide:
             assert (slide.read(0, 0, *slide.size_px) == image).all()
-    with pytest.raises(SlideError, match=r"nowhere\.tif does not exist; check the path"):
+    with pytest.raises(SlideError, match=r"nowhere\.tif: the file does not exist; check the path"):
         open_slide(f"{web}/nowhere.tif")
     (tmp_path / "web/case.mrxs").write_bytes(b"index")
     with pytest.raises(UserError, match="MIRAX index, and nothing is found in the folder"):
@@ -170,7 +174,7 @@ def test_a_full_disk_while_fetching_is_one_sentence(web, tmp_path, fetching, cac
     (tmp_path / "web/made.tif").write_bytes(b"x" * 100)
     fetching(full)
     with pytest.raises(
-        UserError, match=r"made\.tif does not fit on the disk of the cache .*larger"
+        UserError, match=r"made\.tif: the file does not fit on the disk of the cache .*larger"
     ) as told:
         open_slide(f"{web}/made.tif")
     assert told.type is UserError
@@ -242,7 +246,7 @@ def test_a_slide_that_never_stops_changing_is_refused(memory, lanes, monkeypatch
     put(f"{memory}/live.tif", b"x" * 2500)
     monkeypatch.setattr(storage, "read_range", overtaken)
     monkeypatch.setattr(fetch, "LANES", 1)
-    with pytest.raises(SlideError, match=r"live\.tif changes while it is fetched"):
+    with pytest.raises(SlideError, match=r"live\.tif: the file changes while it is fetched"):
         open_slide(f"{memory}/live.tif")
     assert list(cache.rglob("live.tif")) == []
 

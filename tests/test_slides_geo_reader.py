@@ -296,7 +296,9 @@ def test_a_truncated_file_is_one_sentence(tmp_path, image):
     content = (tmp_path / "whole.tif").read_bytes()
     (tmp_path / "cut.tif").write_bytes(content[: len(content) // 2])
     with (
-        pytest.raises(SlideError, match=r"^slide \S+cut\.tif is damaged or incomplete [^\n]+\.$"),
+        pytest.raises(
+            SlideError, match=r"^slide \S+cut\.tif: the file is damaged or incomplete [^\n]+\.$"
+        ),
         open_slide(path.replace("whole", "cut"), base_mpp=1e6) as slide,
     ):
         slide.read(0, 0, 300, 400)
@@ -315,5 +317,5 @@ def test_without_rasterio_the_cure_is_named(tmp_path, image, monkeypatch):
 @pytest.mark.parametrize("place", [(0, 0, 5e5, 0, -1, 4e6), (1e9, 0, 1e30, 0, -1e9, 1e30)])
 def test_a_place_that_is_none_is_refused(tmp_path, image, crs, place):
     path = write(tmp_path / "nowhere.tif", image, transform=rasterio.Affine(*place), crs=crs)
-    with pytest.raises(SlideError, match=r"^slide \S+nowhere\.tif [^\n]+\.$"):
+    with pytest.raises(SlideError, match=r"^slide \S+nowhere\.tif: the [^\n]+\.$"):
         open_slide(path, base_mpp=1e6)

@@ -124,7 +124,7 @@ def test_a_truncated_large_image_leaves_nothing_behind(tmp_path, smooth, monkeyp
     Image.fromarray(smooth).save(tmp_path / "whole.png")
     content = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(SlideError, match=r"cut\.png is damaged or incomplete"):
+    with pytest.raises(SlideError, match=r"cut\.png: the file is damaged or incomplete"):
         open_slide(str(tmp_path / "cut.png"), 0.5)
     assert [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size] == []
 
@@ -132,7 +132,9 @@ def test_a_truncated_large_image_leaves_nothing_behind(tmp_path, smooth, monkeyp
 def test_the_limit_against_bombs_is_named(tmp_path, smooth, monkeypatch):
     monkeypatch.setattr(image_reader, "DECODE_PX", 1000)
     Image.fromarray(smooth).save(tmp_path / "huge.png")
-    with pytest.raises(SlideError, match=r"huge\.png claims 400 x 520 pixels, and more than 1,000"):
+    with pytest.raises(
+        SlideError, match=r"huge\.png: the file claims 400 x 520 pixels, and more than 1,000"
+    ):
         open_slide(str(tmp_path / "huge.png"), 0.5)
 
 

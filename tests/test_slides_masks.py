@@ -140,7 +140,9 @@ def test_thousands_of_polygons_take_no_time(drawn):
 )
 def test_another_json_is_one_sentence(tmp_path, text):
     (tmp_path / "a.geojson").write_text(text, encoding="latin-1")
-    with pytest.raises(SlideError, match=r"^mask \S+a\.geojson is no GeoJSON of polygons [^\n]+$"):
+    with pytest.raises(
+        SlideError, match=r"^mask \S+a\.geojson: the file is no GeoJSON of polygons [^\n]+$"
+    ):
         masks.read(str(tmp_path / "a.geojson"), SIZE, (8, 10))
 
 
@@ -308,13 +310,19 @@ def test_what_is_no_image_is_one_sentence(tmp_path):
         buffer, "png"
     )
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:800])
-    reasons = {"text": "is no image", "empty": "is no image", "cut": "is damaged or incomplete"}
+    reasons = {
+        "text": "is not an image",
+        "empty": "is not an image",
+        "cut": "is damaged or incomplete",
+    }
     for name, reason in reasons.items():
-        with pytest.raises(SlideError, match=rf"^mask \S+{name}\.png {reason}[^\n]+\.$"):
+        with pytest.raises(SlideError, match=rf"^mask \S+{name}\.png: the file {reason}[^\n]+\.$"):
             masks.read(str(tmp_path / f"{name}.png"), SIZE, (8, 10))
 
 
 @pytest.mark.parametrize("name", ["nowhere.png", "nowhere.geojson"])
 def test_a_missing_mask_is_its_slides_fault(tmp_path, name):
-    with pytest.raises(SlideError, match=rf"^mask \S+{name} does not exist; check the path\.$"):
+    with pytest.raises(
+        SlideError, match=rf"^mask \S+{name}: the file does not exist; check the path\.$"
+    ):
         masks.read(os.path.join(tmp_path, name), SIZE, (8, 10))

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from raylarge.slides.mpp import refuse_base, resolve_mpp
+from raylarge.slides.mpp import check_base_mpp, resolve_mpp
 from raylarge.slides.openslide_reader import mpp_hints
-from raylarge.slides.protocol import Hint, Refusal
+from raylarge.slides.protocol import Hint, UnreadableSlide
 
 
 class Source:
@@ -53,23 +53,23 @@ def test_the_first_plausible_source_of_mpp_wins():
 def test_a_screen_resolution_is_no_mpp(dots):
     found = mpp_hints({"tiff.XResolution": str(dots), "tiff.ResolutionUnit": "inch"})
     assert found[0].mpp_x == pytest.approx(25_400 / dots)
-    with pytest.raises(Refusal, match=r"only says TIFF resolution .*set tile\.mpp="):
+    with pytest.raises(UnreadableSlide, match=r"only says TIFF resolution .*set tile\.mpp="):
         resolve_mpp(source(*found), None)
     later = resolve_mpp(source(*found, Hint("objective power", 0.25, 0.25)), None)
     assert later == 0.25
 
 
 def test_nothing_said_and_nonsense_are_refused():
-    with pytest.raises(Refusal, match=r"does not say its resolution; set tile\.mpp="):
+    with pytest.raises(UnreadableSlide, match=r"does not say its resolution; set tile\.mpp="):
         resolve_mpp(source(), None)
     for wrong in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(Refusal, match=rf"tile\.mpp={wrong}: it must be above 0"):
+        with pytest.raises(UnreadableSlide, match=rf"tile\.mpp={wrong} is not above 0"):
             resolve_mpp(source(), wrong)
 
 
 def test_pixels_that_are_no_squares_are_refused():
     properties = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}
-    with pytest.raises(Refusal, match=r"pixels of 0\.5 x 0\.25 um .*not square"):
+    with pytest.raises(UnreadableSlide, match=r"pixels of 0\.5 x 0\.25 um .*not square"):
         resolve_mpp(source(*mpp_hints(properties)), None)
     assert resolve_mpp(source(*mpp_hints(properties)), 0.3) == 0.3
     near = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.252"}
@@ -79,17 +79,21 @@ def test_pixels_that_are_no_squares_are_refused():
 def test_what_is_plausible_depends_on_the_kind_of_source():
     metre = Hint("pixel size on the ground", 1e6, 1e6)
     assert resolve_mpp(source(metre, ground=GROUND), None) == 1e6
-    with pytest.raises(Refusal, match="which no slide has"):
+    with pytest.raises(UnreadableSlide, match="which no slide has"):
         resolve_mpp(source(metre), None)
-    with pytest.raises(Refusal, match="which no slide has"):
+    with pytest.raises(UnreadableSlide, match="which no slide has"):
         resolve_mpp(source(Hint("TIFF resolution", 0.5, 0.5), ground=GROUND), None)
 
 
 def test_a_coarse_source_is_told_the_base_that_fits():
-    with pytest.raises(Refusal, match=r"has 1 um/px, coarser .* of 0\.5; set tile\.base_mpp=1,"):
-        refuse_base(source(), 1.0, 0.5)
-    with pytest.raises(Refusal, match=r"at 0\.6 m/px, .*0\.5 um/px; set tile\.base_mpp=1e6 \(1 m"):
-        refuse_base(source(ground=GROUND), 6e5, 0.5)
-    with pytest.raises(Refusal, match=r"set tile\.base_mpp=1e7 \(10 m/px\)"):
-        refuse_base(source(ground=GROUND), 1e7, 1e6)
-    refuse_base(source(ground=GROUND), 1.05e6, 1e6)
+    with pytest.raises(
+        UnreadableSlide, match=r"has 1 um/px, coarser .* of 0\.5; set tile\.base_mpp=1,"
+    ):
+        check_base_mpp(source(), 1.0, 0.5)
+    with pytest.raises(
+        UnreadableSlide, match=r"at 0\.6 m/px, .*0\.5 um/px; set tile\.base_mpp=1e6 \(1 m"
+    ):
+        check_base_mpp(source(ground=GROUND), 6e5, 0.5)
+    with pytest.raises(UnreadableSlide, match=r"set tile\.base_mpp=1e7 \(10 m/px\)"):
+        check_base_mpp(source(ground=GROUND), 1e7, 1e6)
+    check_base_mpp(source(ground=GROUND), 1.05e6, 1e6)

@@ -4,7 +4,7 @@ import pytest
 
 from raylarge.slides import openslide_reader
 from raylarge.slides.openslide_reader import OpenSlidePyramid, vendor
-from raylarge.slides.protocol import Refusal
+from raylarge.slides.protocol import UnreadableSlide
 from raylarge.slides.reader import open_slide
 
 PART = (1500, 1000, 200, 300)
@@ -92,7 +92,7 @@ def test_a_region_of_a_scan_is_a_scene(cmu, monkeypatch):
     assert one.notes == ["scene 1 of 2 was read"]
     expected = whole.read_level(0, 710, 920, 100, 200)
     assert (one.read_level(0, 10, 20, 100, 200) == expected).all()
-    with pytest.raises(Refusal, match=r"holds no scene tile\.scene=2, but 2"):
+    with pytest.raises(UnreadableSlide, match=r"holds no scene tile\.scene=2, but 2"):
         OpenSlidePyramid(cmu, "2")
 
 

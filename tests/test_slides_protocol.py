@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from raylarge import pyramid
-from raylarge.errors import Lack, SlideError, UserError
-from raylarge.slides.protocol import DAMAGE, Refusal, damage, speaking_of
+from raylarge.errors import MissingResource, SlideError, UserError
+from raylarge.slides.protocol import DAMAGE, UnreadableSlide, parser_errors, user_errors
 from raylarge.slides.reader import open_slide
 from raylarge.slides.tiff_reader import Level
 
@@ -14,7 +14,7 @@ from raylarge.slides.tiff_reader import Level
 def told(error, *kinds):
     """What becomes of an exception of a parser that reads the slide `a.svs`."""
     try:
-        with speaking_of("a.svs"), damage(*kinds):
+        with user_errors("a.svs"), parser_errors(*kinds):
             raise error
     except Exception as found:
         return type(found), str(found)
@@ -22,20 +22,36 @@ def told(error, *kinds):
 
 @pytest.mark.parametrize("kind", [*DAMAGE, OSError])
 def test_what_a_parser_raises_is_damage(kind):
-    reason = r"is damaged or incomplete (cut short); fetch it again or leave it out."
-    assert told(kind("cut\n short. ")) == (SlideError, f"slide a.svs {reason}")
+    reason = r"the file is damaged or incomplete (cut short); fetch it again or leave it out."
+    assert told(kind("cut\n short. ")) == (SlideError, f"slide a.svs: {reason}")
 
 
 @pytest.mark.parametrize(
     ("number", "kind", "sentence"),
     [
-        (errno.ENOENT, SlideError, "slide a.svs does not exist; check the path."),
-        (errno.ENOTDIR, SlideError, "slide a.svs does not exist; check the path."),
-        (errno.EACCES, SlideError, "slide a.svs may not be read; check its permissions."),
-        (errno.EINVAL, SlideError, "slide a.svs is damaged or incomplete "),  # a garbled offset
-        (errno.EIO, UserError, "slide a.svs cannot be read now (Input/output error); check "),
-        (errno.ESTALE, UserError, "slide a.svs cannot be read now (Stale file handle); check "),
-        (errno.EMFILE, UserError, "slide a.svs cannot be read now (Too many open files); check "),
+        (errno.ENOENT, SlideError, "slide a.svs: the file does not exist; check the path."),
+        (errno.ENOTDIR, SlideError, "slide a.svs: the file does not exist; check the path."),
+        (errno.EACCES, SlideError, "slide a.svs: the file may not be read; check its permissions."),
+        (
+            errno.EINVAL,
+            SlideError,
+            "slide a.svs: the file is damaged or incomplete ",
+        ),  # a garbled offset
+        (
+            errno.EIO,
+            UserError,
+            "slide a.svs: the file cannot be read now (Input/output error); check ",
+        ),
+        (
+            errno.ESTALE,
+            UserError,
+            "slide a.svs: the file cannot be read now (Stale file handle); check ",
+        ),
+        (
+            errno.EMFILE,
+            UserError,
+            "slide a.svs: the file cannot be read now (Too many open files); check ",
+        ),
     ],
 )
 def test_a_disk_that_fails_is_no_fault_of_the_slide(number, kind, sentence):
@@ -48,10 +64,10 @@ def test_memory_and_packages_that_are_missing_are_no_faults_of_the_slide():
     found, text = told(ImportError("no codec"))
     assert (found, text) == (
         UserError,
-        "slide a.svs needs a package that is missing here (no codec); install it.",
+        "slide a.svs: the file needs a package that is missing here (no codec); install it.",
     )
-    assert told(Lack("needs a cache.")) == (UserError, "slide a.svs needs a cache.")
-    assert told(Refusal("is empty.")) == (SlideError, "slide a.svs is empty.")
+    assert told(MissingResource("No room.")) == (UserError, "slide a.svs: No room.")
+    assert told(UnreadableSlide("It is empty.")) == (SlideError, "slide a.svs: It is empty.")
     assert told(UserError("the store is away."), Exception) == (UserError, "the store is away.")
 
 

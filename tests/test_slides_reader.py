@@ -105,7 +105,7 @@ def test_a_level_that_ends_before_the_last_pixel_of_a_thumbnail(smooth):
 
 
 def test_levels_that_do_not_show_one_image_are_refused(smooth):
-    sentence = r"^slide s is damaged: its levels have sizes .*leave it out\.$"
+    sentence = r"^slide s: the file is damaged: its levels have sizes .*leave it out\.$"
     for odd, downscale in ((smooth[:100, :260], 4), (smooth[:100, :260], 3)):
         slide = Slide("s", Levels(smooth, odd), 0.5, 0.5)
         with pytest.raises(SlideError, match=sentence):
@@ -162,7 +162,7 @@ def files_that_are_not_right(folder, smooth, slides):
 NOT_RIGHT = {
     "nowhere.svs": "does not exist; check the path",
     "dangling.svs": "does not exist; check the path",
-    "folder.svs": "is a folder that holds 0 DICOM slides; name a slide's file",
+    "folder.svs": "holds 0 DICOM slides; name a slide's file",
     "empty.svs": "is empty; fetch it again or leave it out",
     "noise.svs": "is neither a slide .* leave it out",
     "text.svs": "is neither a slide .* leave it out",
@@ -192,7 +192,7 @@ def not_right(tmp_path_factory, smooth, shared_data):
 @pytest.mark.parametrize("name", NOT_RIGHT)
 def test_a_file_that_is_not_right_is_one_sentence_with_the_cure(not_right, name):
     path = str(not_right / name)
-    sentence = rf"^slide \S*{name} (?:{NOT_RIGHT[name]})[^\n]*\.$"
+    sentence = rf"^slide \S*{name}: the (?:file|folder) (?:{NOT_RIGHT[name]})[^\n]*\.$"
     with pytest.raises(SlideError, match=sentence), open_slide(path, 0.5) as slide:
         slide.read(0, 0, *slide.size_px)
 
@@ -231,7 +231,9 @@ except SlideError as error: print(error)
     for folder in (tmp_path, *list(tmp_path.parents)[:-2]):
         folder.chmod(folder.stat().st_mode | 0o011)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == f"slide {path} may not be read; check its permissions.\n", done.stderr
+    assert done.stdout == f"slide {path}: the file may not be read; check its permissions.\n", (
+        done.stderr
+    )
 
 
 def test_a_slide_smaller_than_a_tile_is_white_around(tmp_path, smooth):

@@ -5,7 +5,7 @@ from PIL import Image
 
 from raylarge.errors import SlideError
 from raylarge.slides import openslide_reader, scenes, tiff_reader
-from raylarge.slides.protocol import ReadOptions, Refusal
+from raylarge.slides.protocol import ReadOptions, UnreadableSlide
 from raylarge.slides.reader import open_slide
 from raylarge.slides.tiff_reader import TiffPyramid
 
@@ -235,8 +235,8 @@ def test_a_scene_that_is_not_there_is_refused(two_scenes, scene):
 
 
 def test_a_file_without_an_image_is_refused():
-    with pytest.raises(Refusal, match="holds no image"):
-        scenes.chosen([], [], "")
+    with pytest.raises(UnreadableSlide, match="holds no image"):
+        scenes.choose([], [], "")
 
 
 def test_series_of_other_sizes_are_scenes_and_the_largest_is_read(tmp_path, image):

@@ -65,7 +65,7 @@ def test_a_digest_is_the_same_in_pieces(tmp_path):
     path.write_bytes(content)
     wanted = hashlib.sha256(content).hexdigest()[:16]
     assert storage.digest_file(path) == storage.digest(content[:7], content[7:]) == wanted
-    assert [len(piece) for piece in storage.pieces(str(path))] == [1 << 22, 1 << 22]
+    assert [len(piece) for piece in storage.chunks(str(path))] == [1 << 22, 1 << 22]
 
 
 def test_a_folder_takes_the_place_of_another_and_of_what_was_left(tmp_path):
@@ -97,20 +97,20 @@ def test_a_pattern_and_a_folder_with_brackets(tmp_path):
     assert storage.children(root, "*.parquet") == [f"{root}/one.parquet"]
     assert storage.children(f"{root}/", "t*") == [f"{root}/two.json"]
     assert storage.children(f"{root}/none") == []
-    assert storage.listing(f"{root}/*.parquet") == [f"{root}/one.parquet"]
-    assert storage.listing(f"{root}/one.parquet") == [f"{root}/one.parquet"]
-    assert storage.listing(f"{root}/one.p") == []
+    assert storage.glob(f"{root}/*.parquet") == [f"{root}/one.parquet"]
+    assert storage.glob(f"{root}/one.parquet") == [f"{root}/one.parquet"]
+    assert storage.glob(f"{root}/one.p") == []
     (tmp_path / "b [1]").rename(tmp_path / "c")
-    assert storage.listing(f"{root}/*.parquet") == [f"{tmp_path}/b 1/one.parquet"]
+    assert storage.glob(f"{root}/*.parquet") == [f"{tmp_path}/b 1/one.parquet"]
     both = [f"{tmp_path}/b 1/two.json", f"{tmp_path}/c/two.json"]
-    assert storage.listing(f"{tmp_path}/*/t?o.json") == both
-    assert storage.listing(f"{tmp_path}/**/two.json") == both
-    assert storage.listing(f"{tmp_path}/c/**/*.parquet") == [
+    assert storage.glob(f"{tmp_path}/*/t?o.json") == both
+    assert storage.glob(f"{tmp_path}/**/two.json") == both
+    assert storage.glob(f"{tmp_path}/c/**/*.parquet") == [
         f"{tmp_path}/c/below/three.parquet",
         f"{tmp_path}/c/one.parquet",
     ]
-    assert f"{tmp_path}/c/below/three.parquet" in storage.listing(f"{tmp_path}/**")
-    assert storage.listing(f"{tmp_path}/c/two.json/*") == []
+    assert f"{tmp_path}/c/below/three.parquet" in storage.glob(f"{tmp_path}/**")
+    assert storage.glob(f"{tmp_path}/c/two.json/*") == []
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_pattern_and_a_folder_with_brackets(tmp_path):
 def test_a_listing_is_what_glob_finds(tmp_path, end):
     for folder in ("d", "d/e", "f"):
         folder_of(tmp_path / folder, {"a.bin": b"", "bb.bin": b"", ".c": b""})
-    found, wanted = storage.listing(f"{tmp_path}/{end}"), fsspec.filesystem("file").glob
+    found, wanted = storage.glob(f"{tmp_path}/{end}"), fsspec.filesystem("file").glob
     assert set(found) == {path.rstrip("/") for path in wanted(f"{tmp_path}/{end}")} - {
         str(tmp_path)
     }
@@ -194,7 +194,7 @@ told(lambda: storage.write_bytes(f"{root}/closed/one", b"1"))
 told(lambda: storage.remove(f"{root}/closed/secret"))
 told(lambda: storage.write_bytes(f"{root}/closed/new/one", b"1"))
 told(lambda: storage.read_bytes(f"{root}/closed/secret"))
-told(lambda: storage.listing(f"{root}/hidden/*"))
+told(lambda: storage.glob(f"{root}/hidden/*"))
 """
 
 

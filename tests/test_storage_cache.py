@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raylarge.errors import Lack
+from raylarge.errors import MissingResource
 from raylarge.storage import cache
 
 
@@ -30,7 +30,7 @@ def filler(size, made=None):
 
 
 def hold(identity, size=300, made=None):
-    return cache.hold(identity, size, filler(size, made), "slide")
+    return cache.acquire(identity, size, filler(size, made), "slide")
 
 
 def names(root):
@@ -63,11 +63,11 @@ def test_the_least_recently_used_entry_goes_first(root):
 
 
 def test_an_entry_in_use_is_never_evicted(root, monkeypatch):
-    monkeypatch.setattr(cache, "WAIT_S", 0.01)
-    monkeypatch.setattr(cache, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(cache, "POLL_S", 0.01)
+    monkeypatch.setattr(cache, "WAIT_S", 0.1)
     held = [hold(name) for name in "abc"]
     with pytest.raises(
-        Lack,
+        MissingResource,
         match=r"needs up to 300 bytes .* may hold 1,000 and had 900 in use for 0\.1 s; "
         "set RAYLARGE_CACHE_BYTES= higher",
     ):
@@ -79,7 +79,7 @@ def test_an_entry_in_use_is_never_evicted(root, monkeypatch):
 
 
 def test_who_needs_room_waits_until_another_lets_go(root, monkeypatch, caplog):
-    monkeypatch.setattr(cache, "WAIT_S", 0.01)
+    monkeypatch.setattr(cache, "POLL_S", 0.01)
     held = [hold(name) for name in "abc"]
     letting_go = threading.Timer(0.4, held[1].close)
     letting_go.start()
@@ -90,7 +90,7 @@ def test_who_needs_room_waits_until_another_lets_go(root, monkeypatch, caplog):
 
 
 def test_others_go_on_while_one_waits_for_room(root, monkeypatch):
-    monkeypatch.setattr(cache, "WAIT_S", 0.01)
+    monkeypatch.setattr(cache, "POLL_S", 0.01)
     held = [hold("a", 600), hold("b", 200)]
     waiting = threading.Thread(target=lambda: held.append(hold("c", 500)))
     waiting.start()
@@ -103,7 +103,9 @@ def test_others_go_on_while_one_waits_for_room(root, monkeypatch):
 
 
 def test_what_never_fits_is_refused_at_once(root):
-    with pytest.raises(Lack, match=r"needs up to 1,001 bytes .* may hold 1,000; set RAYLARGE_CAC"):
+    with pytest.raises(
+        MissingResource, match=r"needs up to 1,001 bytes .* may hold 1,000; set RAYLARGE_CAC"
+    ):
         hold("e", 1001)
 
 
@@ -113,7 +115,7 @@ def test_what_fails_leaves_nothing(root):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache.hold("a", 300, fail, "slide")
+        cache.acquire("a", 300, fail, "slide")
     assert [name for name in names(root) if not name.endswith(".lock")] == []
     assert [path.stat().st_size for path in root.glob("*.lock")] == [0]
     hold("a").close()
@@ -126,7 +128,7 @@ from raylarge.storage import cache
 def make(folder):
     (folder / "half").write_bytes(b"x" * 100)
     os.kill(os.getpid(), signal.SIGKILL)
-cache.hold("a", 900, make, "slide")
+cache.acquire("a", 900, make, "slide")
 """
     subprocess.run([sys.executable, "-c", code], check=False)
     assert any(name.endswith(".part") for name in names(root))
@@ -148,26 +150,28 @@ def test_a_full_disk_is_one_sentence(root):
     code = """
 import resource
 from raylarge.storage import cache
-from raylarge.slides.protocol import speaking_of
+from raylarge.slides.protocol import user_errors
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    with speaking_of("s.svs"):
-        cache.hold("a", 900, lambda folder: (folder / "slide").write_bytes(b"x" * 9000), "slide")
+    with user_errors("s.svs"):
+        cache.acquire("a", 900, lambda folder: (folder / "slide").write_bytes(b"x" * 9000), "slide")
 except Exception as error: print(type(error).__name__, error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.startswith("UserError slide s.svs does not fit on the disk of the cache ")
+    assert done.stdout.startswith(
+        "UserError slide s.svs: the file does not fit on the disk of the cache "
+    )
     assert "set RAYLARGE_CACHE= to a folder on a larger disk" in done.stdout
     assert [name for name in names(root) if not name.endswith(".lock")] == []
 
 
 def test_settings_that_make_no_sense_are_refused(root, monkeypatch):
     monkeypatch.setenv("RAYLARGE_CACHE_BYTES", "64GB")
-    with pytest.raises(Lack, match="RAYLARGE_CACHE_BYTES=64GB is no number of bytes"):
+    with pytest.raises(MissingResource, match="RAYLARGE_CACHE_BYTES=64GB is no number of bytes"):
         hold("a")
     (root / "file").write_bytes(b"")
     monkeypatch.setenv("RAYLARGE_CACHE", str(root / "file" / "below"))
-    with pytest.raises(Lack, match=r"file/below cannot be made .* set RAYLARGE_CACHE="):
+    with pytest.raises(MissingResource, match=r"file/below cannot be made .* set RAYLARGE_CACHE="):
         hold("a")
 
 
@@ -179,12 +183,14 @@ def test_the_default_folder_is_closed_to_others(tmp_path, monkeypatch):
     assert cache.folder() == root
     for mode in (0o755, 0o701, 0o770):
         root.chmod(mode)
-        with pytest.raises(Lack, match=rf"no folder of yours .* mode {mode:o}\); remove it, or"):
+        with pytest.raises(
+            MissingResource, match=rf"no folder of yours .* mode {mode:o}\); remove it, or"
+        ):
             cache.folder()
     root.chmod(0o700)
     root.rename(tmp_path / "elsewhere")
     root.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Lack, match="no folder of yours that is closed to others"):
+    with pytest.raises(MissingResource, match="no folder of yours that is closed to others"):
         cache.folder()
     monkeypatch.setenv("RAYLARGE_CACHE", str(root))
     assert cache.folder() == root  # who names it answers for it
@@ -195,7 +201,7 @@ def test_a_default_folder_of_another_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("RAYLARGE_CACHE")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     os.chown(cache.folder(), 65534, 65534)
-    with pytest.raises(Lack, match=r"owner 65534, mode 700\); .* set RAYLARGE_CACHE="):
+    with pytest.raises(MissingResource, match=r"owner 65534, mode 700\); .* set RAYLARGE_CACHE="):
         cache.folder()
 
 
@@ -203,7 +209,7 @@ def busy(number):
     """One of several processes that share a cache too small for all of their entries."""
     for turn in range(25):
         name = str((number + turn) % 7)
-        held = cache.hold(name, 100, lambda folder, n=name: _slowly(folder, n), "slide")
+        held = cache.acquire(name, 100, lambda folder, n=name: _slowly(folder, n), "slide")
         assert Path(held.path).read_text() == name * 100
         time.sleep(0.002)
         assert Path(held.path).read_text() == name * 100

@@ -11,7 +11,7 @@ from servers import content_of, keys
 
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.storage import objects, patience
+from raylarge.storage import objects, retry
 
 machine, store = servers.machine, servers.store  # fixtures
 pytestmark = pytest.mark.s3
@@ -46,10 +46,10 @@ def test_a_busy_store_is_asked_again(store, status, code):
         (lambda: storage.read_bytes(path), b"12"),
         (lambda: storage.exists(path), True),
         (lambda: storage.sizes(store.root), {"first": 18, "object": 2}),
-        (lambda: storage.listing(f"{store.root}/ob*"), [path]),
+        (lambda: storage.glob(f"{store.root}/ob*"), [path]),
         (lambda: storage.children(store.root, "ob*"), [path]),
         (lambda: storage.read_range(path, 1, 2), b"2"),
-        (lambda: b"".join(storage.pieces(path)), b"12"),
+        (lambda: b"".join(storage.chunks(path)), b"12"),
         (lambda: storage.write_bytes(f"{store.root}/new", b"3"), None),
         (lambda: storage.remove(f"{store.root}/new"), None),
         (lambda: storage.remove_all([path, f"{store.root}/none"]), None),
@@ -64,11 +64,11 @@ def test_a_busy_store_is_asked_again(store, status, code):
 def test_a_folder_is_never_empty_because_the_store_is_busy(store, monkeypatch):
     monkeypatch.setenv("RAYLARGE_STORAGE_PATIENCE_S", "0.5")
     store.line.fail("answer", times=-1)
-    for act in (storage.exists, storage.sizes, storage.children, storage.listing):
+    for act in (storage.exists, storage.sizes, storage.children, storage.glob):
         with pytest.raises(
             UserError, match=r"answers (SlowDown|503) .*, for 0\.5 s; see that the server"
         ):
-            act(f"{store.root}/first/*" if act is storage.listing else store.root)
+            act(f"{store.root}/first/*" if act is storage.glob else store.root)
 
 
 def test_a_server_that_hangs_is_given_up(store, monkeypatch):
@@ -172,11 +172,11 @@ def test_an_object_that_is_not_removed_is_told(store, monkeypatch, code, passes)
 
 
 def test_many_threads_begin_with_one_session(store, monkeypatch):
-    made = patience._opened
+    made = retry._open_session
     opened = []
-    monkeypatch.setattr(patience, "_opened", lambda: opened.append(made()) or opened[-1])
+    monkeypatch.setattr(retry, "_open_session", lambda: opened.append(made()) or opened[-1])
     storage.write_table(f"{store.root}/part", pa.table({"row": [1]}, metadata={"facts": "{}"}))
-    patience._session.clear()
+    retry._session.clear()
     store.line.clear()
     opened.clear()
     with ThreadPoolExecutor(16) as workers:

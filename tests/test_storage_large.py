@@ -28,7 +28,7 @@ def test_a_large_object_survives_its_parts(store, in_parts, tmp_path):
     assert storage.read_bytes(path) == content
     assert store.line.met == 6
     assert storage.read_range(path, 6 << 20, (6 << 20) + 9) == content[6 << 20 :][:9]
-    assert b"".join(storage.pieces(path)) == content
+    assert b"".join(storage.chunks(path)) == content
     assert uploads(store) == []
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "model.bin").write_bytes(content)
@@ -150,7 +150,7 @@ def test_an_object_that_is_written_anew_is_read_in_one_version(store, monkeypatc
     assert set(storage.read_rows(path, [0])["row"].to_pylist()) == {2}
     monkeypatch.setattr(objects, "PART_BYTES", 5 << 20)
     storage.write_bytes(path, content_of(8 << 20))
-    stream = storage.pieces(path)
+    stream = storage.chunks(path)
     next(stream)
     storage.write_bytes(path, content_of(8 << 20, 1))
     with pytest.raises(UserError, match="changes while it is read"):

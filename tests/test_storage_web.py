@@ -126,7 +126,9 @@ def test_any_web_server_will_do_and_no_query_is_kept(
 
 def test_a_web_page_in_the_place_of_a_slide_is_one_sentence(served, cache):
     url = served("login")
-    with pytest.raises(SlideError, match=rf"^slide {url} is a web page and no slide: .*login"):
+    with pytest.raises(
+        SlideError, match=rf"^slide {url}: the file is a web page and no slide: .*login"
+    ):
         open_slide(url + QUERY)
     assert not list(cache.rglob("a.tif"))
 

@@ -27,7 +27,7 @@ def test_a_check_leaves_no_trace(tmp_path):
         ("/dev/null/below", "/dev/null is a file|Not a directory"),
         ("{tmp}/file", "file is a file, not a folder"),
         ("{tmp}/file/below/it", "file is a file|Not a directory"),
-        ("{tmp}/dangling", "dangling is a link to nothing"),
+        ("{tmp}/dangling", "dangling is a link whose target does not exist"),
         ("{tmp}/" + "x" * 300, "File name too long"),
         ("{tmp}/" + "/".join(["x" * 200] * 30), "File name too long"),
         ("{tmp}/a\0b", "null"),

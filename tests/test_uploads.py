@@ -151,7 +151,7 @@ SVG = b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>"
 def test_what_is_no_picture_is_refused_in_a_sentence(content, why, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserError, match=f"^image=a.png .*{why}") as error:
+        with pytest.raises(UserError, match=f"^image=a.png:? .*{why}") as error:
             uploads.read(content, "image=a.png")
     assert str(error.value).endswith(".")
     assert "BytesIO" not in str(error.value)

@@ -95,7 +95,7 @@ def _footer(path: str) -> Any:
             return pq.read_metadata(file)
 
     try:
-        return storage.patiently(path, read)
+        return storage.with_retries(path, read)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; check the path.") from error
     except pa.ArrowInvalid as error:
@@ -136,7 +136,7 @@ class _Csv(Source):
     """A CSV table, read whole."""
 
     def __init__(self, path: str, column: str) -> None:
-        size = storage.patiently(path, lambda fs, root: int(fs.size(root)))
+        size = storage.with_retries(path, lambda fs, root: int(fs.size(root)))
         if size > HELD_BYTES:
             raise UserError(f"{path} has {size / 1e9:.1f} GB; save it as .parquet.")
         # Without types the reader takes keys above 2**63 for floats, and loses their last digits.

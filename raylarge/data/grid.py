@@ -24,7 +24,7 @@ from raylarge.data.candidates import TileConfig
 from raylarge.data.views import view_of
 from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.reader import Slide, open_slide
-from raylarge.storage.web import scrubbed
+from raylarge.storage.web import redact_urls
 
 _CACHE_BYTES = 256 << 20
 _STRIP_BYTES = 3 << 20
@@ -160,13 +160,13 @@ def about(unit: Mapping[str, Any]) -> Iterator[None]:
         yield
     except UserError as error:
         slide_id, names = unit["slide_id"], []
-        files = [storage.shown(path) for path in (unit["path"], unit.get("mask")) if path]
+        files = [storage.redacted(path) for path in (unit["path"], unit.get("mask")) if path]
         paths = list(dict.fromkeys([*files, *map(printable, files)]))  # messages escape names
         stems = {stem for path in paths for stem in name_table.stems(path) if stem}
         for stem in map(re.escape, sorted(stems, key=len, reverse=True)):
             # as names of files: a stem may be a word, too
             names.append(rf"(?<=/){stem}(?![^\W_])|(?<![^\W_]){stem}(?=\.\w)")
         private = "|".join([*map(re.escape, paths), *names])
-        text = re.sub(private, slide_id, scrubbed(str(error)))
+        text = re.sub(private, slide_id, redact_urls(str(error)))
         kind = SlideError if isinstance(error, SlideError) else UserError
         raise kind(f"{text} (names.json says which file {slide_id} is)") from error

@@ -146,8 +146,8 @@ def refuse_mixing(
             before, file = storage.read_json(path), path.rsplit("/", 1)[-1]
         begun = before.get("config", {})
         for section in sections.keys() & begun.keys():
-            new = storage.without_places(json.loads(json.dumps(sections[section])))
-            old = storage.without_places(begun[section])
+            new = storage.without_folders(json.loads(json.dumps(sections[section])))
+            old = storage.without_folders(begun[section])
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) != new.get(key):
                     what = root if verb in ("tile", "embed") else f"{root}/{file}"
@@ -170,7 +170,7 @@ def finish(
     document = {
         "verb": verb,
         "version": schema.VERSION,
-        "config": storage.without_places(config),
+        "config": storage.without_folders(config),
         "rows": sum(one["rows"] for one in facts),
         "counts": counts,
         "digest": stamp(parts),

@@ -75,7 +75,7 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
     executor = ExecutorConfig(workers=config.workers, skip=config.on_error == "skip")
     if config.slides and "tile" not in _verbs(config):  # queries of web addresses are not stored
         for path in find_slides(config.slides):
-            web.remember(path)
+            web.remember_url(path)
     try:
         with storage.exclusive(root, "prepare") as check:
             log.read()
@@ -104,7 +104,7 @@ def _run_all(
                 if facts["tiles"]:
                     facts["tiles_per_s"] = round(facts["tiles"] / (time.monotonic() - start), 1)
                 done[verb] = dict(facts)
-                facts.update(storage.without_places(done[verb]))  # the report goes with the data
+                facts.update(storage.without_folders(done[verb]))  # the report goes with the data
             report.say(_line(verb, facts))
             if facts["failed"]:
                 _say_failures(root, verb, config.names)
@@ -157,7 +157,7 @@ def find_slides(slides: str) -> list[str]:
     """
     found: set[str] = set()
     for word in filter(None, (word.strip() for word in slides.split(","))):
-        paths = storage.listing(storage.absolute(word))
+        paths = storage.glob(storage.absolute(word))
         if not paths:
             raise UserError(f"no slide fits {word}; check the path (a pattern needs quotes).")
         named = storage.is_local(word) and not has_magic(word)

@@ -142,7 +142,7 @@ def slides_of(root: str) -> list[dict[str, Any]]:
             f"{root}/names.json does not say which files {len(unknown)} of {len(slides)} slides "
             "are; run verbs=tile with slides= and the same tile.salt= again."
         )
-    return [{**slide, "path": web.whole(names[slide["slide_id"]])} for slide in slides]
+    return [{**slide, "path": web.full_url(names[slide["slide_id"]])} for slide in slides]
 
 
 def _tell_of_others(root: str, slides: set[str]) -> None:
@@ -170,7 +170,7 @@ def _names(root: str) -> dict[str, str]:
 
 def _remember(root: str, known: Sequence[roster.Entry]) -> None:
     """Add to what is known of the files: a slide that is left out may come back."""
-    names = {**_names(root), **{entry.slide_id: web.remember(entry.path) for entry in known}}
+    names = {**_names(root), **{entry.slide_id: web.remember_url(entry.path) for entry in known}}
     storage.write_json(storage.join(root, "names.json"), names)
 
 

@@ -142,7 +142,7 @@ def _without_paths(facts: Any) -> Any:
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
         return facts
     config = {key: value for key, value in facts["config"].items() if key not in PATH_KEYS}
-    return {**facts, "config": storage.without_places(config)}
+    return {**facts, "config": storage.without_folders(config)}
 
 
 def upgrade(folder: str, replaced: Collection[str]) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def computed_digest(folder: str) -> str:
     names = sorted(storage.sizes(folder))
     if not names:
         raise UserError(f"{folder} contains no files: the bundle is incomplete; copy it whole.")
-    return storage.digest_pieces(
+    return storage.digest_chunks(
         piece for name in names for piece in _content(storage.join(folder, name))
     )
 
@@ -271,7 +271,7 @@ def remove_load_path(folder: str) -> None:
 def _content(path: str) -> Iterator[bytes]:
     """Yield the content of a file, without a local path in its config."""
     if not path.endswith(".json"):
-        yield from storage.pieces(path)
+        yield from storage.chunks(path)
         return
     values = _read_mapping(path)
     values.pop("_name_or_path", None)

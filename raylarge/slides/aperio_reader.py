@@ -24,7 +24,7 @@ class AperioPyramid(OpenSlidePyramid):
         """Open a slide that OpenSlide recognises as Aperio's.
 
         Raises:
-            Refusal: OpenSlide cannot open the file.
+            UnreadableSlide: OpenSlide cannot open the file.
         """
         super().__init__(path, scene)
         with ExitStack() as opened:
@@ -47,7 +47,7 @@ class AperioPyramid(OpenSlidePyramid):
         """A region inside a level, in that level's pixels.
 
         Raises:
-            Refusal: the file is damaged there.
+            UnreadableSlide: the file is damaged there.
         """
         if level not in self._tiled:
             return super().read_level(level, top, left, rows, columns)

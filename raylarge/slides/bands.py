@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from raylarge import pixels
-from raylarge.slides.protocol import Pixels, ReadOptions, Refusal
+from raylarge.slides.protocol import Pixels, ReadOptions, UnreadableSlide
 
 _CURE = "set tile.bands=[red,green,blue], or tile.bands=[grey], by numbers from 1."
 
@@ -67,18 +67,20 @@ def require_depth(dtype: Any, bits: int, options: ReadOptions) -> str:
     """Refuse samples that have no way to 8 bits; return what is worth saying about their way.
 
     Raises:
-        Refusal: complex numbers; or no unsigned type, and no `tile.value_range`.
+        UnreadableSlide: complex numbers; or no unsigned type, and no `tile.value_range`.
     """
     dtype = np.dtype(dtype)
     if dtype.kind not in "buif":
-        raise Refusal(f"holds {dtype.name} samples, which are no colours; leave it out.")
+        raise UnreadableSlide(
+            f"the file holds {dtype.name} samples, which are no colours; leave it out."
+        )
     if options.value_range and not (dtype.kind in ("b", "u") and dtype.itemsize == 1):
         low, high = options.value_range
         return f"{dtype.name} samples: {low:g} became 0, and {high:g} became 255"
     try:
         bits = pixels.require_depth(dtype, bits)
     except pixels.PixelFormatError as error:
-        raise Refusal(
+        raise UnreadableSlide(
             f"{error}, or set tile.value_range=[low,high] to what becomes 0 and 255."
         ) from error
     if bits <= 8:
@@ -94,10 +96,12 @@ def of_user(bands: Sequence[int], count: int) -> tuple[int, ...]:
     """Return the indices from 0 that `tile.bands` names.
 
     Raises:
-        Refusal: the image has fewer bands.
+        UnreadableSlide: the image has fewer bands.
     """
     if max(bands) > count:
-        raise Refusal(f"has {count} bands, and tile.bands={list(bands)} names others; {_CURE}")
+        raise UnreadableSlide(
+            f"the file has {count} bands, and tile.bands={list(bands)} names others; {_CURE}"
+        )
     return tuple(band - 1 for band in bands)
 
 
@@ -108,13 +112,14 @@ def unnamed(indices: Sequence[int]) -> tuple[tuple[int, ...], str]:
         indices: of all bands that are no transparency.
 
     Raises:
-        Refusal: two, five or more bands may be anything.
+        UnreadableSlide: two, five or more bands may be anything.
     """
     if len(indices) == 1:
         return tuple(indices), ""
     if len(indices) not in (3, 4):
-        raise Refusal(
-            f"has {len(indices)} bands and does not say which are red, green and blue; {_CURE}"
+        raise UnreadableSlide(
+            f"the file has {len(indices)} bands and does not say which are red, green and blue; "
+            f"{_CURE}"
         )
     first = tuple(indices[:3])
     numbers = ", ".join(str(index + 1) for index in first)

@@ -31,7 +31,7 @@ def tiled(
     size: tuple[int, int],
     strip: Callable[[int, int], Pixels],
     what: tuple[Any, ...] = (),
-) -> cache.Held:
+) -> cache.Lease:
     """A tiled TIFF pyramid of a local image, converted where the node has none yet.
 
     Args:
@@ -41,10 +41,10 @@ def tiled(
         what: of the image is read, and how: another answer is another image.
 
     Raises:
-        Refusal: the image is damaged.
-        Lack: the cache has no room for it.
+        UnreadableSlide: the image is damaged.
+        MissingResource: the cache has no room for it.
     """
-    return cache.hold(
+    return cache.acquire(
         f"{version_of(path)} {_FORMAT} {what}",
         _BYTES_PER_PX * size[0] * size[1],
         lambda folder: _write(folder, size, strip),

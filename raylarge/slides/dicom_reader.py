@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from raylarge.errors import Lack
+from raylarge.errors import MissingResource
 from raylarge.slides import scenes
 from raylarge.slides.openslide_reader import OpenSlidePyramid
-from raylarge.slides.protocol import Hint, Pixels, Pyramid, Refusal, damage
+from raylarge.slides.protocol import Hint, Pixels, Pyramid, UnreadableSlide, parser_errors
 
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 """The class of VL Whole Slide Microscopy Image Storage."""
@@ -32,11 +32,11 @@ def open_folder(path: str, scene: str = "") -> Pyramid:
         scene: which series, where there are several: its UID, or its number among the sorted UIDs.
 
     Raises:
-        Refusal: the folder holds no slide, or several and none is named.
-        Lack: wsidicom is missing.
+        UnreadableSlide: the folder holds no slide, or several and none is named.
+        MissingResource: wsidicom is missing.
     """
     if any(map(_is_dicom, _inside(Path(path)))):
-        _wsidicom("is a folder, and may be DICOM")
+        _wsidicom("the folder may hold DICOM")
     series = {}
     for file in reversed(_inside(Path(path))):
         if (uid := _volume_series(file)) is not None:
@@ -45,8 +45,8 @@ def open_folder(path: str, scene: str = "") -> Pyramid:
     if scene in names or (scene.isdigit() and int(scene) < len(names)):
         return open_instance(series[scene if scene in names else names[int(scene)]])
     if len(series) != 1 or scene:
-        raise Refusal(
-            f"is a folder that holds {len(series)} DICOM slides; name a slide's file, a folder "
+        raise UnreadableSlide(
+            f"the folder holds {len(series)} DICOM slides; name a slide's file, a folder "
             "with the instances of one, or tile.scene= (a number from 0, or the series UID)."
         )
     return open_instance(series[names[0]])
@@ -56,13 +56,13 @@ def open_instance(path: str, scene: str = "") -> Pyramid:
     """The slide to which an instance belongs; the others are looked for beside it.
 
     Raises:
-        Refusal: neither OpenSlide nor wsidicom can open it, or a scene is named.
-        Lack: OpenSlide cannot, and wsidicom is missing.
+        UnreadableSlide: neither OpenSlide nor wsidicom can open it, or a scene is named.
+        MissingResource: OpenSlide cannot, and wsidicom is missing.
     """
-    scenes.refuse_other(scene)
+    scenes.require_single_scene(scene)
     try:
         return OpenSlidePyramid(path)
-    except Refusal as refusal:
+    except UnreadableSlide as refusal:
         _wsidicom(str(refusal))
         return DicomPyramid(path)
 
@@ -74,11 +74,13 @@ class DicomPyramid:
 
     def __init__(self, path: str) -> None:
         """Open the series of an instance."""
-        wsidicom, series = _wsidicom("is DICOM"), _volume_series(Path(path))
+        wsidicom, series = _wsidicom("the file is DICOM"), _volume_series(Path(path))
         beside = _inside(Path(path).parent)
         files = [file for file in beside if series and _volume_series(file) == series]
         with ExitStack() as opened:
-            with damage(Exception):  # a garbled tag brings out anything in wsidicom and pydicom
+            with parser_errors(
+                Exception
+            ):  # a garbled tag brings out anything in wsidicom and pydicom
                 self._slide = opened.enter_context(wsidicom.WsiDicom.open(files))
                 pyramid = self._slide.pyramid
                 self._levels = [level.level for level in pyramid]
@@ -91,7 +93,7 @@ class DicomPyramid:
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
         """A region inside a level, in that level's pixels."""
-        with damage(Exception):
+        with parser_errors(Exception):
             region = self._slide.read_region((left, top), self._levels[level], (columns, rows))
             return np.asarray(region.convert("RGB"))
 
@@ -116,12 +118,12 @@ def _wsidicom(because: str) -> Any:
     try:
         import wsidicom
     except ImportError as error:
-        raise Lack(f"{because.rstrip('.')}; {_EXTRA}") from error
+        raise MissingResource(f"{because.rstrip('.')}; {_EXTRA}") from error
     return wsidicom
 
 
 def _inside(folder: Path) -> list[Path]:
-    with damage():
+    with parser_errors():
         return sorted(folder.iterdir())
 
 
@@ -129,7 +131,7 @@ def _is_dicom(file: Path) -> bool:
     """Whether a file has the mark of DICOM."""
     if not file.is_file():
         return False
-    with damage(), file.open("rb") as stream:
+    with parser_errors(), file.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
 
 
@@ -140,7 +142,7 @@ def _volume_series(file: Path) -> str | None:
     import pydicom
 
     tags = ["SOPClassUID", "ImageType", "SeriesInstanceUID"]
-    with damage(Exception):
+    with parser_errors(Exception):
         try:
             facts = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
         except pydicom.errors.InvalidDicomError:

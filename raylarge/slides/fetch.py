@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylarge import storage
-from raylarge.slides.protocol import Refusal
+from raylarge.slides.protocol import UnreadableSlide
 from raylarge.storage import cache, web
-from raylarge.storage.cache import Held
-from raylarge.storage.patience import Unmet
-from raylarge.storage.web import shown
+from raylarge.storage.cache import Lease
+from raylarge.storage.retry import PreconditionFailed
+from raylarge.storage.web import redacted
 
 PIECE_BYTES = 16 << 20
 LANES = 4
@@ -54,34 +54,35 @@ class _Piece(NamedTuple):
     stop: int
 
 
-def fetched(path: str) -> Held:
+def fetched(path: str) -> Lease:
     """The local file (or folder) of a slide, held until it is closed.
 
     Raises:
-        Refusal: nothing stands at the URL, it is a part of a slide, or it does not stop changing.
-        Lack: the cache has no room for it.
+        UnreadableSlide: nothing exists at the URL, it is only a part of a slide, or it keeps
+            changing.
+        MissingResource: the cache has no room for it.
         UserError: its store cannot be reached, or does not let us in.
     """
     if storage.is_local(path):
-        return Held(path.removeprefix("file://"))
+        return Lease(path.removeprefix("file://"))
     for _ in range(_TRIES):
         try:
-            wanted, objects = storage.patiently(path, lambda fs, root: _objects(path, fs, root))
+            wanted, objects = storage.with_retries(path, lambda fs, root: _objects(path, fs, root))
             version = {name: one.version for name, one in objects.items()}
             size = sum(one.size or 0 for one in objects.values())
-            return cache.hold(
+            return cache.acquire(
                 f"{_lasting(path, objects)} {version}", size, partial(_fetch, path, objects), wanted
             )
         except FileNotFoundError as error:
-            raise Refusal("does not exist; check the path.") from error
-        except Unmet:
+            raise UnreadableSlide("the file does not exist; check the path.") from error
+        except PreconditionFailed:
             continue
-    raise Refusal("changes while it is fetched; run again when nobody writes it.")
+    raise UnreadableSlide("the file changes while it is fetched; run again when nobody writes it.")
 
 
 def _lasting(path: str, objects: dict[str, _Object]) -> str:
     """A path as the cache knows it: without the query, where an ETag tells versions apart."""
-    return shown(path) if all(one.etag for one in objects.values()) else path
+    return redacted(path) if all(one.etag for one in objects.values()) else path
 
 
 def companions(path: str) -> list[str]:
@@ -107,24 +108,26 @@ def _files(folder: str) -> Iterator[str]:
 
 def _objects(path: str, fs: Any, root: str) -> tuple[str, dict[str, _Object]]:
     """What of the fetched files is opened, and every file to fetch, by its name there."""
-    info = web.facts(fs, root)
+    info = web.info(fs, root)
     name = storage.name_of(root) or "slide"
     if info["type"] == "directory":
         found = fs.find(root, detail=True)
         instances = {one: facts for one, facts in found.items() if one.lower().endswith(".dcm")}
         if not instances:
-            raise Refusal("is a folder without DICOM instances (*.dcm); name a file in it.")
+            raise UnreadableSlide("the folder holds no DICOM instances (*.dcm); name a file in it.")
         return "", {one.rsplit("/", 1)[-1]: _object(fs, instances[one]) for one in instances}
     objects = {name: _object(fs, info)._replace(url=path)}
     if name.lower().endswith(_INDEX_OF_FILES):
-        raise Refusal("is an index of several files; copy all of them to a disk and name it there.")
+        raise UnreadableSlide(
+            "the file is an index of several files; copy all of them to a disk and name it there."
+        )
     if name.lower().endswith(_MIRAX):
         folder = root.rpartition(".")[0]
         beside = fs.find(folder, detail=True)
         if not beside:
-            raise Refusal(
-                f"is a MIRAX index, and nothing is found in the folder {folder}/ that belongs to "
-                "it (web addresses cannot list one); copy both to a store or a disk."
+            raise UnreadableSlide(
+                f"the file is a MIRAX index, and nothing is found in the folder {folder}/ that "
+                "belongs to it (web addresses cannot list one); copy both to a store or a disk."
             )
         above = folder.rpartition("/")[0]
         objects |= {one.removeprefix(above).lstrip("/"): _object(fs, beside[one]) for one in beside}
@@ -147,8 +150,8 @@ def _fetch(path: str, objects: dict[str, _Object], folder: Path) -> None:
             _refuse_page(folder / name)
     if path.startswith((*_WEB, *_S3)):  # one stream, or ranges of one ETag: of one version
         return
-    if storage.patiently(path, lambda fs, root: _objects(path, fs, root))[1] != objects:
-        raise Unmet(path)
+    if storage.with_retries(path, lambda fs, root: _objects(path, fs, root))[1] != objects:
+        raise PreconditionFailed(path)
 
 
 def _refuse_page(file: Path) -> None:
@@ -156,9 +159,9 @@ def _refuse_page(file: Path) -> None:
     with file.open("rb") as stream:
         head = stream.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith((b"<!doctype html", b"<html")):
-        raise Refusal(
-            "is a web page and no slide: the server may want a login, or the address is that of a "
-            "page about the slide; give the address of the file itself."
+        raise UnreadableSlide(
+            "the file is a web page and no slide: the server may want a login, or the address is "
+            "that of a page about the slide; give the address of the file itself."
         )
 
 
@@ -175,13 +178,15 @@ def _move(piece: _Piece) -> None:
     source, target = piece.source, piece.target
     try:
         if piece.stop < 0:
-            full = storage.patiently(source.url, lambda fs, root: _stream(fs, root, source, target))
+            full = storage.with_retries(
+                source.url, lambda fs, root: _stream(fs, root, source, target)
+            )
             if full is not None:
                 raise full
             return
         content = storage.read_range(source.url, piece.start, piece.stop, source.etag)
     except FileNotFoundError as error:  # it was there a moment ago
-        raise Unmet(source.url) from error
+        raise PreconditionFailed(source.url) from error
     with target.open("r+b") as stream:
         stream.seek(piece.start)
         stream.write(content)
@@ -192,7 +197,7 @@ def _stream(fs: Any, root: str, source: _Object, target: Path) -> OSError | None
     try:
         fs.get_file(root, str(target))
     except OSError as error:
-        if error.errno in cache.FULL:
+        if error.errno in cache.DISK_FULL:
             return error
         raise
     came = os.path.getsize(target)

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from raylarge import pixels
 from raylarge.slides import bands
 from raylarge.slides.bands import Channels
-from raylarge.slides.protocol import Pixels, ReadOptions, Refusal
+from raylarge.slides.protocol import Pixels, ReadOptions, UnreadableSlide
 
 _COLOURS = ("red", "green", "blue")
 _NEUTRAL = ("undefined", "gray", "alpha", "palette")
@@ -51,7 +51,7 @@ class GeoBands:
         """Choose among the bands of an open dataset.
 
         Raises:
-            Refusal: samples without a way to 8 bits, or bands whose colours nobody says.
+            UnreadableSlide: samples without a way to 8 bits, or bands whose colours nobody says.
         """
         self.notes: list[str] = []
         labels = [one.name for one in dataset.colorinterp]
@@ -87,8 +87,8 @@ class GeoBands:
             return named
         strange = sorted(set(labels) - {*_NEUTRAL, *_COLOURS})
         if named or strange:
-            raise Refusal(
-                f"has bands of {', '.join(labels)}, not all of red, green and blue; set "
+            raise UnreadableSlide(
+                f"the file has bands of {', '.join(labels)}, not all of red, green and blue; set "
                 "tile.bands=[red,green,blue], or tile.bands=[grey], by numbers from 1."
             )
         colours, note = bands.unnamed([i for i, label in enumerate(labels) if label != "alpha"])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raylarge.errors import Lack
+from raylarge.errors import MissingResource
 from raylarge.slides import scenes
 from raylarge.slides.geo_bands import GeoBands
 from raylarge.slides.protocol import (
@@ -24,8 +24,8 @@ from raylarge.slides.protocol import (
     Hint,
     Pixels,
     ReadOptions,
-    Refusal,
-    damage,
+    UnreadableSlide,
+    parser_errors,
 )
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ class GeoPyramid:
         """Open a GeoTIFF.
 
         Raises:
-            Refusal: bands that are neither RGB nor grey by what anybody says, samples without a
-                way to 8 bits, or a place that is none.
-            Lack: rasterio is missing.
+            UnreadableSlide: the bands are neither RGB nor grey, samples have no conversion to
+                8 bits, or the georeference is invalid.
+            MissingResource: rasterio is missing.
         """
         self.georeference: Georeference | None = None
         self.mpp_hints: list[Hint] = []
@@ -110,13 +110,13 @@ def _scene(path: str, scene: str) -> tuple[str, list[str]]:
     with rasterio.open(path) as dataset:
         names = list(dataset.subdatasets)
     if not names:
-        scenes.refuse_other(scene)
+        scenes.require_single_scene(scene)
         return path, []
     sizes = []
     for name in names:
         with rasterio.open(name) as dataset:
             sizes.append((dataset.height, dataset.width))
-    number, notes = scenes.chosen([], sizes, scene)
+    number, notes = scenes.choose([], sizes, scene)
     return names[number], notes
 
 
@@ -127,12 +127,13 @@ def _gdal() -> Iterator[Any]:
         import rasterio.warp
         import rasterio.windows
     except ImportError as error:
-        raise Lack(
-            "is georeferenced, which needs rasterio; install it with pip install 'raylarge[geo]'."
+        raise MissingResource(
+            "the file is georeferenced, which needs rasterio; install it with pip install "
+            "'raylarge[geo]'."
         ) from error
     from rasterio._err import CPLE_BaseError
 
-    with damage(rasterio.errors.RasterioError, rasterio.errors.CRSError, CPLE_BaseError):
+    with parser_errors(rasterio.errors.RasterioError, rasterio.errors.CRSError, CPLE_BaseError):
         yield rasterio
 
 
@@ -188,9 +189,9 @@ def _pixel_m(crs: Any, affine: Affine, place_px: tuple[float, float]) -> tuple[f
     return float(down), float(across)
 
 
-def _nowhere() -> Refusal:
-    return Refusal(
-        "has a georeference that leads to no place on the ground; mend it (`gdal_edit.py`) or "
+def _nowhere() -> UnreadableSlide:
+    return UnreadableSlide(
+        "the georeference of the file leads to no place on the ground; mend it (`gdal_edit.py`) or "
         "leave it out."
     )
 
@@ -242,9 +243,9 @@ def _utm(longitude: np.ndarray, latitude: np.ndarray) -> Any:
     from rasterio.crs import CRS
 
     if abs(latitude[0]) > _UTM_LATITUDES:
-        raise Refusal(
-            f"lies at latitude {latitude[0]:.4g}, where no UTM zone is; reproject it to a polar "
-            "map in metres (`gdalwarp -t_srs`)."
+        raise UnreadableSlide(
+            f"the image lies at latitude {latitude[0]:.4g}, where no UTM zone is; reproject it to "
+            "a polar map in metres (`gdalwarp -t_srs`)."
         )
     zone = int((longitude[0] + 180) // 6) % 60 + 1
     return CRS.from_epsg((32_600 if latitude[0] >= 0 else 32_700) + zone)

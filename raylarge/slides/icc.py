@@ -13,7 +13,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageCms
 
-from raylarge.slides.protocol import Georeference, Hint, Pixels, Pyramid, Refusal
+from raylarge.slides.protocol import Georeference, Hint, Pixels, Pyramid, UnreadableSlide
 
 _ROUNDING = 1
 """Levels of 255 by which a transform from sRGB to sRGB misses."""
@@ -64,7 +64,7 @@ def to_srgb(pyramid: Pyramid) -> Pyramid:
     """The same pyramid in sRGB: itself, where it has no profile or one that changes nothing.
 
     Raises:
-        Refusal: the profile is broken, or not one of RGB.
+        UnreadableSlide: the profile is broken, or not one of RGB.
     """
     profile = pyramid.icc_profile
     if profile is None:
@@ -75,12 +75,12 @@ def to_srgb(pyramid: Pyramid) -> Pyramid:
     return pyramid if np.abs(change).max() <= _ROUNDING else SrgbPyramid(pyramid, transform)
 
 
-def broken(error: Exception) -> Refusal:
+def broken(error: Exception) -> UnreadableSlide:
     """What to say of a profile that cannot be used."""
     reason = " ".join(str(error).split())
-    return Refusal(
-        f"has an ICC profile that cannot be used ({reason}); set tile.icc=false to take its "
-        "pixels as they are."
+    return UnreadableSlide(
+        f"the file has an ICC profile that cannot be used ({reason}); set tile.icc=false to take "
+        "its pixels as they are."
     )
 
 

@@ -18,9 +18,9 @@ from raylarge.slides.protocol import (
     Hint,
     Pixels,
     ReadOptions,
-    Refusal,
-    damage,
-    refuse_size,
+    UnreadableSlide,
+    check_size,
+    parser_errors,
 )
 from raylarge.slides.tiff_reader import ConvertedPyramid
 
@@ -36,26 +36,28 @@ class ImagePyramid:
         """Open an image file.
 
         Raises:
-            Refusal: neither PNG nor JPEG, pixels without a way to 8-bit RGB, more than may be
-                decoded, or an option that such images do not have.
+            UnreadableSlide: the file is neither PNG nor JPEG, its pixels have no conversion to
+                8-bit RGB or are too many, or an option does not apply to images.
         """
-        scenes.refuse_other(options.scene)
+        scenes.require_single_scene(options.scene)
         if options.bands not in ((), (1, 2, 3)):
-            raise Refusal("is PNG or JPEG, of which tile.bands= chooses nothing; leave it out.")
-        with damage():
+            raise UnreadableSlide(
+                "the file is PNG or JPEG, of which tile.bands= chooses nothing; leave it out."
+            )
+        with parser_errors():
             opened = _opened(path)
         with opened as picture:
             size = (picture.height, picture.width)
-            refuse_size(size, DECODE_PX)
+            check_size(size, DECODE_PX)
             self.notes = _depth(picture, options)
             self.icc_profile: bytes | None = picture.info.get("icc_profile") or None
-            with damage():
+            with parser_errors():
                 self.mpp_hints = _mpp_hints(picture)
             value_range = options.value_range
             self._image: Pixels | None = None
             self._tiles: ConvertedPyramid | None = None
             if size[0] * size[1] <= WHOLE_PX:
-                with damage():
+                with parser_errors():
                     self._image = pixels.from_picture(picture, value_range)
                 self.sizes = [size]
             else:
@@ -86,8 +88,8 @@ def _opened(path: str) -> Image.Image:
         return PngImagePlugin.PngImageFile(path)
     if head.startswith(b"\xff\xd8"):
         return JpegImagePlugin.JpegImageFile(path)
-    raise Refusal(
-        "is neither a slide that OpenSlide knows nor a TIFF, PNG or JPEG image; it may be "
+    raise UnreadableSlide(
+        "the file is neither a slide that OpenSlide knows nor a TIFF, PNG or JPEG image; it may be "
         "damaged: fetch it again or leave it out."
     )
 
@@ -104,20 +106,21 @@ def _depth(picture: Image.Image, options: ReadOptions) -> list[str]:
     """What to say of pixels of more than 8 bits.
 
     Raises:
-        Refusal: they have no way to 8-bit RGB, or Pillow has lost what `tile.value_range` asks for.
+        UnreadableSlide: the pixels have no conversion to 8-bit RGB, or Pillow has dropped the bits
+            that `tile.value_range` needs.
     """
     try:
         pixels.require_mode(picture.mode)
     except pixels.PixelFormatError as error:
-        raise Refusal(f"{error}.") from error
+        raise UnreadableSlide(f"{error}.") from error
     if picture.mode.startswith("I;16"):
         note = bands.require_depth("uint16", 16, options)
     elif "16" not in str(getattr(picture, "tile", "")):
         note = ""
     elif options.value_range:
-        raise Refusal(
-            "holds 16-bit colours in a PNG, for which there is no tile.value_range; convert it to "
-            "a 16-bit RGB TIFF."
+        raise UnreadableSlide(
+            "the file holds 16-bit colours in a PNG, for which there is no tile.value_range; "
+            "convert it to a 16-bit RGB TIFF."
         )
     else:
         note = "16-bit samples: 0 to 65535 became 0 to 255, by their upper byte"
@@ -125,5 +128,5 @@ def _depth(picture: Image.Image, options: ReadOptions) -> list[str]:
 
 
 def _strip(picture: Image.Image, value_range: tuple[float, ...], top: int, bottom: int) -> Pixels:
-    with damage():
+    with parser_errors():
         return pixels.from_picture(picture.crop((0, top, picture.width, bottom)), value_range)

@@ -26,9 +26,9 @@ from raylarge.slides.protocol import (
     WHOLE_PX,
     Pixels,
     ReadOptions,
-    Refusal,
-    damage,
-    refuse_size,
+    UnreadableSlide,
+    check_size,
+    parser_errors,
 )
 
 Mask = Bool[np.ndarray, "rows columns"]
@@ -56,8 +56,8 @@ def shares(content: bytes, size_l0: tuple[int, int], shape: tuple[int, int]) -> 
         shape: (rows, columns) of the grid.
 
     Raises:
-        Refusal: no image, a damaged one, one that is too large for its format, or one of another
-            aspect ratio than the slide.
+        UnreadableSlide: the file is no image, damaged, too large for its format, or its aspect
+            ratio differs from the slide's.
     """
     if content[:4] in tiff_reader.MAGIC:
         with tiff_reader.parsed():
@@ -71,8 +71,8 @@ def shares(content: bytes, size_l0: tuple[int, int], shape: tuple[int, int]) -> 
     picture = _opened(content)
     size = (picture.height, picture.width)
     _refuse_shape(size, size_l0)
-    refuse_size(size, DECODE_PX)
-    with damage():
+    check_size(size, DECODE_PX)
+    with parser_errors():
         picture.load()
     return _shrunk(lambda top, bottom: _strip(picture, top, bottom), size, shape)
 
@@ -83,9 +83,11 @@ def _opened(content: bytes) -> Image.Image:
     for name in _FORMATS:
         factory, accept = Image.OPEN[name]
         if accept is None or accept(content[:16]) is True:
-            with damage():
+            with parser_errors():
                 return factory(io.BytesIO(content), "")
-    raise Refusal("is no image that can be read, and no .geojson by its name.")
+    raise UnreadableSlide(
+        "the file is not an image that can be read, and its name does not end in .geojson."
+    )
 
 
 def _refuse_shape(size: tuple[int, int], size_l0: tuple[int, int]) -> None:
@@ -94,9 +96,10 @@ def _refuse_shape(size: tuple[int, int], size_l0: tuple[int, int]) -> None:
     if all(one <= max(1.0, _SAME * a) for one, a in zip(off, size, strict=True)):
         return
     turned = " (is it transposed?)" if (size[0] < size[1]) != (size_l0[0] < size_l0[1]) else ""
-    raise Refusal(
-        f"is {size[0]} rows x {size[1]} columns, and its slide {size_l0[0]} x {size_l0[1]}: these "
-        f"are not of one shape{turned}; make it of the whole slide, at any resolution."
+    raise UnreadableSlide(
+        f"the mask is {size[0]} rows x {size[1]} columns, and its slide {size_l0[0]} x "
+        f"{size_l0[1]}: these are not of one shape{turned}; make it of the whole slide, at any "
+        "resolution."
     )
 
 
@@ -137,7 +140,7 @@ class _MaskLevel(tiff_reader.Level):
 
 def _strip(picture: Image.Image, top: int, bottom: int) -> Mask:
     """Which pixels of some rows show something; labels above 255 and faint colours count too."""
-    with damage():
+    with parser_errors():
         strip = picture.crop((0, top, picture.width, bottom))
         clear = strip.info.get("transparency")
         if strip.mode in _NUMBERS and (clear is None or strip.mode in _DEEP):

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.slides import mask_images
-from raylarge.slides.protocol import Refusal, speaking_of
+from raylarge.slides.protocol import UnreadableSlide, user_errors
 
 Rings = list[np.ndarray]
 Mask = Bool[np.ndarray, "rows columns"]
@@ -48,7 +48,7 @@ def read(
             its slide has no mask.
     """
     notes = [] if notes is None else notes
-    with speaking_of(path, "mask"):
+    with user_errors(path, "mask"):
         content = _content(path)
         if path.lower().endswith((".geojson", ".json")):
             mask = _drawn(_contours(content, notes), size_l0, shape, notes)
@@ -62,14 +62,14 @@ def read(
 def _content(path: str) -> bytes:
     local = storage.absolute(path)
     if storage.is_local(path) and os.path.exists(local) and not os.path.isfile(local):
-        raise Refusal("is no file but a folder, pipe or device; name a mask's file.")
+        raise UnreadableSlide("the path names a folder, pipe or device; name a mask's file.")
     try:
         return storage.read_bytes(path)
     except UserError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            raise Refusal("does not exist; check the path.") from error
+            raise UnreadableSlide("the file does not exist; check the path.") from error
         if isinstance(error.__cause__, PermissionError):
-            raise Refusal("may not be read; check its permissions.") from error
+            raise UnreadableSlide("the file may not be read; check its permissions.") from error
         raise
 
 
@@ -81,16 +81,18 @@ def _contours(content: bytes, notes: list[str]) -> list[Rings]:
         polygons = [[_ring(ring, skipped) for ring in rings] for rings in geometries if rings]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = f"a member {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise Refusal(f"is no GeoJSON of polygons in level-0 pixels ({why}).") from error
+        raise UnreadableSlide(
+            f"the file is no GeoJSON of polygons in level-0 pixels ({why})."
+        ) from error
     open_rings = skipped.pop("open", 0)
     if open_rings:
         notes.append(f"{open_rings} rings of the mask are not closed: their ends were joined")
     if skipped:
         words = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
         if not polygons:
-            raise Refusal(
-                "is no GeoJSON of polygons in level-0 pixels (it holds shapes without area alone: "
-                f"{words})."
+            raise UnreadableSlide(
+                "the file is no GeoJSON of polygons in level-0 pixels (it holds shapes without "
+                f"area alone: {words})."
             )
         notes.append(f"shapes of the mask without area were left out: {words}")
     return polygons
@@ -141,7 +143,7 @@ def _refuse_elsewhere(polygons: list[Rings], size_l0: tuple[int, int]) -> None:
     """Refuse polygons that are not in this slide's level-0 pixels.
 
     Raises:
-        Refusal: all lie off the slide, or in a speck of its corner, as degrees do.
+        UnreadableSlide: all lie off the slide, or in a speck of its corner, as degrees do.
     """
     if not polygons:
         return
@@ -156,10 +158,10 @@ def _refuse_elsewhere(polygons: list[Rings], size_l0: tuple[int, int]) -> None:
         return
     where = "off the slide" if off.all() else "in a speck of the slide"
     hint = "; they look like degrees of longitude and latitude" if degrees else ""
-    raise Refusal(
-        f"has all of its {len(polygons)} polygons {where} (x {low[0]:.6g} to {high[0]:.6g}, y "
-        f"{low[1]:.6g} to {high[1]:.6g}, and the slide is {size_l0[1]} x {size_l0[0]}){hint}; "
-        "export them in level-0 pixels of this slide."
+    raise UnreadableSlide(
+        f"the mask has all of its {len(polygons)} polygons {where} (x {low[0]:.6g} to "
+        f"{high[0]:.6g}, y {low[1]:.6g} to {high[1]:.6g}, and the slide is {size_l0[1]} x "
+        f"{size_l0[0]}){hint}; export them in level-0 pixels of this slide."
     )
 
 

@@ -8,7 +8,7 @@ source: 72 dpi, which programs write without knowing, is no microscope's 352 um/
 
 from __future__ import annotations
 
-from raylarge.slides.protocol import Pyramid, Refusal
+from raylarge.slides.protocol import Pyramid, UnreadableSlide
 
 BASE_MPP = 0.5
 """The base scale of microscopy: 20x."""
@@ -25,49 +25,51 @@ def resolve_mpp(pyramid: Pyramid, override: float | None) -> float:
     """Micrometres per level-0 pixel: the override, else the first plausible hint of the file.
 
     Raises:
-        Refusal: an override that is not positive, nothing plausible, or pixels that are not
+        UnreadableSlide: an override that is not positive, nothing plausible, or pixels that are not
             square.
     """
     if override is not None:
         if not 0 < override < float("inf"):
-            raise Refusal(f"cannot have tile.mpp={override}: it must be above 0.")
+            raise UnreadableSlide(f"tile.mpp={override} is not above 0; set micrometres per pixel.")
         return override
     hints = pyramid.mpp_hints
     low, high = _MICROSCOPE_MPP if pyramid.georeference is None else _AERIAL_MPP
     for source, mpp_y, mpp_x in hints:
         if low <= mpp_y <= high and low <= mpp_x <= high:
             if abs(mpp_y / mpp_x - 1) > _SQUARE:
-                raise Refusal(
-                    f"has pixels of {mpp_y:.4g} x {mpp_x:.4g} um ({source}), not square ones; "
-                    "resample it, or set tile.mpp= (micrometres per pixel) if that is wrong."
+                raise UnreadableSlide(
+                    f"the file has pixels of {mpp_y:.4g} x {mpp_x:.4g} um ({source}), not square "
+                    "ones; resample it, or set tile.mpp= (micrometres per pixel) if that is wrong."
                 )
             return (mpp_y + mpp_x) / 2
     seen = ", ".join(f"{source} {mpp_x:.4g}" for source, _, mpp_x in hints)
-    told = f"only says {seen} um/px, which no slide has" if hints else "does not say its resolution"
-    raise Refusal(f"{told}; set tile.mpp= (micrometres per level-0 pixel).")
+    claim = (
+        f"only says {seen} um/px, which no slide has" if hints else "does not say its resolution"
+    )
+    raise UnreadableSlide(f"the file {claim}; set tile.mpp= (micrometres per level-0 pixel).")
 
 
-def refuse_base(pyramid: Pyramid, mpp: float, base_mpp: float) -> None:
+def check_base_mpp(pyramid: Pyramid, mpp: float, base_mpp: float) -> None:
     """Refuse a slide that is coarser than the base scale, or lost in one of its pixels.
 
     Raises:
-        Refusal: with the base scale that would fit.
+        UnreadableSlide: with the base scale that would fit.
     """
     if mpp <= base_mpp * (1 + TOLERANCE):
         if min(pyramid.sizes[0]) * mpp * (1 + TOLERANCE) < base_mpp:
-            raise Refusal(
-                f"is less than one pixel of the base scale of {base_mpp:.3g} um/px; set a smaller "
-                "tile.base_mpp=, or leave it out."
+            raise UnreadableSlide(
+                f"the slide is less than one pixel of the base scale of {base_mpp:.3g} um/px; set "
+                "a smaller tile.base_mpp=, or leave it out."
             )
         return
     if pyramid.georeference is None:
-        raise Refusal(
-            f"has {mpp:.3g} um/px, coarser than the base scale of {base_mpp:.3g}; set "
+        raise UnreadableSlide(
+            f"the slide has {mpp:.3g} um/px, coarser than the base scale of {base_mpp:.3g}; set "
             f"tile.base_mpp={mpp:.3g}, a right tile.mpp=, or leave the slide out."
         )
     fits = AERIAL_BASE_MPP if mpp <= AERIAL_BASE_MPP * (1 + TOLERANCE) else float(f"{mpp:.3g}")
-    raise Refusal(
-        f"shows the ground at {mpp / 1e6:.3g} m/px, coarser than the base scale of "
+    raise UnreadableSlide(
+        f"the image shows the ground at {mpp / 1e6:.3g} m/px, coarser than the base scale of "
         f"{base_mpp:.3g} um/px; set tile.base_mpp={fits:g} ({fits / 1e6:g} m/px).".replace(
             "e+0", "e"
         )

@@ -17,7 +17,7 @@ from PIL import ImageCms
 
 from raylarge import pixels
 from raylarge.slides import icc, scenes
-from raylarge.slides.protocol import DAMAGE, Hint, Pixels, damage
+from raylarge.slides.protocol import DAMAGE, Hint, Pixels, parser_errors
 
 _UM_PER_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0}
 _OPAQUE = 0xFF000000
@@ -38,11 +38,10 @@ class OpenSlidePyramid:
                 of them on one canvas.
 
         Raises:
-            Refusal: OpenSlide recognises the format but cannot open the file, or there is no
-                such region.
+            UnreadableSlide: OpenSlide cannot open the file, or there is no such region.
         """
         with ExitStack() as opened:
-            with damage(*_BROKEN):
+            with parser_errors(*_BROKEN):
                 self._slide = opened.enter_context(openslide.OpenSlide(path))
                 self.sizes = [(rows, columns) for columns, rows in self._slide.level_dimensions]
                 properties = dict(self._slide.properties)
@@ -54,7 +53,7 @@ class OpenSlidePyramid:
     def _restricted(self, regions: Sequence[tuple[int, ...]], scene: str) -> list[str]:
         """Keep to one region of the scan, if one is named; what to say of it."""
         if len(regions) < 2:
-            scenes.refuse_other(scene)
+            scenes.require_single_scene(scene)
             return []
         if not scene:
             return [
@@ -62,7 +61,7 @@ class OpenSlidePyramid:
                 "(tile.scene= names one by its number from 0)"
             ]
         sizes = [(rows, columns) for _, _, rows, columns in regions]
-        number, notes = scenes.chosen([], sizes, scene)
+        number, notes = scenes.choose([], sizes, scene)
         top, left, rows, columns = regions[number]
         self._corner_l0 = (top, left)
         self.sizes = [
@@ -76,7 +75,7 @@ class OpenSlidePyramid:
         """The profile that OpenSlide finds for the levels.
 
         Raises:
-            Refusal: it is broken.
+            UnreadableSlide: it is broken.
         """
         try:
             profile = self._slide.color_profile
@@ -88,14 +87,14 @@ class OpenSlidePyramid:
         """A region inside a level, in that level's pixels.
 
         Raises:
-            Refusal: the file is damaged there.
+            UnreadableSlide: the file is damaged there.
         """
         factor = self._slide.level_downsamples[level]
         corner = (
             self._corner_l0[1] + round(left * factor),
             self._corner_l0[0] + round(top * factor),
         )
-        with damage(*_BROKEN):
+        with parser_errors(*_BROKEN):
             region = np.asarray(self._slide.read_region(corner, level, (columns, rows)))
         # Alpha is the highest byte of a little-endian word: one pass tells whether all is opaque.
         if region.view("<u4").min(initial=_OPAQUE) == _OPAQUE:

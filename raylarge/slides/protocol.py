@@ -1,10 +1,9 @@
-"""What the reader of one slide format gives, and how it refuses.
+"""The interface of a slide reader: levels of 8-bit RGB pixels, facts about them, and its errors.
 
-A reader knows levels of 8-bit RGB and what the file says about itself; of scales, caches and
-users it knows nothing. It raises the end of a sentence, which `speaking_of` completes:
-`Refusal` for what is wrong with the file, `Lack` for what is missing here. Calls of a parser
-or decoder stand in `damage()`, alone: whatever else goes wrong is a bug of ours, and shows.
-Only the specimen is ever a level: labels and macro images are not read, no patient's tag kept.
+A reader raises `UnreadableSlide` if the file is at fault and `MissingResource` if this machine
+lacks something; `user_errors` adds the file's path for the user. Only calls of a parser or
+decoder stand in `parser_errors()`, so that errors of our own code stay visible. Readers never
+read labels, macro images or patients' tags, and know nothing of scales and caches.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from raylarge.errors import Lack, SlideError, UserError
-from raylarge.storage import shown
+from raylarge.errors import MissingResource, SlideError, UserError
+from raylarge.storage import redacted
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 
@@ -48,7 +47,7 @@ _OF_THE_CONTENT = (None, errno.EINVAL, errno.EOVERFLOW)
 """An OSError of a parser itself has no number; these come of offsets that make no sense."""
 
 
-class Refusal(Exception):
+class UnreadableSlide(Exception):
     """What is wrong with a file: the end of a sentence that begins `slide PATH`."""
 
 
@@ -122,75 +121,83 @@ class Pyramid(Protocol):
 
 
 @contextmanager
-def speaking_of(path: str, what: str = "slide") -> Iterator[None]:
+def user_errors(path: str, kind: str = "slide") -> Iterator[None]:
     """Turn what readers raise into one sentence about a file.
 
     Raises:
-        SlideError: in the place of a `Refusal`.
-        UserError: in the place of a `Lack`.
+        SlideError: in the place of a `UnreadableSlide`.
+        UserError: in the place of a `MissingResource`.
     """
     try:
         yield
-    except Refusal as refusal:
-        raise SlideError(f"{what} {shown(path)} {refusal}") from refusal
-    except Lack as lack:
-        raise UserError(f"{what} {shown(path)} {lack}") from lack
+    except UnreadableSlide as error:
+        raise SlideError(f"{kind} {redacted(path)}: {error}") from error
+    except MissingResource as error:
+        raise UserError(f"{kind} {redacted(path)}: {error}") from error
 
 
 @contextmanager
-def damage(*kinds: type[Exception]) -> Iterator[None]:
+def parser_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Take what a parser or decoder raises as the file's fault; stands around such calls alone.
 
     Args:
         kinds: what it raises on damaged bytes, besides OSError; by default `DAMAGE`.
 
     Raises:
-        Refusal: the file is missing, may not be read, or its bytes are not right.
-        Lack: its disk fails, or a package is missing.
+        UnreadableSlide: the file is missing, may not be read, or its bytes are not right.
+        MissingResource: its disk fails, or a package is missing.
     """
     kinds = kinds or DAMAGE
     try:
         yield
-    except (Refusal, Lack, UserError, MemoryError):
+    except (UnreadableSlide, MissingResource, UserError, MemoryError):
         raise
     except ImportError as error:
-        raise Lack(f"needs a package that is missing here ({error}); install it.") from error
+        raise MissingResource(
+            f"the file needs a package that is missing here ({error}); install it."
+        ) from error
     except OSError as error:
         raise _of_disk(error) from error
     except kinds as error:
         raise _damaged(error) from error
 
 
-def _of_disk(error: OSError) -> Refusal | Lack:
+def _of_disk(error: OSError) -> UnreadableSlide | MissingResource:
     if error.errno in _OF_THE_PATH:
-        return Refusal("does not exist; check the path.")
+        return UnreadableSlide("the file does not exist; check the path.")
     if isinstance(error, PermissionError):
-        return Refusal("may not be read; check its permissions.")
+        return UnreadableSlide("the file may not be read; check its permissions.")
     if error.errno in _OF_THE_CONTENT:
         return _damaged(error)
-    return Lack(f"cannot be read now ({error.strerror}); check the disk or share that holds it.")
+    return MissingResource(
+        f"the file cannot be read now ({error.strerror}); check the disk or share that holds it."
+    )
 
 
-def _damaged(error: Exception) -> Refusal:
+def _damaged(error: Exception) -> UnreadableSlide:
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return Refusal(f"is damaged or incomplete ({reason}); fetch it again or leave it out.")
+    return UnreadableSlide(
+        f"the file is damaged or incomplete ({reason}); fetch it again or leave it out."
+    )
 
 
-def refuse_size(size: tuple[int, int], limit_px: int) -> None:
+def check_size(size: tuple[int, int], limit_px: int) -> None:
     """Refuse more pixels than a limit.
 
     Raises:
-        Refusal: with the limit and the cure.
+        UnreadableSlide: with the limit and the cure.
     """
     rows, columns = size
     if rows * columns > limit_px:
-        raise Refusal(
-            f"claims {rows} x {columns} pixels, and more than {limit_px:,} are not decoded at "
-            "once; if it is no decompression bomb, convert it to a tiled TIFF (for example with "
-            "`vips tiffsave --tile --pyramid --bigtiff`)."
+        raise UnreadableSlide(
+            f"the file claims {rows} x {columns} pixels, and more than {limit_px:,} are not "
+            "decoded at once; if it is no decompression bomb, convert it to a tiled TIFF (for "
+            "example with `vips tiffsave --tile --pyramid --bigtiff`)."
         )
     if rows < 1 or columns < 1:
-        raise Refusal(f"has {rows} x {columns} pixels: nothing to read; leave it out.")
+        raise UnreadableSlide(
+            f"the file has {rows} x {columns} pixels: nothing to read; leave it out."
+        )
 
 
 def version_of(path: str) -> str:

@@ -35,10 +35,10 @@ from raylarge.slides.protocol import (
     Pixels,
     Pyramid,
     ReadOptions,
-    Refusal,
-    damage,
-    refuse_size,
-    speaking_of,
+    UnreadableSlide,
+    check_size,
+    parser_errors,
+    user_errors,
 )
 from raylarge.slides.tiff_reader import TiffPyramid
 from raylarge.slides.view import View
@@ -123,7 +123,7 @@ class Slide:
         shape = (bottom - top, right - left)
         if min(shape) <= 0:
             return np.full((rows, columns, 3), 255, np.uint8)
-        with speaking_of(self.path):
+        with user_errors(self.path):
             region = self._resampled(origin_px, shape, downscale)
         if shape == (rows, columns):
             return region
@@ -167,10 +167,10 @@ class Slide:
             return region
         return np.pad(region, [(0, lacks[0]), (0, lacks[1]), (0, 0)], mode="edge")
 
-    def _misfit(self) -> Refusal:
-        return Refusal(
-            f"is damaged: its levels have sizes {list(self._pyramid.sizes)}, which do not show "
-            "one image; fetch it again or leave it out."
+    def _misfit(self) -> UnreadableSlide:
+        return UnreadableSlide(
+            f"the file is damaged: its levels have sizes {list(self._pyramid.sizes)}, which do "
+            "not show one image; fetch it again or leave it out."
         )
 
     def _level(self, downscale: int) -> tuple[int, float]:
@@ -225,14 +225,14 @@ def open_slide(
     """
     for library in _TALKATIVE:  # their lines tell the names of files
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    with speaking_of(path), ExitStack() as opened:
+    with user_errors(path), ExitStack() as opened:
         held = fetched(path)
         opened.callback(held.close)
         pyramid = _pyramid(held.path, options)
         opened.callback(pyramid.close)
-        refuse_size(pyramid.sizes[0], SLIDE_PX)
+        check_size(pyramid.sizes[0], SLIDE_PX)
         mpp = scales.resolve_mpp(pyramid, mpp_override)
-        scales.refuse_base(pyramid, mpp, base_mpp)
+        scales.check_base_mpp(pyramid, mpp, base_mpp)
         pyramid = colours.to_srgb(pyramid) if icc else pyramid
         return Slide(path, pyramid, mpp, base_mpp, opened.pop_all(), view)
 
@@ -244,10 +244,10 @@ def _pyramid(local: str, options: ReadOptions) -> Pyramid:
 
         return open_folder(local, options.scene)
     _refuse_special(local)
-    with damage(), open(local, "rb") as stream:
+    with parser_errors(), open(local, "rb") as stream:
         head = stream.read(4)
     if not head:
-        raise Refusal("is empty; fetch it again or leave it out.")
+        raise UnreadableSlide("the file is empty; fetch it again or leave it out.")
     vendor = openslide_reader.vendor(local)
     if vendor == "dicom":
         from raylarge.slides.dicom_reader import open_instance
@@ -268,10 +268,10 @@ def _pyramid(local: str, options: ReadOptions) -> Pyramid:
 
 def _refuse_special(local: str) -> None:
     """Refuse what is no file: reading a pipe would wait for ever."""
-    with damage():
+    with parser_errors():
         mode = os.stat(local).st_mode
     if not stat.S_ISREG(mode):
-        raise Refusal("is no file but a pipe, socket or device; leave it out.")
+        raise UnreadableSlide("the path names a pipe, socket or device; leave it out.")
 
 
 def _inside(start_px: int, count: int, downscale: int, size_px: int) -> tuple[int, int]:

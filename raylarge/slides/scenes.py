@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raylarge.slides.protocol import Refusal
+from raylarge.slides.protocol import UnreadableSlide
 
 _MOST_LISTED = 8
 
 
-def chosen(
+def choose(
     names: Sequence[str], sizes: Sequence[tuple[int, int]], scene: str
 ) -> tuple[int, list[str]]:
     """Return the number of the scene to read, and a note where there was a choice.
@@ -25,23 +25,23 @@ def chosen(
         scene: `tile.scene`.
 
     Raises:
-        Refusal: there is no scene at all, none of this name or number, or several of this name.
+        UnreadableSlide: there is no scene, none of this name or number, or several of this name.
     """
     count = len(sizes)
     if not count:
-        raise Refusal("holds no image; fetch it again or leave it out.")
+        raise UnreadableSlide("the file holds no image; fetch it again or leave it out.")
     listed = _listed(sizes)
     if scene:
         named = [i for i, name in enumerate(names) if name == scene]
         if len(named) > 1:
-            raise Refusal(
-                f"holds {len(named)} scenes of the name tile.scene={scene}; give the number of "
-                f"one: {listed}."
+            raise UnreadableSlide(
+                f"the file holds {len(named)} scenes of the name tile.scene={scene}; give the "
+                f"number of one: {listed}."
             )
         if not named and not (scene.isascii() and scene.isdigit() and int(scene) < count):
-            raise Refusal(
-                f"holds no scene tile.scene={scene}, but {count}: {listed}; give one's number or "
-                "name."
+            raise UnreadableSlide(
+                f"the file holds no scene tile.scene={scene}, but {count}: {listed}; give one's "
+                "number or name."
             )
         number = named[0] if named else int(scene)
         return number, [f"scene {number} of {count} was read"] if count > 1 else []
@@ -56,16 +56,16 @@ def chosen(
     ]
 
 
-def refuse_other(scene: str) -> None:
+def require_single_scene(scene: str) -> None:
     """Refuse a `tile.scene` that is not the only image of a file.
 
     Raises:
-        Refusal: it is neither empty nor 0.
+        UnreadableSlide: it is neither empty nor 0.
     """
     if scene not in ("", "0"):
-        raise Refusal(
-            f"holds a single image, and tile.scene={scene} names another; leave it out or run it "
-            "by itself without tile.scene=."
+        raise UnreadableSlide(
+            f"the file holds a single image, and tile.scene={scene} names another; leave it out "
+            "or run it by itself without tile.scene=."
         )
 
 

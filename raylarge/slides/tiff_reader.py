@@ -30,9 +30,9 @@ from raylarge.slides.protocol import (
     Hint,
     Pixels,
     ReadOptions,
-    Refusal,
-    damage,
-    refuse_size,
+    UnreadableSlide,
+    check_size,
+    parser_errors,
 )
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -60,8 +60,8 @@ class TiffPyramid:
         """Open a TIFF file.
 
         Raises:
-            Refusal: samples without a way to 8-bit RGB, several planes, more pixels in one piece
-                than may be decoded, or no such scene.
+            UnreadableSlide: samples have no conversion to 8-bit RGB, there are several planes, a
+                tile or strip is too large to decode, or there is no such scene.
         """
         self._tiles: ConvertedPyramid | None = None
         with ExitStack() as opened:
@@ -71,7 +71,7 @@ class TiffPyramid:
                 pages = [one.keyframe for one in series]
                 sizes = [(int(one.imagelength), int(one.imagewidth)) for one in pages]
                 names = [str(one.name) for one in series]
-            index, self.notes = scenes.chosen(names, sizes, options.scene)
+            index, self.notes = scenes.choose(names, sizes, options.scene)
             with parsed():
                 page = pages[index]
                 self.icc_profile: bytes | None = page.tags.valueof(_ICC_PROFILE)
@@ -129,7 +129,7 @@ class ConvertedPyramid(TiffPyramid):
 
 def parsed() -> AbstractContextManager[None]:
     """Damage, also where a garbled tag has a type that tifffile does not expect."""
-    return damage(*DAMAGE, AttributeError, TypeError)
+    return parser_errors(*DAMAGE, AttributeError, TypeError)
 
 
 def is_georeferenced(path: str) -> bool:
@@ -159,7 +159,7 @@ class Level:
             options: which samples are the colours, and their range.
 
         Raises:
-            Refusal: its samples have no way to 8-bit RGB.
+            UnreadableSlide: its samples have no way to 8-bit RGB.
         """
         self._file = file
         self._page, self._kind = page or kind, kind
@@ -172,8 +172,8 @@ class Level:
             self._piece = tile if kind.is_tiled else strip
             self._separate = kind.planarconfig == PLANARCONFIG.SEPARATE
             self._channels, self.notes = _channels(kind, options)
-        refuse_size(self.size, SLIDE_PX)
-        refuse_size(self._piece, DECODE_PX)
+        check_size(self.size, SLIDE_PX)
+        check_size(self._piece, DECODE_PX)
         self._across = -(-self.size[1] // self._piece[1])
         self._count = self._across * -(-self.size[0] // self._piece[0])
         in_cache = _CACHE_BYTES // (3 * self._piece[0] * self._piece[1])
@@ -247,22 +247,22 @@ def _overlaps(start: int, count: int, piece: int) -> Iterator[tuple[int, slice, 
 
 def _refuse_kind(kind: tifffile.TiffPage, axes: str) -> None:
     if axes not in ("YX", "YXS", "SYX"):
-        raise Refusal(
-            f"holds several planes (axes {axes}) where one RGB image was expected; save the one "
-            "that counts as an RGB TIFF."
+        raise UnreadableSlide(
+            f"the file holds several planes (axes {axes}) where one RGB image was expected; save "
+            "the one that counts as an RGB TIFF."
         )
     if kind.photometric not in _KNOWN:
         name = getattr(kind.photometric, "name", kind.photometric)
-        raise Refusal(f"holds {name} colours; convert it to 8-bit RGB.")
+        raise UnreadableSlide(f"the file holds {name} colours; convert it to 8-bit RGB.")
     if kind.photometric == PHOTOMETRIC.YCBCR and kind.compression in _PLAIN:
-        raise Refusal("holds YCbCr colours without JPEG; convert it to 8-bit RGB.")
+        raise UnreadableSlide("the file holds YCbCr colours without JPEG; convert it to 8-bit RGB.")
 
 
 def _channels(kind: tifffile.TiffPage, options: ReadOptions) -> tuple[Channels, list[str]]:
     """Which samples are colours and transparency, and what to say of the choice.
 
     Raises:
-        Refusal: nothing says which are the colours, or they have no way to 8 bits.
+        UnreadableSlide: nothing says which are the colours, or they have no way to 8 bits.
     """
     count, extras = int(kind.samplesperpixel), tuple(kind.extrasamples)
     bits = int(kind.bitspersample)
@@ -281,7 +281,9 @@ def _channels(kind: tifffile.TiffPage, options: ReadOptions) -> tuple[Channels, 
     elif count >= 3:
         colours = (0, 1, 2)
     else:
-        raise Refusal(f"holds RGB colours of {count} samples; save it as an RGB TIFF.")
+        raise UnreadableSlide(
+            f"the file holds RGB colours of {count} samples; save it as an RGB TIFF."
+        )
     return Channels(
         colours,
         alpha,

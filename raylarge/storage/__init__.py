@@ -1,22 +1,22 @@
-"""Files on a disk and objects in S3 behind one small set of verbs.
+"""Files on a local disk and objects in S3 behind one set of functions.
 
-    files     bytes, JSON, whole folders        parquet   tables, by row groups too
-    folders   what stands where                 objects   one object over HTTP
-    patience  what becomes of a failure         cache     what a node fetched or made once
+    files     bytes, JSON, whole folders        parquet   tables, complete or by row groups
+    folders   listings and patterns             objects   objects of a store over HTTP
+    retry     retries and errors of stores      cache     remote and converted files on the node
     lock      one command at a time writes to a folder
-    web       addresses without their secrets
+    web       web addresses without their secrets
 
-Every write is whole or absent. A path is a local path or a URL such as `s3://bucket/key`. What
-may pass is tried again for a while (`patience.PATIENCE_S`); other failures of disk or store
-are a UserError with the path and the cure, in all of these, and docstrings do not repeat it.
+Every write is atomic. A path is a local path or a URL such as `s3://bucket/key`. All functions
+retry transient failures (for `retry.RETRY_S`) and raise `UserError`, with the path and the cure,
+for others; their docstrings do not repeat this.
 """
 
 from raylarge.storage.files import (
     as_json,
+    chunks,
     digest,
+    digest_chunks,
     digest_file,
-    digest_pieces,
-    pieces,
     put_file,
     put_folder,
     read_bytes,
@@ -31,16 +31,16 @@ from raylarge.storage.folders import (
     children,
     entries,
     exists,
+    glob,
     join,
-    listing,
     sizes,
-    without_places,
+    without_folders,
 )
 from raylarge.storage.lock import InUse, exclusive
 from raylarge.storage.objects import read_range
 from raylarge.storage.parquet import read_metadata, read_rows, read_table, write_table
-from raylarge.storage.patience import is_local, patiently
-from raylarge.storage.web import name_of, shown
+from raylarge.storage.retry import is_local, with_retries
+from raylarge.storage.web import name_of, redacted
 from raylarge.storage.writable import require_writable
 
 __all__ = [
@@ -48,18 +48,17 @@ __all__ = [
     "absolute",
     "as_json",
     "children",
+    "chunks",
     "digest",
+    "digest_chunks",
     "digest_file",
-    "digest_pieces",
     "entries",
     "exclusive",
     "exists",
+    "glob",
     "is_local",
     "join",
-    "listing",
     "name_of",
-    "patiently",
-    "pieces",
     "put_file",
     "put_folder",
     "read_bytes",
@@ -68,12 +67,13 @@ __all__ = [
     "read_range",
     "read_rows",
     "read_table",
+    "redacted",
     "remove",
     "remove_all",
     "require_writable",
-    "shown",
     "sizes",
-    "without_places",
+    "with_retries",
+    "without_folders",
     "write_bytes",
     "write_json",
     "write_table",

@@ -1,13 +1,14 @@
-"""The node's cache: slides and checkpoints out of stores, images converted into tiles.
+"""A cache on the node's disk for remote slides, remote checkpoints and converted images.
 
-    RAYLARGE_CACHE        its folder; by default raylarge-cache-UID in the temporary folder, which
-                          nobody else may read or write
-    RAYLARGE_CACHE_BYTES  its cap; by default 64 GiB, or half of the disk where that is less
+    RAYLARGE_CACHE        its folder; by default raylarge-cache-UID in the temporary folder, with
+                          access for its owner alone
+    RAYLARGE_CACHE_BYTES  its capacity; by default 64 GiB, or half of the disk if that is less
 
-An entry is a folder NAME, made beside its place and renamed. NAME.lock is an empty sparse file
-as long as the entry's share of the cap, touched at each use. Who reads an entry holds a shared
-lock, who makes or evicts it an exclusive one; the least recently used go first. Where all are
-in use, who needs room waits for it. What goes wrong is a `Lack`: no file's fault.
+An entry is a folder NAME, filled under a temporary name and renamed. NAME.lock is an empty
+sparse file whose length is the entry's share of the capacity and whose modification time is its
+last use. A reader of an entry holds a shared lock, its writer or evictor an exclusive one. The
+least recently used entries are evicted first; while all are in use, a new entry waits for room.
+Failures are `MissingResource`: the file that was asked for is not at fault.
 """
 
 from __future__ import annotations
@@ -25,120 +26,118 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from raylarge.errors import Lack
+from raylarge.errors import MissingResource
 from raylarge.storage.files import digest
-from raylarge.storage.lock import locked
+from raylarge.storage.lock import open_locked
 
 _DEFAULT_BYTES = 64 << 30
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a full disk says."""
-PATIENCE_S = 1800.0
-"""For how long others are waited for to let go of their entries."""
-WAIT_S = 1.0
-"""Between two looks, on average."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WAIT_S = 1800.0
+"""How long to wait for others to release their entries."""
+POLL_S = 1.0
+"""Mean interval between two attempts."""
 
 logger = logging.getLogger(__name__)
 
 
-class Held:
-    """A local file (or folder) that stays where it is until it is closed."""
+class Lease:
+    """A local file or folder that is not evicted until the lease is closed."""
 
     def __init__(self, path: str, lock: int | None = None) -> None:
-        """Take over an open lock file, if there is one."""
+        """Own `lock`, the descriptor of an open lock file, if there is one."""
         self.path = path
         self._lock = lock
 
     def close(self) -> None:
-        """Let it be evicted."""
+        """Allow eviction."""
         if self._lock is not None:
             os.close(self._lock)
         self._lock = None
 
 
-def hold(identity: str, need_bytes: int, make: Callable[[Path], None], name: str) -> Held:
-    """An entry of the cache, made where it is not there yet; one process of a node makes it.
+def acquire(identity: str, max_bytes: int, fill: Callable[[Path], None], name: str) -> Lease:
+    """Return a file of a cache entry; the first process of a node to ask for it fills the entry.
 
     Args:
-        identity: what the entry is, with its version.
-        need_bytes: the most room it may take while it is made.
-        make: fills an empty folder.
-        name: what the caller wants in that folder.
+        identity: identifies the content, with its version.
+        max_bytes: the largest size of the entry, while it is filled, too.
+        fill: writes the content into an empty folder.
+        name: the file in the entry; "" for the entry's folder.
 
     Raises:
-        Lack: there is no room for it, now or ever, or the cache's disk fails.
+        MissingResource: there is no room for it, or the cache's disk fails.
     """
     root = folder()
     entry = root / digest(identity.encode())
-    wanted = entry / name  # looked for itself: who tidies temporary files leaves folders behind
-    with _on_disk(root, need_bytes):
+    target = entry / name  # checked itself: cleaners of temporary files leave folders behind
+    with _disk_errors(root, max_bytes):
         while True:
-            lock = locked(_lock_of(entry), fcntl.LOCK_SH)
-            if wanted.exists():
+            lock = open_locked(_lock_of(entry), fcntl.LOCK_SH)
+            if target.exists():
                 os.utime(lock)
-                return Held(str(wanted), lock)
+                return Lease(str(target), lock)
             os.close(lock)
-            lock = locked(_lock_of(entry), fcntl.LOCK_EX)
+            lock = open_locked(_lock_of(entry), fcntl.LOCK_EX)
             try:
-                if not wanted.exists():
-                    _make(entry, lock, need_bytes, make)
+                if not target.exists():
+                    _fill(entry, lock, max_bytes, fill)
             finally:
                 os.close(lock)
 
 
 def folder() -> Path:
-    """The cache's folder, made where it is not there yet.
+    """Return the cache's folder; create it if it does not exist.
 
     Raises:
-        Lack: it cannot be made, or the default one is not ours alone.
+        MissingResource: it cannot be created, or others have access to the default folder.
     """
-    given = os.environ.get("RAYLARGE_CACHE")
-    root = Path(given or Path(tempfile.gettempdir()) / f"raylarge-cache-{os.getuid()}")
+    setting = os.environ.get("RAYLARGE_CACHE")
+    root = Path(setting or Path(tempfile.gettempdir()) / f"raylarge-cache-{os.getuid()}")
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = root.lstat()
+        status = root.lstat()
     except OSError as error:
-        raise Lack(
-            f"needs a cache, and {root} cannot be made ({error.strerror}); set RAYLARGE_CACHE= "
-            "to a folder that can be written."
+        raise MissingResource(
+            f"the file needs a cache, and {root} cannot be made ({error.strerror}); set "
+            "RAYLARGE_CACHE= to a folder that can be written."
         ) from error
-    # Anybody may make a folder of this name where all keep their temporary files.
-    ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
-    if not given and (not ours or facts.st_mode & 0o077):
-        raise Lack(
-            f"needs a cache, and {root} is no folder of yours that is closed to others (owner "
-            f"{facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):o}); remove it, or set "
+    # Anybody may create a folder of this name in the shared temporary folder.
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not setting and (not ours or status.st_mode & 0o077):
+        raise MissingResource(
+            f"the file needs a cache, and {root} is no folder of yours that is closed to others "
+            f"(owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}); remove it, or set "
             "RAYLARGE_CACHE= to a folder of your own."
         )
     return root
 
 
 @contextmanager
-def _on_disk(root: Path, need_bytes: int) -> Iterator[None]:
-    """Failures of the cache's disk as ends of sentences."""
+def _disk_errors(root: Path, max_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
-            raise Lack(
-                f"does not fit on the disk of the cache {root} ({need_bytes:,} bytes at most); "
-                "free space there, or set RAYLARGE_CACHE= to a folder on a larger disk."
+        if error.errno in DISK_FULL:
+            raise MissingResource(
+                f"the file does not fit on the disk of the cache {root} ({max_bytes:,} bytes at "
+                "most); free space there, or set RAYLARGE_CACHE= to a folder on a larger disk."
             ) from error
-        raise Lack(
-            f"cannot be kept in the cache {root} ({error}); set RAYLARGE_CACHE= to a folder that "
-            "can be written."
+        raise MissingResource(
+            f"the file cannot be kept in the cache {root} ({error}); set RAYLARGE_CACHE= to a "
+            "folder that can be written."
         ) from error
 
 
-def _cap_bytes(root: Path) -> int:
-    wish = os.environ.get("RAYLARGE_CACHE_BYTES", "")
-    if not wish:
+def _capacity(root: Path) -> int:
+    setting = os.environ.get("RAYLARGE_CACHE_BYTES", "")
+    if not setting:
         return min(_DEFAULT_BYTES, shutil.disk_usage(root).total // 2)
-    if not wish.isdigit():
-        raise Lack(
-            f"needs the cache, and RAYLARGE_CACHE_BYTES={wish} is no number of bytes; set it to "
-            "one such as 64000000000."
+    if not setting.isdigit():
+        raise MissingResource(
+            f"the file needs the cache, and RAYLARGE_CACHE_BYTES={setting} is no number of bytes; "
+            "set it to one such as 64000000000."
         )
-    return int(wish)
+    return int(setting)
 
 
 def _lock_of(entry: Path) -> Path:
@@ -149,15 +148,15 @@ def _part_of(entry: Path) -> Path:
     return entry.with_name(f".{entry.name}.part")
 
 
-def _make(entry: Path, lock: int, need_bytes: int, make: Callable[[Path], None]) -> None:
+def _fill(entry: Path, lock: int, max_bytes: int, fill: Callable[[Path], None]) -> None:
     part = _part_of(entry)
-    os.truncate(lock, 0)  # what a killed process reserved
-    for left in (part, entry):
-        shutil.rmtree(left, ignore_errors=True)
+    os.truncate(lock, 0)  # the share of a killed process
+    for path in (part, entry):
+        shutil.rmtree(path, ignore_errors=True)
     try:
-        _reserve(entry.parent, lock, need_bytes)
+        _reserve(entry.parent, lock, max_bytes)
         part.mkdir()
-        make(part)
+        fill(part)
         os.truncate(lock, _synced_bytes(part))
         os.replace(part, entry)
     except BaseException:
@@ -167,56 +166,56 @@ def _make(entry: Path, lock: int, need_bytes: int, make: Callable[[Path], None])
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _reserve(root: Path, lock: int, need_bytes: int) -> None:
-    """Take a share of the cap, as soon as others leave room for it."""
-    cap, until = _cap_bytes(root), time.monotonic() + PATIENCE_S
-    if need_bytes > cap:
-        raise Lack(
-            f"needs up to {need_bytes:,} bytes of the cache {root}, which may hold {cap:,}; set "
-            "RAYLARGE_CACHE_BYTES= higher."
-        )
-    waits = False
-    while (used := _taken(root, lock, need_bytes, cap)) is not None:
-        if time.monotonic() > until:
-            raise Lack(
-                f"needs up to {need_bytes:,} bytes of the cache {root}, which may hold {cap:,} and "
-                f"had {used:,} in use for {PATIENCE_S:g} s; set RAYLARGE_CACHE_BYTES= higher, or "
-                "have fewer in use at once."
+def _reserve(root: Path, lock: int, max_bytes: int) -> None:
+    """Reserve a share of the capacity as soon as there is room for it."""
+    capacity, deadline = _capacity(root), time.monotonic() + WAIT_S
+    need = (
+        f"the file needs up to {max_bytes:,} bytes of the cache {root}, which may hold {capacity:,}"
+    )
+    if max_bytes > capacity:
+        raise MissingResource(f"{need}; set RAYLARGE_CACHE_BYTES= higher.")
+    warned = False
+    while (used := _try_reserve(root, lock, max_bytes, capacity)) is not None:
+        if time.monotonic() > deadline:
+            raise MissingResource(
+                f"{need} and had {used:,} in use for {WAIT_S:g} s; set RAYLARGE_CACHE_BYTES= "
+                "higher, or have fewer in use at once."
             )
-        if not waits:
+        if not warned:
             logger.warning(
-                "what is in use fills the cache %s (%s of %s bytes); waiting for room "
+                "entries in use fill the cache %s (%s of %s bytes); waiting for room "
                 "(RAYLARGE_CACHE_BYTES= sets its size)",
                 root,
                 f"{used:,}",
-                f"{cap:,}",
+                f"{capacity:,}",
             )
-        waits = True
-        time.sleep(WAIT_S * random.SystemRandom().uniform(0.5, 1.5))  # nobody's seed is touched
+        warned = True
+        # SystemRandom leaves the global generator alone.
+        time.sleep(POLL_S * random.SystemRandom().uniform(0.5, 1.5))
 
 
-def _taken(root: Path, lock: int, need_bytes: int, cap: int) -> int | None:
-    """None where the share could be taken, else what is in use; one process at a time looks."""
-    room = locked(root / ".room", fcntl.LOCK_EX)
+def _try_reserve(root: Path, lock: int, max_bytes: int, capacity: int) -> int | None:
+    """Reserve a share and return None; else the bytes in use. One process at a time does this."""
+    mutex = open_locked(root / ".room", fcntl.LOCK_EX)
     try:
         shares = {path: path.stat() for path in root.glob("*.lock")}
         used = sum(share.st_size for share in shares.values())
         for path, share in sorted(shares.items(), key=lambda item: item[1].st_mtime_ns):
-            if used + need_bytes <= cap:
+            if used + max_bytes <= capacity:
                 break
-            used -= share.st_size if _evicted(path) else 0
-        if used + need_bytes > cap:
+            used -= share.st_size if _evict(path) else 0
+        if used + max_bytes > capacity:
             return used
-        os.truncate(lock, need_bytes)
+        os.truncate(lock, max_bytes)
         return None
     finally:
-        os.close(room)
+        os.close(mutex)
 
 
-def _evicted(path: Path) -> bool:
-    """Whether an entry could be removed: not while anybody holds its lock."""
+def _evict(path: Path) -> bool:
+    """Remove the entry of a lock file; return False if it is in use."""
     try:
-        lock = locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = open_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     entry = path.with_suffix("")
@@ -230,7 +229,7 @@ def _evicted(path: Path) -> bool:
 
 
 def _synced_bytes(part: Path) -> int:
-    """The size of all files in a folder, once they are on the disk."""
+    """Sync all files of a folder to the disk; return their size."""
     total = 0
     for path in part.rglob("*"):
         if path.is_file():

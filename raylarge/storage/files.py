@@ -1,7 +1,7 @@
-"""Files and objects as bytes and JSON, read and written whole; folders put in place.
+"""Read and write files and objects as bytes and JSON; move folders to their final place.
 
-A local file is written beside its place, synced and renamed. `storage.objects` does the same
-for objects over HTTP.
+A local file is written under a temporary name beside its target, synced and renamed.
+`storage.objects` does the same for objects over HTTP.
 """
 
 from __future__ import annotations
@@ -21,43 +21,48 @@ from typing import Any
 from raylarge.errors import UserError
 from raylarge.storage import objects
 from raylarge.storage.folders import absolute, join, sizes
-from raylarge.storage.patience import Unmet, is_local, on_disk
+from raylarge.storage.retry import PreconditionFailed, disk_errors, is_local
 
-PIECE_BYTES = 4 << 20
+CHUNK_BYTES = 4 << 20
 
 
 def remove(path: str) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file if it exists."""
     remove_all([path])
 
 
 def remove_all(paths: Iterable[str]) -> None:
-    """Remove files, as far as they are there; of a bucket, 1,000 by one request."""
-    of_bucket = defaultdict(list)
+    """Remove files if they exist; up to 1,000 objects of a bucket by one request."""
+    by_bucket = defaultdict(list)
     for path in paths:
         if is_local(path):
-            with on_disk(path):
+            with disk_errors(path):
                 Path(absolute(path)).unlink(missing_ok=True)
         else:
-            of_bucket[path.split("/")[2]].append(path)
-    for found in of_bucket.values():
-        for start in range(0, len(found), objects.MOST_REMOVED):
-            objects.remove(found[start : start + objects.MOST_REMOVED])
+            by_bucket[path.split("/")[2]].append(path)
+    for bucket in by_bucket.values():
+        for start in range(0, len(bucket), objects.MOST_REMOVED):
+            objects.remove(bucket[start : start + objects.MOST_REMOVED])
+
+
+def missing(path: str) -> UserError:
+    """Return the error for a path at which nothing exists."""
+    return UserError(f"{path} does not exist; check the path.")
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole content of a file, all of one version.
+    """Return the content of a file, all of one version.
 
     Raises:
-        UserError: nothing stands at the path.
+        UserError: nothing exists at the path.
     """
     try:
         if not is_local(path):
             return objects.get(path)
-        with on_disk(path):
+        with disk_errors(path):
             return Path(absolute(path)).read_bytes()
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; check the path.") from error
+        raise missing(path) from error
 
 
 def write_bytes(path: str, content: bytes | memoryview) -> None:
@@ -66,28 +71,32 @@ def write_bytes(path: str, content: bytes | memoryview) -> None:
         objects.put(path, content)
         return
     target = Path(absolute(path))
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    with on_disk(path):
+    temporary = _temporary_name(target)
+    with disk_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with beside.open("wb") as stream:
+            with temporary.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(beside, target)
+            os.replace(temporary, target)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary_name(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
 
 
 def read_json(path: str) -> Any:
-    """A JSON document; NaN and infinity, which are no JSON but were written once, are None.
+    """Return a JSON document; NaN and infinity, which old files may hold, become None.
 
     Raises:
-        UserError: nothing stands at the path, or no JSON.
+        UserError: nothing exists at the path, or it is not JSON.
     """
     try:
         return json.loads(read_bytes(path), parse_constant=lambda _: None)
-    except ValueError as error:  # also bytes that are no text
+    except ValueError as error:  # also bytes that are not text
         raise UserError(
             f"{path} is not readable as JSON ({error}): it is damaged or cut short; copy it again, "
             f"or remove it and run what wrote it."
@@ -95,7 +104,7 @@ def read_json(path: str) -> Any:
 
 
 def write_json(path: str, document: Any) -> None:
-    """Write a JSON document atomically, in a form people can read and diff (see `as_json`)."""
+    """Write a JSON document atomically, indented and with sorted keys (see `as_json`)."""
     write_bytes(path, (as_json(document, indent=1) + "\n").encode())
 
 
@@ -113,90 +122,90 @@ def as_json(document: Any, indent: int | None = None) -> str:
 
 def _without_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nonfinite(one) for key, one in value.items()}
+        return {key: _without_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nonfinite(one) for one in value]
+        return [_without_nonfinite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def put_file(made: Path, target: str) -> None:
-    """Move a finished local file to a path or URL: whole or absent, never read into memory.
+def put_file(source: Path, target: str) -> None:
+    """Move a finished local file to a path or URL atomically, never reading all of it into memory.
 
-    On a disk it must be the same one; to an object store a large file goes in parts.
+    A local target must be on the same disk; a large file is sent to an object store in parts.
     """
     if not is_local(target):
-        objects.put(target, made)
+        objects.put(target, source)
         return
-    with on_disk(target):
+    with disk_errors(target):
         Path(absolute(target)).parent.mkdir(parents=True, exist_ok=True)
-        with made.open("rb") as stream:
+        with source.open("rb") as stream:
             os.fsync(stream.fileno())
-        os.replace(made, absolute(target))
+        os.replace(source, absolute(target))
 
 
-def put_folder(made: Path, target: str) -> None:
-    """Move a finished local folder of plain files to a path or URL, in the place of another.
+def put_folder(source: Path, target: str) -> None:
+    """Move a finished local folder of plain files to a path or URL, replacing another folder.
 
-    On a disk (the same one) readers never see half of it. An object store loses the files that
-    the new folder does not have and gets the others one by one: its reader needs an index,
-    which does not list the folder meanwhile, to tell.
+    On a disk (the same one) readers never see a part of it. In an object store, files that the
+    new folder lacks are removed and the others are written one by one: its readers need an index
+    that does not list the folder meanwhile.
     """
     if is_local(target):
-        _replace(made, Path(absolute(target)))
+        _replace_folder(source, Path(absolute(target)))
         return
-    paths = sorted(made.iterdir())
-    remove_all(join(target, name) for name in sizes(target).keys() - {one.name for one in paths})
+    paths = sorted(source.iterdir())
+    remove_all(join(target, name) for name in sizes(target).keys() - {path.name for path in paths})
     for path in paths:
         objects.put(join(target, path.name), path)
 
 
-def _replace(made: Path, target: Path) -> None:
-    """Put a folder in the place of another; what a killed call left goes too."""
-    with on_disk(str(target)):
+def _replace_folder(source: Path, target: Path) -> None:
+    """Replace a folder by another; remove temporary folders of killed calls, too."""
+    with disk_errors(str(target)):
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.iterdir():
-            if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}", left.name):
-                shutil.rmtree(left, ignore_errors=True)
-        old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        for path in target.parent.iterdir():
+            if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}", path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        old = _temporary_name(target)
         if target.exists():
             os.replace(target, old)
-        os.replace(made, target)
+        os.replace(source, target)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def digest(*contents: bytes) -> str:
-    """A short name for bytes: the first 16 hexadecimal digits of their SHA-256."""
-    return digest_pieces(contents)
+    """Return a short name for bytes: the first 16 hexadecimal digits of their SHA-256."""
+    return digest_chunks(contents)
 
 
-def digest_pieces(pieces: Iterable[bytes]) -> str:
-    """The same short name for bytes that come piece by piece."""
-    total = hashlib.sha256()
-    for piece in pieces:
-        total.update(piece)
-    return total.hexdigest()[:16]
+def digest_chunks(chunks: Iterable[bytes]) -> str:
+    """Return the `digest` of bytes that come in chunks."""
+    sha = hashlib.sha256()
+    for chunk in chunks:
+        sha.update(chunk)
+    return sha.hexdigest()[:16]
 
 
 def digest_file(path: str | Path) -> str:
-    """The same short name for the content of a large file."""
-    return digest_pieces(pieces(str(path)))
+    """Return the `digest` of a large file."""
+    return digest_chunks(chunks(str(path)))
 
 
-def pieces(path: str) -> Iterator[bytes]:
-    """The content of a large file, 4 MiB at a time, all of one version.
+def chunks(path: str) -> Iterator[bytes]:
+    """Yield the content of a large file in chunks of 4 MiB, all of one version.
 
     Raises:
-        FileNotFoundError: nothing stands at the path.
-        UserError: an object was written anew meanwhile.
+        FileNotFoundError: nothing exists at the path.
+        UserError: the object was replaced meanwhile.
     """
     if is_local(path):
-        with on_disk(path), Path(absolute(path)).open("rb") as stream:
-            while piece := stream.read(PIECE_BYTES):
-                yield piece
+        with disk_errors(path), Path(absolute(path)).open("rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
         return
     source = objects.Ranges(path)
     try:
         while part := source.read(objects.PART_BYTES):
-            yield from (part[at : at + PIECE_BYTES] for at in range(0, len(part), PIECE_BYTES))
-    except Unmet as error:
+            yield from (part[at : at + CHUNK_BYTES] for at in range(0, len(part), CHUNK_BYTES))
+    except PreconditionFailed as error:
         raise objects.changing(path) from error

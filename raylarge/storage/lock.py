@@ -1,14 +1,14 @@
-"""One command at a time writes to a folder.
+"""Lock a folder, so that one command at a time writes to it.
 
     with exclusive("data", "prepare"):          # UserError if another command writes to it
         ...
 
-    on a disk           FOLDER/.lock under `flock`: the kernel frees it when the process ends
-    in an object store  FOLDER/.lock is a lease: created only where none stands, renewed every
-                        RENEW_S. It is taken over when its process no longer exists (on the same
-                        machine), or when nobody has renewed it for STALE_S.
+    local folder   FOLDER/.lock under `flock`, which the kernel releases when the process ends
+    object store   FOLDER/.lock is created only where none exists, and rewritten every RENEW_S. It
+                   may be replaced if its process has ended (on the same machine), or if nobody
+                   has rewritten it for STALE_S.
 
-The file says who writes (command, host, process, since when) and is removed at the end.
+The file names the holder (command, host, process, start time) and is removed at the end.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from typing import Any
 from raylarge.errors import UserError
 from raylarge.storage import objects
 from raylarge.storage.folders import absolute, join
-from raylarge.storage.patience import Unmet, is_local, on_disk
+from raylarge.storage.retry import PreconditionFailed, disk_errors, is_local
 
 NAME = ".lock"
 RENEW_S = 10.0
-"""Between two renewals of a lease."""
+"""Interval between two renewals of a lock in an object store."""
 STALE_S = 60.0
-"""A lease that was not renewed for so long may be taken over."""
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What a file system without `flock` says."""
+"""A lock that was not renewed for this long may be replaced."""
+_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of a file system without `flock`."""
 
-_own_tokens: set[str] = set()
-"""Of the leases that blocks of this process hold or are about to take."""
+_active_tokens: set[str] = set()
+"""Tokens of the locks that this process holds or is acquiring in object stores."""
 
 logger = logging.getLogger(__name__)
 
 
 class InUse(UserError):
-    """Another live process writes to a folder."""
+    """Another running process writes to a folder."""
 
 
 @contextmanager
@@ -56,35 +56,35 @@ def exclusive(folder: str, purpose: str) -> Iterator[Callable[[], None]]:
 
     Args:
         folder: a path or URL; a local folder is created.
-        purpose: what the command does, for the message that others get ("prepare").
+        purpose: the command, for the message that others get ("prepare").
 
     Yields:
-        A function that raises `UserError` once another command has taken the folder over, which
-        happens only to a lease that could not be renewed for STALE_S. It is also called at the
-        end of the block.
+        A function that raises `UserError` if another command has replaced the lock, which can
+        only happen to a lock in an object store that was not renewed for STALE_S. It is also
+        called at the end of the block.
 
     Raises:
-        InUse: another live process writes to the folder.
+        InUse: another running process writes to the folder.
         UserError: the folder cannot be created.
     """
     path, holder = join(absolute(folder), NAME), _holder(purpose)
-    with _file_lock(path, holder) if is_local(folder) else _lease(path, holder) as check:
+    with _file_lock(path, holder) if is_local(folder) else _object_lock(path, holder) as check:
         yield check
         check()
 
 
-def locked(path: Path, kind: int) -> int:
-    """An open, locked lock file; wait for it unless `kind` has LOCK_NB.
+def open_locked(path: Path, operation: int) -> int:
+    """Open a lock file, lock it by `flock(operation)` and return its descriptor.
 
-    The lock is taken again where another process removed the file meanwhile.
+    The file is opened again if another process removed it before it was locked.
 
     Raises:
-        BlockingIOError: another process has locked it, and `kind` has LOCK_NB.
+        BlockingIOError: another process holds the lock, and `operation` includes LOCK_NB.
     """
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, kind)
+            fcntl.flock(lock, operation)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), os.stat(path)):
                     return lock
@@ -96,13 +96,13 @@ def locked(path: Path, kind: int) -> int:
 
 @contextmanager
 def _file_lock(path: str, holder: dict[str, Any]) -> Iterator[Callable[[], None]]:
-    """An exclusive `flock`; none, with a warning, where the file system has no locks."""
+    """Hold an exclusive `flock`; none, with a warning, if the file system has no locks."""
     file = Path(path)
     new_folder = not file.parent.exists()
     try:
-        with on_disk(str(file.parent)):
+        with disk_errors(str(file.parent)):
             file.parent.mkdir(parents=True, exist_ok=True)
-            lock = _locked_or_none(file)
+            lock = _try_flock(file)
     except FileNotFoundError as error:  # such as below /proc
         raise UserError(f"{file.parent} cannot be created; choose another path.") from error
     if lock is None:
@@ -110,52 +110,50 @@ def _file_lock(path: str, holder: dict[str, Any]) -> Iterator[Callable[[], None]
         return
     try:
         os.truncate(lock, 0)
-        os.write(lock, _encoded(holder))
+        os.write(lock, _encode(holder))
         yield lambda: None
     finally:
-        with suppress(FileNotFoundError):
-            file.unlink()
+        file.unlink(missing_ok=True)
         os.close(lock)
         if new_folder:
             with suppress(OSError):  # it has content
                 file.parent.rmdir()
 
 
-def _locked_or_none(file: Path) -> int | None:
+def _try_flock(file: Path) -> int | None:
     try:
-        return locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return open_locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         content = file.read_bytes() if file.exists() else b""
-        raise _in_use(str(file), _decoded(content), "") from error
+        raise _in_use(str(file), _decode(content)) from error
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in _UNSUPPORTED:
             raise
         logger.warning("%s has no file locks; do not run two commands in it", file.parent)
         return None
 
 
 @contextmanager
-def _lease(path: str, holder: dict[str, Any]) -> Iterator[Callable[[], None]]:
-    """A lease in an object store, renewed by a thread."""
-    lease = _Lease(path, holder)
-    ended = threading.Event()
-    thread = threading.Thread(target=lease.renew_until, args=(ended,), daemon=True)
-    _own_tokens.add(holder["token"])
+def _object_lock(path: str, holder: dict[str, Any]) -> Iterator[Callable[[], None]]:
+    """Hold a lock in an object store, renewed by a thread."""
+    lock, ended = _ObjectLock(path, holder), threading.Event()
+    thread = threading.Thread(target=lock.renew_until, args=(ended,), daemon=True)
+    _active_tokens.add(holder["token"])
     try:
-        lease.acquire()
+        lock.acquire()
         thread.start()
         try:
-            yield lease.check
+            yield lock.check
         finally:
             ended.set()
             thread.join()
-            lease.release()
+            lock.release()
     finally:
-        _own_tokens.discard(holder["token"])
+        _active_tokens.discard(holder["token"])
 
 
-class _Lease:
-    """An object that says who writes to its folder."""
+class _ObjectLock:
+    """An object that names the process which writes to its folder."""
 
     def __init__(self, path: str, holder: dict[str, Any]) -> None:
         self._path, self._holder = path, holder
@@ -163,30 +161,24 @@ class _Lease:
         self._lost = False
 
     def acquire(self) -> None:
-        """Create the lease, or replace one that nobody renews."""
-        while True:
-            try:
-                other, self._etag = self._read()
-            except FileNotFoundError:
-                other, self._etag = None, None
-            if other is not None and other.get("token") == self._holder["token"]:
-                return
-            if other is not None and not self._abandoned(other):
+        """Create the object, or replace an abandoned one; raise `InUse` for a live one."""
+        while (other := self._read()) is None or not self._is_mine(other):
+            if other is not None and not self._is_abandoned(other):
                 cure = f" If that process has ended, wait {STALE_S:g} s or remove {self._path}."
                 raise _in_use(self._path, other, cure)
-            with suppress(Unmet, FileNotFoundError):  # another process was faster
-                self._write()
+            with suppress(PreconditionFailed, FileNotFoundError):  # another process was faster
+                self._write()  # then read again: a store may ignore conditions
 
     def renew_until(self, ended: threading.Event) -> None:
-        """Renew the lease until an event, or until another process has taken it over."""
+        """Renew the lock until an event, or until another process has replaced it."""
         while not self._lost and not ended.wait(RENEW_S):
             try:
                 self._renew()
             except UserError as error:
-                logger.warning("the lease of %s could not be renewed: %s", self._path, error)
+                logger.warning("the lock %s could not be renewed: %s", self._path, error)
 
     def check(self) -> None:
-        """Raise UserError if another process has taken the lease over."""
+        """Raise `UserError` if another process has replaced the lock."""
         if self._lost:
             raise UserError(
                 f"another command has taken over {_folder_of(self._path)}, because this one could "
@@ -194,66 +186,66 @@ class _Lease:
             )
 
     def release(self) -> None:
-        """Remove the lease, unless it belongs to another process by now."""
-        with suppress(UserError):  # it will be stale soon
-            if not self._lost and self._is_mine():
+        """Remove the lock, unless another process has replaced it."""
+        with suppress(UserError):  # it becomes stale soon
+            if not self._lost and self._is_mine(self._read()):
                 objects.remove([self._path])
 
     def _renew(self) -> None:
         try:
             self._write()
-        except (Unmet, FileNotFoundError):
-            self._lost = not self._is_mine()  # ours: written, though the answer was lost
+        except (PreconditionFailed, FileNotFoundError):
+            # It is still ours if it was written and only the response got lost.
+            self._lost = not self._is_mine(self._read())
 
     def _write(self) -> None:
-        content = _encoded({**self._holder, "renewed": time.time()})
+        content = _encode({**self._holder, "renewed": time.time()})
         self._etag = objects.put_if(self._path, content, self._etag)
 
-    def _is_mine(self) -> bool:
-        try:
-            other, self._etag = self._read()
-        except FileNotFoundError:
-            return False
-        return bool(other.get("token") == self._holder["token"])
+    def _is_mine(self, other: dict[str, Any] | None) -> bool:
+        return other is not None and other.get("token") == self._holder["token"]
 
-    def _read(self) -> tuple[dict[str, Any], str | None]:
-        """Who has the lease, and the version of the object."""
+    def _read(self) -> dict[str, Any] | None:
+        """Return the current holder, None if there is none; remember the object's version."""
         while True:
-            source = objects.Ranges(self._path)
-            with suppress(Unmet):  # written anew meanwhile
-                return _decoded(source.read()), source.etag
+            with suppress(PreconditionFailed):  # replaced between the two requests
+                try:
+                    source = objects.Ranges(self._path)
+                    holder = _decode(source.read())
+                except FileNotFoundError:
+                    self._etag = None
+                    return None
+                self._etag = source.etag
+                return holder
 
-    def _abandoned(self, other: dict[str, Any]) -> bool:
-        """Whether nobody renews a lease any more; looks twice, as clocks of hosts differ."""
+    def _is_abandoned(self, other: dict[str, Any]) -> bool:
+        """Return whether a lock is no longer renewed; read it twice, as clocks of hosts differ."""
         if other.get("machine") == self._holder["machine"]:
+            # If the store failed at the end of an earlier block of this process, its lock stayed.
             mine = other.get("process") == os.getpid()
-            # Where the store was away at the end of a block, its lease stayed.
-            return not _is_alive(other) or (mine and other.get("token") not in _own_tokens)
+            return not _is_alive(other) or (mine and other.get("token") not in _active_tokens)
         if time.time() - other.get("renewed", 0) < STALE_S:
             return False
         logger.warning("%s seems abandoned; watching it for %g s", self._path, 2 * RENEW_S)
         time.sleep(2 * RENEW_S)
-        try:
-            return self._read()[0] == other
-        except FileNotFoundError:
-            return True
+        return self._read() in (other, None)
 
 
 def _holder(purpose: str) -> dict[str, Any]:
-    """Who writes: what others are told, and what tells them whether it still runs."""
+    """Return what a lock says of this process: for messages, and to tell whether it runs."""
     return {
         "purpose": purpose,
         "host": socket.gethostname(),
         "machine": _machine(),
         "process": os.getpid(),
-        "born": _born(os.getpid()),
+        "born": _start_ticks(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "token": uuid.uuid4().hex,
     }
 
 
 def _machine() -> str:
-    """What processes that see each other's numbers have in common."""
+    """Return the identity of the kernel and process namespace in which process ids are valid."""
     words = [socket.gethostname()]
     with suppress(OSError):
         words.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -262,29 +254,29 @@ def _machine() -> str:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether a process of this machine still runs (and is no later one of the same number)."""
+    """Return whether a process of this machine still runs, not a later one of the same id."""
     try:
         os.kill(int(holder["process"]), 0)
     except (ProcessLookupError, KeyError, ValueError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # it belongs to another user
         pass
-    return _born(holder["process"]) == holder.get("born")
+    return _start_ticks(holder["process"]) == holder.get("born")
 
 
-def _born(process: int) -> str:
-    """When a process started, in the kernel's ticks; nothing where /proc does not say."""
+def _start_ticks(process: int) -> str:
+    """Return when a process started, in the kernel's ticks; "" without /proc."""
     with suppress(OSError, IndexError):
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
     return ""
 
 
-def _encoded(holder: dict[str, Any]) -> bytes:
+def _encode(holder: dict[str, Any]) -> bytes:
     return (json.dumps(holder, sort_keys=True) + "\n").encode()
 
 
-def _decoded(content: bytes) -> dict[str, Any]:
-    """What a lock file says; nothing where it is damaged or not written yet."""
+def _decode(content: bytes) -> dict[str, Any]:
+    """Return the content of a lock file; {} if it is damaged or not written yet."""
     try:
         holder = json.loads(content)
     except ValueError:
@@ -296,11 +288,11 @@ def _folder_of(path: str) -> str:
     return path.rsplit("/", 1)[0]
 
 
-def _in_use(path: str, other: dict[str, Any], cure: str) -> InUse:
-    who = other.get("purpose", "another command")
+def _in_use(path: str, other: dict[str, Any], cure: str = "") -> InUse:
+    command = other.get("purpose", "another command")
     process = f"process {other.get('process', '?')} on {other.get('host', '?')}"
     return InUse(
-        f"{_folder_of(path)} is in use: {who} has been writing to it since "
+        f"{_folder_of(path)} is in use: {command} has been writing to it since "
         f"{other.get('since', 'just now')} ({process}); wait until it ends, stop it, or give "
         f"another out=.{cure}"
     )

@@ -1,7 +1,7 @@
-"""Parquet files: written whole and the same each time, read whole or by row groups.
+"""Write parquet files with reproducible bytes; read them completely or by row groups.
 
-Pages carry checksums, so a flipped bit is an error and no embedding. Readers raise a UserError
-where nothing stands at the path, or it is damaged, or lacks a group or a column.
+Pages carry checksums, so that a flipped bit is an error, never an embedding. Readers raise
+`UserError` if the file does not exist, is damaged, or lacks a row group or a column.
 """
 
 from __future__ import annotations
@@ -16,59 +16,60 @@ import pyarrow.parquet as pq
 
 from raylarge.errors import UserError
 from raylarge.storage import objects
-from raylarge.storage.files import read_bytes, write_bytes
+from raylarge.storage.files import missing, read_bytes, write_bytes
 from raylarge.storage.folders import absolute
-from raylarge.storage.patience import Unmet, is_local, on_disk
+from raylarge.storage.retry import PreconditionFailed, disk_errors, is_local
 
-FOOTER_BYTES = 64 << 10  # what is fetched at first; a footer that is larger costs one request more
-COMPRESSED = "image"  # a column of files (PNG, JPEG) that no codec makes smaller
+FOOTER_BYTES = 64 << 10
+"""Fetched by the first request for a footer; a larger footer takes one request more."""
+COMPRESSED = "image"
+"""A column of PNG or JPEG files, which no codec makes smaller."""
 T = TypeVar("T")
 
 
 def read_table(path: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """One parquet file."""
+    """Return the table of a parquet file."""
     content = pa.BufferReader(read_bytes(path))
     return _read(path, content, lambda file: _rows(path, file, None, columns))
 
 
 def read_rows(path: str, groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
-    """Some row groups of a parquet file, in the order given; nothing else of it is fetched."""
+    """Return some row groups of a parquet file, in the order of `groups`; fetch nothing else."""
 
     def read(source: Any) -> pa.Table:
         return _read(path, source, lambda file: _rows(path, file, groups, columns))
 
     try:
         if is_local(path):
-            with on_disk(path), Path(absolute(path)).open("rb") as source:
+            with disk_errors(path), Path(absolute(path)).open("rb") as source:
                 return read(source)
         for _ in range(objects.TRIES):
-            with suppress(Unmet):
+            with suppress(PreconditionFailed):
                 return read(objects.Ranges(path))
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; check the path.") from error
+        raise missing(path) from error
     raise objects.changing(path)
 
 
 def read_metadata(path: str) -> dict[bytes, bytes]:
-    """The metadata of a parquet file's schema; one or two requests fetch its footer alone."""
+    """Return the metadata of a parquet file's schema; fetch its footer alone."""
     try:
         footer = pa.BufferReader(_footer(path, FOOTER_BYTES))
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; check the path.") from error
+        raise missing(path) from error
     return _read(path, footer, lambda file: dict(file.schema_arrow.metadata or {}))
 
 
 def write_table(path: str, table: pa.Table, row_groups: Sequence[int] | None = None) -> None:
-    """Write one parquet file atomically; the same table makes the same bytes.
+    """Write one parquet file atomically; equal tables give equal bytes, however they are chunked.
 
     Args:
-        path: where.
-        table: however it is chunked.
-        row_groups: how many rows each row group holds, one after the other; None leaves it to
-            pyarrow (a million).
+        path: a path or URL.
+        table: the rows.
+        row_groups: the number of rows of each row group, in order; None leaves it to pyarrow.
 
     Raises:
-        ValueError: the row groups do not make up the table.
+        ValueError: the row groups do not add up to the table.
     """
     table = table.combine_chunks()  # pages end where chunks end
     if row_groups is not None and (
@@ -87,14 +88,14 @@ def write_table(path: str, table: pa.Table, row_groups: Sequence[int] | None = N
 
 
 def _coding(table: pa.Table) -> dict[str, Any]:
-    """Per column: zstd but for COMPRESSED, dictionaries for words alone.
+    """Return each column's coding: zstd except for COMPRESSED, dictionaries for strings alone.
 
-    Of other values few repeat, and a writer that looks for it takes three times as long.
+    Other values rarely repeat, and a writer that looks for repetitions takes three times as long.
     """
     sink = pa.BufferOutputStream()
     pq.write_table(table.schema.empty_table(), sink)  # only parquet knows its columns' paths
-    found = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
-    columns = [found.column(number) for number in range(len(found))]
+    schema = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    columns = [schema.column(number) for number in range(len(schema))]
     return {
         "compression": {c.path: "none" if c.path == COMPRESSED else "zstd" for c in columns},
         "use_dictionary": [c.path for c in columns if c.logical_type.type == "STRING"],
@@ -102,7 +103,7 @@ def _coding(table: pa.Table) -> dict[str, Any]:
 
 
 def _footer(path: str, size: int) -> bytes:
-    """The end of a parquet file with its whole footer, if so many bytes or one more look do."""
+    """Return the end of a parquet file with its complete footer, by one or two requests."""
     content = objects.tail(path, size)
     needed = int.from_bytes(content[-8:-4], "little") + 8
     if content[-4:] == b"PAR1" and needed > len(content) == size:
@@ -126,16 +127,15 @@ def _read(path: str, source: Any, action: Callable[[pq.ParquetFile], T]) -> T:
 def _rows(
     path: str, file: pq.ParquetFile, groups: Sequence[int] | None, columns: Sequence[str] | None
 ) -> pa.Table:
-    names = None if columns is None else list(columns)
-    for name in names or ():
+    for name in columns or ():
         if name not in file.schema_arrow.names:
             raise UserError(f"{path} has no column {name}; run what wrote it again.")
-    groups = list(range(file.num_row_groups) if groups is None else groups)
+    groups = range(file.num_row_groups) if groups is None else groups
     for group in groups:
         if not 0 <= group < file.num_row_groups:
             raise UserError(
                 f"{path} has {file.num_row_groups} row groups and no number {group}; run what "
                 f"wrote it again."
             )
-    table = file.read_row_groups(groups, columns=names)
-    return table if names is None else table.select(names)
+    table = file.read_row_groups(list(groups), columns=None if columns is None else list(columns))
+    return table if columns is None else table.select(list(columns))

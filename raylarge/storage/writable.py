@@ -1,4 +1,4 @@
-"""Whether a place can be written, before hours of work end in front of a closed door."""
+"""Check that a folder can be written before hours of work depend on it."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from pathlib import Path
 from raylarge.errors import UserError
 from raylarge.storage.files import remove, write_bytes
 from raylarge.storage.folders import absolute, join
-from raylarge.storage.patience import is_local
+from raylarge.storage.retry import is_local
 
 _LONGEST_NAME = ".image.png.01234567"
-"""As long as the names that are written first."""
+"""As long as the longest temporary name that a verb writes first."""
 
 
 def require_writable(key: str, folder: str) -> None:
-    """Check that files can be written to a folder that may not exist yet; leave no trace.
+    """Raise `UserError` unless files can be written to a folder; leave no trace.
 
     Args:
-        key: the key of the command line that names the folder.
-        folder: a path or URL.
+        key: the command-line key that names the folder.
+        folder: a path or URL, which need not exist yet.
 
     Raises:
         UserError: with the reason: a file is in the way, rights, no bucket, a name too long.
     """
     if is_local(folder):
-        _try_disk(key, Path(absolute(folder)))
+        _write_probe(key, Path(absolute(folder)))
     else:
         path = join(folder, f".writable-{uuid.uuid4().hex[:8]}")
         write_bytes(path, b"")
         remove(path)
 
 
-def _try_disk(key: str, folder: Path) -> None:
-    """Write a file below the nearest folder that exists, as deep as `folder` lies below it."""
+def _write_probe(key: str, folder: Path) -> None:
+    """Write a file below the nearest existing folder, at the same depth as in `folder`."""
     missing: list[str] = []
     nearest = folder
     try:
@@ -61,7 +61,7 @@ def _reason(error: Exception, nearest: Path) -> str:
     if isinstance(error, NotADirectoryError) and not nearest.is_dir():
         return f"{nearest} is a file, not a folder"
     if isinstance(error, FileNotFoundError) and nearest.is_symlink():
-        return f"{nearest} is a link to nothing"
+        return f"{nearest} is a link whose target does not exist"
     if isinstance(error, FileNotFoundError):
         return f"nothing can be created in {nearest}"
     return getattr(error, "strerror", None) or str(error)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylarge import storage
-from raylarge.errors import Lack, UserError
+from raylarge.errors import MissingResource, UserError
 from raylarge.storage import cache
 
 COMMIT, OWNER = "checkpoint.json", "owner.json"
@@ -176,14 +176,14 @@ class Checkpoints:
             (folder / _FETCHED).mkdir()
             for name in sizes:
                 with (folder / _FETCHED / name).open("wb") as target:
-                    for piece in storage.pieces(storage.join(path, name)):
+                    for piece in storage.chunks(storage.join(path, name)):
                         target.write(piece)
 
         identity = f"{path} {json.dumps(found.facts, sort_keys=True)}"
         try:
-            held = cache.hold(identity, sum(sizes.values()), make, _FETCHED)
-        except Lack as lack:
-            raise UserError(f"the checkpoint {path} {lack}") from lack
+            held = cache.acquire(identity, sum(sizes.values()), make, _FETCHED)
+        except MissingResource as lack:
+            raise UserError(f"checkpoint {path}: {lack}") from lack
         try:
             yield Path(held.path)
         finally:

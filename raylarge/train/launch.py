@@ -64,7 +64,7 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
         if facts is None:
             facts = _carried_out(config, build, source)
             facts |= {"seconds_total": round(time.monotonic() - began, 2)}
-            storage.write_json(storage.join(root, "facts.json"), storage.without_places(facts))
+            storage.write_json(storage.join(root, "facts.json"), storage.without_folders(facts))
     report.say(_closing(config, facts))
     for said in bundles.mismatched_parts(config.out).values():
         report.say(said)

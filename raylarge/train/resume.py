@@ -54,7 +54,7 @@ def shareable(config: Train) -> dict[str, Any]:
     values = {
         key: value for key, value in told(config).items() if key not in bundle_parts.PATH_KEYS
     }
-    named: dict[str, Any] = storage.without_places(values)
+    named: dict[str, Any] = storage.without_folders(values)
     return named
 
 

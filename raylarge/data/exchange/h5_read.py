@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float16, Int64
 from raylarge import storage
 from raylarge.errors import SlideError, UserError
 from raylarge.storage.objects import Ranges
-from raylarge.storage.patience import Unmet
+from raylarge.storage.retry import PreconditionFailed
 
 Cells = Int64[np.ndarray, "n 2"]
 Vectors = Float16[np.ndarray, "n width"]
@@ -75,7 +75,7 @@ def opened(path: str) -> Iterator[Any]:
             yield file
     except UserError as error:
         raise type(error)(str(error).replace(path, "its h5")) from error
-    except Unmet as error:
+    except PreconditionFailed as error:
         raise UserError("its h5 changes while it is read; run again when it stands") from error
     except _DAMAGE as error:
         raise SlideError("its h5 is missing, damaged or no HDF5 file") from error
