@@ -28,9 +28,9 @@ from raylarge.geometry import Patch
 from raylarge.models.bundle import Bundle
 from raylarge.models.summarizer import Summarizer
 from raylarge.train.config import Train
-from raylarge.train.paper import held, plan
-from raylarge.train.paper.memory import Activations
-from raylarge.train.paper.plan import GIB, Plan, PlanConfig
+from raylarge.train.estimate import model_states, plan
+from raylarge.train.estimate.memory import Activations
+from raylarge.train.estimate.plan import GIB, Plan, PlanConfig
 from raylarge.train.task import Facts, Task
 from raylarge.train.tasks.cdm import CdmTask
 from raylarge.train.tasks.ldm import LdmTask
@@ -206,10 +206,10 @@ def largest(plan_: Plan, gib: float) -> int:
     return replace(plan_, card=replace(plan_.card, card_gib=float(gib))).largest
 
 
-def without_average(plan_: Plan, config: Train) -> held.States:
+def without_average(plan_: Plan, config: Train) -> model_states.ModelStates:
     """The states of a training that keeps no moving average."""
     parts = [replace(part, averaged=0) for part in plan_.parts]
-    return held.states(parts, plan_.states.card["weights that are fixed"], config)
+    return model_states.states(parts, plan_.states.card["weights that are fixed"], config)
 
 
 def stages(card: PlanConfig) -> Section:
@@ -221,7 +221,7 @@ def stages(card: PlanConfig) -> Section:
         for zero, offload in ((0, False), (1, False), (2, False), (3, False), (2, True)):
             fixed = plan_.states.card["weights that are fixed"]
             one = replace(config, zero=zero, offload=offload)
-            stage = replace(plan_, states=held.states(plan_.parts, fixed, one))
+            stage = replace(plan_, states=model_states.states(plan_.parts, fixed, one))
             rows.append(
                 [
                     f"{zero}{', offload' if offload else ''}",

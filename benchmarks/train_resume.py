@@ -22,10 +22,10 @@ from benchmarks.train_tables import GROUP
 from raylarge import storage
 from raylarge.train.checkpoint import COMMIT, Checkpoints
 from raylarge.train.context import LocalContext
+from raylarge.train.history import HISTORY, TrainingHistory
 from raylarge.train.ingest import Ingest
-from raylarge.train.journal import HISTORY, Journal
 from raylarge.train.launch import Train, run_folder, train
-from raylarge.train.state import Stored
+from raylarge.train.state import StoredState
 from raylarge.train.task import Facts, Task
 from raylarge.train.tasks import ldm
 from raylarge.train.torch_engine import TorchEngine
@@ -95,14 +95,14 @@ def age_checkpoint(config: Train) -> None:
     checkpoint = Checkpoints(root, 1).newest()
     assert checkpoint is not None
     old = Path(root, checkpoint.name)
-    journal = Journal(config)
-    journal.resume(checkpoint.facts, (old / HISTORY).read_text(), "")
+    history = TrainingHistory(config)
+    history.resume(checkpoint.facts, (old / HISTORY).read_text(), "")
     every = range(config.log_every, STEP + 1, config.log_every)
-    journal.rows = [(n, "0.123456789012345", "1e-04", 12.34, n / 2, 0, "") for n in every]
-    journal.step, journal.seconds = STEP, STEP / 2
+    history.rows = [(n, "0.123456789012345", "1e-04", 12.34, n / 2, 0, "") for n in every]
+    history.step, history.seconds = STEP, STEP / 2
     new = old.rename(old.with_name(old.name.replace(f"{1:08d}", f"{STEP:08d}")))
-    (new / HISTORY).write_text(journal.tables()[HISTORY])
-    facts = {**checkpoint.facts, **journal.state()}
+    (new / HISTORY).write_text(history.tables()[HISTORY])
+    facts = {**checkpoint.facts, **history.state()}
     facts["files"] = {name: (new / name).stat().st_size for name in facts["files"]}
     storage.write_json(str(new / COMMIT), facts)
 
@@ -143,8 +143,8 @@ def _loaded(config: Train, facts: Facts) -> None:
     newest = checkpoints.newest()
     assert newest is not None
     with checkpoints.fetch(newest) as folder:
-        engine.load(Stored(folder))
-        Journal(config).resume(newest.facts, (folder / HISTORY).read_text(), "")
+        engine.load(StoredState(folder))
+        TrainingHistory(config).resume(newest.facts, (folder / HISTORY).read_text(), "")
 
 
 def timed(call: Callable[[], T]) -> tuple[T, tuple[float, ...]]:

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import train_memory
 from raylarge.errors import UserError
-from raylarge.train.paper.plan import PlanConfig
+from raylarge.train.estimate.plan import PlanConfig
 
 TINY = {
     "precision": "bf16",

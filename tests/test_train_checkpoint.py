@@ -19,10 +19,10 @@ from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.storage import files
 from raylarge.train import checkpoint
+from raylarge.train.async_checkpoint import AsyncCheckpointer
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.launch import Train, run_folder, train
-from raylarge.train.saver import Saver
-from raylarge.train.state import State, Stored
+from raylarge.train.state import StoredState, TrainState
 
 machine, store = servers.machine, servers.store  # fixtures
 
@@ -96,8 +96,8 @@ def dies_at(fatal, calls, work):
 SAVING = """
     import sys, torch
     from raylarge.train.checkpoint import Checkpoints
-    from raylarge.train.saver import Saver
-    from raylarge.train.state import State
+    from raylarge.train.async_checkpoint import AsyncCheckpointer
+    from raylarge.train.state import TrainState
 
     root, attempt = sys.argv[1:]
     checkpoints = Checkpoints(root, 2, attempt)
@@ -105,12 +105,13 @@ SAVING = """
     found = checkpoints.newest()
     checkpoints.clear()
     step = found.facts["step"] if found else 0
-    saver = Saver(checkpoints, 0, 1)
+    saver = AsyncCheckpointer(checkpoints, 0, 1)
     print("begun", flush=True)
     while True:
         step += 1
         tensors = {f"weights/{i}": torch.full((40_000,), float(step)) for i in range(8)}
-        saver.begin(step, State(tensors, step, step), {"loss.csv": str(step)}, {"score": -step})
+        state = TrainState(tensors, step, step)
+        saver.begin(step, state, {"loss.csv": str(step)}, {"score": -step})
 """
 
 
@@ -129,7 +130,7 @@ def test_the_newest_whole_checkpoint_is_found_after_any_kill(tmp_path, kills):
             assert steps == [0]
             continue
         with Checkpoints(root, 2).fetch(found) as folder:
-            stored, step = Stored(folder), found.facts["step"]
+            stored, step = StoredState(folder), found.facts["step"]
             assert stored.updates == stored.averaged == step
             assert all(stored[f"weights/{i}"].eq(step).all() for i in range(8))
             assert (folder / "loss.csv").read_text() == str(step)
@@ -144,8 +145,8 @@ def test_the_newest_whole_checkpoint_is_found_after_any_kill(tmp_path, kills):
 
 def test_a_state_that_is_not_finite_is_refused_by_name(tmp_path):
     tensors = {"weights/a": torch.ones(3), "weights/b": torch.tensor([1.0, torch.nan])}
-    State(tensors, updates=1).write(tmp_path, rank=0)
-    stored = Stored(tmp_path)
+    TrainState(tensors, updates=1).write(tmp_path, rank=0)
+    stored = StoredState(tmp_path)
     assert stored["weights/a"].tolist() == [1, 1, 1]
     with pytest.raises(UserError, match=r"weights/b holds NaN .*remove that folder to go on from"):
         stored["weights/b"]
@@ -202,8 +203,8 @@ def test_a_rank_that_writes_nothing_is_waited_for_and_then_named(tmp_path, monke
 
 def test_saving_goes_on_in_the_background_and_failures_are_told(tmp_path, monkeypatch):
     checkpoints = opened(str(tmp_path))
-    saver = Saver(checkpoints, 0, 1)
-    state = State({"weights/a": torch.ones(3)}, 4, 0)
+    saver = AsyncCheckpointer(checkpoints, 0, 1)
+    state = TrainState({"weights/a": torch.ones(3)}, 4, 0)
     saver.begin(1, state, {"loss.csv": "one"}, {"score": None})
     saver.wait()
     assert newest_step(checkpoints) == 1

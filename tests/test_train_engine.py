@@ -13,13 +13,13 @@ import torch.multiprocessing
 import toy
 from torch import nn
 
-from raylarge.train.average import Average
-from raylarge.train.clock import rate
+from raylarge.train.budget import rate
 from raylarge.train.context import LocalContext
+from raylarge.train.ema import EMA
 from raylarge.train.engine import DeepSpeedEngine, deepspeed_config
 from raylarge.train.ingest import Ingest, share
-from raylarge.train.pieces import passes, split
-from raylarge.train.state import Stored
+from raylarge.train.micro_batches import passes, split
+from raylarge.train.state import StoredState
 from raylarge.train.task import Recipe
 from raylarge.train.torch_engine import TorchEngine
 
@@ -32,7 +32,7 @@ def test_the_moving_average_is_the_published_one(parity):
     trace = json.loads((parity / "meta.json").read_text())["ema_trace_0_to_1"]
     module = nn.Linear(1, 1, bias=False)
     module.weight.data.fill_(0.0)
-    average = Average(module)
+    average = EMA(module)
     module.weight.data.fill_(1.0)
     for expected in trace:
         average.update()
@@ -78,7 +78,7 @@ class Peer(LocalContext):
         super().__init__(print)
         self.rank, self.world_size, self.device = rank, world_size, torch.device("cpu")
 
-    def total(self, values):
+    def all_reduce_sum(self, values):
         if self.world_size == 1:
             return list(values)
         message = torch.tensor(values, dtype=torch.float64)
@@ -98,7 +98,7 @@ def curve(make, recipe, peer, data, start=0, store=None, load=None, worn=False):
     if load is not None:
         if worn:  # what was trained otherwise before is gone
             engine.step(split(ingest.batch(range(8)), 1), 1.0, math.inf)
-        engine.load(Stored(load))
+        engine.load(StoredState(load))
     for step in range(start, STEPS):
         if store is not None and step == STEPS // 2:
             engine.state().write(store, peer.rank)

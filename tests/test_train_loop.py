@@ -13,7 +13,7 @@ from raylarge.errors import UserError
 from raylarge.train import launch, loop
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.launch import Train, run_folder, train
-from raylarge.train.state import Stored
+from raylarge.train.state import StoredState
 from raylarge.train.tasks.ldm import LdmConfig
 from raylarge.train.worker import STATISTICS
 
@@ -156,7 +156,7 @@ def test_the_bundle_is_of_the_last_or_of_the_best_checkpoint(config, result):
     assert found["best"].facts["step"] < found["last"].facts["step"] == 60
     assert facts["result_step"] == found[result].facts["step"]
     with checkpoints.fetch(found[result]) as folder:
-        stored = Stored(folder)
+        stored = StoredState(folder)
         for name, value in weights(config)["network"].items():
             assert torch.equal(value, stored[f"weights/{name}"])
         for name, value in weights(config)["averaged"].items():
@@ -172,7 +172,7 @@ def test_time_asks_for_checkpoints_too(config):
     assert len(list(Path(run_folder(config)).glob("step-*"))) == STEPS
 
 
-def test_who_is_told_to_go_saves_first(config, tmp_path, monkeypatch):
+def test_who_is_preempted_saves_first(config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "NOTICE_S", 0.0)
     going = toy.Toy(fatal_sample=12 * BATCH, fatal_once=str(tmp_path / "told"), fatal="SIGTERM")
     with pytest.raises(UserError, match=r"saved at step 1[34]; the same command goes on"):
@@ -255,9 +255,9 @@ def test_a_notice_is_heeded_at_once_and_before_its_time_is_over(config, monkeypa
     left = [float("inf")] * 3 + [20.0, 15.0, 12.0, 0.5, 0.2, 0.0] + [float("inf")] * 3 + [9.0]
 
     class Leaving(launch.LocalContext):
-        may_go = False
+        exits_on_preemption = False
 
-        def leaving(self):
+        def preemption_s(self):
             return left.pop(0) if left else 9.0
 
     monkeypatch.setattr(loop, "NOTICE_S", 0.0)

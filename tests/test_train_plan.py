@@ -18,8 +18,8 @@ from raylarge.models.summarizer import Summarizer
 from raylarge.train.activations import recompute
 from raylarge.train.config import Train, checked
 from raylarge.train.context import LocalContext
-from raylarge.train.paper import held, memory, plan
-from raylarge.train.pieces import Piece
+from raylarge.train.estimate import memory, model_states, plan
+from raylarge.train.micro_batches import MicroBatch
 from raylarge.train.task import Facts
 from raylarge.train.tasks import ldm, vae
 from raylarge.train.tasks.cdm import CdmTask
@@ -146,7 +146,9 @@ def test_weights_are_left_as_they_are(one_thread):
 def test_states_are_those_of_a_real_step(one_thread):
     config = config_of()
     task, batch = real(config)
-    said = held.states(held.parts(task), held.fixed_bytes(task.network), config)
+    said = model_states.states(
+        model_states.parts(task), model_states.fixed_bytes(task.network), config
+    )
     engine = TorchEngine(task, config, LocalContext(lambda status: None))
     (engine.network(batch).sum()).backward()
     bytes_of = {
@@ -154,7 +156,7 @@ def test_states_are_those_of_a_real_step(one_thread):
         "gradients": sum(p.grad.nbytes for p in task.network.parameters()),
         "average": sum(value.nbytes for value in engine.ema.shadow.values()),
     }
-    engine.step([Piece(batch, 2)], 1e-3, float("inf"))
+    engine.step([MicroBatch(batch, 2)], 1e-3, float("inf"))
     kept = [value for one in engine.optimizer.state.values() for value in one.values()]
     bytes_of["optimiser"] = sum(value.nbytes for value in kept if value.ndim)
     assert {name: size for name, size in said.card.items() if size} == bytes_of
@@ -180,7 +182,7 @@ def test_stages_divide_more_and_more(full):
     n = 4.0 * 439_576_579
 
     def states(**more):
-        return held.states(made.parts, 0.0, dataclasses.replace(config, **more))
+        return model_states.states(made.parts, 0.0, dataclasses.replace(config, **more))
 
     totals = [states(zero=stage).total for stage in (3, 2, 1, 0)]
     assert totals == sorted(totals)

@@ -12,8 +12,9 @@ from omegaconf import MISSING
 from raylarge import config as configuration
 from raylarge import storage
 from raylarge.errors import UserError
+from raylarge.train.estimate.plan import PlanConfig
 from raylarge.train.ingest import check_batch
-from raylarge.train.paper.plan import PlanConfig
+from raylarge.train.monitor.trackers import TRACKERS
 from raylarge.train.sequence import DEAL
 from raylarge.train.task import Recipe
 from raylarge.train.tasks.cdm import CdmConfig
@@ -23,7 +24,6 @@ from raylarge.train.tasks.ldm import LdmConfig
 from raylarge.train.tasks.mil import MilConfig
 from raylarge.train.tasks.prior import PriorConfig
 from raylarge.train.tasks.vae import VaeConfig
-from raylarge.train.watch.trackers import TRACKERS
 
 MODELS = ("vae", "ldm", "cdm", "prior", "controlnet", "mil", "classifier")
 """raylarge/train/tasks/<model>.py has the source and the task of each."""

@@ -26,21 +26,21 @@ class Context(Protocol):
     rank: int
     world_size: int
     device: torch.device
-    may_go: bool  # told to go, it saves and ends; others go on until they are ended
+    exits_on_preemption: bool  # told to go, it saves and ends; others go on until they are ended
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all ranks, the same on every rank."""
         ...
 
-    def words(self, mine: str) -> list[str]:
+    def all_gather_str(self, mine: str) -> list[str]:
         """What each rank says, rank 0 first, on every rank."""
         ...
 
-    def leaving(self) -> float:
+    def preemption_s(self) -> float:
         """Seconds until the machine must go: inf without a notice, 0 where it says no time."""
         ...
 
-    def tell(self, status: Status) -> None:
+    def report(self, status: Status) -> None:
         """Let the driver's progress line know, now and then."""
         ...
 
@@ -50,27 +50,27 @@ class LocalContext:
 
     rank = 0
     world_size = 1
-    may_go = True
+    exits_on_preemption = True
 
     def __init__(self, watch: Callable[[Status], None]) -> None:
         """Take who wants to be told how far it is."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.watch = watch
-        self.told_to_go = False
+        self.preempted = False
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Nobody to add."""
         return list(values)
 
-    def words(self, mine: str) -> list[str]:
+    def all_gather_str(self, mine: str) -> list[str]:
         """A monologue."""
         return [mine]
 
-    def leaving(self) -> float:
+    def preemption_s(self) -> float:
         """0 after SIGTERM, which batch systems and clouds send before they kill."""
-        return 0.0 if self.told_to_go else math.inf
+        return 0.0 if self.preempted else math.inf
 
-    def tell(self, status: Status) -> None:
+    def report(self, status: Status) -> None:
         """Straight to the progress line."""
         self.watch(status)
 
@@ -79,7 +79,7 @@ class LocalContext:
         """Within, SIGTERM is heard instead of obeyed; where signals go to another thread, not."""
 
         def hear(*_: Any) -> None:
-            self.told_to_go = True
+            self.preempted = True
 
         try:
             before = signal.signal(signal.SIGTERM, hear)

@@ -21,10 +21,17 @@ import torch.distributed
 from torch import Tensor
 
 from raylarge.train import optimizer as optimizers
-from raylarge.train.average import Average
 from raylarge.train.context import Context
-from raylarge.train.pieces import Piece, Step, Tally, passes, poisoned, to
-from raylarge.train.state import State, Stored, gathered, put_buffers
+from raylarge.train.ema import EMA
+from raylarge.train.micro_batches import (
+    LossAccumulator,
+    MicroBatch,
+    StepResult,
+    nan_loss,
+    passes,
+    to,
+)
+from raylarge.train.state import StoredState, TrainState, gathered, put_buffers
 from raylarge.train.task import Batch, Recipe, Task
 
 REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's own 500 M would reserve 2 GB a worker
@@ -35,7 +42,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Engine(Protocol):
     """One worker's hand on the network. Every rank makes the same calls."""
 
-    def step(self, pieces: Sequence[Piece], lr: float, most: float) -> Step:
+    def step(self, pieces: Sequence[MicroBatch], lr: float, most: float) -> StepResult:
         """One optimiser step over this rank's passes, unless its loss is above `most`."""
         ...
 
@@ -43,11 +50,11 @@ class Engine(Protocol):
         """The losses of held-out samples, on the CPU; no gradient."""
         ...
 
-    def state(self) -> State:
+    def state(self) -> TrainState:
         """This rank's share of all that training goes on from."""
         ...
 
-    def load(self, stored: Stored) -> None:
+    def load(self, stored: StoredState) -> None:
         """Go on from what all ranks stored, however many they were."""
         ...
 
@@ -81,12 +88,12 @@ class DeepSpeedEngine:
         )
         self.fragments = deepspeed.utils
         shard = self.fragments.safe_get_local_fp32_param if self.sharded else Tensor.detach
-        self.ema = Average(task.averaged, shard) if task.averaged is not None else None
+        self.ema = EMA(task.averaged, shard) if task.averaged is not None else None
         self.updates = 0
 
-    def step(self, pieces: Sequence[Piece], lr: float, most: float) -> Step:
+    def step(self, pieces: Sequence[MicroBatch], lr: float, most: float) -> StepResult:
         """See `Engine`."""
-        tally, norm = Tally(self.recipe.batch, most), math.nan
+        tally, norm = LossAccumulator(self.recipe.batch, most), math.nan
         optimizers.set_lr(self.engine.optimizer, lr)
         factor = self.context.world_size * len(pieces) / self.recipe.batch
         for piece in pieces:
@@ -94,7 +101,7 @@ class DeepSpeedEngine:
             losses = self.engine(to(piece.batch, self.context.device, self.recipe))
             loss = tally.add(losses, piece)
             if last and not tally.fine(self.context):
-                loss = poisoned(loss)
+                loss = nan_loss(loss)
             self.engine.backward(loss * factor)  # it takes the mean over workers and passes
             if last and self.recipe.zero == 0:  # nobody else looks at the gradient
                 norm = optimizers.clip(self.network, self.recipe.clip)
@@ -121,7 +128,7 @@ class DeepSpeedEngine:
         return losses.float().cpu()
 
     @torch.no_grad()
-    def state(self) -> State:
+    def state(self) -> TrainState:
         """See `Engine`."""
         kinds: dict[str, Any] = {"weights": lambda _, p: self._whole(p, None)}
         if self.updates:
@@ -130,10 +137,10 @@ class DeepSpeedEngine:
             names = {id(p): name for name, p in self.ema.parameters.items()}
             kinds["average"] = lambda _, p: self._average(p, names.get(id(p)))
         tensors = gathered(self.network, kinds, self.context.rank, self.context.world_size)
-        return State(tensors, self.updates, self.ema.count if self.ema is not None else 0)
+        return TrainState(tensors, self.updates, self.ema.count if self.ema is not None else 0)
 
     @torch.no_grad()
-    def load(self, stored: Stored) -> None:
+    def load(self, stored: StoredState) -> None:
         """See `Engine`."""
         self.updates = stored.updates
         if stored.updates:

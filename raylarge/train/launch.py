@@ -27,11 +27,11 @@ from raylarge.train import ray_trainer, resume
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.config import Train, checked, run_folder
 from raylarge.train.context import LocalContext, Status
-from raylarge.train.journal import HISTORY
-from raylarge.train.paper import plan as plans
+from raylarge.train.estimate import plan as plans
+from raylarge.train.history import HISTORY
+from raylarge.train.monitor import progress
 from raylarge.train.ray_context import RayContext
 from raylarge.train.task import Build, Source
-from raylarge.train.watch import line
 from raylarge.train.worker import module_of, work
 
 __all__ = ["Train", "plan", "run_folder", "train", "train_folds"]
@@ -76,7 +76,7 @@ def _carried_out(config: Train, build: Build | None, source: Source) -> dict[str
     root = run_folder(config)
     for sentence in Checkpoints(root, config.keep).damage():
         report.say(sentence)
-    with line.progress(config.model, config.batch) as show:
+    with progress.progress(config.model, config.batch) as show:
         if config.workers:
             facts = _on_ray(config, build, show)
         else:

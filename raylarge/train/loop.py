@@ -19,19 +19,19 @@ from safetensors import SafetensorError
 
 from raylarge import report
 from raylarge.errors import UserError
-from raylarge.train.ahead import Ahead
+from raylarge.train.async_checkpoint import AsyncCheckpointer
+from raylarge.train.budget import Budget, rate
 from raylarge.train.checkpoint import Checkpoints, Found
-from raylarge.train.clock import Clock, rate
 from raylarge.train.context import Context
 from raylarge.train.engine import Engine
+from raylarge.train.history import HISTORY, SKIPPED, TrainingHistory, number
 from raylarge.train.ingest import share
-from raylarge.train.journal import HISTORY, SKIPPED, Journal, number
-from raylarge.train.pieces import Step, passes, split
-from raylarge.train.saver import Saver
-from raylarge.train.state import Stored
+from raylarge.train.micro_batches import StepResult, passes, split
+from raylarge.train.monitor.monitor import Monitor
+from raylarge.train.monitor.remote_samples import RemoteSamples
+from raylarge.train.prefetch import Prefetcher
+from raylarge.train.state import StoredState
 from raylarge.train.task import Batch, Recipe, Source, Task
-from raylarge.train.watch.far_sheet import FarSheets
-from raylarge.train.watch.watcher import Watcher
 
 NOTICE_S = 5.0  # between two looks for a notice that the machine must go
 T = TypeVar("T")
@@ -39,26 +39,26 @@ WORST = 3  # samples of a skipped step that each worker names
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingJob:
     """What is trained on what, where its checkpoints go, and who watches."""
 
     task: Task
     source: Source
     held: Source | None  # held-out samples
     checkpoints: Checkpoints
-    watcher: Watcher
-    far: FarSheets | None = None  # who draws where weights lie in shards
+    watcher: Monitor
+    far: RemoteSamples | None = None  # who draws where weights lie in shards
 
 
-class Going(UserError):
+class Preempted(UserError):
     """The process was told to go, and has saved."""
 
 
-def fit(engine: Engine, context: Context, work: Work, recipe: Recipe) -> dict[str, Any]:
+def fit(engine: Engine, context: Context, work: TrainingJob, recipe: Recipe) -> dict[str, Any]:
     """Train until the recipe's steps are done or its minutes are over.
 
     Returns:
-        What `Journal.facts` says, resumed_from (step or None), and result_step: of the weights
+        `TrainingHistory.facts`, with resumed_from (step or None) and result_step: of the weights
         that the engine holds now.
 
     Raises:
@@ -69,22 +69,22 @@ def fit(engine: Engine, context: Context, work: Work, recipe: Recipe) -> dict[st
     resumed_from = loop.restore()
     try:
         loop.run()
-        loop.journal.refuse_nothing()
-        step = loop.take_best() if recipe.result == "best" else loop.journal.step
+        loop.history.refuse_nothing()
+        step = loop.take_best() if recipe.result == "best" else loop.history.step
     finally:
-        loop.saver.close()
+        loop.checkpointer.close()
         loop.aside(work.watcher.close)
-    return loop.journal.facts() | {"resumed_from": resumed_from, "result_step": step}
+    return loop.history.facts() | {"resumed_from": resumed_from, "result_step": step}
 
 
 class _Loop:
     """One life of one worker."""
 
-    def __init__(self, engine: Engine, context: Context, work: Work, recipe: Recipe) -> None:
+    def __init__(self, engine: Engine, context: Context, work: TrainingJob, recipe: Recipe) -> None:
         self.engine, self.context, self.work, self.recipe = engine, context, work, recipe
-        self.journal = Journal(recipe)
-        self.saver = Saver(work.checkpoints, context.rank, context.world_size)
-        self.clock = Clock(recipe, 0.0)
+        self.history = TrainingHistory(recipe)
+        self.checkpointer = AsyncCheckpointer(work.checkpoints, context.rank, context.world_size)
+        self.budget = Budget(recipe, 0.0)
         self.passes = passes(recipe.batch, context.world_size, recipe.micro_batch)
         self.saved = (-1, 0.0)  # step and seconds of the last checkpoint
         self.looked = 0.0
@@ -96,14 +96,14 @@ class _Loop:
     def restore(self) -> int | None:
         """Go on from the newest whole checkpoint; its step."""
         name = self._together(self._newest)
-        name = self.context.words(name)[0]
+        name = self.context.all_gather_str(name)[0]
         self._together(self.work.checkpoints.check_shared)
         if name:
             self._together(lambda: self._take_up(self.work.checkpoints.named(name)))
         self.held = self._together(self._held_out)
-        self._together(lambda: self.work.watcher.open(self.journal.step))
-        self.clock = Clock(self.recipe, self.journal.seconds)
-        return self.journal.step if name else None
+        self._together(lambda: self.work.watcher.open(self.history.step))
+        self.budget = Budget(self.recipe, self.history.seconds)
+        return self.history.step if name else None
 
     def _newest(self) -> str:
         """The checkpoint to go on from; rank 0 looks, and takes the run over."""
@@ -119,7 +119,7 @@ class _Loop:
         """Put the weights of the best checkpoint in place of the last ones; its step."""
         checkpoints = self.work.checkpoints
         best = self._together(lambda: None if self.context.rank else checkpoints.best())
-        found = checkpoints.named(self.context.words(best.name if best else "")[0])
+        found = checkpoints.named(self.context.all_gather_str(best.name if best else "")[0])
         self._together(lambda: self._load(found))
         step: int = found.facts["step"]
         return step
@@ -127,18 +127,18 @@ class _Loop:
     def _take_up(self, found: Found) -> None:
         _same_data(found.facts.get("data"), self.work.source.digest)
         tables = self._load(found)
-        self.journal.resume(found.facts, *tables)
-        self.saved = (self.journal.step, self.journal.seconds)
+        self.history.resume(found.facts, *tables)
+        self.saved = (self.history.step, self.history.seconds)
 
     def _load(self, found: Found) -> list[str]:
-        """Have the engine hold a checkpoint's state; the content of the journal's tables.
+        """Have the engine hold a checkpoint's state; the content of the history's tables.
 
         Raises:
             UserError: its files are damaged.
         """
         try:
             with self.work.checkpoints.fetch(found) as folder:
-                self.engine.load(Stored(folder))
+                self.engine.load(StoredState(folder))
                 return [(folder / name).read_text() for name in (HISTORY, SKIPPED)]
         except (SafetensorError, UnicodeDecodeError) as error:
             raise UserError(
@@ -168,8 +168,8 @@ class _Loop:
         """
         found: list[T] = []
         problem = _said(lambda: found.append(action()))
-        if self.context.total([float(bool(problem))])[0]:
-            raise UserError(next(words for words in self.context.words(problem) if words))
+        if self.context.all_reduce_sum([float(bool(problem))])[0]:
+            raise UserError(next(words for words in self.context.all_gather_str(problem) if words))
         return found[0]
 
     def aside(self, action: Callable[[], None]) -> None:
@@ -182,15 +182,17 @@ class _Loop:
     def run(self) -> None:
         """Steps, until it is over."""
         task, source = self.work.task, self.work.source
-        with Ahead(task, source, self.context, self.recipe.batch, self.journal.step) as ahead:
+        with Prefetcher(
+            task, source, self.context, self.recipe.batch, self.history.step
+        ) as prefetcher:
             while True:
-                batch, problem = ahead.take()
-                self._agree(problem or self.saver.problem())
-                if self.clock.fraction(self.journal.step) >= 1.0:
+                batch, problem = prefetcher.take()
+                self._agree(problem or self.checkpointer.problem())
+                if self.budget.fraction(self.history.step) >= 1.0:
                     break
-                self._step(batch, ahead.waited)
-        self.journal.seconds = max(self.journal.seconds, self.clock.agreed)
-        if self.saved[0] != self.journal.step:
+                self._step(batch, prefetcher.waited)
+        self.history.seconds = max(self.history.seconds, self.budget.agreed)
+        if self.saved[0] != self.history.step:
             self._save()
         self._await()
         self._picture()
@@ -203,64 +205,66 @@ class _Loop:
         Raises:
             UserError: one of them cannot go on.
         """
-        now = self.clock.seconds() if self.context.rank == 0 else 0.0
-        seconds, failed = self.context.total([now, float(bool(problem))])
-        self.clock.agreed = seconds
+        now = self.budget.seconds() if self.context.rank == 0 else 0.0
+        seconds, failed = self.context.all_reduce_sum([now, float(bool(problem))])
+        self.budget.agreed = seconds
         if failed:
-            said = [words for words in self.context.words(problem) if words]
+            said = [words for words in self.context.all_gather_str(problem) if words]
             raise UserError(said[0])
         if seconds - self.looked >= NOTICE_S:
             self.looked = seconds
-            self._heed(self.context.leaving())
+            self._heed(self.context.preemption_s())
 
     def _step(self, batch: Batch, waited: float) -> None:
-        lr = rate(self.recipe, self.journal.step, self.clock.fraction(self.journal.step))
-        most = self.journal.most()
+        lr = rate(self.recipe, self.history.step, self.budget.fraction(self.history.step))
+        most = self.history.most()
         made = self.engine.step(split(batch, self.passes), lr, most)
         if not made.applied:
-            self.journal.skip(made.loss, most, self.context.words(_worst(batch, made)))
+            self.history.skip(made.loss, most, self.context.all_gather_str(_worst(batch, made)))
             if self.context.rank == 0:
-                skips = self.journal.tables()[SKIPPED]
+                skips = self.history.tables()[SKIPPED]
                 self.aside(lambda: self.work.checkpoints.show(SKIPPED, skips))
-        self.journal.note(made.loss, made.applied, lr, self.clock.seconds())
+        self.history.note(made.loss, made.applied, lr, self.budget.seconds())
         watcher = self.work.watcher
         watcher.step(batch, made, self.recipe.batch, waited)
-        if self.journal.step % self.recipe.log_every == 0:
-            values = {"loss": self.journal.loss, "lr": lr, "gradient norm": made.norm}
+        if self.history.step % self.recipe.log_every == 0:
+            values = {"loss": self.history.loss, "lr": lr, "gradient norm": made.norm}
             figures = watcher.figures_of(self.context)
-            self.aside(lambda: watcher.tell(self.journal.step, {**values, **figures}))
-        self.aside(lambda: self.context.tell(self._status()))
-        if self.recipe.sheet_every and self.journal.step % self.recipe.sheet_every == 0:
+            self.aside(lambda: watcher.tell(self.history.step, {**values, **figures}))
+        self.aside(lambda: self.context.report(self._status()))
+        if self.recipe.sheet_every and self.history.step % self.recipe.sheet_every == 0:
             self._picture()
         if self._due():
             self._save()
 
     def _due(self) -> bool:
-        late = self.clock.agreed - self.saved[1] >= self.recipe.checkpoint_minutes * 60
-        return late or self.journal.step % self.recipe.checkpoint_every == 0
+        late = self.budget.agreed - self.saved[1] >= self.recipe.checkpoint_minutes * 60
+        return late or self.history.step % self.recipe.checkpoint_every == 0
 
     def _save(self) -> None:
         """A checkpoint of this step, written while training goes on."""
-        lr = rate(self.recipe, self.journal.step, self.clock.fraction(self.journal.step))
+        lr = rate(self.recipe, self.history.step, self.budget.fraction(self.history.step))
         score = self._validate()
         if score is not None:
-            self.journal.validated(score, lr)
+            self.history.validated(score, lr)
             told = {"loss/held out": score}
-            self.aside(lambda: self.work.watcher.tell(self.journal.step, told))
+            self.aside(lambda: self.work.watcher.tell(self.history.step, told))
         self._await()
-        facts = {"data": self.work.source.digest, "score": score, **self.journal.state()}
-        self.saver.begin(self.journal.step, self.engine.state(), self.journal.tables(), facts)
-        self.saved = (self.journal.step, self.clock.agreed)
+        facts = {"data": self.work.source.digest, "score": score, **self.history.state()}
+        self.checkpointer.begin(
+            self.history.step, self.engine.state(), self.history.tables(), facts
+        )
+        self.saved = (self.history.step, self.budget.agreed)
         self.aside(self.work.watcher.flush)
 
     def _await(self) -> None:
         """Until what is being written stands, on all ranks."""
-        self._together(self.saver.wait)
+        self._together(self.checkpointer.wait)
 
     def _heed(self, left: float) -> None:
         """Save when a machine must go, and once more at the last look before it does."""
         last = left <= NOTICE_S + 1 + 2 * self.leave_s
-        told = self.context.total([float(left < math.inf), float(last)])
+        told = self.context.all_reduce_sum([float(left < math.inf), float(last)])
         due = sum(bool(count) for count in told)
         if due > self.heeded:
             began = time.monotonic()
@@ -270,12 +274,12 @@ class _Loop:
 
     def _leave(self) -> None:
         """Save at once; who is nobody's worker goes."""
-        if self.saved[0] != self.journal.step:
+        if self.saved[0] != self.history.step:
             self._save()
         self._await()
-        if self.context.may_go:
-            raise Going(
-                f"told to stop, and saved at step {self.journal.step}; the same command goes on."
+        if self.context.exits_on_preemption:
+            raise Preempted(
+                f"told to stop, and saved at step {self.history.step}; the same command goes on."
             )
 
     def _validate(self) -> float | None:
@@ -287,7 +291,7 @@ class _Loop:
             self.engine.losses(piece.batch)[: piece.real]
             for piece in split(self.held, passes(count, context.world_size, self._held_size()))
         ]
-        total = self.context.total([float(torch.cat(losses).double().sum())])[0]
+        total = self.context.all_reduce_sum([float(torch.cat(losses).double().sum())])[0]
         return number(total / count)
 
     def _held_size(self) -> int:
@@ -298,28 +302,28 @@ class _Loop:
     def _picture(self) -> None:
         """A sheet of samples, drawn by rank 0 while the others wait; shards go elsewhere."""
         if (far := self.work.far) is not None:
-            if self.saved[0] != self.journal.step:
+            if self.saved[0] != self.history.step:
                 self._save()
             if self.context.rank == 0:
-                self.aside(lambda: far.ask(self.journal.step))
+                self.aside(lambda: far.ask(self.history.step))
             return
         if self.context.rank == 0:
             with self.engine.averaged():
                 self.aside(self._draw)
-        self.context.total([0.0])
+        self.context.all_reduce_sum([0.0])
 
     def _draw(self) -> None:
         source = self.work.held or self.work.source
-        self.work.watcher.picture(self.journal.step, self.work.task, source)
+        self.work.watcher.picture(self.history.step, self.work.task, source)
 
     def _status(self) -> dict[str, Any]:
         """What the progress line shows."""
-        journal, clock = self.journal, self.clock
-        fraction, before = clock.fraction(journal.step), clock.fraction_at(*journal.began)
-        spent = journal.seconds - journal.began[1]
-        ahead = spent * (1 - fraction) / (fraction - before) if fraction > before else None
-        shown = {"step": journal.step, "loss": number(journal.loss), "fraction": fraction}
-        return shown | {"rate": journal.speed(), "eta_s": ahead}
+        history, clock = self.history, self.budget
+        fraction, before = clock.fraction(history.step), clock.fraction_at(*history.began)
+        spent = history.seconds - history.began[1]
+        prefetcher = spent * (1 - fraction) / (fraction - before) if fraction > before else None
+        shown = {"step": history.step, "loss": number(history.loss), "fraction": fraction}
+        return shown | {"rate": history.speed(), "eta_s": prefetcher}
 
 
 def _said(action: Callable[[], None]) -> str:
@@ -339,7 +343,7 @@ def _same_data(before: str | None, now: str) -> None:
         )
 
 
-def _worst(batch: Batch, made: Step) -> str:
+def _worst(batch: Batch, made: StepResult) -> str:
     """The samples of this worker whose losses are not finite, or else the largest."""
     losses = made.losses.nan_to_num(math.inf, math.inf, math.inf)
     order = losses.argsort(descending=True)[:WORST].tolist()

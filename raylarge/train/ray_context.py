@@ -20,7 +20,7 @@ TELL_SECONDS = 1.0  # between two tellings
 class RayContext:
     """See `context.Context`."""
 
-    may_go = False
+    exits_on_preemption = False
 
     def __init__(self, root: str) -> None:
         """Read rank, world size and device from Ray Train.
@@ -45,7 +45,7 @@ class RayContext:
         """Share the node's cores evenly among the workers on it."""
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """One all-reduce in float64."""
         if self.world_size == 1:
             return list(values)
@@ -54,7 +54,7 @@ class RayContext:
         found: list[float] = message.tolist()
         return found
 
-    def words(self, mine: str) -> list[str]:
+    def all_gather_str(self, mine: str) -> list[str]:
         """See `Context`; for rare moments."""
         if self.world_size == 1:
             return [mine]
@@ -62,7 +62,7 @@ class RayContext:
         torch.distributed.all_gather_object(said, mine)
         return said
 
-    def leaving(self) -> float:
+    def preemption_s(self) -> float:
         """Seconds until the first node of ours is taken, of which Ray has notice; a barrier."""
         import ray.train
 
@@ -71,7 +71,7 @@ class RayContext:
             return math.inf
         return 0.0 if info.deadline_ms is None else max(0.0, info.deadline_ms / 1000 - time.time())
 
-    def tell(self, status: Status) -> None:
+    def report(self, status: Status) -> None:
         """Rank 0 leaves a small file beside the checkpoints, which the driver looks at.
 
         Raises:

@@ -20,8 +20,8 @@ from raylarge.models import bundle as bundles
 from raylarge.models import bundle_parts
 from raylarge.train.checkpoint import Checkpoints, document
 from raylarge.train.config import MODELS, Train
+from raylarge.train.history import HISTORY
 from raylarge.train.ingest import latents_table
-from raylarge.train.journal import HISTORY
 
 FREE = {"out", "data", "steps", "minutes", "logs", "checkpoint_every", "checkpoint_minutes"}
 FREE |= {"keep", "log_every", "gpu", "patience", "spike", "micro_batch", "workers", "min_workers"}

@@ -23,7 +23,7 @@ from raylarge.models.weights import is_finite
 
 
 @dataclass
-class State:
+class TrainState:
     """One rank's share, on the CPU.
 
     Attributes:
@@ -42,7 +42,7 @@ class State:
         save_file(self.tensors, folder / f"state-{rank}.safetensors", metadata=counts)
 
 
-class Stored:
+class StoredState:
     """What all ranks wrote into a folder; tensors are read when they are asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -115,7 +115,7 @@ def gathered(
 
 
 @torch.no_grad()
-def put_buffers(network: nn.Module, stored: Stored) -> None:
+def put_buffers(network: nn.Module, stored: StoredState) -> None:
     """The stored buffers into a network."""
     for name, value in network.named_buffers():
         value.copy_(stored[f"buffers/{name}"])

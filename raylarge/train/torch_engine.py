@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from raylarge.train import optimizer as optimizers
-from raylarge.train.average import Average
 from raylarge.train.context import Context
-from raylarge.train.pieces import Piece, Step, Tally, poisoned, to
-from raylarge.train.state import State, Stored, gathered, moments, put_buffers
+from raylarge.train.ema import EMA
+from raylarge.train.micro_batches import LossAccumulator, MicroBatch, StepResult, nan_loss, to
+from raylarge.train.state import StoredState, TrainState, gathered, moments, put_buffers
 from raylarge.train.task import Batch, Recipe, Task
 
 
@@ -26,12 +26,12 @@ class TorchEngine:
         self.network.to(context.device).train()
         self.model = _parallel(self.network, context)
         self.optimizer = optimizers.make(self.network, recipe, context.device)
-        self.ema = Average(task.averaged) if task.averaged is not None else None
+        self.ema = EMA(task.averaged) if task.averaged is not None else None
         self.updates = 0
 
-    def step(self, pieces: Sequence[Piece], lr: float, most: float) -> Step:
+    def step(self, pieces: Sequence[MicroBatch], lr: float, most: float) -> StepResult:
         """See `Engine`."""
-        tally = Tally(self.recipe.batch, most)
+        tally = LossAccumulator(self.recipe.batch, most)
         for piece in pieces:
             last = piece is pieces[-1]
             with nullcontext() if last or self.context.world_size == 1 else self.model.no_sync():
@@ -39,7 +39,7 @@ class TorchEngine:
                     losses = self.model(to(piece.batch, self.context.device, self.recipe))
                 loss = tally.add(losses, piece)
                 if last and not tally.fine(self.context):
-                    loss = poisoned(loss)
+                    loss = nan_loss(loss)
                 # DDP takes the mean over workers of what is a sum over samples.
                 (loss * self.context.world_size / self.recipe.batch).backward()
         norm = optimizers.clip(self.network, self.recipe.clip)
@@ -62,7 +62,7 @@ class TorchEngine:
         self.network.train()
         return losses.float().cpu()
 
-    def state(self) -> State:
+    def state(self) -> TrainState:
         """See `Engine`."""
         held = {p: moments(values) for p, values in self.optimizer.state.items()}
         kinds: dict[str, Any] = {"weights": lambda _, p: p}
@@ -73,10 +73,10 @@ class TorchEngine:
             shadow = self.ema.shadow
             kinds["average"] = lambda _, p: shadow[names[id(p)]] if id(p) in names else None
         tensors = gathered(self.network, kinds, self.context.rank, self.context.world_size)
-        return State(tensors, self.updates, self.ema.count if self.ema is not None else 0)
+        return TrainState(tensors, self.updates, self.ema.count if self.ema is not None else 0)
 
     @torch.no_grad()
-    def load(self, stored: Stored) -> None:
+    def load(self, stored: StoredState) -> None:
         """See `Engine`."""
         self.updates = stored.updates
         trained = {p: n for n, p in self.network.named_parameters() if p.requires_grad}

@@ -21,20 +21,20 @@ from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.config import Train, run_folder
 from raylarge.train.context import Context
 from raylarge.train.engine import DeepSpeedEngine, Engine
+from raylarge.train.estimate.memory import training_flops
+from raylarge.train.estimate.plan import example
+from raylarge.train.history import HISTORY
 from raylarge.train.ingest import Ingest
-from raylarge.train.journal import HISTORY
-from raylarge.train.loop import Work, fit
-from raylarge.train.paper.memory import training_flops
-from raylarge.train.paper.plan import example
+from raylarge.train.loop import TrainingJob, fit
+from raylarge.train.monitor.bins import Bins
+from raylarge.train.monitor.curve import curve, report, rows_of
+from raylarge.train.monitor.meter import Meter
+from raylarge.train.monitor.monitor import Monitor
+from raylarge.train.monitor.remote_samples import RemoteSamples
+from raylarge.train.monitor.trackers import Run, track
 from raylarge.train.rows import NoRows
 from raylarge.train.task import Build, Source, Task
 from raylarge.train.torch_engine import TorchEngine
-from raylarge.train.watch.bins import Bins
-from raylarge.train.watch.curve import curve, report, rows_of
-from raylarge.train.watch.far_sheet import FarSheets
-from raylarge.train.watch.meter import Meter
-from raylarge.train.watch.trackers import Run, track
-from raylarge.train.watch.watcher import Watcher
 
 STATISTICS = 64
 """Training samples that a task sees at its end, to standardise by."""
@@ -60,15 +60,15 @@ def work(
         UserError: what a user can mend; the same on every rank.
     """
     torch.manual_seed(config.seed)
-    made: Work | None = None
+    made: TrainingJob | None = None
     problem = ""
-    attempt = context.words(secrets.token_hex(4))[0]
+    attempt = context.all_gather_str(secrets.token_hex(4))[0]
     try:
         source = source or module_of(config).source(config)
         made = _set_up(config, build, context, attempt, source)
     except UserError as error:
         problem = str(error)
-    said = [words for words in context.words(problem) if words]
+    said = [words for words in context.all_gather_str(problem) if words]
     if said or made is None:
         raise UserError(said[0])
     try:
@@ -79,7 +79,7 @@ def work(
                 source.close()
 
 
-def _trained(config: Train, made: Work, context: Context) -> dict[str, Any]:
+def _trained(config: Train, made: TrainingJob, context: Context) -> dict[str, Any]:
     engine: Engine = (DeepSpeedEngine if config.by_deepspeed else TorchEngine)(
         made.task, config, context
     )
@@ -100,7 +100,7 @@ def _trained(config: Train, made: Work, context: Context) -> dict[str, Any]:
 
 def _set_up(
     config: Train, build: Build | None, context: Context, attempt: str, source: Source
-) -> Work:
+) -> TrainingJob:
     """Everything but the engine.
 
     Raises:
@@ -113,9 +113,9 @@ def _set_up(
     if config.checkpointing:
         recompute(task.network)
     sharded = config.by_deepspeed and config.zero == 3
-    far = FarSheets(config, build or module.build, (source, held)) if sharded else None
+    far = RemoteSamples(config, build or module.build, (source, held)) if sharded else None
     checkpoints = Checkpoints(root, config.keep, attempt)
-    return Work(task, source, held, checkpoints, watcher, far)
+    return TrainingJob(task, source, held, checkpoints, watcher, far)
 
 
 def _held(config: Train, module: Any) -> Source | None:
@@ -127,7 +127,7 @@ def _held(config: Train, module: Any) -> Source | None:
     return found
 
 
-def _watcher(config: Train, task: Task, source: Source, context: Context) -> Watcher:
+def _watcher(config: Train, task: Task, source: Source, context: Context) -> Monitor:
     flops, begin = None, None
     if context.rank == 0:
         name = f"{config.model} {config.out.rstrip('/').rsplit('/', 1)[-1]}"
@@ -138,14 +138,14 @@ def _watcher(config: Train, task: Task, source: Source, context: Context) -> Wat
             flops = training_flops(task.network, task.draw(batch), config.checkpointing)
     meter = Meter(context.device, context.world_size, config.precision, flops)
     length = getattr(getattr(task.network, "schedule", None), "length", 1000)
-    return Watcher(run_folder(config), Bins(source.facts.scales, length=length), meter, begin)
+    return Monitor(run_folder(config), Bins(source.facts.scales, length=length), meter, begin)
 
 
 def _track(config: Train, name: str, step: int) -> Any:
     return track(config.track, Run(run_folder(config), name, resume.told(config), step))
 
 
-def _tell(config: Train, made: Work, facts: dict[str, Any]) -> None:
+def _tell(config: Train, made: TrainingJob, facts: dict[str, Any]) -> None:
     """What a run leaves for people."""
     root = run_folder(config)
     if storage.exists(storage.join(config.out, "model_index.json")):

@@ -21,9 +21,9 @@ from raylarge.diffusion.loss import learned_variance_losses, mse_per_sample, tra
 from raylarge.models import bundle as bundles
 from raylarge.models.cdm import CDM
 from raylarge.train.ingest import Ingest, latents_table
+from raylarge.train.monitor.sample_grid import Painter, cdm_sheet
 from raylarge.train.task import Batch, Facts, Source
 from raylarge.train.tasks.ldm import check_conditioner, condition
-from raylarge.train.watch.sheets import Painter, cdm_sheet
 
 if TYPE_CHECKING:
     from raylarge.train.launch import Train

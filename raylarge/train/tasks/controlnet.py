@@ -30,9 +30,9 @@ from raylarge.models.controlnet import Controlled, lift
 from raylarge.models.denoiser import bind_context
 from raylarge.resample import downsample
 from raylarge.train.ingest import Ingest, latents_table
+from raylarge.train.monitor.sample_grid import AT_ONCE, spread
 from raylarge.train.task import Batch, Facts, Source
 from raylarge.train.tasks.ldm import check_conditioner, condition
-from raylarge.train.watch.sheets import AT_ONCE, spread
 
 if TYPE_CHECKING:
     from raylarge.train.config import Train

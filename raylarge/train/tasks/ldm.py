@@ -29,8 +29,8 @@ from raylarge.models.embedder import VectorEmbedder
 from raylarge.models.summarizer import ConvSummarizer, Summarizer
 from raylarge.models.unet import UNet, UNetConfig
 from raylarge.train.ingest import Ingest, latents_table
+from raylarge.train.monitor.sample_grid import Painter, ldm_sheet
 from raylarge.train.task import Batch, Facts
-from raylarge.train.watch.sheets import Painter, ldm_sheet
 
 if TYPE_CHECKING:
     from raylarge.train.launch import Train

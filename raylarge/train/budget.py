@@ -8,7 +8,7 @@ import time
 from raylarge.train.task import Recipe
 
 
-class Clock:
+class Budget:
     """Training time, all sessions together; all ranks go by what rank 0's showed last."""
 
     def __init__(self, recipe: Recipe, before: float) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 EMA_DECAY = 0.9999
 
 
-class Average:
+class EMA:
     """The average of a module's parameters, or of this rank's shards of them."""
 
     def __init__(self, module: nn.Module, shard: Callable[[Tensor], Tensor] = Tensor.detach):

@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from raylarge import images, storage
 from raylarge.errors import UserError
-from raylarge.train.paper import memory
-from raylarge.train.watch import line, meter
-from raylarge.train.watch import trackers as watch
-from raylarge.train.watch.bins import Bins
-from raylarge.train.watch.meter import Meter
-from raylarge.train.watch.trackers import Run, track
+from raylarge.train.estimate import memory
+from raylarge.train.monitor import meter, progress
+from raylarge.train.monitor import trackers as watch
+from raylarge.train.monitor.bins import Bins
+from raylarge.train.monitor.meter import Meter
+from raylarge.train.monitor.trackers import Run, track
 
 CONFIG = {"model": "ldm", "ldm": {"layers": 2}}
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -336,7 +336,7 @@ def test_flops_of_training_are_counted_on_a_copy(way, extra):
 
 def test_the_expected_end_is_printed_once_after_a_few_steps(capsys):
     status = {"loss": 0.5, "fraction": 0.01, "rate": 8.0}
-    with line.progress("ldm", 16) as show:
+    with progress.progress("ldm", 16) as show:
         for step in range(101, 112):  # a resumed run begins anywhere
             show({**status, "step": step, "eta_s": 3600.0})
     lines = [one for one in capsys.readouterr().out.splitlines() if "expected end" in one]
@@ -344,6 +344,6 @@ def test_the_expected_end_is_printed_once_after_a_few_steps(capsys):
     assert (
         "ldm: 2 s per step of 16 samples on this machine; expected end in 1:00:00, at" in lines[0]
     )
-    with line.progress("ldm", 16) as show:
+    with progress.progress("ldm", 16) as show:
         show({**status, "step": 1, "eta_s": None})
     assert "expected end" not in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """A sheet of samples by a Ray task of its own, from a checkpoint: for weights that lie in shards.
 
 Training goes on meanwhile. The task reads the checkpoint, whose tensors are whole, puts the
-averages in place of the weights and draws what `watcher.py` would have drawn.
+averages in place of the weights and draws what `monitor.py` would have drawn.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from raylarge.errors import UserError
 from raylarge.train.checkpoint import LOOK_S, SHARED_S, Checkpoints, Found
 from raylarge.train.config import Train, run_folder
-from raylarge.train.state import Stored, put_buffers
+from raylarge.train.monitor import monitor
+from raylarge.train.state import StoredState, put_buffers
 from raylarge.train.task import Build, Source, Task
-from raylarge.train.watch import watcher
 
 
-class FarSheets:
+class RemoteSamples:
     """Rank 0's hand on the tasks that draw."""
 
     def __init__(self, config: Train, build: Build, sources: tuple[Source, Source | None]) -> None:
@@ -34,7 +34,7 @@ class FarSheets:
         import ray
 
         job = ray.remote(num_cpus=0, num_gpus=self._config.sheet_gpus, max_retries=0)(_draw)
-        batch = self._shown.batch(range(watcher.SHOWN))
+        batch = self._shown.batch(range(monitor.SHOWN))
         self._asked.append(job.remote(self._config, self._build, self._facts, batch, step))
 
     def wait(self) -> None:
@@ -50,11 +50,11 @@ def _draw(config: Train, build: Build, facts: Any, batch: Any, step: int) -> Non
     task = build(config, facts)
     task.network.to("cuda" if torch.cuda.is_available() else "cpu")
     with checkpoints.fetch(_committed(checkpoints, step)) as folder:
-        put(task, Stored(folder))
-    watcher.draw(root, step, task, batch)
+        put(task, StoredState(folder))
+    monitor.draw(root, step, task, batch)
 
 
-def put(task: Task, stored: Stored) -> None:
+def put(task: Task, stored: StoredState) -> None:
     """The weights of a checkpoint into a task's network, averaged ones where there are such."""
     averaged = {id(p) for p in task.averaged.parameters()} if task.averaged is not None else set()
     trained = {n: p for n, p in task.network.named_parameters() if p.requires_grad}

@@ -60,17 +60,17 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Line:
+class LinearFit:
     """Bytes that grow with the batch."""
 
     fixed: float
     sample: float
 
     @staticmethod
-    def through(few: int, many: int) -> Line:
+    def through(few: int, many: int) -> LinearFit:
         """The line through the figures of `_SIZES`."""
         slope = (many - few) / (_SIZES[1] - _SIZES[0])
-        return Line(few - _SIZES[0] * slope, slope)
+        return LinearFit(few - _SIZES[0] * slope, slope)
 
     def at(self, samples: int) -> float:
         """Bytes of a batch."""
@@ -89,9 +89,9 @@ class Activations:
         flops: of a sample's training: forward, backward, and what is computed again.
     """
 
-    saved: Line
-    ahead: Line
-    back: Line
+    saved: LinearFit
+    ahead: LinearFit
+    back: LinearFit
     forward: float
     flops: float
 
@@ -119,9 +119,9 @@ def activations(network: nn.Module, batch: Batch, half: bool, again: bool = Fals
     """
     few, many = (on_paper(network, batch, size, half, again) for size in _SIZES)
     return Activations(
-        saved=Line.through(few.saved, many.saved),
-        ahead=Line.through(few.ahead, many.ahead),
-        back=Line.through(few.back, many.back),
+        saved=LinearFit.through(few.saved, many.saved),
+        ahead=LinearFit.through(few.ahead, many.ahead),
+        back=LinearFit.through(few.back, many.back),
         forward=many.forward / _SIZES[1],
         flops=many.flops / _SIZES[1],
     )

@@ -12,9 +12,9 @@ from raylarge import images
 from raylarge.diffusion.schedule import Schedule
 from raylarge.models import bundle as bundles
 from raylarge.models.summarizer import Summarizer
+from raylarge.train.monitor import curve, sample_grid
+from raylarge.train.monitor.sample_grid import Painter, cdm_sheet, ldm_sheet, spread
 from raylarge.train.tasks.ldm import condition
-from raylarge.train.watch import curve, sheets
-from raylarge.train.watch.sheets import Painter, cdm_sheet, ldm_sheet, spread
 
 SCALES = (0, 0, 0, 2, 2, 2, 2, 3)
 CELL, GAP, TOP = 128, 4, 22  # of a sheet
@@ -93,7 +93,7 @@ def test_a_sheet_shows_each_sample_beside_one_of_its_condition(bundle, batch):
     assert np.abs(cell(sheet, 1, 1).astype(int) - drawn).mean() < 3
     assert np.abs(cell(sheet, 1, 3).astype(int) - drawn).mean() > 6  # another condition
     assert {t for _, t in oracle.seen} == {step.t for step in schedule.steps(20)}
-    assert max(count for count, _ in oracle.seen) <= 2 * sheets.AT_ONCE
+    assert max(count for count, _ in oracle.seen) <= 2 * sample_grid.AT_ONCE
 
 
 def test_guidance_goes_away_from_the_tokens_of_no_condition():
@@ -145,7 +145,7 @@ def test_a_sheet_of_the_cdm_has_a_row_of_draws_for_each_scale(bundle):
     assert len(cells) == 8
     np.testing.assert_array_equal(cdm_sheet(painter, bundle.cdm, (1, 3), seed=0), sheet)
     tokens = bundle.cdm.draw(3, 0, [(3, 0, 1)])
-    made = painter.sample(tokens, sheets._noise((3, 16, 16), 0, (3, 3))[1:])
+    made = painter.sample(tokens, sample_grid._noise((3, 16, 16), 0, (3, 3))[1:])
     wanted = painter.show(made)[0].repeat(2, axis=0).repeat(2, axis=1)
     assert np.abs(cell(sheet, 1, 1).astype(int) - wanted).max() <= 1
 

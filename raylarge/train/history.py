@@ -25,7 +25,7 @@ Row = tuple[Any, ...]
 
 
 @dataclass
-class Journal:
+class TrainingHistory:
     """Steps, losses and time, all sessions together."""
 
     recipe: Recipe
@@ -47,7 +47,7 @@ class Journal:
 
         A fact that an older version did not write is that of a training that begins.
         """
-        facts = Journal(self.recipe).state() | facts
+        facts = TrainingHistory(self.recipe).state() | facts
         self.step, self.seconds = facts["step"], facts["seconds"]
         self.skipped, self.running = facts["skipped"], facts["running"]
         self.loss, self.first = (_value(facts[name]) for name in ("loss", "first_loss"))

@@ -16,7 +16,7 @@ from raylarge.train.task import Batch, Source, Task
 DEPTH = 2  # batches in hand
 
 
-class Ahead:
+class Prefetcher:
     """The batches of one rank from a step on."""
 
     def __init__(self, task: Task, source: Source, context: Context, batch: int, step: int) -> None:
@@ -29,7 +29,7 @@ class Ahead:
         self.waited = 0.0
         """Seconds for which the batch taken last was waited for."""
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(

@@ -14,19 +14,19 @@ from jaxtyping import UInt8
 
 from raylarge import images, report, storage
 from raylarge.train.context import Context
-from raylarge.train.pieces import Step
+from raylarge.train.micro_batches import StepResult
+from raylarge.train.monitor.bins import Bins
+from raylarge.train.monitor.meter import Meter
+from raylarge.train.monitor.sample_grid import spread
+from raylarge.train.monitor.trackers import Tracker
 from raylarge.train.task import Batch, Source, Task
-from raylarge.train.watch.bins import Bins
-from raylarge.train.watch.meter import Meter
-from raylarge.train.watch.sheets import spread
-from raylarge.train.watch.trackers import Tracker
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 SHOWN = 64  # held-out samples among which those of a sheet are found
 PER_SCALE = 4
 
 
-class Watcher:
+class Monitor:
     """One rank's part in watching; only rank 0's has a tracker."""
 
     def __init__(
@@ -41,7 +41,7 @@ class Watcher:
         if self._begin is not None:
             self._tracker = self._begin(step)
 
-    def step(self, batch: Batch, made: Step, size: int, waited: float) -> None:
+    def step(self, batch: Batch, made: StepResult, size: int, waited: float) -> None:
         """A step was made over `size` samples of all ranks; its batch was waited for so long."""
         self._bins.add(batch, made.losses)
         self._meter.stepped(size)
@@ -49,7 +49,9 @@ class Watcher:
 
     def figures_of(self, context: Context) -> dict[str, float]:
         """Losses over all ranks, and speed, since the last time; every rank calls it."""
-        totals = torch.tensor(context.total(self._bins.totals().tolist()), dtype=torch.float64)
+        totals = torch.tensor(
+            context.all_reduce_sum(self._bins.totals().tolist()), dtype=torch.float64
+        )
         speed = {f"speed/{name}": value for name, value in self._meter.read().items()}
         return {**self._bins.take(totals), **speed}
 

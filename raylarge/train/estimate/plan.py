@@ -19,9 +19,9 @@ import torch
 from raylarge import report
 from raylarge.config import require
 from raylarge.models.conditioner import SIDE, SLOTS
-from raylarge.train.paper.held import Part, States, fixed_bytes, parts, states
-from raylarge.train.paper.memory import Activations, activations
-from raylarge.train.pieces import passes
+from raylarge.train.estimate.memory import Activations, activations
+from raylarge.train.estimate.model_states import ModelStates, PartSize, fixed_bytes, parts, states
+from raylarge.train.micro_batches import passes
 from raylarge.train.task import Batch, Build, Facts, Task
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ class Plan:
         card: what was assumed.
     """
 
-    parts: tuple[Part, ...]
-    states: States
+    parts: tuple[PartSize, ...]
+    states: ModelStates
     activations: Activations
     workers: int
     batch: int

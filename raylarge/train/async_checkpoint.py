@@ -14,10 +14,10 @@ from typing import Any
 
 from raylarge.errors import UserError
 from raylarge.train.checkpoint import Checkpoints
-from raylarge.train.state import State
+from raylarge.train.state import TrainState
 
 
-class Saver:
+class AsyncCheckpointer:
     """Writes one rank's share of checkpoints; rank 0's commits them."""
 
     def __init__(self, checkpoints: Checkpoints, rank: int, world_size: int) -> None:
@@ -27,7 +27,7 @@ class Saver:
         self._under_way: Future[None] | None = None
 
     def begin(
-        self, step: int, state: State, texts: Mapping[str, str], facts: dict[str, Any]
+        self, step: int, state: TrainState, texts: Mapping[str, str], facts: dict[str, Any]
     ) -> None:
         """Have a checkpoint written; the one before is waited for.
 
@@ -66,7 +66,7 @@ class Saver:
         self._pool.shutdown(wait=True)
 
     def _write(
-        self, step: int, state: State, texts: Mapping[str, str], facts: dict[str, Any]
+        self, step: int, state: TrainState, texts: Mapping[str, str], facts: dict[str, Any]
     ) -> None:
         try:
             with self._checkpoints.scratch() as folder:
@@ -86,7 +86,7 @@ class Saver:
             for name, text in texts.items():
                 self._checkpoints.show(name, text)
 
-    def _write_here(self, folder: Path, state: State) -> None:
+    def _write_here(self, folder: Path, state: TrainState) -> None:
         try:
             state.write(folder, self._rank)
         except Exception as error:  # safetensors has one of its own for a disk that is full

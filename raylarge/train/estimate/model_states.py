@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from raylarge.train.engine import REDUCE_BUCKET
-from raylarge.train.paper.memory import modules, tensors
+from raylarge.train.estimate.memory import modules, tensors
 from raylarge.train.task import Task
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartSize:
     """Parameters of a part of a network."""
 
     name: str
@@ -33,7 +33,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class States:
+class ModelStates:
     """Bytes that one worker holds all the time: on its card by name, and on its host."""
 
     card: dict[str, float]
@@ -45,7 +45,7 @@ class States:
         return sum(self.card.values())
 
 
-def parts(task: Task) -> list[Part]:
+def parts(task: Task) -> list[PartSize]:
     """A task's network by its children; what is in none of them; what it uses beside them."""
     network, counted = task.network, set[int]()
     averaged = set(map(id, task.averaged.parameters())) if task.averaged is not None else set()
@@ -63,7 +63,7 @@ def parts(task: Task) -> list[Part]:
         trained = _numel(p for p in unique if p.requires_grad)
         if count:
             kept = _numel(p for p in unique if id(p) in averaged)
-            found.append(Part(name, trained, count - trained, kept))
+            found.append(PartSize(name, trained, count - trained, kept))
     return found
 
 
@@ -76,7 +76,7 @@ def fixed_bytes(network: nn.Module) -> float:
     return float(sum(one.nbytes for one in tensors(network) if not one.requires_grad))
 
 
-def states(parts: Iterable[Part], fixed: float, config: Train) -> States:
+def states(parts: Iterable[PartSize], fixed: float, config: Train) -> ModelStates:
     """What one worker holds from the first step to the last.
 
     Args:
@@ -106,4 +106,4 @@ def states(parts: Iterable[Part], fixed: float, config: Train) -> States:
         "average": average if whole else average / workers,
         "gradients under way": bucket,
     }
-    return States(card, optimizer if offloaded else 0.0)
+    return ModelStates(card, optimizer if offloaded else 0.0)

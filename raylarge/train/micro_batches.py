@@ -18,14 +18,14 @@ from raylarge.train.context import Context
 from raylarge.train.task import Batch, Recipe
 
 
-class Piece(NamedTuple):
+class MicroBatch(NamedTuple):
     """Samples of one pass; of those after the first `real` ones the loss does not count."""
 
     batch: Batch
     real: int
 
 
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """What became of a step.
 
     Attributes:
@@ -47,19 +47,19 @@ def passes(batch: int, world_size: int, micro_batch: int | None) -> int:
     return 1 if micro_batch is None else -(-share // micro_batch)
 
 
-def split(batch: Batch, count: int) -> list[Piece]:
+def split(batch: Batch, count: int) -> list[MicroBatch]:
     """A share in so many passes of about one size; an empty pass repeats the first sample."""
     size = len(batch["sample"])
     edges = [size * i // count for i in range(count + 1)]
     return [
-        Piece({name: value[a : max(b, a + 1)] for name, value in batch.items()}, b - a)
+        MicroBatch({name: value[a : max(b, a + 1)] for name, value in batch.items()}, b - a)
         if a < size
-        else Piece({name: value[:1] for name, value in batch.items()}, 0)
+        else MicroBatch({name: value[:1] for name, value in batch.items()}, 0)
         for a, b in pairwise(edges)
     ]
 
 
-class Tally:
+class LossAccumulator:
     """The losses of a step while its passes are made."""
 
     def __init__(self, batch: int, most: float) -> None:
@@ -68,7 +68,7 @@ class Tally:
         self._losses: list[Tensor] = []
         self.loss, self.is_fine = math.nan, False
 
-    def add(self, losses: Tensor, piece: Piece) -> Tensor:
+    def add(self, losses: Tensor, piece: MicroBatch) -> Tensor:
         """Enter a pass; the sum of its losses."""
         losses = losses.float()[: piece.real]
         self._losses.append(losses.detach())
@@ -77,16 +77,16 @@ class Tally:
     def fine(self, context: Context) -> bool:
         """Whether the step may be made, by the losses of all workers; asked in the last pass."""
         total = torch.cat(self._losses).double().sum()
-        self.loss = context.total([float(total)])[0] / self._batch
+        self.loss = context.all_reduce_sum([float(total)])[0] / self._batch
         self.is_fine = math.isfinite(self.loss) and self.loss <= self._most
         return self.is_fine
 
-    def step(self, applied: bool, norm: float) -> Step:
+    def step(self, applied: bool, norm: float) -> StepResult:
         """What became of it."""
-        return Step(self.loss, applied, norm, torch.cat(self._losses).cpu())
+        return StepResult(self.loss, applied, norm, torch.cat(self._losses).cpu())
 
 
-def poisoned(loss: Tensor) -> Tensor:
+def nan_loss(loss: Tensor) -> Tensor:
     """A loss whose gradient is NaN on every worker: whoever applies gradients will not."""
     return loss * float("nan")
 
