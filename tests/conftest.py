@@ -49,7 +49,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def law_order():
-    """The order of law 4, as JSON: 21 requests, some waiting for others, on `tiny_bundle`."""
+    """The order for tests of answer independence, as JSON: 21 requests, some waiting for others, on `tiny_bundle`."""
     sampler = {"steps": 2, "derivative": "difference"}
     condition = {"kind": "cdm", "fine": "independent"}
     return {"size": "128x192", "batch": 1, "chunk": 1, "sampler": sampler, "condition": condition}
@@ -179,7 +179,7 @@ def s3_bucket():
 
 @pytest.fixture
 def words(tiny_bundle, law_order):
-    """The command line of `jobs/sample.py` for the law's order."""
+    """The command line of `jobs/sample.py` for the order of answer independence."""
 
     def flat(values, prefix):
         for key, value in values.items():

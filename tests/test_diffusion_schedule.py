@@ -1,4 +1,4 @@
-"""Schedules and steps against the published figures (law 8), and what must hold by algebra."""
+"""Schedules and steps against the published figures (published parity), and algebra."""
 
 import json
 

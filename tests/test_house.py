@@ -1,4 +1,4 @@
-"""Law 9 and the house rules that a machine can check."""
+"""Layering and the house rules that a machine can check."""
 
 import ast
 import subprocess

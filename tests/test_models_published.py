@@ -1,4 +1,4 @@
-"""Law 8: published checkpoints, by our importer, compute what the published code computed."""
+"""Published parity: published checkpoints, by our importer, compute what the published code computed."""
 
 import argparse
 

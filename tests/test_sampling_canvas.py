@@ -1,4 +1,4 @@
-"""Laws 1 and 2 on the canvas, and the published blending figures."""
+"""Partition of unity and round trip on the canvas, and the published blending figures."""
 
 import json
 
@@ -17,7 +17,7 @@ SIDES = st.sampled_from([8, 16, 32])
 @settings(max_examples=40, deadline=None)
 @given(side=SIDES, rows=st.integers(1, 60), columns=st.integers(1, 60), part=st.integers(1, 8))
 def test_blending_weights_sum_to_one(side, rows, columns, part):
-    """Law 1: on every pixel, any size, any stride."""
+    """Partition of unity: on every pixel, any size, any stride."""
     size = (side + rows, side + columns)
     weights = canvas.blend_weights(size, side, max(1, side * part // 8))
     assert torch.allclose(weights.sum(dim=0), torch.ones(size), atol=1e-5)
@@ -27,7 +27,7 @@ def test_blending_weights_sum_to_one(side, rows, columns, part):
 @settings(max_examples=40, deadline=None)
 @given(side=SIDES, rows=st.integers(1, 4), columns=st.integers(1, 4))
 def test_scatter_of_gather_is_the_identity(side, rows, columns):
-    """Law 2."""
+    """Round trip."""
     size = (rows * side, columns * side)
     image = torch.randn(3, *size, generator=torch.Generator().manual_seed(rows))
     places = windows(size, side, side)

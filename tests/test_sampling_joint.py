@@ -42,7 +42,7 @@ def an_order(**values):
 
 @pytest.mark.parametrize("recipe", ["paper", "released"])
 def test_the_sampler_equals_its_closed_form_recursion(recipe):
-    """Law 3. Dense matrices, float64, one window: no autograd, no windows, no plan."""
+    """Oracle. Dense matrices, float64, one window: no autograd, no windows, no plan."""
     mean, variance, cell = 0.2, 0.7, (1, 2)
     order = an_order(
         recipe=recipe, sampler={"normalize": False, "clamp": False, "steps": 10, "corrections": 2}
@@ -98,7 +98,7 @@ def test_the_sampler_equals_its_closed_form_recursion(recipe):
     [("paper", 0.25, 4), ("released", 25.0, 10)],
 )
 def test_the_constraint_lowers_the_cross_scale_error(recipe, variance, falls):
-    """Law 3: at least 4 times under `paper`, 10 times under `released`."""
+    """Oracle: at least 4 times under `paper`, 10 times under `released`."""
     patch = dataclasses.replace(PATCH, side_px=64)
     error = {}
     for inner in (0, orders.RECIPES[recipe].get("corrections", 1)):
@@ -116,7 +116,7 @@ def test_the_constraint_lowers_the_cross_scale_error(recipe, variance, falls):
 
 
 def test_unconstrained_joint_sampling_equals_independent_windows():
-    """Law 3: without corrections a window does not know that there is a guide."""
+    """Oracle: without corrections a window does not know that there is a guide."""
     order = an_order(sampler={"corrections": 0, "steps": 5})
     worker = Worker(oracle.bundle(), GaussianDenoiser(0.0, 1.0))
     _, latents = finished_latents(joint.plan(order, PATCH), worker.answer)
@@ -126,7 +126,7 @@ def test_unconstrained_joint_sampling_equals_independent_windows():
 
 
 def test_samples_converge_to_the_prior_as_steps_grow():
-    """Law 3: the marginal of DDIM's result approaches N(m, v)."""
+    """Oracle: the marginal of DDIM's result approaches N(m, v)."""
     away = []
     for steps in (5, 20, 200):
         order = orders.parse({"count": 64, "seed": 1, "batch": 64, "sampler": {"steps": steps}})

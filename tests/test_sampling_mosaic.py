@@ -166,7 +166,7 @@ def test_a_super_resolved_image_may_follow_the_mosaic_too():
 
 @pytest.mark.parametrize("small", [1, 2, 3, 8])
 def test_shares_add_up_to_the_downsampled_mosaic(small):
-    """Law 2, row by row, however few small pixels a window has."""
+    """Round trip, row by row, however few small pixels a window has."""
     layout = mosaic.MosaicLayout(rows=6, columns=2, side=8 * small, factor=8)
     image = torch.randn(3, 6 * layout.side, 2 * layout.side)
     whole, total = downsample(image, 8), torch.zeros(3, 6 * small, 2 * small)
@@ -182,7 +182,7 @@ def test_shares_add_up_to_the_downsampled_mosaic(small):
 
 
 def test_rows_in_any_order_and_after_a_kill_give_the_same_bytes(tiny_bundle):
-    """Law 4: replies in random order, and a plan restored half-way."""
+    """Answer independence: replies in random order, and a plan restored half-way."""
     worker = Worker(load(tiny_bundle))
     order = an_order(size="192x128", batch=2, sampler={"steps": 2, "corrections": 2})
     first = run(joint.plan(order, worker.bundle.patch), worker.answer).image

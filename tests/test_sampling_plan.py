@@ -1,4 +1,4 @@
-"""Law 4 in one process: whoever answers, in whatever order, the pixels are the same."""
+"""Answer independence in one process: whoever answers, in whatever order, the pixels are the same."""
 
 import asyncio
 import pickle

@@ -1,4 +1,4 @@
-"""The service on a real Ray, over HTTP: law 4, lost replicas, the cluster file, its end."""
+"""The service on a real Ray, over HTTP: answer independence, lost replicas, the cluster file, its end."""
 
 import contextlib
 import time

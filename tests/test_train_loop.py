@@ -1,4 +1,4 @@
-"""Law 6: 20 steps are 10 + kill + 10; checkpoints are whole or absent; time and NaN are bounded."""
+"""Resume equivalence: 20 steps are 10 + kill + 10; atomic checkpoints; limits of time and NaN."""
 
 import csv
 from dataclasses import replace

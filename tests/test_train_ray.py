@@ -1,4 +1,4 @@
-"""Law 7: Ray does not matter; nor does a worker that is killed on the way (law 6)."""
+"""Ray equivalence, and resume equivalence after a killed worker."""
 
 import csv
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Law 4 over actors: one, four, a killed one; large replies travel once; errors arrive."""
+"""Answer independence over actors: one, four, a killed one; large replies travel once; errors arrive."""
 
 import asyncio
 import contextlib

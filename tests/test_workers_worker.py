@@ -1,4 +1,4 @@
-"""Law 4 in one process: who answers, and in which order, does not matter."""
+"""Answer independence in one process: who answers, and in which order, does not matter."""
 
 import asyncio
 import dataclasses

@@ -3,7 +3,7 @@
     step(passes, lr, most) -> mean loss over the global batch, and whether the weights moved
 
 Both engines clip the same norm, run the same AdamW and skip a step whose loss or gradient is
-not finite or whose loss is above `most`, so one seed gives one curve (law 7). bf16 means
+not finite or whose loss is above `most`, so one seed gives one curve (Ray equivalence). bf16 means
 autocast: weights, sums of gradients and optimiser stay fp32. Only this file knows DeepSpeed.
 """
 

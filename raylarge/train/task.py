@@ -3,7 +3,7 @@
 A task owns a network whose loss is a pure function of the batch. Whatever is random about a
 sample (noise, timestep, dropout, flips) is drawn by `Task.draw` with `raylarge.diffusion.noise`
 at the address (seed, batch["sample"]), the sample's global index: rank, world size and the
-split into micro-batches change nothing (laws 6 and 7).
+split into micro-batches change nothing (resume and Ray equivalence).
 
 Every raylarge/train/tasks/<model>.py has `source(config, split)` and `build(config, facts)`.
 """
