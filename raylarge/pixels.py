@@ -99,6 +99,11 @@ def repeated(grey: UInt8[np.ndarray, "rows columns 1"]) -> Rgb:
     return np.repeat(grey, 3, axis=-1)
 
 
+def mirrored(image: np.ndarray, flip: int) -> np.ndarray:
+    """Return [rows, columns, ...] under a flip: 1 reverses the columns, 2 the rows, 3 both."""
+    return image[:: -1 if flip & 2 else 1, :: -1 if flip & 1 else 1]
+
+
 def require_mode(mode: str) -> None:
     """Refuse a mode of Pillow that has no stated way to 8-bit RGB.
 

@@ -23,6 +23,7 @@ from raylarge.data.parts import Stage
 from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, Unit, without_actors
 from raylarge.errors import UserError
 from raylarge.geometry import batches
+from raylarge.pixels import mirrored
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,6 @@ class EncodeStage(Stage):
         if not found:
             return np.empty((0, 0, 0, 0), np.float16)
         return np.concatenate(found)[:count]
-
-
-def mirrored(image: np.ndarray, flip: int) -> np.ndarray:
-    """[rows, columns, ...] under a flip: 1 reverses the columns, 2 the rows, 3 both."""
-    return image[:: -1 if flip & 2 else 1, :: -1 if flip & 1 else 1]
 
 
 def _lists(values: Float16[np.ndarray, "n m"]) -> pa.ListArray:

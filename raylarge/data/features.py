@@ -222,7 +222,7 @@ def pooled_features(
         condition: their embeddings.
         config: blocks, t, condition and seed.
     """
-    addresses = [(int(k) >> 32, int(k) & 0xFFFFFFFF) for k in key]
+    addresses = [noise.split_64(int(k)) for k in key]
     eps = noise.normal(x_0.shape[1:], config.seed, "features", addresses)
     x_t = bundle.schedule.noised(x_0, eps, config.t).to(bundle.device, bundle.unet.dtype)
     given = [one.to(bundle.device) for one in (condition.cells, condition.scale, condition.size)]

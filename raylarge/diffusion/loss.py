@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from raylarge.diffusion.noise import generator
+from raylarge.diffusion.noise import generator, split_64
 from raylarge.diffusion.schedule import Schedule
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -56,7 +56,7 @@ def training_draws(
     ts, coins, noises = [], [], []
     offset = generator(seed, f"{stream} strata").random()
     for sample in samples.tolist():
-        source = generator(seed, stream, sample >> 32, sample & 0xFFFFFFFF)
+        source = generator(seed, stream, *split_64(sample))
         t = int(source.integers(length))
         ts.append(int(length * _golden(offset, sample)) if stratified else t)
         coins.append(source.random())

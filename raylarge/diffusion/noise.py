@@ -40,6 +40,11 @@ def generator(seed: int, stream: str, *address: int) -> np.random.Generator:
     )
 
 
+def split_64(number: int) -> tuple[int, int]:
+    """Return the upper and the lower 32 bits of a number below 2**64, as parts of an address."""
+    return number >> 32, number & 0xFFFFFFFF
+
+
 def normal(
     shape: Sequence[int], seed: int, stream: str, addresses: Iterable[Sequence[int]]
 ) -> Float[Tensor, "n ..."]:

@@ -66,7 +66,7 @@ class Scene:
         x = ((np.arange(left_px - pad, left_px + columns_px + pad) + 0.5) * mpp)[None]
         maps = self._maps(y, x)
         nuclei = self._nuclei(maps, mpp)
-        colour = self._stain(maps, nuclei)
+        colour = _stained(self, maps, nuclei)
         return colour[pad : pad + rows_px, pad : pad + columns_px]
 
     def depth_um(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -135,7 +135,7 @@ class Scene:
         flow: np.ndarray = across + swing + curl
         return flow
 
-    def _fibres(self, maps: _Maps) -> np.ndarray:
+    def fibres(self, maps: _Maps) -> np.ndarray:
         """Strength of the collagen, [0, 1)."""
         angle = np.pi * float(uniform(self.key(9), 0)[0])
         along = maps.x * np.cos(angle) - maps.y * np.sin(angle)
@@ -183,33 +183,6 @@ class Scene:
         found = np.concatenate([np.empty((0, 6)), *rings])
         return found[_value(maps, maps.gland, found[:, 0], found[:, 1], 9.0) < 1.0]
 
-    def _stain(self, maps: _Maps, nuclei: np.ndarray) -> Pixels:
-        """Colour by Beer-Lambert from the amounts of the two stains."""
-        fibres = self._fibres(maps)
-        fine = noise(maps.y, maps.x, (1.1, 1.1), self.key(40))
-        coarse = fractal(maps.y, maps.x, 90.0, self.key(41))
-        ragged = maps.gland + 0.16 * (noise(maps.y, maps.x, (7.0, 7.0), self.key(42)) - 0.5)
-        inside = ramp(ragged, 1.03, 0.97)
-        cavity = ramp(ragged, maps.lumen + 0.04, maps.lumen - 0.04) * inside
-        stroma = ramp(fibres, 0.26, 0.62) * (0.75 + 0.5 * coarse) + 0.08
-        wall = np.where(maps.adipose, 0.55, stroma)
-        cytoplasm = 0.42 + 0.3 * coarse + 0.25 * (fine - 0.5)
-        eosin = wall * (1 - inside) + cytoplasm * inside
-        empty = (1 - maps.fat * (1 - inside)) * (1 - 0.93 * cavity) * maps.tissue
-        haze = (0.05 + 0.05 * coarse) * (1 - inside) + (0.20 + 0.1 * coarse) * inside
-        chromatin = nuclei * (0.72 + 0.56 * fine)
-        amount = self._amounts()
-        haematoxylin = amount[0] * (haze * empty + chromatin * maps.tissue)
-        eosin = amount[1] * eosin * empty * (1 - 0.45 * np.clip(nuclei, 0, 1))
-        density = haematoxylin[..., None] * _HAEMATOXYLIN + eosin[..., None] * _EOSIN
-        grain = 2.0 * (fine[..., None] - 0.5)
-        return np.clip(_GLASS * np.exp(-density) + grain, 0, 255).round().astype(np.uint8)
-
-    def _amounts(self) -> tuple[float, float]:
-        """How strongly this slide took each stain."""
-        draws = uniform(self.key(50), np.arange(2))
-        return 0.9 + 0.25 * float(draws[0]), 0.85 + 0.4 * float(draws[1])
-
 
 def write(path: str, size_px: tuple[int, int], seed: int, mpp: float = 0.5) -> None:
     """Draw a slide of (rows, columns) pixels and write it as a pyramidal TIFF with its mpp.
@@ -229,6 +202,30 @@ def write(path: str, size_px: tuple[int, int], seed: int, mpp: float = 0.5) -> N
                 page[top : top + rows, left : left + columns] = region
         text = {"Title": f"Procedural H&E-like slide, seed {seed}."}
         pyramid.write_image(path, page, mpp, text)
+
+
+def _stained(scene: Scene, maps: _Maps, nuclei: np.ndarray) -> Pixels:
+    """Return colours by Beer-Lambert from the amounts of the two stains."""
+    fibres = scene.fibres(maps)
+    fine = noise(maps.y, maps.x, (1.1, 1.1), scene.key(40))
+    coarse = fractal(maps.y, maps.x, 90.0, scene.key(41))
+    ragged = maps.gland + 0.16 * (noise(maps.y, maps.x, (7.0, 7.0), scene.key(42)) - 0.5)
+    inside = ramp(ragged, 1.03, 0.97)
+    cavity = ramp(ragged, maps.lumen + 0.04, maps.lumen - 0.04) * inside
+    stroma = ramp(fibres, 0.26, 0.62) * (0.75 + 0.5 * coarse) + 0.08
+    wall = np.where(maps.adipose, 0.55, stroma)
+    cytoplasm = 0.42 + 0.3 * coarse + 0.25 * (fine - 0.5)
+    eosin = wall * (1 - inside) + cytoplasm * inside
+    empty = (1 - maps.fat * (1 - inside)) * (1 - 0.93 * cavity) * maps.tissue
+    haze = (0.05 + 0.05 * coarse) * (1 - inside) + (0.20 + 0.1 * coarse) * inside
+    chromatin = nuclei * (0.72 + 0.56 * fine)
+    draws = uniform(scene.key(50), np.arange(2)).tolist()  # how strongly this slide took each stain
+    amount = 0.9 + 0.25 * draws[0], 0.85 + 0.4 * draws[1]
+    haematoxylin = amount[0] * (haze * empty + chromatin * maps.tissue)
+    eosin = amount[1] * eosin * empty * (1 - 0.45 * np.clip(nuclei, 0, 1))
+    density = haematoxylin[..., None] * _HAEMATOXYLIN + eosin[..., None] * _EOSIN
+    grain = 2.0 * (fine[..., None] - 0.5)
+    return np.clip(_GLASS * np.exp(-density) + grain, 0, 255).round().astype(np.uint8)
 
 
 def _gland_radius_um(points: Points) -> np.ndarray:

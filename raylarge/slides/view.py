@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raylarge.diffusion.noise import generator
+from raylarge.diffusion.noise import generator, split_64
 
 _SYMMETRIES = 8
 
@@ -45,8 +45,9 @@ class View:
         """
         if number == 0:
             return cls()
-        address = (int(slide_id[:8], 16), int(slide_id[8:], 16), number)
-        shift = generator(seed, "tile views", *address).integers(patch_px // unit_px, size=2)
+        shift = generator(seed, "tile views", *split_64(int(slide_id, 16)), number).integers(
+            patch_px // unit_px, size=2
+        )
         turns, mirror = divmod(number % _SYMMETRIES, 2)
         return cls((int(shift[0]) * unit_px, int(shift[1]) * unit_px), turns, bool(mirror))
 

@@ -24,7 +24,8 @@ from raylarge.errors import UserError
 from raylarge.images import Pixels
 from raylarge.models import bundle as bundles
 from raylarge.models.conditioner import SLOTS
-from raylarge.train.rows import Group, RowGroup, Table, manifest_groups, mirrored
+from raylarge.pixels import mirrored
+from raylarge.train.rows import Group, RowGroup, Table, manifest_groups
 from raylarge.train.sequence import Place, Sequencer
 from raylarge.train.task import Batch, Facts, Recipe
 

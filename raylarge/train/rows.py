@@ -240,11 +240,6 @@ def manifest_groups(
     return groups
 
 
-def mirrored(image: np.ndarray, flip: int) -> np.ndarray:
-    """[rows, columns, ...] under a flip of LATENTS: 1 reverses columns, 2 rows, 3 both."""
-    return image[:: -1 if flip & 2 else 1, :: -1 if flip & 1 else 1]
-
-
 def _grids(table: pa.Table) -> dict[str, np.ndarray]:
     """The cells of all rows end to end, where each row's begin, and how many there are.
 

@@ -18,7 +18,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from raylarge.diffusion.noise import generator
+from raylarge.diffusion.noise import generator, split_64
 from raylarge.errors import UserError
 
 DEAL = 4096
@@ -124,7 +124,7 @@ class Sequencer:
         return self._draw("rows", *block).permutation(found)
 
     def _draw(self, what: str, *address: int) -> np.random.Generator:
-        halves = [half for part in address for half in (part >> 32, part & 0xFFFFFFFF)]
+        halves = [half for part in address for half in split_64(part)]
         return generator(self._seed, f"ingest {what}", *halves)
 
 

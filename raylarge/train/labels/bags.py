@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float32, Int
 
 from raylarge import storage, tables
-from raylarge.diffusion.noise import generator
+from raylarge.diffusion.noise import generator, split_64
 from raylarge.errors import UserError
 from raylarge.train.labels import fused, labelled
 from raylarge.train.labels.fused import Fused
@@ -122,7 +122,7 @@ class BagSource:
         epoch, place = divmod(sample, len(self._slides))
         known, order = self._epoch
         if known != epoch:
-            draw = generator(self._seed, "bags", epoch >> 32, epoch & 0xFFFFFFFF)
+            draw = generator(self._seed, "bags", *split_64(epoch))
             order = draw.permutation(self._slides)
             self._epoch = (epoch, order)
         return int(order[place])
@@ -154,7 +154,7 @@ class BagSource:
         there = int(np.diff(self._fold.bags.found.starts)[slide])
         if there <= self._side:
             return np.arange(there)
-        draw = generator(self._seed, "instances", sample >> 32, sample & 0xFFFFFFFF)
+        draw = generator(self._seed, "instances", *split_64(sample))
         return np.sort(draw.permutation(there)[: self._side])
 
 

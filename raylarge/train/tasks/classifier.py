@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from raylarge import images, storage
-from raylarge.diffusion.noise import generator
+from raylarge.diffusion.noise import generator, split_64
 from raylarge.errors import UserError
 from raylarge.metrics import classification
 from raylarge.models.classifier import Classifier
@@ -139,7 +139,7 @@ class ClassifierTask:
 
     def draw(self, batch: Batch) -> Batch:
         """The batch with each image mirrored along rows, columns, both or neither."""
-        addresses = [(n >> 32, n & 0xFFFFFFFF) for n in batch["sample"].tolist()]
+        addresses = [split_64(n) for n in batch["sample"].tolist()]
         coins = [generator(self._seed, "classifier", *one).random(2) < 0.5 for one in addresses]
         image = batch["image"]
         for axis, flip in zip((2, 3), torch.from_numpy(np.array(coins)).T, strict=True):

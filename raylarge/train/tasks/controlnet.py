@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from raylarge import images
 from raylarge.diffusion.loss import mse_per_sample, training_draws
-from raylarge.diffusion.noise import generator, normal
+from raylarge.diffusion.noise import generator, normal, split_64
 from raylarge.diffusion.solvers import solve
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
@@ -176,7 +176,7 @@ def _pixels(image: Float[Tensor, "3 P P"], factor: int) -> UInt8[np.ndarray, "q 
 
 
 def _addresses(samples: Tensor) -> list[tuple[int, int]]:
-    return [(sample >> 32, sample & 0xFFFFFFFF) for sample in samples.tolist()]
+    return [split_64(sample) for sample in samples.tolist()]
 
 
 def source(config: Train, split: str = "train") -> Source:

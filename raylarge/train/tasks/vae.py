@@ -200,7 +200,7 @@ class VaeTask:
         `judged` (1 where a sample's step feels the adversarial terms) is left out where no
         sample's does, which spares the discriminator's work.
         """
-        addresses = [(n >> 32, n & 0xFFFFFFFF) for n in batch["sample"].tolist()]
+        addresses = [noise.split_64(n) for n in batch["sample"].tolist()]
         drawn = {**batch, "image": _mirrored(batch["image"], addresses, self.seed)}
         config, codec = self.config, self.network.codec
         if config.kind == "kl":
