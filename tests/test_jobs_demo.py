@@ -61,7 +61,7 @@ def test_the_thread_from_slide_to_served_images(tmp_path):
         assert text["Synthetic"] == "true"
         assert order.parse(json.loads(text["Order"])).seed == 7
     assert text["Origin"] == "derived from a real image"
-    # Seconds of training make no autoencoder to steer by: the oracle law is tested where it can hold.
+    # An autoencoder trained for seconds cannot guide: the oracle law is tested elsewhere.
     errors = facts["stages"]["check"]["images"]
     corrected, plain = (errors[n]["cross_scale_error"] for n in ("reference", "uncorrected"))
     assert 0 < corrected != plain > 0

@@ -1,4 +1,4 @@
-"""Published parity: published checkpoints, by our importer, compute what the published code computed."""
+"""Published parity: imported checkpoints compute what the published code computed."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Answer independence in one process: whoever answers, in whatever order, the pixels are the same."""
+"""Answer independence in one process: the same pixels for any worker and any order."""
 
 import asyncio
 import pickle

@@ -1,4 +1,4 @@
-"""The service on a real Ray, over HTTP: answer independence, lost replicas, the cluster file, its end."""
+"""The service on Ray, over HTTP: answer independence, lost replicas, cluster file, shutdown."""
 
 import contextlib
 import time

@@ -1,4 +1,4 @@
-"""Answer independence over actors: one, four, a killed one; large replies travel once; errors arrive."""
+"""Answer independence over actors: one, four, a killed one; large replies; errors."""
 
 import asyncio
 import contextlib

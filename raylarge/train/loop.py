@@ -2,8 +2,8 @@
 
 It knows a task only through the engine, workers only through the context and data only through
 its sources. A step is a pure function of the weights and the step's number, so 20 steps are
-10 + kill + 10 (resume equivalence). Whatever one rank alone can know (the time, a store that fails, a
-machine that must go) is added up over the ranks before each step, so all do the same.
+10 + kill + 10 (resume equivalence). Whatever one rank alone can know (the time, a store that
+fails, a machine that must go) is added up over the ranks before each step, so all do the same.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 A run that goes on from a checkpoint must not double its curve. TensorBoard is told to forget
 what came after the checkpoint; the others never forget, so they are not told the same steps
-again, whose values would be the same (resume equivalence). A tracker is imported only where it is chosen.
+again, whose values would be the same (resume equivalence). A tracker is imported only where it is
+chosen.
 """
 
 from __future__ import annotations
