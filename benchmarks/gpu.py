@@ -263,9 +263,9 @@ def _carried_out(card: Card, bundle: Bundle, order: Order, costs: cost.CallFlops
     plan, phases = joint.plan(order, bundle.patch), {"EncodeContext": 0.0}
     worker = Worker(bundle)
 
-    def answer(task: Task, *inputs: Any) -> Any:
+    def answer(task: Task, **inputs: Any) -> Any:
         began = time.perf_counter()
-        reply = worker.answer(task, *inputs)
+        reply = worker.answer(task, **inputs)
         name = type(task).__name__
         phases[name] = phases.get(name, 0.0) + time.perf_counter() - began
         return reply

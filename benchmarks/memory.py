@@ -122,8 +122,8 @@ def carry_out(size: str, steps: int, batch: int, folder: str) -> dict[str, Any]:
     store.peaks = peaks
     peaks.during("plan", store.resume, plan)
 
-    def answer(task: Any, *inputs: Any) -> Any:
-        return peaks.during(type(task).__name__.lower(), worker.answer, task, *inputs)
+    def answer(task: Any, **inputs: Any) -> Any:
+        return peaks.during(type(task).__name__.lower(), worker.answer, task, **inputs)
 
     image = run(plan, answer)
     facts = BundleFacts.of(bundle)

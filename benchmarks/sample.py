@@ -154,8 +154,8 @@ def disagreement() -> float:
     theirs = loop.latents(grid.double())
     latents: dict[tuple[int, int], Tensor] = {}
 
-    def answer(task: Task, *inputs: Any) -> Any:
-        reply = Worker(bundle).answer(task, *inputs)
+    def answer(task: Task, **inputs: Any) -> Any:
+        reply = Worker(bundle).answer(task, **inputs)
         if isinstance(task, DenoiseWindows):
             latents.update(zip(task.windows, reply, strict=True))
         return reply
@@ -273,10 +273,10 @@ def decoding_seconds(bundle: Bundle, order: Order, pairs: int) -> float:
     for _ in range(pairs):
         here = 0.0
 
-        def answer(task: Task, *inputs: Any) -> Any:
+        def answer(task: Task, **inputs: Any) -> Any:
             nonlocal here
             began = time.perf_counter()
-            reply = worker.answer(task, *inputs)
+            reply = worker.answer(task, **inputs)
             here += (type(task).__name__ == "DecodeBand") * (time.perf_counter() - began)
             return reply
 

@@ -24,10 +24,10 @@ class Service:
     async def facts(self):
         return BundleFacts.of(self.worker.bundle)
 
-    async def answer(self, task, *inputs):
+    async def answer(self, task, **inputs):
         self.asked += 1
         await self.gate.wait()
-        return self.worker.answer(task, *inputs)
+        return self.worker.answer(task, **inputs)
 
     async def post(self, values=SMALL, **more):
         return await self.http.post("/v1/images", json={**values, **more})

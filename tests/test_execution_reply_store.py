@@ -17,10 +17,10 @@ TASK = Task(ORDER)
 REQUESTS = [
     Request("draw/0", TASK),
     Request("draw/1", TASK),
-    Request("guide", TASK, ("draw/0",)),
-    Request("windows/0/0", TASK, ("draw/1", "guide")),
-    Request("windows/0/10", TASK, ("windows/0/0", "guide")),
-    Request("decode/0", TASK, ("windows/0/10",)),
+    Request("guide", TASK, {"tokens": "draw/0"}),
+    Request("windows/0/0", TASK, {"tokens": "draw/1", "target": "guide"}),
+    Request("windows/0/10", TASK, {"latents": "windows/0/0", "target": "guide"}),
+    Request("decode/0", TASK, {"latents": ("windows/0/10",)}),
 ]
 
 
@@ -32,8 +32,10 @@ def opened(kept, open_):
     return [np.asarray(open_(one)) for one in kept]
 
 
-def answer(task, *inputs):
-    return sum((torch.as_tensor(i) for i in inputs), torch.zeros(2, 3)) * 1.5 + 1
+def answer(task, **inputs):
+    values = [*inputs.pop("latents", ())] if "target" not in inputs else []
+    values += inputs.values()
+    return sum(map(torch.as_tensor, values), torch.zeros(2, 3)) * 1.5 + 1
 
 
 class StoppedError(Exception):
@@ -59,9 +61,9 @@ def resumed(root, bundle="weights"):
     ledger, plan, asked = ReplyStore(root, ORDER, bundle), new_plan(), []
     found = ledger.resume(plan)
 
-    def counted(task, *inputs):
+    def counted(task, **inputs):
         asked.append(task)
-        return answer(task, *inputs)
+        return answer(task, **inputs)
 
     made = run(plan, counted)
     assert len(asked) == len(REQUESTS) - found

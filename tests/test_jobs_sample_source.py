@@ -60,9 +60,9 @@ def test_the_job_scales_deep_grey_and_refuses_what_is_none(tiny_bundle, tmp_path
 def test_the_service_refuses_at_once_before_any_worker(tiny_bundle):
     worker, asked = Worker(bundle.load(tiny_bundle)), []
 
-    async def answer(task, *inputs):
+    async def answer(task, **inputs):
         asked.append(task)
-        return worker.answer(task, *inputs)
+        return worker.answer(task, **inputs)
 
     async def facts():
         return BundleFacts.of(worker.bundle)

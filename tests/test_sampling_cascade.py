@@ -39,8 +39,8 @@ def latents_of(order, worker):
     """Finished latents by (scale, row, column)."""
     kept = {}
 
-    def watched(task, *inputs):
-        reply = worker.answer(task, *inputs)
+    def watched(task, **inputs):
+        reply = worker.answer(task, **inputs)
         if isinstance(task, DenoiseWindows) and task.last == order.sampler.steps:
             found = reply.whole if task.traced else reply
             for part in reply.parts if task.traced else ():  # no views of one large storage
@@ -125,14 +125,14 @@ def test_law_4_for_levels(worker, tmp_path, seed):
         waiting += plan.ready()
         shuffle.shuffle(waiting)
         request = waiting.pop()
-        plan.feed(request.id, worker.answer(request.task, *plan.inputs(request)))
+        plan.feed(request.id, worker.answer(request.task, **plan.inputs(request)))
     again, ledger = joint.plan(order, PATCH), ReplyStore(str(tmp_path), order, "b")
     assert ledger.resume(again) == 25
     asked = []
 
-    def answer(task, *inputs):
+    def answer(task, **inputs):
         asked.append(task)
-        return worker.answer(task, *inputs)
+        return worker.answer(task, **inputs)
 
     assert np.array_equal(run(again, answer).image, pixels)
     assert len(asked) == len(plan.requests) - 25

@@ -27,8 +27,8 @@ def finished_latents(plan, answer):
     """Run a plan and keep the latents of the last chunk of every window."""
     kept = {}
 
-    def watched(task, *inputs):
-        reply = answer(task, *inputs)
+    def watched(task, **inputs):
+        reply = answer(task, **inputs)
         if isinstance(task, DenoiseWindows) and task.last == task.order.sampler.steps:
             kept.update(zip(task.windows, reply, strict=True))
         return reply
@@ -121,7 +121,7 @@ def test_unconstrained_joint_sampling_equals_independent_windows():
     worker = Worker(oracle.bundle(), GaussianDenoiser(0.0, 1.0))
     _, latents = finished_latents(joint.plan(order, PATCH), worker.answer)
     task = DenoiseWindows(order, 0, ((0, 3),) * 8, 0, 5, None)
-    alone = worker.answer(task, torch.zeros(8, 65, 4))
+    alone = worker.answer(task, tokens=torch.zeros(8, 65, 4))
     assert torch.equal(alone[0], latents[(0, 3)])
 
 

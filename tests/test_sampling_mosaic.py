@@ -38,8 +38,8 @@ def latent_of(order, worker):
     """The finished latents of all windows as one [c, h, w], and the result."""
     found = {}
 
-    def answer(task, *inputs):
-        reply = worker.answer(task, *inputs)
+    def answer(task, **inputs):
+        reply = worker.answer(task, **inputs)
         if isinstance(task, DenoiseWindows) and task.last == order.sampler.steps:
             found.update(zip(task.windows, reply, strict=True))
         if isinstance(task, DenoiseMosaicRow) and not isinstance(reply, Parts):
@@ -190,7 +190,7 @@ def test_rows_in_any_order_and_after_a_kill_give_the_same_bytes(tiny_bundle):
     waiting = list(plan.ready())
     while not plan.done:
         request = waiting.pop(int(random.integers(len(waiting))))
-        plan.feed(request.id, worker.answer(request.task, *plan.inputs(request)))
+        plan.feed(request.id, worker.answer(request.task, **plan.inputs(request)))
         waiting += plan.ready()
         if plan.progress > 0.5 and isinstance(plan.store, MemoryStore):
             plan = joint.plan(order, worker.bundle.patch).restore(plan.snapshot())

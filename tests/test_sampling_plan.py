@@ -29,9 +29,9 @@ def pixels(worker):
 
 
 def test_asynchronous_is_the_same(worker, pixels):
-    async def answer(task, *inputs):
+    async def answer(task, **inputs):
         await asyncio.sleep(random.Random(hash(task)).random() / 100)
-        return worker.answer(task, *inputs)
+        return worker.answer(task, **inputs)
 
     image = asyncio.run(arun(joint.plan(ORDER, oracle.PATCH), answer)).image
     assert np.array_equal(image, pixels)
@@ -44,7 +44,7 @@ def test_replies_in_any_order_and_twice_are_the_same(worker, pixels, seed):
         waiting += plan.ready()
         shuffle.shuffle(waiting)
         request = waiting.pop()
-        reply = worker.answer(request.task, *plan.inputs(request))
+        reply = worker.answer(request.task, **plan.inputs(request))
         plan.feed(request.id, reply)
         plan.feed(request.id, "a late duplicate is ignored")
     assert np.array_equal(plan.result.image, pixels)
@@ -56,14 +56,14 @@ def test_a_restored_plan_goes_on(worker, pixels, stop):
     answered = 0
     while answered < stop:
         for request in plan.ready():
-            plan.feed(request.id, worker.answer(request.task, *plan.inputs(request)))
+            plan.feed(request.id, worker.answer(request.task, **plan.inputs(request)))
             answered += 1
     snapshot = pickle.loads(pickle.dumps(plan.snapshot()))
     later, asked = joint.plan(ORDER, oracle.PATCH).restore(snapshot), []
 
-    def answer(task, *inputs):
+    def answer(task, **inputs):
         asked.append(task)
-        return worker.answer(task, *inputs)
+        return worker.answer(task, **inputs)
 
     assert np.array_equal(run(later, answer).image, pixels)
     assert len(asked) == len(plan.requests) - answered
@@ -85,7 +85,7 @@ def test_replies_are_dropped_when_nobody_needs_them(worker):
 def test_a_failing_request_surfaces_and_cancels_the_others():
     bad, good, cancelled = DecodePatches(ORDER), DecodeBand(ORDER, (), 0, 1), []
 
-    async def answer(task, *inputs):
+    async def answer(task, **inputs):
         try:
             await asyncio.sleep(0.01 if task is bad else 10)
         except asyncio.CancelledError:
@@ -101,6 +101,10 @@ def test_a_failing_request_surfaces_and_cancels_the_others():
 
 def test_a_plan_names_what_no_request_gives():
     with pytest.raises(ValueError, match="nobody"):
-        Plan([Request("a", DecodePatches(ORDER), ("nobody",))], ["a"], lambda kept, open_: kept)
+        Plan(
+            [Request("a", DecodePatches(ORDER), {"latents": "nobody"})],
+            ["a"],
+            lambda kept, open_: kept,
+        )
     with pytest.raises(RuntimeError, match="not done"):
         _ = Plan([Request("a", DecodePatches(ORDER))], ["a"], lambda kept, open_: kept).result

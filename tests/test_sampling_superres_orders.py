@@ -75,8 +75,8 @@ def test_inferred_embeddings_condition_each_window_at_its_place(tiny_bundle):
     )
     plan, kept = joint.plan(order, worker.bundle.patch), {}
 
-    def answer(task, *inputs):
-        reply = worker.answer(task, *inputs)
+    def answer(task, **inputs):
+        reply = worker.answer(task, **inputs)
         if isinstance(task, InvertImage):
             kept["grid"] = reply
         if isinstance(task, EncodeContext):

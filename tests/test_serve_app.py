@@ -173,7 +173,7 @@ def test_failures_are_told_apart(worker, caplog):
         assert answer.status_code == 422
         assert "have 1 channels, the bundle's Summarizer takes 8" in answer.text
 
-        async def mistaken(task, *inputs):
+        async def mistaken(task, **inputs):
             raise UserError("five workers in a row were lost.")
 
         before, service.desk._answer = service.desk._answer, mistaken
@@ -182,7 +182,7 @@ def test_failures_are_told_apart(worker, caplog):
         assert state["error"] == "five workers in a row were lost."
         service.desk._answer = before
 
-        async def broken(task, *inputs):
+        async def broken(task, **inputs):
             raise ZeroDivisionError("at /secret/path")
 
         service.desk._answer = broken

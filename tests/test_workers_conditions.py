@@ -51,8 +51,8 @@ def carried_out(folder, order):
     """The image, the imagined grid and every draw's reply by (scale, row, column)."""
     worker, drawn, kept = Worker(bundles.load(folder)), {}, {}
 
-    def answer(task, *inputs):
-        reply = worker.answer(task, *inputs)
+    def answer(task, **inputs):
+        reply = worker.answer(task, **inputs)
         if isinstance(task, SamplePrior | InvertImage):
             kept["grid"] = reply
         if isinstance(task, EncodeContext):

@@ -85,10 +85,10 @@ def test_law_4_four_actors_with_and_without_losses(
         async with hired(tiny_bundle, 4) as pool:
             plan = joint.plan(order.parse(law_order), patch)
             calm = (await arun(plan, pool.answer)).image
-            assert len(pool._shelf) > 0
+            assert len(pool._cache) > 0
             del plan
             gc.collect()
-            assert len(pool._shelf) == 0
+            assert len(pool._cache) == 0
             return calm, await rough(pool, joint.plan(order.parse(law_order), patch), 2)
 
     calm, (image, killed) = asyncio.run(main())
@@ -120,16 +120,16 @@ def test_what_a_user_can_mend_arrives_as_it_was_raised(ray_session, tiny_bundle,
 
 @pytest.mark.ray
 def test_a_large_reply_is_put_once_and_goes_with_its_tensor(ray_session):
-    shelf, frames = ObjectStoreCache(), torch.randn(3, 512, 512).to(torch.bfloat16)
-    held = shelf.hold(frames)
-    assert isinstance(held, ObjectRefTensor)
-    assert shelf.hold(frames) is held
-    assert torch.equal(held.open(ray_session.get(held.ref)), frames)
-    assert shelf.hold(small := torch.zeros(3)) is small
-    assert len(shelf) == 1
+    cache, frames = ObjectStoreCache(), torch.randn(3, 512, 512).to(torch.bfloat16)
+    stored = cache.put(frames)
+    assert isinstance(stored, ObjectRefTensor)
+    assert cache.put(frames) is stored
+    assert torch.equal(stored.open(ray_session.get(stored.ref)), frames)
+    assert cache.put(small := torch.zeros(3)) is small
+    assert len(cache) == 1
     del frames
     gc.collect()
-    assert len(shelf) == 0
+    assert len(cache) == 0
 
 
 def test_lost_workers_are_borne_with_a_few_times(monkeypatch):

@@ -36,9 +36,9 @@ def test_law_4_run_is_repeatable(plan, worker, law_image):
 
 
 def test_law_4_arun_gives_the_same_image(plan, worker, law_image):
-    async def answer(task, *inputs):
+    async def answer(task, **inputs):
         await asyncio.sleep(0)
-        return worker.answer(task, *inputs)
+        return worker.answer(task, **inputs)
 
     np.testing.assert_array_equal(asyncio.run(arun(plan, answer)).image, law_image)
 
@@ -49,7 +49,7 @@ def test_law_4_replies_in_any_order_give_the_same_image(plan, worker, law_image,
     while not plan.done:
         waiting += plan.ready()
         request = waiting.pop(shuffle.randrange(len(waiting)))
-        reply = worker.answer(request.task, *plan.inputs(request))
+        reply = worker.answer(request.task, **plan.inputs(request))
         plan.feed(request.id, reply)
         plan.feed(request.id, "a second reply is ignored")
     np.testing.assert_array_equal(plan.result.image, law_image)
@@ -71,9 +71,9 @@ def test_law_4_a_plan_restored_from_a_snapshot_gives_the_same_image(
     restored = joint.plan(order.parse(law_order), worker.bundle.patch).restore(plan.snapshot())
     asked = []
 
-    def answer(task, *inputs):
+    def answer(task, **inputs):
         asked.append(task)
-        return worker.answer(task, *inputs)
+        return worker.answer(task, **inputs)
 
     np.testing.assert_array_equal(run(restored, answer).image, law_image)
     assert len(asked) == len(plan.requests) - finished
@@ -92,7 +92,7 @@ def test_a_request_failing_in_arun_stops_the_others():
     task, cancelled = Task(order.parse({"size": 64})), []
     plan = Plan([Request("bad", task), Request("slow", task)], ["bad", "slow"], list)
 
-    async def answer(task, *inputs):
+    async def answer(task, **inputs):
         if not cancelled and asyncio.current_task().get_name() == "first":
             raise UserError("no")
         try:
@@ -104,9 +104,9 @@ def test_a_request_failing_in_arun_stops_the_others():
     async def main():
         calls = iter(["first", "second"])
 
-        async def named(task, *inputs):
+        async def named(task, **inputs):
             asyncio.current_task().set_name(next(calls))
-            return await answer(task, *inputs)
+            return await answer(task, **inputs)
 
         with pytest.raises(UserError, match="no"):
             await arun(plan, named)

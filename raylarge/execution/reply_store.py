@@ -111,7 +111,7 @@ def _needed(plan: Plan, finished: Set[str]) -> set[str]:
     open_ = (request for id, request in plan.requests.items() if id not in finished)
     return {
         name
-        for name in [*plan.results, *(need for request in open_ for need in request.needs)]
+        for name in [*plan.results, *(need for request in open_ for need in request.sources)]
         if whole(name) in finished
     }
 

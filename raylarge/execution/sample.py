@@ -256,9 +256,9 @@ def _here(config: Sample, folder: str, this: _Run) -> dict[str, str]:
             worker = Worker.opened(folder, this.means)
             this.costs = cost.bundle_flops(worker.bundle)
 
-        def answer(task: Task, *inputs: Any) -> Any:
+        def answer(task: Task, **inputs: Any) -> Any:
             began = time.monotonic()
-            reply = worker.answer(task, *inputs)
+            reply = worker.answer(task, **inputs)
             this.timed(task, began)
             return reply
 
@@ -283,9 +283,9 @@ async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
         with this.log.stage("start"):
             await pool.start()
 
-        async def answer(task: Task, *inputs: Any) -> Any:
+        async def answer(task: Task, **inputs: Any) -> Any:
             began = time.monotonic()
-            reply = await pool.answer(task, *inputs)
+            reply = await pool.answer(task, **inputs)
             this.timed(task, began)
             return reply
 

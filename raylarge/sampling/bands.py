@@ -42,12 +42,12 @@ def rows_of(length: int, side: int, band: int) -> tuple[int, int]:
 REFINE_STEPS = 6
 
 
-def walk(order: Order, schedule: Schedule, refine: bool) -> list[SamplerStep]:
+def steps_of(order: Order, schedule: Schedule, refine: bool) -> list[SamplerStep]:
     """The steps of strided sampling, or of seam removal (released: t0 = 300 by 50)."""
     return schedule.strided(299, 50) if refine else schedule.steps(order.sampler.steps)
 
 
-class Canvas:
+class BandCanvas:
     """What a band's request computes with.
 
     Args:
@@ -65,7 +65,7 @@ class Canvas:
         self.height, self.width = (length // factor for length in task.order.size)
         self.top, self.bottom = rows_of(self.height, self.side, task.band)
         self.rows = (self.top, self.bottom)
-        self.steps = walk(task.order, schedule, task.refine)
+        self.steps = steps_of(task.order, schedule, task.refine)
 
     def start(self, latent: Tensor | None) -> Float[Tensor, "c rows W"]:
         """x_T: noise, or a finished latent noised to where seam removal begins."""
@@ -75,7 +75,7 @@ class Canvas:
         clean = latent.float()  # canvases are float32, whatever the networks are
         return self.schedule.noised(clean[None], noise.to(clean)[None], self.steps[0].t)[0]
 
-    def down(self, replies: Sequence[tuple[int, Tensor]]) -> Float[Tensor, "c rows W"]:
+    def next_x_t(self, replies: Sequence[tuple[int, Tensor]]) -> Float[Tensor, "c rows W"]:
         """x_t of this step from the replies of the last, as (band, reply) from the top."""
         i = self.task.step - 1
         shape = (2 * self.channels + 1, self.bottom - self.top, self.width)
@@ -93,7 +93,9 @@ class Canvas:
         x_t, x_0 = total[:c], total[c : 2 * c] / total[2 * c :]
         return self._step(x_t, x_0, i)
 
-    def ask(self, x_t: Float[Tensor, "c rows W"], estimate: Estimate) -> Float[Tensor, "d rows W"]:
+    def reply(
+        self, x_t: Float[Tensor, "c rows W"], estimate: Estimate
+    ) -> Float[Tensor, "d rows W"]:
         """The reply: x_t, and the weighted estimates of the band's windows."""
         c, side, task = self.channels, self.side, self.task
         gaussian = task.order.strided.average == "gaussian" and not task.refine
@@ -103,8 +105,8 @@ class Canvas:
         t = self.steps[task.step].t
         for group in batches(len(places), task.order.batch):
             cut = gather(x_t, [places[n] for n in group], side)
-            found = estimate(cut, list(group), t)
-            for n, x_0 in zip(dict.fromkeys(group), found, strict=False):
+            estimates = estimate(cut, list(group), t)
+            for n, x_0 in zip(dict.fromkeys(group), estimates, strict=False):
                 r, k = places[n]
                 reply[c : 2 * c, r : r + side, k : k + side] += weight * x_0
                 reply[2 * c :, r : r + side, k : k + side] += weight

@@ -9,39 +9,39 @@ from __future__ import annotations
 
 from raylarge.order import Order
 from raylarge.sampling.plan import Request
-from raylarge.sampling.tasks import EncodeContext, InvertImage, LoadSource, SamplePrior
+from raylarge.sampling.tasks import Cells, EncodeContext, InvertImage, LoadSource, SamplePrior
 
 GRIDS = {"inverted": "inverted", "prior": "imagined"}
 """Kinds of conditions that are cut out of a grid, and the request that gives it."""
 
 
-def grids(order: Order, top: int, guided: bool) -> list[Request]:
+def grids(order: Order, top: int, *, guided: bool) -> list[Request]:
     """What must be there before windows can draw: a prior's grid, an image, what explains it.
 
     Args:
         top: scale of the guide, or of the order's own image.
         guided: whether a guide is sampled, under an id of that name.
     """
-    found, kinds = [], {order.condition.kind}
+    requests, kinds = [], {order.condition.kind}
     if order.algorithm == "superres":
-        found.append(Request("given", LoadSource(order)))
+        requests.append(Request("given", LoadSource(order)))
     if guided:
         kinds.add(order.condition.fine_kind)
     if "prior" in kinds:
-        found.append(Request("imagined", SamplePrior(order)))
+        requests.append(Request("imagined", SamplePrior(order)))
     if "inverted" in kinds:
         source = "guide" if guided else "given"
-        found.append(Request("inverted", InvertImage(order.without_payload(), top), (source,)))
-    return found
+        requests.append(
+            Request("inverted", InvertImage(order.without_payload(), top), {"image": source})
+        )
+    return requests
 
 
-def draw(
-    id: str, order: Order, scale: int, windows: tuple[tuple[int, int], ...], guided: bool
-) -> Request:
+def encode_context(id: str, order: Order, scale: int, windows: Cells, *, guided: bool) -> Request:
     """Tokens of windows; under a guide, such as `condition.fine` says."""
     kind = order.condition.fine_kind if guided else order.condition.kind
     task = EncodeContext(with_payload(order), kind, scale, windows)
-    return Request(id, task, (GRIDS[kind],) if kind in GRIDS else ())
+    return Request(id, task, {"grid": GRIDS[kind]} if kind in GRIDS else {})
 
 
 def with_payload(order: Order) -> Order:

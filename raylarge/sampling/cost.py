@@ -17,7 +17,7 @@ from raylarge.models.cdm import RECIPE_STEPS as CDM_STEPS
 from raylarge.models.cost import CallCounts
 from raylarge.models.denoiser import in_interval
 from raylarge.order import Order
-from raylarge.sampling.bands import walk
+from raylarge.sampling.bands import steps_of
 from raylarge.sampling.canvas import touching
 from raylarge.sampling.mosaic import MosaicLayout
 from raylarge.sampling.plan import Plan
@@ -104,8 +104,10 @@ def _(task: DenoiseGuide, order: Order, patch: Patch) -> CallCounts:
 def _(task: DenoiseWindows, order: Order, patch: Patch) -> CallCounts:
     sampler, n = order.sampler, len(task.windows)
     guided, again = task.guided_by is not None, sampler.solver == "plms"
-    kind = order.condition.fine_kind if guided and not task.given else order.condition.kind
-    steered = task.given and order.source.control  # a ControlNet in place of the corrections
+    kind = order.condition.fine_kind if guided and not task.follows_image else order.condition.kind
+    steered = (
+        task.follows_image and order.source.control
+    )  # a ControlNet in place of the corrections
     inner = sampler.corrections if guided and not steered else 0
     found = CallCounts(decode=n * (task.last - task.first) if task.traced else 0)
     for i, t in enumerate(_timesteps(order, task.first, task.last), start=task.first):
@@ -122,17 +124,17 @@ def _(task: DenoiseWindows, order: Order, patch: Patch) -> CallCounts:
 def _(task: DenoiseMosaicRow, order: Order, patch: Patch) -> CallCounts:
     columns = MosaicLayout.of(order, patch, task.guided_by).columns
     n = sum(map(len, batches(columns, min(columns, order.batch))))
-    kind = order.condition.kind if task.given else order.condition.fine_kind
+    kind = order.condition.kind if task.follows_image else order.condition.fine_kind
     inner, steps = order.sampler.corrections, order.sampler.steps
     times = _timesteps(order, 0, steps)
     found = CallCounts()
-    if task.look:
-        t = times[(task.look - 1) // inner]
-        stepped = task.look % inner == 0
+    if task.correction_index:
+        t = times[(task.correction_index - 1) // inner]
+        stepped = task.correction_index % inner == 0
         found += CallCounts(unet=passes(order, kind, t) * n * (2 + stepped))
         found += _corrected(order, n)
-    if task.look < inner * steps:
-        found += CallCounts(unet=passes(order, kind, times[task.look // inner]) * n)
+    if task.correction_index < inner * steps:
+        found += CallCounts(unet=passes(order, kind, times[task.correction_index // inner]) * n)
     return found
 
 
@@ -152,7 +154,7 @@ def _corrected(order: Order, n: int) -> CallCounts:
 @_counts.register
 def _(task: DenoiseBand, order: Order, patch: Patch) -> CallCounts:
     n = len(batches(len(task.windows), order.batch)) * order.batch
-    steps = walk(order, WALK, task.refine)
+    steps = steps_of(order, WALK, task.refine)
     if task.step == len(steps):
         return CallCounts()
     return CallCounts(unet=passes(order, order.condition.kind, steps[task.step].t) * n)

@@ -28,8 +28,8 @@ from raylarge.sampling.validation import check
 
 Cell = tuple[int, int]
 Group = tuple[Cell, ...]
-Reach = Callable[[int, int], tuple[tuple[str, ...], tuple[Group, ...], tuple[int, ...]]]
-"""Patch rows first .. last - 1 -> what holds their latents, and where: see `plan.Decode`."""
+SourcesOfBand = Callable[[int, int], tuple[tuple[str, ...], tuple[Group, ...], tuple[int, ...]]]
+
 BAND = 4
 """Height of a decode band, in patches: windows across its border are decoded twice."""
 BAND_PATCHES = 64
@@ -78,15 +78,15 @@ def plan(order: Order, patch: Patch) -> Plan:
 def large(order: Order, patch: Patch) -> Plan:
     """One canvas under one guide, by way of the levels between; a single patch has no guide."""
     top, *below = order.levels_of(patch)
-    requests = conditioning.grids(order, top, bool(below))
+    requests = conditioning.grids(order, top, guided=bool(below))
     if below:
         requests += [
-            conditioning.draw("draw/guide", order, top, ((0, 0),), guided=False),
-            Request("guide", DenoiseGuide(order.without_payload(), top), ("draw/guide",)),
+            conditioning.encode_context("draw/guide", order, top, ((0, 0),), guided=False),
+            Request("guide", DenoiseGuide(order.without_payload(), top), {"tokens": "draw/guide"}),
         ]
     if below and order.sampler.mosaic:
         more, layout = mosaic.requests(order, patch, top, "guide")
-        return _decoded(order, patch, [*requests, *more], _rows(layout), True)
+        return _decoded(order, patch, [*requests, *more], _rows(layout), guided=True)
     level = WindowLevel(order, patch, below[0] if below else top, top if below else None)
     requests += level.requests(traced=len(below) > 1)
     for scale in below[1:]:
@@ -94,60 +94,67 @@ def large(order: Order, patch: Patch) -> Plan:
         requests += level.requests(traced=scale != order.scale)
     if order.refine:
         more, count = canvas(order, patch, level.covering)
-        return _decoded(order, patch, [*requests, *more], _canvas_sources(count), bool(below))
-    return _decoded(order, patch, requests, lambda *rows: (*level.covering(*rows), ()), bool(below))
+        return _decoded(
+            order, patch, [*requests, *more], _canvas_sources(count), guided=bool(below)
+        )
+    return _decoded(order, patch, requests, level.sources_of_band, guided=bool(below))
 
 
 def overlapping(order: Order, patch: Patch) -> Plan:
     """One canvas by strided sampling: no guide, windows that overlap."""
     requests, count = canvas(order, patch)
-    requests = [*conditioning.grids(order, order.scale, False), *requests]
-    return _decoded(order, patch, requests, _canvas_sources(count), False)
+    requests = [*conditioning.grids(order, order.scale, guided=False), *requests]
+    return _decoded(order, patch, requests, _canvas_sources(count), guided=False)
 
 
 def larger(order: Order, patch: Patch) -> Plan:
     """An image made larger: every window follows its block of it in all steps."""
     coarse = order.scale + order.source.octaves
-    requests = conditioning.grids(order, coarse, False)
+    requests = conditioning.grids(order, coarse, guided=False)
     if order.sampler.mosaic:
         more, layout = mosaic.requests(order, patch, coarse, "given")
-        return _decoded(order, patch, [*requests, *more], _rows(layout), False)
+        return _decoded(order, patch, [*requests, *more], _rows(layout), guided=False)
     level = WindowLevel(order, patch, order.scale, coarse)
     requests += level.requests(traced=False)
-    return _decoded(order, patch, requests, lambda *rows: (*level.covering(*rows), ()), False)
+    return _decoded(order, patch, requests, level.sources_of_band, guided=False)
 
 
-def _canvas_sources(count: int) -> Reach:
+def _canvas_sources(count: int) -> SourcesOfBand:
     """Where the finished rows of a canvas of bands are."""
 
-    def reach(first: int, last: int) -> tuple[tuple[str, ...], tuple[Group, ...], tuple[int, ...]]:
+    def sources_of_band(first: int, last: int) -> Sources:
         bands = tuple(range(first, min(last, count)))
         return tuple(f"final/{j}" for j in bands), (), bands
 
-    return reach
+    return sources_of_band
 
 
-def _rows(layout: mosaic.MosaicLayout) -> Reach:
+def _rows(layout: mosaic.MosaicLayout) -> SourcesOfBand:
     """Where the finished latents of a mosaic are: row by row."""
 
-    def reach(first: int, last: int) -> tuple[tuple[str, ...], tuple[Group, ...], tuple[int, ...]]:
+    def sources_of_band(first: int, last: int) -> Sources:
         rows = range(first, min(last, layout.rows))
         return tuple(f"final/{r}" for r in rows), tuple(map(layout.windows, rows)), ()
 
-    return reach
+    return sources_of_band
 
 
 def _decoded(
-    order: Order, patch: Patch, requests: list[Request], reach: Reach, guided: bool
+    order: Order,
+    patch: Patch,
+    requests: list[Request],
+    sources_of_band: SourcesOfBand,
+    *,
+    guided: bool,
 ) -> Plan:
     """The plan that decodes what finished requests hold, band by band."""
     bands, side = [], patch.side_px
     height = max(1, min(BAND, BAND_PATCHES * side // order.size[1])) * side
     for top, bottom in spans(order.size[0], height):
         begin = touching(order.size[0], side, side // 4, top, bottom)
-        names, groups, rows = reach(begin[0] // side, -(-(begin[-1] + side) // side))
+        names, groups, rows = sources_of_band(begin[0] // side, -(-(begin[-1] + side) // side))
         task = DecodeBand(order.without_payload(), groups, top, bottom, rows)
-        bands.append(Request(f"decode/{top}", task, names))
+        bands.append(Request(f"decode/{top}", task, {"latents": names}))
     results = [band.id for band in bands] + (["guide"] if guided else [])
 
     def finish(kept: list[Any], open_: Callable[[Any], Any]) -> LargeImage:
@@ -164,7 +171,9 @@ def patches(order: Order, patch: Patch) -> Plan:
     requests, results = level.requests(traced=False), []
     for b in range(len(level.groups)):
         requests.append(
-            Request(f"decode/{b}", DecodePatches(order.without_payload()), (level.last(b),))
+            Request(
+                f"decode/{b}", DecodePatches(order.without_payload()), {"latents": level.last(b)}
+            )
         )
         results.append(f"decode/{b}")
 
@@ -232,45 +241,42 @@ class WindowLevel:
 
     def covering(self, first: int, last: int) -> tuple[tuple[str, ...], tuple[Group, ...]]:
         """Finished latents of all batches with a window in patch rows first .. last - 1."""
-        found = [
+        covering = [
             b for b, group in enumerate(self.groups) if any(first <= row < last for row, _ in group)
         ]
-        return tuple(map(self.last, found)), tuple(self.groups[b] for b in found)
+        return tuple(map(self.last, covering)), tuple(self.groups[b] for b in covering)
 
-    def requests(self, traced: bool) -> list[Request]:
-        """All that takes the level's batches from tokens to latents, chunk by chunk."""
-        given, found = self.order.algorithm == "superres", []
-        guided = self.above is not None and not given
+    def sources_of_band(self, first: int, last: int) -> Sources:
+        """As `SourcesOfBand`."""
+        return *self.covering(first, last), ()
+
+    def requests(self, *, traced: bool) -> list[Request]:
+        """Return all requests from the level's tokens to its latents, chunk by chunk."""
+        image, requests = self.order.algorithm == "superres", []
+        guided, brief = self.above is not None and not image, self.order.without_payload()
         for b, group in enumerate(self.groups):
             draw = self._name(b, "tokens")
-            found.append(conditioning.draw(draw, self.order, self.scale, group, guided))
-            before: tuple[str, ...] = ()
+            requests.append(
+                conditioning.encode_context(draw, self.order, self.scale, group, guided=guided)
+            )
+            before: dict[str, str] = {}
             for first, last in self._chunks():
-                above, frames_from = self._frames(group, first)
-                chunk = DenoiseWindows(
-                    self.order.without_payload(),
-                    self.scale,
-                    group,
-                    first,
-                    last,
-                    self.above,
-                    frames_from,
-                    traced,
-                    given,
-                )
-                needs = (draw, *above, *before)
-                found.append(Request(self._name(b, first), chunk, needs))
-                before = (found[-1].id,)
-        return found
+                target, start = self._target(group, first)
+                place = (brief, self.scale, group, first, last, self.above, start)
+                task = DenoiseWindows(*place, traced=traced, follows_image=image)
+                id = self._name(b, first)
+                requests.append(Request(id, task, {"tokens": draw, **target, **before}))
+                before = {"latents": id}
+        return requests
 
-    def _frames(self, group: tuple[Cell, ...], first: int) -> tuple[tuple[str, ...], int]:
-        """The reply that holds the frames of a chunk, and the step that they begin with."""
+    def _target(self, group: Group, first: int) -> tuple[dict[str, str], int]:
+        """Return the input that constrains a chunk, and the step that its frames begin with."""
         if self.above is None:
-            return (), 0
+            return {}, 0
         if self.parents is None:
-            return ("given" if self.order.algorithm == "superres" else "guide",), 0
+            return {"target": "given" if self.order.algorithm == "superres" else "guide"}, 0
         b, i = self.parents._place[self._parent(group[0])]
-        return (f"{self.parents._name(b, first)}#{i}",), first
+        return {"target": f"{self.parents._name(b, first)}#{i}"}, first
 
     def _parent(self, cell: Cell) -> Cell:
         octaves = (self.above or 0) - self.scale

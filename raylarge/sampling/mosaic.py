@@ -1,11 +1,11 @@
 """Joint sampling with the constraint on the arranged mosaic, where A crosses windows' borders.
 
-    look   x_0(x_t) -> images -> their share of A(mosaic), a few rows of small pixels
-    move   y - the sum of the shares -> U -> e_img -> the correction of Algorithm S2
+    decode    x_0(x_t) -> images -> their share of A(mosaic), a few rows of small pixels
+    correct   y - the sum of the shares -> U -> e_img -> the correction of Algorithm S2
 
-So says the paper's text; its code, and `constraint=window`, mirror at each window's borders.
-A is linear: a row of windows needs of its neighbours only their shares, added from the top.
-All rows of a look wait for their neighbours at the look before: S K barriers in all.
+This is what the paper's text says; its code, and `constraint=window`, mirror at the borders of
+each window. A is linear, so a row of windows needs only the shares of its neighbours, which are
+added from the top. A row's correction waits for its neighbours' previous one: S K barriers in all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,7 @@ from raylarge.geometry import Patch, batches
 from raylarge.models.denoiser import bind_context
 from raylarge.order import Order
 from raylarge.resample import bicubic_matrix
-from raylarge.sampling.conditioning import draw
+from raylarge.sampling.conditioning import encode_context
 from raylarge.sampling.constraint import differentiated, encoded, scaled
 from raylarge.sampling.plan import Request
 from raylarge.sampling.tasks import DenoiseMosaicRow, Parts
@@ -77,57 +78,68 @@ def requests(
         guided_by: scale of the guide or the given image.
         source: the request that gives it.
     """
-    found, layout, sampler = [], MosaicLayout.of(order, patch, guided_by), order.sampler
-    looks, given = sampler.steps * sampler.corrections, source == "given"
-    for r in range(layout.rows):
-        near = layout.neighbours(r)
-        found.append(draw(f"draw/{r}", order, order.scale, layout.windows(r), guided=not given))
-        for look in range(looks + 1):
+    layout, sampler, brief = (
+        MosaicLayout.of(order, patch, guided_by),
+        order.sampler,
+        order.without_payload(),
+    )
+    corrections, image = sampler.steps * sampler.corrections, source == "given"
+    requests = []
+    for row in range(layout.rows):
+        near = layout.neighbours(row)
+        draw = encode_context(
+            f"draw/{row}", order, order.scale, layout.windows(row), guided=not image
+        )
+        requests.append(draw)
+        for k in range(corrections + 1):
             task = DenoiseMosaicRow(
-                order.without_payload(), order.scale, r, look, guided_by, near, given
+                brief, order.scale, row, k, guided_by, near, follows_image=image
             )
-            needs: tuple[str, ...] = (f"draw/{r}", source)
-            if look:
-                before = f"look/{look - 1}"
-                own = f"{before}/{r}"
-                needs = (*needs, own, f"{own}#0", *(f"{before}/{b}#1" for b in near))
-            id = f"look/{look}/{r}" if look < looks else f"final/{r}"
-            found.append(Request(id, task, needs))
-    return found, layout
+            needs: dict[str, str | tuple[str, ...]] = {"tokens": draw.id, "target": source}
+            if k:
+                before = f"correction/{k - 1}"
+                needs["latents"] = f"{before}/{row}"
+                needs["images"] = f"{before}/{row}#0"
+                needs["shares"] = tuple(f"{before}/{neighbour}#1" for neighbour in near)
+            id = f"correction/{k}/{row}" if k < corrections else f"final/{row}"
+            requests.append(Request(id, task, needs))
+    return requests, layout
 
 
 def answer(
-    networks: Networks, task: DenoiseMosaicRow, tokens: Float[Tensor, "n m D"], *replies: Tensor
+    networks: Networks,
+    task: DenoiseMosaicRow,
+    tokens: Float[Tensor, "n m D"],
+    target: Tensor,
+    **before: Any,
 ) -> Float[Tensor, "n c p p"] | Parts:
-    """From one look of a row of windows to the next.
+    """Take a row of windows from one correction to the next.
 
     Args:
-        replies: the guide's frames or the image; after the first look the row's latents, its
-            images, and the neighbours' shares.
+        target: the guide's frames [S + 1, 3, P, P], or the order's image.
+        before: `latents`, `images` and `shares` as in `DenoiseMosaicRow`.
     """
-    above, *rest = replies
     row = _Row(networks, task)
-    before: tuple[Tensor, ...] = ()
-    if task.look:
-        x_t, images, *shares = rest
-        y = above if task.given else above[row.corrected]
+    batched: tuple[Tensor, ...] = ()
+    if before:
+        y = target if task.follows_image else target[row.step_index]
         y = y.clamp(-1, 1) if task.order.sampler.clamp else y
-        before = (x_t, images, row.error(y, shares))
-    made: list[Tensor] = []
-    seen: list[Tensor] = []
+        batched = (before["latents"], before["images"], row.error(y, before["shares"]))
+    moved: list[Tensor] = []
+    decoded: list[Tensor] = []
     for group in batches(len(tokens), min(len(tokens), task.order.batch)):
-        here = list(group)
-        x_t = row.moved(here, tokens[here], [one[here] for one in before], seen)
-        made.append(x_t)
-    latents = torch.cat(made)[: len(tokens)]
-    if not seen:
+        windows = list(group)
+        x_t = row.moved(windows, tokens[windows], [values[windows] for values in batched], decoded)
+        moved.append(x_t)
+    latents = torch.cat(moved)[: len(tokens)]
+    if not decoded:
         return latents
-    images = torch.cat(seen)[: len(tokens)]
+    images = torch.cat(decoded)[: len(tokens)]
     return Parts(latents, (images, row.share(images)))
 
 
 class _Row:
-    """A row of windows at a look, and what it computes."""
+    """One request of a row of windows, and what it computes."""
 
     def __init__(self, networks: Networks, task: DenoiseMosaicRow) -> None:
         self.networks, self.task, self.sampler = networks, task, task.order.sampler
@@ -135,38 +147,40 @@ class _Row:
         self.steps = networks.denoiser.schedule.steps(self.sampler.steps)
 
     @property
-    def corrected(self) -> int:
-        """The step whose correction this request ends, from the second look on."""
-        return (self.task.look - 1) // self.sampler.corrections
+    def step_index(self) -> int:
+        """The step of the correction that this request carries out."""
+        return (self.task.correction_index - 1) // self.sampler.corrections
 
     def moved(
         self,
-        here: list[int],
+        windows: list[int],
         tokens: Float[Tensor, "b m D"],
         before: Sequence[Tensor],
-        seen: list[Tensor],
+        decoded: list[Tensor],
     ) -> Float[Tensor, "b c p p"]:
-        """Some windows from look to look: their latents; what they look like is added to `seen`.
+        """Return some windows' latents after the next correction; add their images to `decoded`.
 
         Args:
-            before: their latents, images and e_img; nothing at the first look.
+            before: their latents, images and e_img; nothing in the first request.
         """
         task, inner, codec = self.task, self.sampler.corrections, self.networks.correcting
-        cells = [self.layout.windows(task.row)[i] for i in here]
-        walk = Stepper(self.networks, task.order, task.scale, cells, tokens)
+        cells = [self.layout.windows(task.row)[i] for i in windows]
+        stepper = Stepper(self.networks, task.order, task.scale, cells, tokens)
         estimate = bind_context(self.networks.denoiser, tokens)
         if not before:
-            x_t = walk.start()
+            x_t = stepper.start()
         else:
             x_t, images, e_img = before
-            step = self.steps[self.corrected]
+            step = self.steps[self.step_index]
             e = encoded(codec, images, e_img.to(images), self.sampler)
             g = differentiated(partial(estimate, t=step.t), x_t, self.sampler)[1](e)
             x_t = x_t + self.sampler.correction_lr * scaled(g, self.sampler)
-            if task.look % inner == 0:
-                x_t = walk.down(self.corrected, step, x_t, estimate(x_t, step.t))
-        if task.look < inner * len(self.steps):
-            seen.append(codec.decode(estimate(x_t, self.steps[task.look // inner].t)))
+            if task.correction_index % inner == 0:
+                x_t = stepper.step(self.step_index, step, x_t, estimate(x_t, step.t))
+        if task.correction_index < inner * len(self.steps):
+            decoded.append(
+                codec.decode(estimate(x_t, self.steps[task.correction_index // inner].t))
+            )
         return x_t
 
     def share(self, images: Float[Tensor, "n 3 P P"]) -> Float[Tensor, "3 h w"]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from raylarge.sampling.tasks import Parts, Task
@@ -24,11 +24,22 @@ Reply = Any
 
 @dataclass(frozen=True)
 class Request:
-    """A task under a stable id, with the ids of the replies it takes, in their order."""
+    """A task under a stable id.
+
+    Attributes:
+        needs: the task's inputs by name: the id of the reply, or several ids, of an input that
+            is a list of replies.
+    """
 
     id: str
     task: Task
-    needs: tuple[str, ...] = ()
+    needs: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> list[str]:
+        """The ids of all replies that the task takes."""
+        needs = self.needs.values()
+        return [id for need in needs for id in ([need] if isinstance(need, str) else need)]
 
 
 @dataclass(frozen=True)
@@ -92,28 +103,34 @@ class Plan:
     ) -> None:
         self.requests = {request.id: request for request in requests}
         self.results, self.finish, self.store = tuple(results), finish, MemoryStore()
-        needed = [need for request in requests for need in request.needs]
+        needed = [need for request in requests for need in request.sources]
         if unknown := {whole(n) for n in [*needed, *results]} - self.requests.keys():
             raise ValueError(f"no request gives {sorted(unknown)}")
         self._users = Counter([*needed, *self.results])
-        self._waits = {r.id: len({whole(n) for n in r.needs}) for r in requests}
+        self._waits = {r.id: len({whole(n) for n in r.sources}) for r in requests}
         self._next: dict[str, list[str]] = {}
         for request in requests:
-            for taken in dict.fromkeys(map(whole, request.needs)):
-                self._next.setdefault(taken, []).append(request.id)
+            for source in dict.fromkeys(map(whole, request.sources)):
+                self._next.setdefault(source, []).append(request.id)
         self._fresh = [id for id, count in self._waits.items() if not count]
         self._finished: set[str] = set()
         self._replies: dict[str, Any] = {}
 
     def ready(self) -> list[Request]:
         """Requests that may be answered now and were not handed out yet."""
-        found = [self.requests[id] for id in self._fresh if id not in self._finished]
-        self._fresh = []
-        return found
+        fresh, self._fresh = self._fresh, []
+        return [self.requests[id] for id in fresh if id not in self._finished]
 
-    def inputs(self, request: Request) -> list[Reply]:
-        """The replies that a request takes."""
-        return [self.store.open(self._replies[need]) for need in request.needs]
+    def inputs(self, request: Request) -> dict[str, Any]:
+        """Return the replies that a request takes, by name: a reply, or a list of replies."""
+
+        def opened(id: str) -> Reply:
+            return self.store.open(self._replies[id])
+
+        return {
+            name: opened(need) if isinstance(need, str) else [opened(id) for id in need]
+            for name, need in request.needs.items()
+        }
 
     @property
     def names(self) -> frozenset[str]:
@@ -125,10 +142,10 @@ class Plan:
         if id in self._finished:
             return
         for name, part in _parts(id, reply).items():
-            wanted = self._users[name] > 0
-            if wanted or name == id:
-                kept = self.store.keep(name, part if wanted else None)
-            if wanted:
+            needed = self._users[name] > 0
+            if needed or name == id:
+                kept = self.store.keep(name, part if needed else None)
+            if needed:
                 self._replies[name] = kept
         self._finish(id)
 
@@ -139,7 +156,7 @@ class Plan:
             self._waits[follower] -= 1
             if not self._waits[follower]:
                 self._fresh.append(follower)
-        for need in self.requests[id].needs:
+        for need in self.requests[id].sources:
             self._users[need] -= 1
             if not self._users[need] and self._replies.pop(need, None) is not None:
                 self.store.free(need)
@@ -200,7 +217,7 @@ def run(
     answer: Callable[..., Reply],
     watch: Callable[[Plan], None] = lambda plan: None,
 ) -> Any:
-    """Carry out a plan in one process: `answer(task, *inputs)` for each request in turn.
+    """Carry out a plan in one process: `answer(task, **inputs)` for each request in turn.
 
     What became possible last is asked first, so that few replies wait for their users.
     """
@@ -208,7 +225,7 @@ def run(
     while not plan.done:
         stack += reversed(plan.ready())
         request = stack.pop()
-        plan.feed(request.id, answer(request.task, *plan.inputs(request)))
+        plan.feed(request.id, answer(request.task, **plan.inputs(request)))
         watch(plan)
     return plan.result
 
@@ -230,7 +247,7 @@ async def arun(
             stack += reversed(plan.ready())
             while stack and len(asked) < most:
                 request = stack.pop()
-                future = asyncio.ensure_future(answer(request.task, *plan.inputs(request)))
+                future = asyncio.ensure_future(answer(request.task, **plan.inputs(request)))
                 asked[future] = request
             finished, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
             for done in finished:

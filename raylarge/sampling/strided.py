@@ -19,6 +19,7 @@ from raylarge.geometry import Patch, origins
 from raylarge.order import Order
 from raylarge.sampling.bands import REFINE_STEPS, starts
 from raylarge.sampling.canvas import Origins
+from raylarge.sampling.conditioning import with_payload
 from raylarge.sampling.plan import Request
 from raylarge.sampling.tasks import DenoiseBand, EncodeContext
 
@@ -59,26 +60,26 @@ def canvas(order: Order, patch: Patch, start: Start | None = None) -> tuple[list
     count, steps = -(-height // side), REFINE_STEPS if refine else order.sampler.steps
     columns, brief = origins(width, side, stride), order.without_payload()
     kind = order.condition.kind
-    vectors, grid = kind in ("embeddings", "prior"), ("imagined",) if kind == "prior" else ()
+    grid = {"grid": "imagined"} if kind == "prior" else {}
     requests = []
     for j in range(count):
         windows = tuple((r, c) for r in starts(height, side, stride, j) for c in columns)
-        draw = (f"between/{j}",) if vectors and windows else ()
-        if draw:
-            bulky = order if kind == "embeddings" else brief
-            task = EncodeContext(bulky, kind, order.scale, windows, between=True)
-            requests.append(Request(draw[0], task, grid))
+        vectors: dict[str, str] = {}
+        if windows and kind in ("embeddings", "prior"):
+            vectors = {"vectors": f"between/{j}"}
+            place = (with_payload(order), kind, order.scale, windows)
+            task = EncodeContext(*place, interpolated=True)
+            requests.append(Request(vectors["vectors"], task, grid))
         near = tuple(b for b in (j - 1, j, j + 1) if 0 <= b < count)
-        needs, groups = start(j, min(j + 2, count)) if start else ((), ())
-        first = DenoiseBand(
-            brief, j, 0, windows, refine, bool(draw), groups=tuple(map(tuple, groups))
-        )
-        requests.append(Request(f"band/0/{j}", first, (*draw, *needs)))
-        for i in range(1, steps):
-            step = DenoiseBand(brief, j, i, windows, refine, bool(draw), near)
-            before = tuple(f"band/{i - 1}/{b}" for b in near)
-            requests.append(Request(f"band/{i}/{j}", step, (*draw, *before)))
-        before = tuple(f"band/{steps - 1}/{b}" for b in near)
-        last = DenoiseBand(brief, j, steps, (), refine, False, near)
-        requests.append(Request(f"final/{j}", last, before))
+        latents, groups = start(j, min(j + 2, count)) if start else ((), ())
+        placed = tuple(map(tuple, groups))
+        first = DenoiseBand(brief, j, 0, windows, groups=placed, refine=refine)
+        more = {"latents": latents} if latents else {}
+        requests.append(Request(f"band/0/{j}", first, {**vectors, **more}))
+        for i in range(1, steps + 1):
+            last = i == steps
+            task = DenoiseBand(brief, j, i, () if last else windows, near, refine=refine)
+            before = {"neighbours": tuple(f"band/{i - 1}/{b}" for b in near)}
+            needs = before if last else {**vectors, **before}
+            requests.append(Request(f"final/{j}" if last else f"band/{i}/{j}", task, needs))
     return requests, count

@@ -70,8 +70,8 @@ def fixed(y: Float[Tensor, "3 rows columns"], task: DenoiseWindows, patch: Patch
     Raises:
         UserError: as `blocks`.
     """
-    wanted = blocks(y, task, patch)
-    return lambda step: wanted
+    target = blocks(y, task, patch)
+    return lambda step: target
 
 
 def controlled(

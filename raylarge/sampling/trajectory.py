@@ -1,8 +1,8 @@
-"""What a worker computes for a request: trajectories of latents, pure functions of addresses.
+"""Denoise the guide and batches of windows: the trajectories of latents.
 
-Noise stands at (scale, row, column, step); step 0 is x_T. A window's trajectory needs only
-its tokens, its block of the guide's frames and its address, so windows never wait for each
-other. Source: Algorithm S2; DDIM.
+Noise is a function of its address (scale, row, column, step); step 0 is x_T. A window's trajectory
+needs only its tokens, its block of the guide's frames and its address, so windows are independent.
+Source: Algorithm S2; DDIM.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def guide(
     networks: Networks, task: DenoiseGuide, tokens: Float[Tensor, "1 n D"]
 ) -> Float[Tensor, "S1 3 P P"]:
     """The guide's whole trajectory: its S estimates decoded, then its finished image."""
-    order, walk = task.order, Stepper(networks, task.order, task.scale, ((0, 0),), tokens)
-    frames, x_t, estimate = [], walk.start(), bind_context(networks.denoiser, tokens)
+    order, stepper = task.order, Stepper(networks, task.order, task.scale, ((0, 0),), tokens)
+    frames, x_t, estimate = [], stepper.start(), bind_context(networks.denoiser, tokens)
     for i, step in enumerate(networks.denoiser.schedule.steps(order.sampler.steps)):
         x_0 = estimate(x_t, step.t)
         frames.append(networks.autoencoder.decode(x_0))
-        x_t = walk.down(i, step, x_t, x_0)
+        x_t = stepper.step(i, step, x_t, x_0)
     return torch.cat([*frames, networks.autoencoder.decode(x_t)]).float()
 
 
@@ -70,34 +70,34 @@ def windows(
     networks: Networks,
     task: DenoiseWindows,
     tokens: Float[Tensor, "B n D"],
-    wanted: Target | None,
+    target: Target | None,
     x_t: Float[Tensor, "B c p p"] | None,
 ) -> Float[Tensor, "B c p p"] | Parts:
     """A batch of windows through steps first .. last - 1.
 
     Args:
-        wanted: what each window should look like when made small, by step; None samples
+        target: what each window should look like when made small, by step; None samples
             unconstrained.
         x_t: the latents where the last chunk left them; None starts from noise.
     """
     sampler, traced = task.order.sampler, []
     correction = CORRECTIONS[sampler.correction]
-    walk = Stepper(networks, task.order, task.scale, task.windows, tokens)
-    x_t = walk.start() if x_t is None else x_t.to(walk.dtype)
+    stepper = Stepper(networks, task.order, task.scale, task.windows, tokens)
+    x_t = stepper.start() if x_t is None else x_t.to(stepper.dtype)
     schedule, estimate = networks.denoiser.schedule, bind_context(networks.denoiser, tokens)
     if sampler.solver != "ddim":  # they remember earlier steps: all are one request
         return solve(estimate, x_t, schedule, sampler.solver, sampler.steps)
     steps = schedule.steps(sampler.steps)
     for i in range(task.first, task.last):
         x_0 = partial(estimate, t=steps[i].t)
-        if wanted is not None and i % sampler.correct_every == 0:
-            y = wanted(i).to(x_t)
+        if target is not None and i % sampler.correct_every == 0:
+            y = target(i).to(x_t)
             for _ in range(sampler.corrections):
                 x_t = correction(x_t, x_0, networks.correcting, y, sampler)
         clean = x_0(x_t)
         if task.traced:
             traced.append(networks.autoencoder.decode(clean).float())
-        x_t = walk.down(i, steps[i], x_t, clean)
+        x_t = stepper.step(i, steps[i], x_t, clean)
     if not task.traced:
         return x_t
     # Each window's frames in memory of their own: they travel one by one.
@@ -114,17 +114,17 @@ def below(frames: Float[Tensor, "s 3 P P"], task: DenoiseWindows) -> Target:
     side, per = frames.shape[-1] >> octaves, 1 << octaves
     places = [(row % per * side, column % per * side) for row, column in task.windows]
 
-    def wanted(step: int) -> Float[Tensor, "B 3 q q"]:
+    def target(step: int) -> Float[Tensor, "B 3 q q"]:
         frame = frames[step - task.frames_from]
         frame = frame.clamp(-1, 1) if task.order.sampler.clamp else frame
         return gather(frame, places, side)
 
-    return wanted
+    return target
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """Where a batch of windows stands in the noise, and how it takes a step.
+    """Steps of a batch of windows, with noise at their addresses.
 
     Latents are float32 or better, whatever the networks see: a step changes their last digits.
     """
@@ -139,10 +139,10 @@ class Stepper:
         """x_T."""
         return self._noise(0)
 
-    def down(self, i: int, step: SamplerStep, x_t: Tensor, x_0: Tensor) -> Tensor:
+    def step(self, i: int, down: SamplerStep, x_t: Tensor, x_0: Tensor) -> Tensor:
         """The latents after step i."""
         eta = self.order.sampler.eta
-        return ddim(x_t, x_0, step, eta, self._noise(i + 1) if eta else None)
+        return ddim(x_t, x_0, down, eta, self._noise(i + 1) if eta else None)
 
     def _noise(self, step: int) -> Tensor:
         addresses = [(self.scale, row, column, step) for row, column in self.cells]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from raylarge.sampling.plan import Reply
 from raylarge.sampling.tasks import Task
 from raylarge.serve.api import Api
 from raylarge.serve.order_queue import OrderQueue, ServiceLimits
-from raylarge.workers.pool import IN_FLIGHT, ObjectRefTensor, Replicas
+from raylarge.workers.pool import IN_FLIGHT, Replicas, open_inputs
 from raylarge.workers.worker import Worker
 
 MAX_ONGOING = IN_FLIGHT + 1
@@ -46,12 +47,13 @@ class WorkerReplica:
         """What the bundle is."""
         return BundleFacts.of(self._worker.bundle)
 
-    async def answer(self, task: Task, *inputs: Any) -> Reply:
-        """The reply to a task."""
+    async def answer(self, task: Task, **inputs: Any) -> Reply:
+        """Return the reply to a task."""
         loop = asyncio.get_running_loop()
         async with self._room:
-            opened = [i.open(await i.ref) if isinstance(i, ObjectRefTensor) else i for i in inputs]
-            return await loop.run_in_executor(self._thread, self._worker.answer, task, *opened)
+            opened = await asyncio.to_thread(open_inputs, inputs)
+            call = partial(self._worker.answer, task, **opened)
+            return await loop.run_in_executor(self._thread, call)
 
 
 class ServiceIngress:

@@ -31,24 +31,25 @@ class Conditions:
         """Nothing is computed yet."""
         self.bundle = bundle
 
-    def draw(self, task: EncodeContext, *inputs: Tensor) -> Float[Tensor, "n ..."]:
-        """Tokens of windows; under `between` the raw embedding of each.
+    def encode(self, task: EncodeContext, grid: Tensor | None) -> Float[Tensor, "n ..."]:
+        """Return tokens of windows; if `interpolated`, the raw embedding of each.
 
         Raises:
             UserError: the bundle lacks what the condition needs.
         """
-        if task.between:
-            return self._between(task, *inputs)
-        how: dict[str, Callable[..., Tensor]] = {
+        if task.interpolated:
+            return self._interpolated(task, grid)
+        encoders: dict[str, Callable[..., Tensor]] = {
             "null": self._null,
             "cdm": self._from_cdm,
             "embeddings": self._from_embeddings,
             "inverted": self._from_grid,
             "prior": self._from_grid,
         }
-        return how[task.kind](task, *inputs)
+        encode = encoders[task.kind]
+        return encode(task) if grid is None else encode(task, grid)
 
-    def given(self, task: LoadSource) -> Float[Tensor, "3 rows columns"]:
+    def load_source(self, task: LoadSource) -> Float[Tensor, "3 rows columns"]:
         """The order's image.
 
         Raises:
@@ -69,18 +70,18 @@ class Conditions:
         cells = [(r, c) for r in range(rows) for c in range(columns)]
         model = invert.Model(bundle.unet, bundle.summarizer, bundle.schedule, bundle.unet.dtype)
         how = invert.Inversion(iterations=task.order.condition.iterations)
-        found: dict[tuple[int, int], Tensor] = {}
+        grids: dict[tuple[int, int], Tensor] = {}
         for group in batches(len(cells), min(len(cells), task.order.batch)):
             here = tuple(cells[i] for i in group)
             cut = canvas.gather(y, [(r * side, c * side) for r, c in here], side)
             places = invert.Places(task.order.seed, task.scale, here)
             shape = (bundle.summarizer.config.channels, grid_side, grid_side)
-            made = invert.invert(model, bundle.vae.encode(cut), shape, places, how)
-            found.update(zip(here, made, strict=True))
-        bands = [torch.cat([found[r, c] for c in range(columns)], dim=2) for r in range(rows)]
+            inverted = invert.invert(model, bundle.vae.encode(cut), shape, places, how)
+            grids.update(zip(here, inverted, strict=True))
+        bands = [torch.cat([grids[r, c] for c in range(columns)], dim=2) for r in range(rows)]
         return torch.cat(bands, dim=1)
 
-    def imagine(self, task: SamplePrior) -> Float[Tensor, "C rows columns"]:
+    def sample_prior(self, task: SamplePrior) -> Float[Tensor, "C rows columns"]:
         """The grid prior's draw for the whole canvas, one raw embedding per base tile.
 
         Raises:
@@ -133,10 +134,10 @@ class Conditions:
         tokens: Tensor = self.bundle.summarizer(canvas.gather(grid, at, per), scale)
         return tokens
 
-    def _between(self, task: EncodeContext, *inputs: Tensor) -> Float[Tensor, "n C"]:
+    def _interpolated(self, task: EncodeContext, grid: Tensor | None) -> Float[Tensor, "n C"]:
         """Raw embeddings at windows' places; of coarser scales the mean over what they cover."""
-        given = inputs or (torch.from_numpy(task.order.condition.grid()).movedim(-1, 0),)
-        grid = given[0]
+        if grid is None:
+            grid = torch.from_numpy(task.order.condition.grid()).movedim(-1, 0)
         cells = task.order.strided.coarser << task.scale
         short = [-length % cells for length in grid.shape[1:]]
         grid = nn.functional.pad(grid, (0, short[1], 0, short[0]), mode="replicate")

@@ -1,4 +1,4 @@
-"""Many workers behind one `answer(task, *inputs)`, which is all that `plan.arun` wants.
+"""Many workers behind one `answer(task, **inputs)`, as `plan.arun` calls it.
 
     ActorPool   Ray actors of this process      (jobs/sample.py workers=N)
     Replicas    a Ray Serve deployment          (serve/app.py)
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,30 +53,47 @@ class ObjectRefTensor:
     dtype: torch.dtype
 
     def open(self, content: np.ndarray) -> Tensor:
-        """The tensor of the bytes that the reference stands for."""
+        """Return the tensor of the bytes that the reference stands for."""
         return torch.from_numpy(content.copy()).view(self.dtype)
 
 
 class ObjectStoreCache:
-    """Puts each large tensor into the object store once; it goes when the tensor does."""
+    """Puts each large tensor into the object store once, and frees it when the tensor is freed."""
 
     def __init__(self) -> None:
-        """An empty shelf."""
-        self._held: dict[int, ObjectRefTensor] = {}
+        self._stored: dict[int, ObjectRefTensor] = {}
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._stored)
 
-    def hold(self, reply: Reply) -> Reply | ObjectRefTensor:
-        """What to hand on in place of a reply: itself if it is small."""
+    def put(self, reply: Reply) -> Reply | ObjectRefTensor:
+        """Return what to send in place of a reply: the reply itself if it is small."""
         if not isinstance(reply, Tensor) or reply.nbytes < LARGE_BYTES:
             return reply
         name = id(reply)
-        if name not in self._held:
+        if name not in self._stored:
             content = reply.contiguous().view(torch.uint8).numpy()
-            self._held[name] = ObjectRefTensor(ray.put(content), reply.dtype)
-            weakref.finalize(reply, self._held.pop, name).atexit = False
-        return self._held[name]
+            self._stored[name] = ObjectRefTensor(ray.put(content), reply.dtype)
+            weakref.finalize(reply, self._stored.pop, name).atexit = False
+        return self._stored[name]
+
+    def put_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a task's inputs as they are sent."""
+        return {name: _each(self.put, value) for name, value in inputs.items()}
+
+
+def open_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a task's inputs as they were before `ObjectStoreCache.put_inputs`."""
+
+    def opened(value: Any) -> Any:
+        return value.open(ray.get(value.ref)) if isinstance(value, ObjectRefTensor) else value
+
+    return {name: _each(opened, value) for name, value in inputs.items()}
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to an input, or to each item of an input that is a list."""
+    return [function(item) for item in value] if isinstance(value, list) else function(value)
 
 
 async def persist(ask: Callable[[], Awaitable[Any]], what: str) -> Any:
@@ -115,11 +132,10 @@ class PooledWorker:
             torch.set_num_threads(self._means.threads)
             self._worker = Worker.opened(self._bundle, self._means)
 
-    def answer(self, task: Task, *inputs: Any) -> Reply:
-        """The reply to a task."""
+    def answer(self, task: Task, **inputs: Any) -> Reply:
+        """Return the reply to a task."""
         self.ready()
-        opened = [i.open(ray.get(i.ref)) if isinstance(i, ObjectRefTensor) else i for i in inputs]
-        return self._worker.answer(task, *opened)  # type: ignore[union-attr]
+        return self._worker.answer(task, **open_inputs(inputs))  # type: ignore[union-attr]
 
 
 class ActorPool:
@@ -142,7 +158,7 @@ class ActorPool:
         )
         self._actors = [actor.remote(bundle, means) for _ in range(workers)]
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
-        self._shelf = ObjectStoreCache()
+        self._cache = ObjectStoreCache()
         self._closed = False
         self._coming: set[asyncio.Task[None]] = set()
 
@@ -163,10 +179,10 @@ class ActorPool:
             first = await self._next()
         self._idle.put_nowait(first)
 
-    async def answer(self, task: Task, *inputs: Reply) -> Reply:
+    async def answer(self, task: Task, **inputs: Any) -> Reply:
         """The reply to a task, from whichever actor is idle first."""
-        held = [self._shelf.hold(reply) for reply in inputs]
-        return await persist(lambda: self._ask(task, held), _name(task))
+        sent = self._cache.put_inputs(inputs)
+        return await persist(lambda: self._ask(task, sent), _name(task))
 
     async def shut_down(self) -> None:
         """End the actors, and what waits for them."""
@@ -184,10 +200,10 @@ class ActorPool:
         self._actors.clear()
         self._idle = asyncio.Queue()
 
-    async def _ask(self, task: Task, inputs: Sequence[Any]) -> Reply:
+    async def _ask(self, task: Task, inputs: Mapping[str, Any]) -> Reply:
         actor = await self._next()
         try:
-            reply = await actor.answer.remote(task, *inputs)
+            reply = await actor.answer.remote(task, **inputs)
         except BaseException:  # lost, failed or cancelled: it is idle when it says so
             self._await(actor)
             raise
@@ -230,21 +246,21 @@ class Replicas:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._shelf = ObjectStoreCache()
+        self._cache = ObjectStoreCache()
         self._room = asyncio.Semaphore(IN_FLIGHT)
 
     async def facts(self) -> BundleFacts:
         """What bundle the replicas have."""
         return await persist(lambda: self._handle.facts.remote(), "a question for the bundle")
 
-    async def answer(self, task: Task, *inputs: Reply) -> Reply:
+    async def answer(self, task: Task, **inputs: Any) -> Reply:
         """The reply to a task. Cancelling it cancels the request at the replica."""
-        held = [self._shelf.hold(reply) for reply in inputs]
+        sent = self._cache.put_inputs(inputs)
         async with self._room:
-            return await persist(lambda: self._ask(task, held), _name(task))
+            return await persist(lambda: self._ask(task, sent), _name(task))
 
-    async def _ask(self, task: Task, inputs: Sequence[Any]) -> Reply:
-        response = self._handle.answer.remote(task, *inputs)
+    async def _ask(self, task: Task, inputs: Mapping[str, Any]) -> Reply:
+        response = self._handle.answer.remote(task, **inputs)
         try:
             return await response
         except asyncio.CancelledError:

@@ -64,7 +64,7 @@ class Worker:
         self._denoiser = denoiser or network()
         self._conditions = Conditions(bundle)
         # The released seam removal tells its network t + 1, and so does ours.
-        self._told_late = denoiser or network(timestep_offset=1)
+        self._late_denoiser = denoiser or network(timestep_offset=1)
 
     @classmethod
     def opened(cls, folder: str, means: ComputeConfig) -> Worker:
@@ -74,92 +74,116 @@ class Worker:
         return cls(bundle, compiled=means.compile)
 
     @torch.no_grad()
-    def answer(self, task: Task, *inputs: Any) -> Any:
-        """The reply to a task, from the replies it takes; both on the CPU, wherever the models are.
+    def answer(self, task: Task, **inputs: Any) -> Any:
+        """Return the reply to a task; inputs and replies are on the CPU.
+
+        Args:
+            task: the request.
+            inputs: the replies that it takes, by name (`sampling/tasks.py`); some are lists.
 
         Raises:
-            UserError: the bundle lacks what the task needs, or the reply is not finite.
+            UserError: the bundle lacks a part that the task needs, or the reply is not finite.
         """
-        device = self.bundle.device
-        moved = [i.to(device) if isinstance(i, Tensor) else i for i in inputs]
-        reply = self._answer(task, *moved)
+        reply = self._answer(task, **{name: self._to_device(i) for name, i in inputs.items()})
         check_reply(task, reply)
         if isinstance(reply, Parts):
             return Parts(reply.whole.cpu(), tuple(part.cpu() for part in reply.parts))
         return reply.cpu() if isinstance(reply, Tensor) else reply
 
+    def _to_device(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._to_device(item) for item in value]
+        return value.to(self.bundle.device) if isinstance(value, Tensor) else value
+
     @singledispatchmethod
-    def _answer(self, task: Task, *inputs: Any) -> Any:
+    def _answer(self, task: Task, **inputs: Any) -> Any:
         raise TypeError(f"no worker answers {type(task).__name__}")
 
     @_answer.register
-    def _draw(self, task: EncodeContext, *inputs: Tensor) -> Float[Tensor, "n ..."]:
-        return self._conditions.draw(task, *inputs)
+    def _encode_context(
+        self, task: EncodeContext, grid: Tensor | None = None
+    ) -> Float[Tensor, "n ..."]:
+        return self._conditions.encode(task, grid)
 
     @_answer.register
-    def _given(self, task: LoadSource) -> Float[Tensor, "3 rows columns"]:
-        return self._conditions.given(task)
+    def _load_source(self, task: LoadSource) -> Float[Tensor, "3 rows columns"]:
+        return self._conditions.load_source(task)
 
     @_answer.register
-    def _invert(self, task: InvertImage, y: Tensor) -> Float[Tensor, "C rows columns"]:
-        return self._conditions.invert(task, y)
+    def _invert_image(self, task: InvertImage, image: Tensor) -> Float[Tensor, "C rows columns"]:
+        return self._conditions.invert(task, image)
 
     @_answer.register
-    def _imagine(self, task: SamplePrior) -> Float[Tensor, "C rows columns"]:
-        return self._conditions.imagine(task)
+    def _sample_prior(self, task: SamplePrior) -> Float[Tensor, "C rows columns"]:
+        return self._conditions.sample_prior(task)
 
     @_answer.register
-    def _guide(self, task: DenoiseGuide, tokens: Tensor) -> Float[Tensor, "S1 3 P P"]:
+    def _denoise_guide(self, task: DenoiseGuide, tokens: Tensor) -> Float[Tensor, "S1 3 P P"]:
         return trajectory.guide(self._networks(task.order, tokens), task, tokens)
 
     @_answer.register
-    def _windows(self, task: DenoiseWindows, tokens: Tensor, *rest: Tensor) -> Tensor | Parts:
-        replies, wanted = list(rest), None
-        above = replies.pop(0) if task.guided_by is not None else None
-        x_t = replies.pop(0) if task.first else None
-        given = above if task.given else None
-        if given is not None and task.order.source.control:
-            denoiser: Denoiser = superres.controlled(self.bundle, task, given)
-        else:
-            denoiser = self._denoiser
-            if given is not None:
-                wanted = superres.fixed(given, task, self.bundle.patch)
-            elif above is not None:
-                wanted = trajectory.below(above, task)
+    def _denoise_windows(
+        self,
+        task: DenoiseWindows,
+        tokens: Tensor,
+        target: Tensor | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor | Parts:
+        denoiser, by_step = self._denoiser, None
+        if target is not None and not task.follows_image:
+            by_step = trajectory.below(target, task)
+        elif target is not None and task.order.source.control:
+            denoiser = superres.controlled(self.bundle, task, target)
+        elif target is not None:
+            by_step = superres.fixed(target, task, self.bundle.patch)
         networks = self._networks(task.order, tokens, denoiser)
-        return trajectory.windows(networks, task, tokens, wanted, x_t)
+        return trajectory.windows(networks, task, tokens, by_step, latents)
 
     @_answer.register
-    def _mosaic(self, task: DenoiseMosaicRow, tokens: Tensor, *rest: Tensor) -> Tensor | Parts:
-        return mosaic.answer(self._networks(task.order, tokens), task, tokens, *rest)
+    def _denoise_mosaic_row(
+        self, task: DenoiseMosaicRow, tokens: Tensor, **inputs: Any
+    ) -> Tensor | Parts:
+        return mosaic.answer(self._networks(task.order, tokens), task, tokens, **inputs)
 
     @_answer.register
-    def _decode(self, task: DecodeBand, *latents: Tensor) -> UInt8[np.ndarray, "rows W 3"]:
+    def _decode_band(
+        self, task: DecodeBand, latents: list[Tensor]
+    ) -> UInt8[np.ndarray, "rows W 3"]:
         patch, order = self.bundle.patch, task.order
         if task.bands:
             latent, first = torch.cat(latents, dim=1), task.bands[0]
         else:
             latent, first = canvas.arranged(latents, task.windows, order.size[1] // patch.factor)
         band = canvas.PixelBand(task.top, task.bottom, order.size[0], first * patch.side_lat)
-        image = canvas.decode_band(self._codec, latent, band, patch, order.batch)
-        check_reply(task, image)
-        return to_uint8(image)
+        return self._pixels(task, canvas.decode_band(self._codec, latent, band, patch, order.batch))
 
     @_answer.register
-    def _band(self, task: DenoiseBand, *inputs: Tensor) -> Float[Tensor, "d rows W"]:
-        patch, replies = self.bundle.patch, list(inputs)
-        vectors = replies.pop(0) if task.vectors else None
-        here = bands.Canvas(task, patch.latent, patch.factor, self._denoiser.schedule)
-        if task.step:
-            x_t = here.down(list(zip(task.neighbours, replies, strict=True)))
-        elif task.refine:
-            latent, _ = canvas.arranged(replies, task.groups, here.width, here.rows)
-            x_t = here.start(latent)
+    def _decode_patches(self, task: DecodePatches, latents: Tensor) -> UInt8[np.ndarray, "B P P 3"]:
+        return self._pixels(task, self._codec.decode(latents))
+
+    def _pixels(self, task: Task, decoded: Tensor) -> UInt8[np.ndarray, "... 3"]:
+        check_reply(task, decoded)
+        return to_uint8(decoded)
+
+    @_answer.register
+    def _denoise_band(
+        self,
+        task: DenoiseBand,
+        vectors: Tensor | None = None,
+        latents: list[Tensor] | None = None,
+        neighbours: list[Tensor] | None = None,
+    ) -> Float[Tensor, "d rows W"]:
+        patch = self.bundle.patch
+        band = bands.BandCanvas(task, patch.latent, patch.factor, self._denoiser.schedule)
+        if neighbours:
+            x_t = band.next_x_t(list(zip(task.neighbours, neighbours, strict=True)))
+        elif latents:
+            x_t = band.start(canvas.arranged(latents, task.groups, band.width, band.rows)[0])
         else:
-            x_t = here.start(None).to(self.bundle.device)
-        if task.step == len(here.steps):
+            x_t = band.start(None).to(self.bundle.device)
+        if task.step == len(band.steps):
             return x_t[:, : patch.side_lat]
-        return here.ask(x_t, self._estimates(task, vectors))
+        return band.reply(x_t, self._estimates(task, vectors))
 
     def _estimates(self, task: DenoiseBand, vectors: Tensor | None) -> bands.Estimate:
         """What asks the denoiser for a band's windows, each under its own embedding.
@@ -167,7 +191,7 @@ class Worker:
         Canvases are float32; the networks see their own precision.
         """
         conditioner = self.bundle.summarizer
-        plain = self._told_late if task.refine else self._denoiser
+        plain = self._late_denoiser if task.refine else self._denoiser
         null, sampler = conditioner.null(1), task.order.sampler
 
         def estimate(cut: Tensor, windows: list[int], t: int) -> Tensor:
@@ -180,12 +204,6 @@ class Worker:
             return asked(cut, t, tokens)
 
         return estimate
-
-    @_answer.register
-    def _decode_each(self, task: DecodePatches, latents: Tensor) -> UInt8[np.ndarray, "B P P 3"]:
-        decoded = self._codec.decode(latents)
-        check_reply(task, decoded)
-        return to_uint8(decoded)
 
     def _networks(
         self, order: Order, tokens: Tensor, denoiser: Denoiser | None = None
