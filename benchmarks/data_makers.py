@@ -31,7 +31,8 @@ from raylarge.data import embed, parts, tile
 from raylarge.data.candidates import TileConfig
 from raylarge.data.embed import EmbedConfig, EmbedStage
 from raylarge.data.parts import Facts, PartBuilder
-from raylarge.data.pipeline import ExecutorConfig, Unit
+from raylarge.data.pipeline import ExecutorConfig
+from raylarge.data.units import BlockUnit
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Job:
     tile: TileConfig
     embed: EmbedConfig
     cost_s: float | None
-    units: list[Unit]
+    units: list[BlockUnit]
 
     @property
     def make_stage(self) -> Callable[[], Watched]:
@@ -121,7 +122,7 @@ class Watched(EmbedStage):
             super().__init__(root, tile, replace(config, encoder="none"))
             self._encoder: Any = Sleeper(cost_s)
 
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: BlockUnit) -> tuple[pa.Table, Facts]:
         """As of `EmbedStage`."""
         began, cpu = time.time(), time.process_time()
         table, facts = super().make(unit)
@@ -161,7 +162,7 @@ def job(
     """The parts that hold the rows of the slides that are measured."""
     sections = {"tile": tile.section(config), "embed": embed.section(means)}
     units = embed.units_of(root, config, sections)
-    units = [unit for unit in units if unit["rows"][1] <= slides.grid[0]]
+    units = [unit for unit in units if unit.rows[1] <= slides.grid[0]]
     return Job(root, config, means, cost_s, units)
 
 

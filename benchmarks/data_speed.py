@@ -101,7 +101,7 @@ class DataMeasure:
         name = f"{Path(slides.paths[0]).stem}-{len(slides.paths)}-{block_tiles}"
         root, tile = makers.tiled(slides, self.folder / name, block_tiles)
         job = makers.job(root, tile, slides, means, cost_s)
-        if sum(unit["tiles"] for unit in job.units) != slides.tiles:
+        if sum(unit.tiles or 0 for unit in job.units) != slides.tiles:
             raise AssertionError(f"{slides.title}: the parts are not the {slides.tiles} tiles")
         return job
 

@@ -10,6 +10,7 @@ from raylarge.data.embed import EmbedStage
 from raylarge.data.parts import PartBuilder
 from raylarge.data.pipeline import ExecutorConfig, _Runner, _runs
 from raylarge.data.prepare import prepare
+from raylarge.data.units import Unit
 from raylarge.errors import UserError
 from raylarge.report import Report
 
@@ -184,7 +185,7 @@ def test_only_slides_are_skipped():
 
     from raylarge.data import pipeline
 
-    slide, bucket = {"part": "a", "slide_id": "x"}, {"part": "b"}
+    slide, bucket = Unit(part="a", slide_id="x"), Unit(part="b")
     (facts,) = pipeline.run([slide], Dying, ExecutorConfig(skip=True), "some")
     assert facts == {"failed": "slide x is damaged"}
     with pytest.raises(UserError, match="slide x is damaged"):
@@ -193,13 +194,13 @@ def test_only_slides_are_skipped():
 
 
 def test_blocks_of_a_slide_go_together_as_long_as_all_have_work():
-    units = [{"slide_id": f"s{i // 40}", "n": i} for i in range(120)]
+    units = [Unit(slide_id=f"s{i // 40}", part=str(i)) for i in range(120)]
     for workers, longest in ((1, 8), (2, 7), (64, 1)):
         runs = _runs(units, workers)
         assert [index for one in runs for index, _ in one] == list(range(120))
         assert max(map(len, runs)) == longest
-        assert all(len({unit["slide_id"] for _, unit in one}) == 1 for one in runs)
-    assert [len(one) for one in _runs([{"part": str(i)} for i in range(50)], 1)] == [1] * 50
+        assert all(len({unit.slide_id for _, unit in one}) == 1 for one in runs)
+    assert [len(one) for one in _runs([Unit(part=str(i)) for i in range(50)], 1)] == [1] * 50
 
 
 def test_values_beyond_half_precision_are_refused(tiny_prepare, run, monkeypatch):

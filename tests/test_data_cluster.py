@@ -91,7 +91,7 @@ class Slow(embed.EmbedStage):
 
     def make(self, unit):
         time.sleep(1.0)
-        with open(f"{os.environ['BEGUN']}/{unit['part'].rsplit('/', 1)[-1]}", "a") as log:
+        with open(f"{os.environ['BEGUN']}/{unit.part.rsplit('/', 1)[-1]}", "a") as log:
             log.write(f"{os.environ.get('RAY_NODE_ID', '')} {os.getpid()}\n")
         return super().make(unit)
 
@@ -144,5 +144,5 @@ def test_nodes_that_die_every_few_seconds_cost_work_but_no_row(nodes, tmp_path, 
     print(f"5 nodes killed: {attempts} blocks begun for 32, {facts['again']} of them again")
     assert facts["again"] >= 1  # what died in vain is reported
     assert storage.children(f"{config.out}/embeddings", "*") == [
-        f"{config.out}/{unit['part']}" for unit in units
+        f"{config.out}/{unit.part}" for unit in units
     ]

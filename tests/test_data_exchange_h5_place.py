@@ -1,5 +1,7 @@
 """Patches of other tools on our grid: where each lies, and every kind of wrong place refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from raylarge.data.exchange.h5_read import Patches
 from raylarge.errors import SlideError
 
 TILE = TileConfig(patch_px=64)
-UNIT = {"zoom": 1.0, "size_l0": [700, 900], "grid": [10, 14]}  # rows, columns
+UNIT = SimpleNamespace(zoom=1.0, size_l0=[700, 900], grid=[10, 14])  # rows, columns
 
 
 def patches(xy, side=64.0, size=None):
@@ -56,12 +58,12 @@ def test_patches_at_a_wrong_place_are_refused(layout, why):
 
 def test_patches_over_the_edge_and_of_a_padded_grid_are_none():
     assert (10, 0) in h5_place.index_of(patches([(0, 640)], size=(700, 900)), UNIT, TILE)
-    padded = {**UNIT, "grid": [16, 16]}
+    padded = SimpleNamespace(**vars(UNIT) | {"grid": [16, 16]})
     assert (15, 15) in h5_place.index_of(patches([(960, 960)]), padded, TILE)
 
 
 def test_a_slide_of_another_resolution_has_wider_tiles():
-    unit = {**UNIT, "zoom": 2.003}
+    unit = SimpleNamespace(**vars(UNIT) | {"zoom": 2.003})
     points = np.rint(grid(5, 6, 64 * 2.003)).astype(np.int64)
     assert (4, 5) in h5_place.index_of(patches(points, 128.0), unit, TILE)
 

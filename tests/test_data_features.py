@@ -304,7 +304,7 @@ def test_parts_are_read_one_by_one_and_one_scale_of_them(data, bundle, monkeypat
 
     def one(root, unit, columns, scales):
         table, groups = read(root, unit, columns, scales)
-        seen.append((unit["source"], {scale for scale, _, _ in groups}))
+        seen.append((unit.source, {scale for scale, _, _ in groups}))
         return table, groups
 
     monkeypatch.setattr(h5_features.picked, "read", one)

@@ -14,6 +14,7 @@ from raylarge.config import plain
 from raylarge.data import pipeline
 from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.prepare import prepare
+from raylarge.data.units import Unit
 from raylarge.errors import UserError
 from raylarge.report import Report
 
@@ -35,7 +36,7 @@ class Square:
         self.scratch = scratch
 
     def __call__(self, unit):
-        number = unit["number"]
+        number = int(unit.part)
         if number == -1:
             raise UserError("number=-1: numbers are above 0.")
         if number == -2:
@@ -58,7 +59,7 @@ def ray_here(ray_session):
 
 
 def units(*numbers):
-    return [{"number": number} for number in numbers]
+    return [Unit(part=str(number)) for number in numbers]
 
 
 def contents(root):

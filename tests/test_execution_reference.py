@@ -88,7 +88,7 @@ def test_a_place_without_embeddings_says_where_there_are_some(data, at):
 def test_a_view_is_no_reference_unless_it_is_named(tiny_prepare, tmp_path):
     config = tiny_prepare(verbs="tile,embed", tile={"views": 4})
     prepare(config, Report(str(tmp_path / "report.json")))
-    views = {one["slide_id"]: one["view"] for one in slides_of(config.out)}
+    views = {one.slide_id: one.view for one in slides_of(config.out)}
     assert views[reference._parse(config.out)[1]] == 0
     for slide in views:
         assert reference._parse(f"{config.out}:{slide}")[1] == slide

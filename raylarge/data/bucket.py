@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 from raylarge import schema, storage
 from raylarge.data import parts
 from raylarge.data.parts import BuildResult, Stage
-from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
+from raylarge.data.pipeline import ExecutorConfig, Facts
+from raylarge.data.units import BlockUnit, BucketUnit
 
 _ORDER = [(name, "ascending") for name in ("scale", "split", "key")]
 
@@ -30,38 +31,35 @@ _ORDER = [(name, "ascending") for name in ("scale", "split", "key")]
 class BucketPlan:
     """Which block belongs to which bucket, and which of both are to be made."""
 
-    def __init__(self, root: str, blocks: Sequence[Unit], buckets: int) -> None:
+    def __init__(self, root: str, blocks: Sequence[BlockUnit], buckets: int) -> None:
         """Assign the blocks; nothing is read but the footers of buckets that stand."""
         self._root, self._blocks, self._buckets = root, list(blocks), buckets
-        sorted_in: dict[int, list[Unit]] = defaultdict(list)
+        sorted_in: dict[int, list[BlockUnit]] = defaultdict(list)
         for block in blocks:
-            sorted_in[_bucket(block["part"], buckets)].append(block)
+            sorted_in[_bucket(block.part, buckets)].append(block)
         self._units = [self._unit(number, sorted_in[number]) for number in sorted(sorted_in)]
 
-    def _unit(self, number: int, blocks: Sequence[Unit]) -> Unit:
-        known = ("part", "stamp", "slide_id", "rows")
-        return {
-            "part": f"examples/{number:05d}-of-{self._buckets:05d}.parquet",
-            "stamp": parts.stamp([block["stamp"] for block in blocks]),
-            "blocks": [{key: block[key] for key in known} for block in blocks],
-        }
+    def _unit(self, number: int, blocks: Sequence[BlockUnit]) -> BucketUnit:
+        return BucketUnit(
+            part=f"examples/{number:05d}-of-{self._buckets:05d}.parquet",
+            stamp=parts.stamp([block.stamp for block in blocks]),
+            blocks=blocks,
+        )
 
-    def missing_blocks(self) -> list[Unit]:
+    def missing_blocks(self) -> list[BlockUnit]:
         """The blocks that no bucket holds as they should be."""
         held: dict[str, str] = {}
         with ThreadPoolExecutor(16) as pool:
-            for facts in pool.map(
-                lambda unit: parts.standing(self._root, unit["part"]), self._units
-            ):
+            for facts in pool.map(lambda unit: parts.standing(self._root, unit.part), self._units):
                 held.update(facts.get("blocks", {}))
-        return [block for block in self._blocks if held.get(block["part"]) != block["stamp"]]
+        return [block for block in self._blocks if held.get(block.part) != block.stamp]
 
     def without(self, slides: Iterable[str]) -> BucketPlan:
         """The plan that leaves some slides out."""
         lost = set(slides)
         if not lost:
             return self
-        rest = [block for block in self._blocks if block["slide_id"] not in lost]
+        rest = [block for block in self._blocks if block.slide_id not in lost]
         return BucketPlan(self._root, rest, self._buckets)
 
     def build(self, group_rows: int, executor: ExecutorConfig) -> BuildResult:
@@ -71,7 +69,7 @@ class BucketPlan:
 
     def sweep(self) -> None:
         """Remove the blocks, whose rows are in the buckets, and buckets without blocks."""
-        here = {storage.join(self._root, unit["part"]) for unit in self._units}
+        here = {storage.join(self._root, unit.part) for unit in self._units}
         there = storage.children(storage.join(self._root, "examples"), "*.parquet")
         storage.remove_all([path for path in there if path not in here])
         storage.remove_all(storage.children(storage.join(self._root, "blocks"), "*.parquet"))
@@ -86,21 +84,21 @@ class BucketStage(Stage):
         """Hold where the data lies."""
         self._root, self._group_rows = root, group_rows
 
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: BucketUnit) -> tuple[pa.Table, Facts]:
         """The rows of the bucket's blocks, in their order."""
-        standing = parts.standing(self._root, unit["part"]).get("blocks", {})
+        standing = parts.standing(self._root, unit.part).get("blocks", {})
         old = None
-        if any(standing.get(block["part"]) == block["stamp"] for block in unit["blocks"]):
-            old = storage.read_table(storage.join(self._root, unit["part"]))
+        if any(standing.get(block.part) == block.stamp for block in unit.blocks):
+            old = storage.read_table(storage.join(self._root, unit.part))
         found = []
-        for block in unit["blocks"]:
-            path = storage.join(self._root, block["part"])
-            if old is not None and standing.get(block["part"]) == block["stamp"]:
+        for block in unit.blocks:
+            path = storage.join(self._root, block.part)
+            if old is not None and standing.get(block.part) == block.stamp:
                 found.append(schema.check(_of_block(old, block), self.kind))
             else:
                 found.append(schema.check(storage.read_table(path), self.kind))
         counted = groups(pa.concat_tables(found), self._group_rows)
-        stamps = {block["part"]: block["stamp"] for block in unit["blocks"]}
+        stamps = {block.part: block.stamp for block in unit.blocks}
         table = mixed(found, [rows for _, _, rows in counted])
         return table, {"blocks": stamps, "groups": counted}
 
@@ -145,8 +143,8 @@ def _bucket(name: str, buckets: int) -> int:
     return int.from_bytes(digest, "big") % buckets
 
 
-def _of_block(table: pa.Table, block: dict[str, Any]) -> pa.Table:
-    top, bottom = block["rows"]
+def _of_block(table: pa.Table, block: BlockUnit) -> pa.Table:
+    top, bottom = block.rows
     row = table["row"]
     inside = pc.and_(pc.greater_equal(row, top), pc.less(row, bottom))
-    return table.filter(pc.and_(inside, pc.equal(table["slide_id"], block["slide_id"])))
+    return table.filter(pc.and_(inside, pc.equal(table["slide_id"], block.slide_id)))

@@ -41,6 +41,9 @@ class TileConfig:
     """Regions over the right and lower edge: `drop`, or `pad` them with white."""
     crops: int = 0
     """Random tile-aligned candidates per slide and coarse scale, beside the regular grid."""
+    base_crops: int = 0
+    """Random crops of scale 0 per training slide, at any pixel, turned or mirrored, with their own
+    embeddings; few at a time share one view (`tile.views`). For small data."""
     views: int = 1
     """How often each training slide is tiled: 1 as it is; each further view starts at another
     pixel and is turned or mirrored (`slides/view.py`), with its own embeddings. For small data."""
@@ -105,6 +108,8 @@ class TileConfig:
             ("value_range", _range(self.value_range), "two different numbers, [low,high]"),
             ("block_tiles", self.block_tiles >= 1, "1 or more"),
             ("crops", self.crops >= 0, "0 or more"),
+            ("base_crops", self.base_crops >= 0, "0 or more"),
+            ("base_crops", not self.base_crops or 0 in self.scales, "0 unless scales has 0"),
             ("views", self.views >= 1, "1 or more"),
             ("labels", not self.labels or bool(self.table), "empty without tile.table"),
         ):
@@ -122,11 +127,12 @@ class TileConfig:
         Raises:
             UserError: the slides are tiled more than once.
         """
-        if self.views > 1:
-            raise UserError(
-                f"tile.views={self.views}: this works on tables of one view per slide; prepare "
-                "them with tile.views=1 into another out=."
-            )
+        for key, value, single in (("views", self.views, 1), ("base_crops", self.base_crops, 0)):
+            if value != single:
+                raise UserError(
+                    f"tile.{key}={value}: this works on tables of one view per slide; prepare "
+                    f"them with tile.{key}={single} into another out=."
+                )
         return self
 
 

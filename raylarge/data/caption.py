@@ -19,7 +19,8 @@ import pyarrow as pa
 from raylarge import images, schema, storage
 from raylarge.data import derive, parts, picked
 from raylarge.data.parts import Stage
-from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, Unit, without_actors
+from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, without_actors
+from raylarge.data.units import DerivedUnit
 from raylarge.geometry import batches
 from raylarge.models import hub, text
 
@@ -90,7 +91,7 @@ class CaptionStage(Stage):
         self._root, self._config = root, config
         self._captioner = text.load_captioner(config.model, config.weights, config.device)
 
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: DerivedUnit) -> tuple[pa.Table, Facts]:
         """A sentence for every example of the wanted scales, in the part's order."""
         columns = [*derive.WHERE, "image"]
         table, groups = picked.read(self._root, unit, columns, self._config.scales)

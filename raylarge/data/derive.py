@@ -15,6 +15,7 @@ from raylarge import storage, tables
 from raylarge.data import parts
 from raylarge.data.parts import Stage
 from raylarge.data.pipeline import ExecutorConfig, Facts
+from raylarge.data.units import DerivedUnit
 
 WHERE = ("key", "slide_id", "patient_id", "split", "scale", "row", "column")
 
@@ -31,7 +32,7 @@ def run(
 
     Args:
         root, table: the data folder, and the table's, `<name>-<digest of what makes it>`.
-        make_stage: makes the stage; `unit["source"]` is the part that it reads.
+        make_stage: makes the stage; `unit.source` is the part that it reads.
         executor: see `pipeline.run`.
         config: sections of the verb, for its manifest and its stamps.
         source: whose parts are read: `shard`, or another verb's manifest.
@@ -46,13 +47,13 @@ def run(
     made = parts.manifest(root, source, verb.split("-")[0])
     parts.refuse_mixing(root, config, [verb])
     units = [
-        {
-            "part": f"{table}/{one['part'].rsplit('/', 1)[-1]}",
-            "stamp": parts.stamp(config, table, one["stamp"]),
-            "tiles": one["rows"],
-            "source": one["part"],
-            "groups": one["groups"],
-        }
+        DerivedUnit(
+            part=f"{table}/{one['part'].rsplit('/', 1)[-1]}",
+            stamp=parts.stamp(config, table, one["stamp"]),
+            tiles=one["rows"],
+            source=one["part"],
+            groups=one["groups"],
+        )
         for one in made["parts"]
     ]
     built = parts.build(root, units, make_stage, executor, verb)

@@ -22,9 +22,10 @@ from raylarge.data import parts
 from raylarge.data.candidates import TileConfig, blocks, covered
 from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import Stage
-from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, Unit, without_actors
+from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, without_actors
 from raylarge.data.tile import kept, scale_and_cells, slides_of
 from raylarge.data.tile import section as tile_section
+from raylarge.data.units import BlockUnit
 from raylarge.errors import UserError
 from raylarge.geometry import batches
 from raylarge.models import ssl
@@ -65,20 +66,22 @@ def run(root: str, tile: TileConfig, config: EmbedConfig, executor: ExecutorConf
     return {**parts.finish(root, "embed", built, sections, **more), **totals}
 
 
-def units_of(root: str, tile: TileConfig, sections: dict[str, Any]) -> list[Unit]:
+def units_of(root: str, tile: TileConfig, sections: dict[str, Any]) -> list[BlockUnit]:
     """The blocks of all slides."""
     return [
-        {
-            "part": f"embeddings/{slide['slide_id']}-{number:04d}.parquet",
-            "stamp": parts.stamp(sections, slide["cells"], slide["covers"], rows),
-            **{key: slide[key] for key in ("slide_id", "path", "mpp_override")},
-            "view": slide.get("view", 0),
-            "tiles": sum(slide["covered"][rows[0] : rows[1]]),
-            "columns": slide["grid"][1],
-            "rows": rows,
-        }
+        BlockUnit(
+            part=f"embeddings/{slide.slide_id}-{number:04d}.parquet",
+            stamp=parts.stamp(sections, slide.tiling_digest, slide.coverage_digest, rows),
+            slide_id=slide.slide_id,
+            path=slide.path,
+            mpp_override=slide.mpp_override,
+            view=slide.view,
+            tiles=sum(slide.covered[rows[0] : rows[1]]),
+            columns=slide.grid[1],
+            rows=rows,
+        )
         for slide in slides_of(root)
-        for number, rows in enumerate(blocks(slide["grid"], tile))
+        for number, rows in enumerate(blocks(slide.grid, tile))
     ]
 
 
@@ -120,11 +123,11 @@ class EmbedStage(Stage):
         self._grid = TileGrid(tile)
         self._blank: dict[bytes, Vector] = {}
 
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: BlockUnit) -> tuple[pa.Table, Facts]:
         """The block's rows of the base grid, dense; tiles that nothing covers are not valid."""
-        top, bottom = unit["rows"]
-        table = kept(self._root, unit["slide_id"])
-        valid = covered(*scale_and_cells(table), (top, bottom), unit["columns"])
+        top, bottom = unit.rows
+        table = kept(self._root, unit.slide_id)
+        valid = covered(*scale_and_cells(table), (top, bottom), unit.columns)
         vectors = np.zeros((*valid.shape, self._encoder.card.width), np.float16)
         cells = [(top + int(r), int(c)) for r, c in np.argwhere(valid)]
         facts = {"embedded": 0, "blank": 0}
@@ -135,7 +138,7 @@ class EmbedStage(Stage):
         count, columns, width = vectors.shape
         offsets = np.arange(count + 1, dtype=np.int32) * columns
         made = {
-            "slide_id": pa.array([unit["slide_id"]] * count, pa.string()),
+            "slide_id": pa.array([unit.slide_id] * count, pa.string()),
             "row": pa.array(range(top, bottom), pa.int32()),
             "columns": pa.array([columns] * count, pa.int32()),
             "valid": pa.ListArray.from_arrays(offsets, pa.array(valid.ravel())),

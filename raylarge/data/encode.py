@@ -20,7 +20,8 @@ from jaxtyping import Float16
 from raylarge import images, schema, storage, tables
 from raylarge.data import derive, parts
 from raylarge.data.parts import Stage
-from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, Unit, without_actors
+from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, without_actors
+from raylarge.data.units import DerivedUnit
 from raylarge.errors import UserError
 from raylarge.geometry import batches
 from raylarge.pixels import mirrored
@@ -75,11 +76,11 @@ class EncodeStage(Stage):
                 "run the same command again."
             )
 
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: DerivedUnit) -> tuple[pa.Table, Facts]:
         """A latent for every example of the part, in its order; flips follow their example."""
-        table = storage.read_table(storage.join(self._root, unit["source"]))
+        table = storage.read_table(storage.join(self._root, unit.source))
         flips = 4 if self._config.flips else 1
-        latents = self._encode(table["image"].to_pylist(), flips, unit["source"])
+        latents = self._encode(table["image"].to_pylist(), flips, unit.source)
         table = table.drop_columns(["image"]).take(np.repeat(np.arange(table.num_rows), flips))
         flip = np.tile(np.arange(flips, dtype=np.int8), table.num_rows // flips)
         table = table.append_column("flip", pa.array(flip))
@@ -88,7 +89,7 @@ class EncodeStage(Stage):
         if flips > 1:
             where = table.column_names.index("grid")
             table = table.set_column(where, "grid", _flipped(table))
-        groups = [[scale, split, rows * flips] for scale, split, rows in unit["groups"]]
+        groups = [[scale, split, rows * flips] for scale, split, rows in unit.groups]
         return table, {"shape": list(latents.shape[1:]), "groups": groups}
 
     def _encode(

@@ -24,7 +24,8 @@ from raylarge import schema, tables
 from raylarge.data import derive, parts, picked
 from raylarge.data.embed import DTYPES
 from raylarge.data.parts import Stage
-from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, Unit, without_actors
+from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, without_actors
+from raylarge.data.units import DerivedUnit
 from raylarge.diffusion import noise
 from raylarge.errors import UserError
 from raylarge.geometry import batches
@@ -126,7 +127,7 @@ class FeatureStage(Stage):
                 f"0 to {count - 1}, and -1 for the middle."
             )
 
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: DerivedUnit) -> tuple[pa.Table, Facts]:
         """Features of every example of the wanted scales, unflipped, in the part's order."""
         columns = [*derive.WHERE, "flip", "latent", "grid", "grid_rows", "grid_columns"]
         table, groups = picked.read(self._root, unit, columns, self._config.scales)

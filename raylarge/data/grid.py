@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from raylarge import storage
 from raylarge.data import name_table
 from raylarge.data.candidates import TileConfig
+from raylarge.data.units import BlockUnit
 from raylarge.data.views import view_of
 from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.reader import Slide, open_slide
@@ -48,19 +49,19 @@ class TileGrid:
         self._most = max(1, _CACHE_BYTES // side_bytes)
         self._wide = max(1, _STRIP_BYTES // side_bytes)
 
-    def open(self, unit: Mapping[str, Any]) -> Slide:
-        """The slide of a unit (`path`, `mpp_override`, `view`), opened where it is not open yet.
+    def open(self, unit: BlockUnit) -> Slide:
+        """The slide of a unit, opened where it is not open yet.
 
         Raises:
             UserError: see `open_slide`.
         """
-        name = (unit["path"], unit.get("view", 0))
+        name = (unit.path, unit.view)
         if self._slide is None or self._name != name:
             self.close()
             config = self._config
             self._slide = open_slide(
-                unit["path"],
-                unit["mpp_override"],
+                unit.path,
+                unit.mpp_override,
                 config.base_mpp,
                 config.icc,
                 config.read_options,
@@ -149,8 +150,8 @@ def runs(columns: Sequence[int], most: int) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def about(unit: Mapping[str, Any]) -> Iterator[None]:
-    """What goes wrong with a unit's slide, told by its pseudonym.
+def about(unit: Any) -> Iterator[None]:
+    """What goes wrong with a unit's slide (`slide_id`, `path`), told by its pseudonym.
 
     Raises:
         SlideError: it is the slide's fault.
@@ -159,8 +160,8 @@ def about(unit: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        slide_id, names = unit["slide_id"], []
-        files = [storage.redacted(path) for path in (unit["path"], unit.get("mask")) if path]
+        slide_id, names = unit.slide_id, []
+        files = [storage.redacted(path) for path in (unit.path, getattr(unit, "mask", "")) if path]
         paths = list(dict.fromkeys([*files, *map(printable, files)]))  # messages escape names
         stems = {stem for path in paths for stem in name_table.stems(path) if stem}
         for stem in map(re.escape, sorted(stems, key=len, reverse=True)):

@@ -25,7 +25,8 @@ import pyarrow as pa
 
 from raylarge import schema, storage
 from raylarge.data import pipeline
-from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
+from raylarge.data.pipeline import ExecutorConfig, Facts
+from raylarge.data.units import Unit
 from raylarge.errors import UserError
 
 
@@ -66,19 +67,21 @@ class PartBuilder:
 
     def __call__(self, unit: Unit) -> Facts:
         """The facts of the unit's part, with `made` telling whether it was made just now."""
-        found = standing(self._root, unit["part"])
-        if found.get("stamp") == unit["stamp"]:
+        found = standing(self._root, unit.part)
+        if found.get("stamp") == unit.stamp:
             return {**found, "made": False}
         if self._stage is None:
             self._stage = self._make_stage()
         table, facts = self._stage.make(unit)
         table = schema.check(table, self._stage.kind)
-        known = {key: unit[key] for key in ("part", "stamp", "tiles") if key in unit}
+        known: Facts = {"part": unit.part, "stamp": unit.stamp}
+        if unit.tiles is not None:
+            known["tiles"] = unit.tiles
         facts = {**facts, **known, **_counts(table)}
         metadata = {**table.schema.metadata, "facts": storage.as_json(facts)}
         table = table.replace_schema_metadata(metadata)
         groups = [rows for _, _, rows in facts["groups"]] if "groups" in facts else None
-        storage.write_table(storage.join(self._root, unit["part"]), table, groups)
+        storage.write_table(storage.join(self._root, unit.part), table, groups)
         return {**facts, "made": True}
 
 
@@ -93,15 +96,15 @@ def build(
 
     Args:
         root: the data folder.
-        units: each with `part` (its path below the folder), `stamp`, and what the stage reads.
+        units: the parts.
         make_stage: makes the stage; picklable.
         executor: who makes them.
         verb: whose manifest, where it exists, tells without a look which parts are done.
     """
     before = _manifest(root, verb)
     done = _listed(root, before, units)
-    rest = [unit for unit in units if unit["part"] not in done]
-    if {unit["part"] for unit in rest} & {one["part"] for one in before.get("parts", [])}:
+    rest = [unit for unit in units if unit.part not in done]
+    if {unit.part for unit in rest} & {one["part"] for one in before.get("parts", [])}:
         # The table is not whole from now on, but its settings still bind who runs next.
         storage.write_json(_unfinished(root, verb), {"config": before["config"]})
         storage.remove(storage.join(root, f"{verb}.json"))
@@ -109,11 +112,10 @@ def build(
     failed = []
     for unit, facts in zip(rest, made, strict=True):
         if "failed" in facts:
-            slide_id = str(unit.get("slide_id", ""))
-            failed.append({"slide_id": slide_id, "part": unit["part"], "reason": facts["failed"]})
+            failed.append({"slide_id": unit.slide_id, "part": unit.part, "reason": facts["failed"]})
         else:
-            done[unit["part"]] = facts
-    return BuildResult([done[unit["part"]] for unit in units if unit["part"] in done], failed)
+            done[unit.part] = facts
+    return BuildResult([done[unit.part] for unit in units if unit.part in done], failed)
 
 
 def standing(root: str, part: str) -> Facts:
@@ -164,7 +166,7 @@ def finish(
     facts = built.facts
     passing = ("made", "again")
     parts = [{key: value for key, value in one.items() if key not in passing} for one in facts]
-    sizes = _sizes(root, parts)
+    sizes = _sizes(root, [one["part"] for one in parts])
     parts = [{**one, "bytes": sizes.get(one["part"], 0)} for one in parts]
     counts = _sum([one["counts"] for one in facts])
     document = {
@@ -230,8 +232,8 @@ def _listed(root: str, before: Facts, units: Sequence[Unit]) -> dict[str, Facts]
     """Facts of the parts that a manifest lists, as far as they stand."""
     if not units or not before:
         return {}
-    sizes = _sizes(root, units)
-    stamps = {unit["part"]: unit["stamp"] for unit in units}
+    sizes = _sizes(root, [unit.part for unit in units])
+    stamps = {unit.part: unit.stamp for unit in units}
     return {
         one["part"]: {**one, "made": False}
         for one in before["parts"]
@@ -239,11 +241,11 @@ def _listed(root: str, before: Facts, units: Sequence[Unit]) -> dict[str, Facts]
     }
 
 
-def _sizes(root: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def _sizes(root: str, parts: Sequence[str]) -> dict[str, int]:
     """The sizes in bytes of all parts that stand beside some parts of a verb."""
     if not parts:
         return {}
-    folder = parts[0]["part"].rsplit("/", 1)[0]
+    folder = parts[0].rsplit("/", 1)[0]
     found = storage.sizes(storage.join(root, folder))
     return {f"{folder}/{name}": size for name, size in found.items()}
 

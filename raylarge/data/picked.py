@@ -15,14 +15,14 @@ import pyarrow as pa
 from jaxtyping import Bool
 
 from raylarge import storage
-from raylarge.data.pipeline import Unit
+from raylarge.data.units import DerivedUnit
 from raylarge.errors import UserError
 
 Groups = list[list[Any]]
 
 
 def read(
-    root: str, unit: Unit, columns: Sequence[str], scales: Sequence[int] | None = None
+    root: str, unit: DerivedUnit, columns: Sequence[str], scales: Sequence[int] | None = None
 ) -> tuple[pa.Table, Groups]:
     """The rows of a unit's source at some scales (None: at all), and their groups.
 
@@ -32,9 +32,9 @@ def read(
         columns: what is read of a row.
         scales: which scales.
     """
-    wanted = [i for i, (k, _, _) in enumerate(unit["groups"]) if scales is None or k in scales]
-    table = storage.read_rows(storage.join(root, unit["source"]), wanted, columns)
-    return table, [unit["groups"][i] for i in wanted]
+    wanted = [i for i, (k, _, _) in enumerate(unit.groups) if scales is None or k in scales]
+    table = storage.read_rows(storage.join(root, unit.source), wanted, columns)
+    return table, [unit.groups[i] for i in wanted]
 
 
 def kept(groups: Groups, keep: Bool[np.ndarray, "n"]) -> Groups:

@@ -1,6 +1,6 @@
 """Run units of work here or on Ray, and collect what each one says.
 
-A unit is small JSON; its work reads, computes and writes its own part and answers with facts.
+The work of a unit (`units.py`) reads, computes and writes its own part, and answers with facts.
 Who runs a unit, in which order and how often changes nothing. `workers=None` is the local twin.
 
 Computing uses one torch thread everywhere, so that one and many workers round alike.
@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -25,9 +26,9 @@ from raylarge import report
 from raylarge.compute.resources import WorkerResources, require_resources
 from raylarge.compute.session import session
 from raylarge.config import plain
+from raylarge.data.units import Unit
 from raylarge.errors import SlideError, UserError
 
-Unit = Mapping[str, Any]
 Facts = dict[str, Any]
 Work = Callable[[Unit], Facts]
 _RUN = 8
@@ -104,7 +105,7 @@ def run(
     `again` among the facts is how often a unit was begun in vain, by workers that died.
 
     Args:
-        units: what is to be done; JSON. `tiles` and `slide_id`, where given, feed the progress.
+        units: what is to be done.
         work: makes the work once per process; picklable (a class, `functools.partial` of one).
         executor: who does it.
         title: of the progress bar.
@@ -128,7 +129,7 @@ def run(
     with closing(answers), _Progress(units, title) as progress:
         for answer in answers:
             index, again = answer["index"], answer.get("again", 0)
-            skipped = executor.skip and units[index].get("slide_id")
+            skipped = executor.skip and units[index].slide_id
             if "error" in answer:
                 raise UserError(answer["error"])
             if "failed" in answer and not skipped:
@@ -145,9 +146,9 @@ class _Progress:
     """A bar in tiles (or parts) with the slides that are done; a context manager."""
 
     def __init__(self, units: Sequence[Unit], title: str) -> None:
-        counted = all("tiles" in unit for unit in units)
-        self._tiles = [int(unit["tiles"]) if counted else 1 for unit in units]
-        self._slides = [str(unit.get("slide_id", "")) for unit in units]
+        counted = all(unit.tiles is not None for unit in units)
+        self._tiles = [unit.tiles or 0 if counted else 1 for unit in units]
+        self._slides = [unit.slide_id for unit in units]
         self._left = Counter(self._slides)
         self._of = len(self._left)
         name = "tile" if counted else "part"
@@ -192,7 +193,7 @@ def _on_ray(
                 f"an actor of {title}", 1.0, float(executor.gpus), keys=f"{title}.gpus="
             )
         )
-        rows = [{"runs": json.dumps(one)} for one in _runs(units, workers)]
+        rows = [{"runs": ray.cloudpickle.dumps(one)} for one in _runs(units, workers)]
         answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Runner,
             fn_constructor_args=[work, _attempts()],
@@ -214,7 +215,7 @@ def _runs(units: Sequence[Unit], workers: int) -> list[list[tuple[int, Unit]]]:
     found: list[list[tuple[int, Unit]]] = []
     for index, unit in enumerate(units):
         last = found[-1] if found else []
-        same = last and unit.get("slide_id") == last[-1][1].get("slide_id", index)
+        same = last and unit.slide_id and unit.slide_id == last[-1][1].slide_id
         if same and len(last) < most:
             last.append((index, unit))
         else:
@@ -263,9 +264,9 @@ class _Runner:
             return {"index": index, "failure": f"{named}\n{traceback.format_exc()}"}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        """One row of a run of units (JSON) to a row of `answer` (JSON) for each."""
+        """Return a row of `answer` (JSON) for each of a run of units (pickled)."""
         torch.set_num_threads(1)
-        units = json.loads(str(batch["runs"][0]))
+        units = pickle.loads(batch["runs"][0])
         return {"answer": [json.dumps(self._attempted(index, unit)) for index, unit in units]}
 
     def _attempted(self, index: int, unit: Unit) -> Facts:
@@ -309,7 +310,7 @@ def _one_thread() -> Iterator[None]:
 
 def _name(unit: Unit) -> str:
     """A unit by its part, which names no file of the user."""
-    return str(unit.get("part") or json.dumps(unit))
+    return unit.part or str(unit)
 
 
 def _cause(error: BaseException) -> str:

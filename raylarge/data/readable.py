@@ -14,7 +14,8 @@ from raylarge import report
 from raylarge.data import parts, pipeline, roster
 from raylarge.data.candidates import TileConfig
 from raylarge.data.grid import about
-from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
+from raylarge.data.pipeline import ExecutorConfig, Facts
+from raylarge.data.units import TileUnit
 from raylarge.errors import SlideError
 from raylarge.slides.reader import open_slide
 
@@ -26,19 +27,19 @@ class Opening:
         """Hold the config."""
         self._config = config
 
-    def __call__(self, unit: Unit) -> Facts:
+    def __call__(self, unit: TileUnit) -> Facts:
         """No facts; SlideError where the slide cannot be opened."""
         config = self._config
         with about(unit):
             open_slide(
-                unit["path"], unit["mpp"], config.base_mpp, config.icc, config.read_options
+                unit.path, unit.mpp, config.base_mpp, config.icc, config.read_options
             ).close()
         return {}
 
 
 def refuse_all(
     root: str,
-    units: Sequence[Unit],
+    units: Sequence[TileUnit],
     config: TileConfig,
     executor: ExecutorConfig,
     names: Mapping[str, str],
@@ -55,7 +56,7 @@ def refuse_all(
     Returns:
         What to raise; None if at most one slide cannot be opened.
     """
-    rest = [one for one in units if parts.standing(root, one["part"]).get("stamp") != one["stamp"]]
+    rest = [one for one in units if parts.standing(root, one.part).get("stamp") != one.stamp]
     answers = pipeline.run(rest, partial(Opening, config), replace(executor, skip=True), "check")
     reasons = [str(one["failed"]) for one in answers if "failed" in one]
     if len(reasons) < 2:

@@ -28,13 +28,15 @@ from raylarge.data.candidates import TileConfig, blocks
 from raylarge.data.embed import EmbedConfig, section_in
 from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import Stage
-from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
+from raylarge.data.pipeline import ExecutorConfig, Facts
 from raylarge.data.tile import kept, scale_and_cells, slides_of
 from raylarge.data.tile import section as tile_section
+from raylarge.data.units import BlockUnit, SlideFacts
 from raylarge.errors import UserError
 from raylarge.resample import bicubic_matrix
 
 GRID_SIDE = 8
+_OF_SLIDE = ("slide_id", "path", "mpp_override", "view", "labels")
 _CACHED_PARTS = 64
 _BUCKET_BYTES, _FEWEST_BUCKETS = 256 << 20, 16
 _OUTPUTS = 32  # rows of A taken together: its band is narrow, so most of it is zero
@@ -87,7 +89,7 @@ def run(
     parts.refuse_mixing(root, sections)
     if embedded["input"] != tiles["digest"]:
         raise UserError(f"{root} was tiled anew since embed ran; run verbs=embed,shard.")
-    slides = [one for one in slides_of(root) if one["slide_id"] not in embedded["lost"]]
+    slides = [one for one in slides_of(root) if one.slide_id not in embedded["lost"]]
     stamps = {one["part"]: one["stamp"] for one in embedded["parts"]}
     units = [unit for slide in slides for unit in _units(slide, tile, [sections, stamps])]
     plan = bucket.BucketPlan(root, units, number)
@@ -115,23 +117,22 @@ def _buckets(root: str, tiles: Facts, config: ShardConfig) -> int:
     return max(_FEWEST_BUCKETS, math.ceil(rows * each / _BUCKET_BYTES))
 
 
-def _units(slide: dict[str, Any], tile: TileConfig, inputs: list[dict[str, Any]]) -> list[Unit]:
+def _units(slide: SlideFacts, tile: TileConfig, inputs: list[dict[str, Any]]) -> list[BlockUnit]:
     """The blocks of a slide; each depends on all its vectors, which may be another's."""
-    edges = blocks(slide["grid"], tile)
+    edges = blocks(slide.grid, tile)
     sections, stamps = inputs
-    names = [f"embeddings/{slide['slide_id']}-{number:04d}.parquet" for number in range(len(edges))]
-    made = parts.stamp(sections, slide["stamp"], [stamps[name] for name in names])
-    known = ("slide_id", "path", "mpp_override", "labels")
+    names = [f"embeddings/{slide.slide_id}-{number:04d}.parquet" for number in range(len(edges))]
+    made = parts.stamp(sections, slide.stamp, [stamps[name] for name in names])
+    known = {name: getattr(slide, name) for name in _OF_SLIDE}
     return [
-        {
-            "part": f"blocks/{slide['slide_id']}-{number:04d}.parquet",
-            "stamp": parts.stamp(made, rows),
-            **{key: slide[key] for key in known},
-            "view": slide.get("view", 0),
-            "tiles": sum(slide["covered"][rows[0] : rows[1]]),
-            "rows": rows,
-            "blocks": edges,
-        }
+        BlockUnit(
+            part=f"blocks/{slide.slide_id}-{number:04d}.parquet",
+            stamp=parts.stamp(made, rows),
+            tiles=sum(slide.covered[rows[0] : rows[1]]),
+            rows=rows,
+            blocks=edges,
+            **known,
+        )
         for number, rows in enumerate(edges)
     ]
 
@@ -148,10 +149,10 @@ class ShardStage(Stage):
         self._grid = TileGrid(tile)
         self._embeddings = lru_cache(_CACHED_PARTS)(self._read_embeddings)
 
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: BlockUnit) -> tuple[pa.Table, Facts]:
         """All examples of the block by scale, row and column."""
-        top, bottom = unit["rows"]
-        table = kept(self._root, unit["slide_id"])
+        top, bottom = unit.rows
+        table = kept(self._root, unit.slide_id)
         row = table["row"].to_numpy()
         table = table.filter(pa.array((row >= top) & (row < bottom)))
         found = []
@@ -170,8 +171,8 @@ class ShardStage(Stage):
         for row in np.unique(base[:, 0]):
             self._grid.load(int(row), [int(c) for c in np.sort(base[base[:, 0] == row, 1])])
 
-    def _example(self, cell: dict[str, Any], unit: Unit, vectors: Vectors) -> dict[str, Any]:
-        factor, top = 1 << cell["scale"], unit["rows"][0]
+    def _example(self, cell: dict[str, Any], unit: BlockUnit, vectors: Vectors) -> dict[str, Any]:
+        factor, top = 1 << cell["scale"], unit.rows[0]
         row, column = cell["row"], cell["column"]
         raw = vectors[row - top : row - top + factor, column : column + factor]
         if not np.isfinite(raw).all():
@@ -181,21 +182,21 @@ class ShardStage(Stage):
         return {
             **{name: cell[name] for name in schema.EXAMPLES.names if name in cell},
             "key": key(cell["slide_id"], cell["scale"], row, column),
-            "labels": sorted(unit["labels"].items()),
+            "labels": sorted(unit.labels.items()),
             "image": images.encoded(image, self._quality),
             "grid": grid.ravel(),
             "grid_rows": grid.shape[0],
             "grid_columns": grid.shape[1],
         }
 
-    def _vectors(self, unit: Unit, table: pa.Table) -> Vectors:
+    def _vectors(self, unit: BlockUnit, table: pa.Table) -> Vectors:
         """Raw embeddings from the block's first row down to the last row that is covered."""
         scale, cells = scale_and_cells(table)
-        top, bottom = unit["rows"][0], int((cells[:, 0] + (1 << scale.astype(np.int64))).max())
+        top, bottom = unit.rows[0], int((cells[:, 0] + (1 << scale.astype(np.int64))).max())
         found = []
-        for number, (start, stop) in enumerate(unit["blocks"]):
+        for number, (start, stop) in enumerate(unit.blocks):
             if start < bottom and stop > top:
-                name = f"{unit['slide_id']}-{number:04d}.parquet"
+                name = f"{unit.slide_id}-{number:04d}.parquet"
                 first, values = self._embeddings(name)
                 found.append(values[max(0, top - first) : bottom - first])
         return np.concatenate(found)

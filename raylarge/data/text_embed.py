@@ -26,7 +26,8 @@ from raylarge.data import derive, parts, picked
 from raylarge.data.caption import folder_digest
 from raylarge.data.given import Given, source_of, split_column
 from raylarge.data.parts import Stage
-from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, Unit
+from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts
+from raylarge.data.units import DerivedUnit
 from raylarge.errors import UserError
 from raylarge.geometry import batches
 from raylarge.models import ssl, text
@@ -188,8 +189,8 @@ def _refuse(root: str, made: Mapping[str, Any], config: TextEmbedConfig, table: 
     given.refuse_order(sum(bytes_read for _, bytes_read in looked))
 
 
-def _unit(part: Mapping[str, Any]) -> Unit:
-    return {"source": part["part"], "groups": part["groups"]}
+def _unit(part: Mapping[str, Any]) -> DerivedUnit:
+    return DerivedUnit(source=part["part"], groups=part["groups"])
 
 
 def _lost(root: str, part: Mapping[str, Any], given: Given) -> str:
@@ -215,7 +216,7 @@ class TextVectorStage(Stage):
         self._given = _given(config) if config.texts else None
         self._encoder = text.load(config.model, config.weights, config.device)
 
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: DerivedUnit) -> tuple[pa.Table, Facts]:
         """A vector for every row that has a text, in the part's order."""
         if self._given is None:
             table, groups = picked.read(self._root, unit, [*derive.WHERE, "text"])
@@ -239,7 +240,7 @@ class ImageVectorStage(Stage):
         self._root, self._batch = root, config.batch
         self._encoder = ssl.load(config.model, config.weights, config.device)
 
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: DerivedUnit) -> tuple[pa.Table, Facts]:
         """A vector for every example of the part, in its order."""
         table, groups = picked.read(self._root, unit, [*derive.WHERE, "image"])
         files = table["image"]
@@ -260,13 +261,15 @@ class TableVectorStage(Stage):
         self._root = root
         self._given = _given(config)
 
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: DerivedUnit) -> tuple[pa.Table, Facts]:
         """The vector of every example that has one, in the part's order."""
         table, groups, found = matched(self._root, unit, self._given)
         return _made(table, self._given.vectors(found), groups)
 
 
-def matched(root: str, unit: Unit, given: Given) -> tuple[pa.Table, picked.Groups, np.ndarray]:
+def matched(
+    root: str, unit: DerivedUnit, given: Given
+) -> tuple[pa.Table, picked.Groups, np.ndarray]:
     """The examples of a part that the user's table knows, their groups, and its rows for them."""
     table, groups = picked.read(root, unit, derive.WHERE)
     found = given.find(table["key"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -31,16 +30,18 @@ from raylarge.data.candidates import (
 )
 from raylarge.data.grid import about
 from raylarge.data.parts import Stage
-from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
+from raylarge.data.pipeline import ExecutorConfig, Facts
 from raylarge.data.qc.sheet import sheet as drawn
 from raylarge.data.qc.sheet import write_page
-from raylarge.data.views import mask_cell_px, view_of, view_splits, with_views
+from raylarge.data.units import SlideFacts, TileUnit
+from raylarge.data.views import drop_unused_crops, mask_cell_px, view_of, view_splits, with_views
 from raylarge.errors import SlideError, UserError
 from raylarge.slides import masks
 from raylarge.slides.reader import Slide, open_slide
 from raylarge.slides.tissue import tissue_fraction, tissue_mask
 from raylarge.storage import web
 
+_OF_ENTRY = ("path", "slide_id", "patient_id", "split", "mpp", "labels", "view")
 _NAMED = 3
 """So many slides are named that have one note."""
 
@@ -56,6 +57,8 @@ def section(config: TileConfig) -> dict[str, Any]:
     known["salt"] = roster.trace(config.salt)
     if config.views == 1:  # tables of before there were views stay valid
         known.pop("views")
+    if not config.base_crops:
+        known.pop("base_crops")
     known["split"] = "file" if roster.is_file(config.split) else config.split
     known["mask"] = "file" if "{name}" in config.mask else config.mask
     return known
@@ -94,7 +97,7 @@ def run(
         built = parts.build(root, units, partial(TileStage, root, config), executor, "tile")
     except SlideError as error:
         raise readable.refuse_all(root, units, config, executor, shown) or error from error
-    _tell_of_others(root, {unit["slide_id"] for unit in units})
+    _tell_of_others(root, {unit.slide_id for unit in units})
     _say_notes(built.facts)
     write_page(root, built.facts, built.failed, shown)
     if not any(one["counts"] for one in built.facts):
@@ -132,8 +135,12 @@ def _say_notes(facts: Sequence[Facts]) -> None:
         report.say(f"slide {', '.join(names[:_NAMED])}{more}: {note}")
 
 
-def slides_of(root: str) -> list[dict[str, Any]]:
-    """The slides of a data folder as `TileStage` describes them, and the `path` of each."""
+def slides_of(root: str) -> list[SlideFacts]:
+    """Return the tiled slides of a data folder.
+
+    Raises:
+        UserError: it is not known which files they are.
+    """
     names = _names(root)
     slides: list[dict[str, Any]] = storage.read_json(storage.join(root, "slides.json"))["slides"]
     unknown = {slide["slide_id"] for slide in slides} - names.keys()
@@ -142,7 +149,7 @@ def slides_of(root: str) -> list[dict[str, Any]]:
             f"{root}/names.json does not say which files {len(unknown)} of {len(slides)} slides "
             "are; run verbs=tile with slides= and the same tile.salt= again."
         )
-    return [{**slide, "path": web.full_url(names[slide["slide_id"]])} for slide in slides]
+    return [SlideFacts.from_json(one, web.full_url(names[one["slide_id"]])) for one in slides]
 
 
 def _tell_of_others(root: str, slides: set[str]) -> None:
@@ -176,27 +183,26 @@ def _remember(root: str, known: Sequence[roster.Entry]) -> None:
 
 def _units(
     known: Sequence[roster.Entry], sections: dict[str, Any], config: TileConfig
-) -> list[Unit]:
+) -> list[TileUnit]:
     pattern = storage.absolute(config.mask) if "{name}" in config.mask else ""
     mask_paths = [pattern.replace("{name}", entry.stem) for entry in known]
     _refuse_shared(known, mask_paths)
     with ThreadPoolExecutor(16) as pool:
         prints = list(pool.map(_fingerprint, [entry.path for entry in known]))
         drawn = list(pool.map(lambda path: path and _fingerprint(path), mask_paths))
-    units: list[Unit] = []
+    units: list[TileUnit] = []
     for entry, mark, mask, mask_mark in zip(known, prints, mask_paths, drawn, strict=True):
         of_view = [entry.view] if entry.view else []
-        cells = parts.stamp(sections, mark, mask_mark, entry.mpp, *of_view)
-        told = [entry.patient_id, entry.split, entry.labels]
+        digest = parts.stamp(sections, mark, mask_mark, entry.mpp, *of_view)
         units.append(
-            {
-                **asdict(entry),
-                "part": f"tiles/{entry.slide_id}.parquet",
-                "stamp": parts.stamp(cells, *told),
-                "cells": cells,
-                "fingerprint": mark,
-                "mask": mask,
-            }
+            TileUnit(
+                **{name: getattr(entry, name) for name in _OF_ENTRY},
+                part=f"tiles/{entry.slide_id}.parquet",
+                stamp=parts.stamp(digest, entry.patient_id, entry.split, entry.labels),
+                tiling_digest=digest,
+                fingerprint=mark,
+                mask=mask,
+            )
         )
     return units
 
@@ -237,50 +243,39 @@ class TileStage(Stage):
         self._root = root
         self._config = config
 
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: TileUnit) -> tuple[pa.Table, Facts]:
         """All candidates of a slide, scale by scale, row by row; its sheet is written first."""
         config = self._config
         with (
             about(unit),
             open_slide(
-                unit["path"],
-                unit["mpp"],
+                unit.path,
+                unit.mpp,
                 config.base_mpp,
                 config.icc,
                 config.read_options,
                 view_of(unit, config),
             ) as slide,
         ):
-            tissue = tissue_grid(slide, config, unit["mask"])
+            tissue = tissue_grid(slide, config, unit.mask)
             table = pa.concat_tables([self._scale(unit, k, slide, tissue) for k in config.scales])
-            facts = {
-                **{key: unit[key] for key in ("slide_id", "patient_id", "split", "labels")},
-                **{key: unit[key] for key in ("fingerprint", "cells", "stamp")},
-                "size_px": list(slide.size_px),
-                "grid": list(base_grid(slide.size_px, config)),
-                **_covered(table, base_grid(slide.size_px, config)),
-                "size_l0": list(slide.size_l0),
-                "mpp": slide.mpp,
-                "georeference": slide.georeference,
-                "mpp_override": unit["mpp"],
-                "view": unit["view"],
-                "notes": slide.notes,
-            }
+            table = drop_unused_crops(table, unit, config)
+            facts = _slide_facts(unit, slide, table, base_grid(slide.size_px, config))
             sheet = drawn(slide, table, config.patch_px)
-        path = storage.join(self._root, "qc", f"{unit['slide_id']}.png")
+        path = storage.join(self._root, "qc", f"{unit.slide_id}.png")
         images.write_png(path, sheet, synthetic=False)
-        return table, {"slide": facts, "most_tissue": float(tissue.max(initial=0.0))}
+        return table, {"slide": facts.as_json(), "most_tissue": float(tissue.max(initial=0.0))}
 
-    def _scale(self, unit: Unit, k: int, slide: Slide, tissue: Grid) -> pa.Table:
+    def _scale(self, unit: TileUnit, k: int, slide: Slide, tissue: Grid) -> pa.Table:
         config = self._config
-        cells = candidates(slide.size_px, k, config, unit["slide_id"])
+        cells = candidates(slide.size_px, k, config, unit.slide_id)
         shares = box_means(tissue, cells, 1 << k)
         grid = base_grid(slide.size_px, config)
-        if unit["view"]:
-            named = view_splits(cells, k, slide, unit["split"], config)
+        if unit.view:
+            named = view_splits(cells, k, slide, unit.split, config)
         else:
             rows = band_rows(slide.size_px[0], config)
-            named = splits(cells, k, rows, unit["split"], config.val_fraction)
+            named = splits(cells, k, rows, unit.split, config.val_fraction)
         least = config.tissue[min(k, len(config.tissue) - 1)]
         reasons = [
             reason(cell, 1 << k, grid, name, share, least)
@@ -289,8 +284,8 @@ class TileStage(Stage):
         count = len(cells)
         return pa.table(
             {
-                "slide_id": [unit["slide_id"]] * count,
-                "patient_id": [unit["patient_id"]] * count,
+                "slide_id": [unit.slide_id] * count,
+                "patient_id": [unit.patient_id] * count,
                 "split": named,
                 "scale": pa.array([k] * count, pa.int8()),
                 "row": pa.array(cells[:, 0], pa.int32()),
@@ -303,11 +298,25 @@ class TileStage(Stage):
         )
 
 
-def _covered(table: pa.Table, grid: tuple[int, int]) -> Facts:
-    """How many tiles of each row of the base grid some kept example covers, and which, digested."""
-    where = scale_and_cells(table.filter(table["kept"]))
-    cells = covered(*where, (0, grid[0]), grid[1])
-    return {"covered": cells.sum(axis=1).tolist(), "covers": storage.digest(cells.tobytes())}
+def _slide_facts(
+    unit: TileUnit, slide: Slide, table: pa.Table, grid: tuple[int, int]
+) -> SlideFacts:
+    """Return what the later verbs need to know of a slide and its TILES."""
+    marks = covered(*scale_and_cells(table.filter(table["kept"])), (0, grid[0]), grid[1])
+    names = ("slide_id", "patient_id", "split", "labels", "fingerprint", "tiling_digest", "stamp")
+    return SlideFacts(
+        **{name: getattr(unit, name) for name in names},
+        size_px=list(slide.size_px),
+        grid=list(grid),
+        covered=marks.sum(axis=1).tolist(),
+        coverage_digest=storage.digest(marks.tobytes()),
+        size_l0=list(slide.size_l0),
+        mpp=slide.mpp,
+        georeference=slide.georeference,
+        mpp_override=unit.mpp,
+        view=unit.view,
+        notes=slide.notes,
+    )
 
 
 def kept(root: str, slide_id: str) -> pa.Table:

@@ -27,8 +27,9 @@ from raylarge import storage, tables
 from raylarge.data import parts, pipeline
 from raylarge.data.candidates import TileConfig
 from raylarge.data.exchange.h5_read import Cells, Patches, Vectors, library, opened, patches
-from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
+from raylarge.data.pipeline import ExecutorConfig, Facts
 from raylarge.data.tile import kept, scale_and_cells, slides_of
+from raylarge.data.units import Unit
 from raylarge.errors import UserError
 from raylarge.slides.mpp import zoom
 
@@ -60,6 +61,15 @@ class Export:
             raise UserError(f"cells={self.cells}: it must be valid or kept.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportUnit(Unit):
+    """A slide whose files are written, and the parts of EMBEDDINGS that they come from."""
+
+    mpp: float
+    size_l0: Sequence[int]
+    parts: Sequence[str]
+
+
 def run(config: Export) -> Facts:
     """Write one set of files per slide; those that stand as they should are left alone.
 
@@ -76,14 +86,16 @@ def run(config: Export) -> Facts:
     tile = tile_of(tiles)
     named = [one["part"] for one in embedded["parts"]]
     units = [
-        {
-            **{key: slide[key] for key in ("slide_id", "mpp", "size_l0")},
-            "part": f"h5 of {slide['slide_id']}",
-            "parts": [part for part in named if f"/{slide['slide_id']}-" in part],
-            "stamp": parts.stamp(config.format, config.cells, slide["stamp"], embedded["digest"]),
-        }
+        ExportUnit(
+            slide_id=slide.slide_id,
+            mpp=slide.mpp,
+            size_l0=slide.size_l0,
+            part=f"h5 of {slide.slide_id}",
+            parts=[part for part in named if f"/{slide.slide_id}-" in part],
+            stamp=parts.stamp(config.format, config.cells, slide.stamp, embedded["digest"]),
+        )
         for slide in slides_of(root)
-        if slide["slide_id"] not in embedded["lost"]
+        if slide.slide_id not in embedded["lost"]
     ]
     work = partial(Exporting, (root, out), config, tile, embedded["encoder"])
     found = pipeline.run(units, work, ExecutorConfig(workers=config.workers), "export")
@@ -106,18 +118,18 @@ class Exporting:
         self._root, self._out = folders
         self._config, self._tile, self._encoder = config, tile, encoder
 
-    def __call__(self, unit: Unit) -> Facts:
+    def __call__(self, unit: ExportUnit) -> Facts:
         """How many `cells` the slide has, and whether its files were `made` just now."""
-        name = unit["slide_id"]
+        name = unit.slide_id
         of_coords, of_features = self._paths(name)
-        standing = _standing(storage.join(self._out, of_features), unit["stamp"])
+        standing = _standing(storage.join(self._out, of_features), unit.stamp)
         if standing is not None:
             return {"cells": standing, "made": 0}
         cells, vectors = self._content(unit)
-        per_px = zoom(unit["mpp"], self._tile.base_mpp)
+        per_px = zoom(unit.mpp, self._tile.base_mpp)
         xy = np.rint(cells[:, ::-1] * (self._tile.patch_px * per_px)).astype(np.int64)
-        features, stamp = vectors.astype(np.float32), {"raylarge": unit["stamp"]}
-        told = {"coords": self._told(name, per_px, unit["size_l0"])}
+        features, stamp = vectors.astype(np.float32), {"raylarge": unit.stamp}
+        told = {"coords": self._told(name, per_px, unit.size_l0)}
         self._write(of_coords, {"coords": xy}, told)
         if self._config.format == "clam":
             sink = io.BytesIO()
@@ -162,13 +174,13 @@ class Exporting:
             "level0_height": size_l0[0],
         }
 
-    def _content(self, unit: Unit) -> tuple[Cells, Vectors]:
+    def _content(self, unit: ExportUnit) -> tuple[Cells, Vectors]:
         """(row, column) of the slide's cells, and their vectors, row by row."""
         wanted = None
         if self._config.cells == "kept":
-            scale, cells = scale_and_cells(kept(self._root, unit["slide_id"]))
+            scale, cells = scale_and_cells(kept(self._root, unit.slide_id))
             wanted = cells[scale == 0]
-        found = [_of_block(storage.join(self._root, part), wanted) for part in unit["parts"]]
+        found = [_of_block(storage.join(self._root, part), wanted) for part in unit.parts]
         if not found:
             width = self._encoder["width"]
             return np.empty((0, 2), np.int64), np.empty((0, width), np.float16)

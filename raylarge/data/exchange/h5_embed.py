@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -28,8 +28,9 @@ from raylarge.data.exchange.h5_place import Index, check_index, index_of
 from raylarge.data.exchange.h5_read import Patches, Vectors
 from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import BuildResult
-from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
+from raylarge.data.pipeline import ExecutorConfig, Facts
 from raylarge.data.tile import kept, scale_and_cells, slides_of
+from raylarge.data.units import BlockUnit, SlideFacts, Unit
 from raylarge.errors import SlideError, UserError
 from raylarge.models import ssl
 from raylarge.models.ssl_cards import EncoderCard
@@ -60,6 +61,30 @@ class Import:
     """At a slide whose file does not fit: `stop`, or `skip` it and say so in failed.parquet."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SlideFiles(Unit):
+    """A slide and its files: the path of the features, then that of the coords.
+
+    `zoom` is in level-0 pixels per base pixel, `grid` (rows, columns) of base tiles.
+    """
+
+    path: str
+    files: Sequence[str]
+    zoom: float
+    grid: Sequence[int]
+    size_l0: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportUnit(BlockUnit):
+    """A block of EMBEDDINGS that is read from files; fields as in `SlideFiles`."""
+
+    files: Sequence[str]
+    zoom: float
+    grid: Sequence[int]
+    size_l0: Sequence[int]
+
+
 def run(config: Import) -> Facts:
     """Put the vectors of all slides into EMBEDDINGS, and write `embed.json`.
 
@@ -79,13 +104,13 @@ def run(config: Import) -> Facts:
     executor = ExecutorConfig(workers=config.workers, skip=config.on_error == "skip")
     slides = _with_files(slides_of(root), config, tile)
     looked = pipeline.run(slides, partial(Looking, root, tile, config), executor, "look")
-    told = {slide["slide_id"]: {**slide, **one} for slide, one in zip(slides, looked, strict=True)}
-    failed = [_failed(name, one["failed"]) for name, one in told.items() if "failed" in one]
+    checked = {unit.slide_id: (unit, one) for unit, one in zip(slides, looked, strict=True)}
+    failed = [_failed(name, one["failed"]) for name, (_, one) in checked.items() if "failed" in one]
     sections = {"tile": tiles["config"]["tile"], "embed": _section(config)}
     units = [
-        _unit(unit, told[unit["slide_id"]])
+        _unit(unit, *checked[unit.slide_id])
         for unit in embed.units_of(root, tile, sections)
-        if "failed" not in told[unit["slide_id"]]
+        if "failed" not in checked[unit.slide_id][1]
     ]
     make_stage = partial(Importing, root, tile, config)
     executor = config.embed.of(executor) if config.fill else executor
@@ -96,7 +121,7 @@ def run(config: Import) -> Facts:
     }
     encoder = {**card.as_json(), "weights": sections["embed"].get("weights", "")}
     more = {"input": tiles["digest"], "encoder": encoder, **totals}
-    unused = sum(one["unused"] for one in told.values() if "failed" not in one)
+    unused = sum(one["unused"] for _, one in checked.values() if "failed" not in one)
     return {**parts.finish(root, "embed", together, sections, **more), **totals, "unused": unused}
 
 
@@ -124,11 +149,11 @@ def _section(config: Import) -> dict[str, Any]:
     return {**means, "imported": config.format}
 
 
-def _unit(unit: Unit, slide: Mapping[str, Any]) -> Unit:
-    """A block with its slide's files, whose content is part of its stamp."""
-    stamp = parts.stamp(unit["stamp"], slide["digest"])
-    more = {key: slide[key] for key in ("files", "zoom", "grid", "size_l0")}
-    return {**unit, **more, "stamp": stamp}
+def _unit(unit: BlockUnit, slide: SlideFiles, facts: Facts) -> ImportUnit:
+    """Return a block with its slide's files, whose content is part of its stamp."""
+    block = {one.name: getattr(unit, one.name) for one in fields(BlockUnit)}
+    files = {name: getattr(slide, name) for name in ("files", "zoom", "grid", "size_l0")}
+    return ImportUnit(**{**block, **files, "stamp": parts.stamp(unit.stamp, facts["digest"])})
 
 
 def _means(config: Import) -> EmbedConfig:
@@ -140,10 +165,8 @@ def _failed(slide_id: str, reason: str) -> dict[str, str]:
     return {"slide_id": slide_id, "part": f"embeddings/{slide_id}", "reason": reason}
 
 
-def _with_files(
-    slides: Sequence[dict[str, Any]], config: Import, tile: TileConfig
-) -> list[dict[str, Any]]:
-    """Slides as units, each with its `files`: that of the features, then that of the coords."""
+def _with_files(slides: Sequence[SlideFacts], config: Import, tile: TileConfig) -> list[SlideFiles]:
+    """Return the slides with their files."""
     source = storage.absolute(config.source)
     features = {**_named(source), **_named(storage.join(source, "h5_files"))}
     if not features:
@@ -156,15 +179,23 @@ def _with_files(
     coords = {name: path for folder in reversed(folders) for name, path in _named(folder).items()}
     units = []
     for slide in slides:
-        stems = (unicodedata.normalize("NFC", stem) for stem in name_table.stems(slide["path"]))
-        names = [slide["slide_id"], *stems]
+        stems = (unicodedata.normalize("NFC", stem) for stem in name_table.stems(slide.path))
+        names = [slide.slide_id, *stems]
         files = [next((of[name] for name in names if name in of), "") for of in (features, coords)]
-        known = {key: slide[key] for key in ("slide_id", "path", "grid", "size_l0")}
-        known["zoom"] = zoom(slide["mpp"], tile.base_mpp)
-        units.append({**known, "part": f"embeddings/{slide['slide_id']}", "files": files})
-    shared = [path for path, count in Counter(u["files"][0] for u in units).items() if count > 1]
+        units.append(
+            SlideFiles(
+                part=f"embeddings/{slide.slide_id}",
+                slide_id=slide.slide_id,
+                path=slide.path,
+                grid=slide.grid,
+                size_l0=slide.size_l0,
+                zoom=zoom(slide.mpp, tile.base_mpp),
+                files=files,
+            )
+        )
+    shared = [path for path, count in Counter(unit.files[0] for unit in units).items() if count > 1]
     if any(shared):
-        count = sum(unit["files"][0] in shared for unit in units if unit["files"][0])
+        count = sum(unit.files[0] in shared for unit in units if unit.files[0])
         raise UserError(
             f"source={config.source}: {count} slides share a file of features, since their names "
             "differ in the ending alone; name the files by pseudonym (names.json of data=)."
@@ -199,7 +230,7 @@ class Looking:
         self._root, self._tile, self._fill = root, tile, config.fill
         self._card = ssl.card(config.encoder)
 
-    def __call__(self, unit: Unit) -> Facts:
+    def __call__(self, unit: SlideFiles) -> Facts:
         """Return the `digest` of the file, the tiles `missing` in it and its `unused` patches.
 
         Raises:
@@ -208,8 +239,8 @@ class Looking:
         with about(unit):
             layout, index = _source(unit, self._tile)
             _check_width(layout, self._card)
-            scale, cells = scale_and_cells(kept(self._root, unit["slide_id"]))
-            rows, columns = unit["grid"]
+            scale, cells = scale_and_cells(kept(self._root, unit.slide_id))
+            rows, columns = unit.grid
             marks = covered(scale, cells, (0, rows), columns)
             needed = [(int(row), int(column)) for row, column in np.argwhere(marks)]
             check_index(index, needed)
@@ -221,7 +252,7 @@ class Looking:
                     "fill=true to embed those here, or tile with its own patches as the mask "
                     "(import=tissue) and fewer scales"
                 )
-            digest = storage.digest_file(unit["files"][0])
+            digest = storage.digest_file(unit.files[0])
             unused = len(index) - (len(needed) - len(missing))
             return {"digest": digest, "missing": len(missing), "unused": unused}
 
@@ -240,7 +271,7 @@ class Importing(EmbedStage):
             self._encoder: Any = _Unloaded(ssl.card(config.encoder))
         self._grid = _AtNeed(tile)
 
-    def make(self, unit: Unit) -> tuple[Any, Facts]:
+    def make(self, unit: ImportUnit) -> tuple[Any, Facts]:
         """The block's rows of the base grid, as `embed` makes them."""
         self._unit = unit
         table, facts = super().make(unit)
@@ -248,7 +279,7 @@ class Importing(EmbedStage):
 
     def _embed(self, cells: Sequence[tuple[int, int]], facts: Facts) -> Vectors:
         """A vector per cell: the file's, or of our own making where it has none."""
-        index, vectors = self._read(self._unit["slide_id"])
+        index, vectors = self._read(self._unit.slide_id)
         found = np.empty((len(cells), self._encoder.card.width), np.float16)
         gaps = [i for i, cell in enumerate(cells) if cell not in index]
         known = [i for i, cell in enumerate(cells) if cell in index]
@@ -261,13 +292,13 @@ class Importing(EmbedStage):
     def _read_anew(self, slide_id: str) -> tuple[Index, Vectors]:
         """All vectors of a slide; its blocks come one after the other."""
         layout, index = _source(self._unit, self._tile)
-        return index, h5_read.vectors(self._unit["files"][0], layout)
+        return index, h5_read.vectors(self._unit.files[0], layout)
 
 
 class _AtNeed(TileGrid):
     """A slide's grid that opens the slide (a whole download) when a tile is read, if ever."""
 
-    def open(self, unit: Mapping[str, Any]) -> Any:
+    def open(self, unit: BlockUnit) -> Any:
         """Remember which slide is meant."""
         self._meant = unit
 
@@ -283,13 +314,13 @@ class _Unloaded(NamedTuple):
     card: EncoderCard
 
 
-def _source(unit: Unit, tile: TileConfig) -> tuple[Patches, Index]:
+def _source(unit: SlideFiles | ImportUnit, tile: TileConfig) -> tuple[Patches, Index]:
     """What a slide's files say, and which of their vectors is a cell's.
 
     Raises:
         SlideError: no file, or patches of another size or place than our tiles.
     """
-    features, coords = unit["files"]
+    features, coords = unit.files
     if not features:
         raise SlideError("there is no h5 file of its name in source=")
     layout = h5_read.patches([features, coords] if coords else [features])

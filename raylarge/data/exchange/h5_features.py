@@ -25,6 +25,7 @@ from raylarge import report, storage, tables
 from raylarge.data import picked
 from raylarge.data.exchange import h5_read
 from raylarge.data.pipeline import Facts
+from raylarge.data.units import DerivedUnit
 from raylarge.errors import UserError
 from raylarge.geometry import Scale
 from raylarge.slides.mpp import zoom
@@ -78,7 +79,7 @@ def _put_aside(root: str, made: Mapping[str, Any], scale: int, folder: str) -> d
     counts: dict[str, int] = {}
     mine = [part for part in made["parts"] if str(scale) in part["counts"]]
     for part in report.progress(mine, "parts", unit="part"):
-        unit = {"source": part["part"], "groups": part["groups"]}
+        unit = DerivedUnit(source=part["part"], groups=part["groups"])
         table, _ = picked.read(root, unit, ["slide_id", "row", "column", "feature"], [scale])
         for name in table["slide_id"].unique().to_pylist():
             rows = table.filter(pc.equal(table["slide_id"], name))

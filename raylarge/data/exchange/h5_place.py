@@ -8,7 +8,7 @@ notice: so every patch must begin inside the slide and on the grid, and no two a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ _SWAPPED = 1.25
 """Times as many tiles met with x and y swapped that tell that they are."""
 
 
-def index_of(layout: Patches, unit: Mapping[str, Any], tile: TileConfig) -> Index:
+def index_of(layout: Patches, unit: Any, tile: TileConfig) -> Index:
     """Return which row of a file belongs to which base tile.
 
     Args:
@@ -37,9 +37,9 @@ def index_of(layout: Patches, unit: Mapping[str, Any], tile: TileConfig) -> Inde
         SlideError: patches of another size, of another slide, beyond it, off the grid, or two at
             one place; says how many, and the first.
     """
-    side_l0 = tile.patch_px * unit["zoom"]
+    side_l0 = tile.patch_px * unit.zoom
     _check_side(layout, side_l0, tile)
-    _check_extent(layout, unit["size_l0"], side_l0)
+    _check_extent(layout, unit.size_l0, side_l0)
     _check_inside(layout, unit, side_l0)
     cells = _cells(layout, side_l0)
     distinct, first, counts = np.unique(cells, axis=0, return_index=True, return_counts=True)
@@ -98,11 +98,10 @@ def _check_extent(layout: Patches, size_l0: Sequence[int], side_l0: float) -> No
     )
 
 
-def _check_inside(layout: Patches, unit: Mapping[str, Any], side_l0: float) -> None:
+def _check_inside(layout: Patches, unit: Any, side_l0: float) -> None:
     """Refuse patches that begin beyond the slide and its padded grid."""
     rows, columns = (
-        max(length, cells * side_l0)
-        for length, cells in zip(unit["size_l0"], unit["grid"], strict=True)
+        max(length, cells * side_l0) for length, cells in zip(unit.size_l0, unit.grid, strict=True)
     )
 
     def beyond(xy: Cells) -> np.ndarray:
@@ -112,7 +111,7 @@ def _check_inside(layout: Patches, unit: Mapping[str, Any], side_l0: float) -> N
     outside = beyond(layout.xy)
     if outside.any():
         x, y = layout.xy[outside][0].tolist()
-        height, width = unit["size_l0"]
+        height, width = unit.size_l0
         if beyond(layout.xy[:, ::-1]).any():
             cure = "check that the file is of this slide, and its coords in level-0 pixels"
         else:

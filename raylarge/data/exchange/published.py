@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,8 @@ from raylarge.data import bucket, parts, roster, shard
 from raylarge.data.exchange import layouts
 from raylarge.data.exchange.layouts import LAYOUTS, PATCH_PX, Unfit
 from raylarge.data.parts import Stage
-from raylarge.data.pipeline import ExecutorConfig, Facts, Unit
+from raylarge.data.pipeline import ExecutorConfig, Facts
+from raylarge.data.units import Unit
 from raylarge.errors import UserError
 from raylarge.models import ssl
 
@@ -99,6 +100,16 @@ class Published:
         return [name.strip() for name in self.tables.split(",") if name.strip()]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ItemsUnit(Unit):
+    """Items of one folder; `ids` are their indices (`_spelled`), `name` that of the part."""
+
+    folder: str
+    scale: int
+    name: str
+    ids: dict[str, Any]
+
+
 def run(config: Published) -> dict[str, Facts]:
     """Bring a published set into tables; the same command run again makes what is missing.
 
@@ -142,12 +153,12 @@ def _section(config: Published, encoder: str) -> dict[str, Any]:
     return {**known, "encoder": encoder}
 
 
-def _of_table(unit: Unit, table: str, sections: Mapping[str, Any]) -> Unit:
-    part = f"{table}/{unit['name']}.parquet"
-    return {**unit, "part": part, "stamp": parts.stamp(sections, table, unit["ids"])}
+def _of_table(unit: ItemsUnit, table: str, sections: Mapping[str, Any]) -> ItemsUnit:
+    part = f"{table}/{unit.name}.parquet"
+    return replace(unit, part=part, stamp=parts.stamp(sections, table, unit.ids))
 
 
-def _tables(config: Published, unit: Unit) -> list[str]:
+def _tables(config: Published, unit: ItemsUnit) -> list[str]:
     """The tables to make: those asked for, or those that the first item has files for."""
     layout, first = LAYOUTS[config.format], int(_ids(unit)[0])
     wanted = config.wanted
@@ -156,10 +167,10 @@ def _tables(config: Published, unit: Unit) -> list[str]:
             raise UserError(f"tables={config.tables}: the set {config.format} has no {table}.")
     for table in () if wanted else ("examples", "latents"):
         name = layout.file(table)
-        if name and storage.exists(storage.join(unit["folder"], name.format(i=first))):
+        if name and storage.exists(storage.join(unit.folder, name.format(i=first))):
             wanted.append(table)
     if not wanted:
-        raise UserError(f"item {first} in {unit['folder']} has neither an image nor a latent.")
+        raise UserError(f"item {first} in {unit.folder} has neither an image nor a latent.")
     return [f"latents-{_digest(config)}" if table == "latents" else table for table in wanted]
 
 
@@ -176,7 +187,7 @@ def _digest(config: Published) -> str:
     return str(load_autoencoder(storage.absolute(config.bundle)).digest)
 
 
-def _units(config: Published) -> list[dict[str, Any]]:
+def _units(config: Published) -> list[ItemsUnit]:
     """Units of items, scale by scale and folder by folder."""
     layout, source = LAYOUTS[config.format], storage.absolute(config.source)
     units = []
@@ -189,8 +200,15 @@ def _units(config: Published) -> list[dict[str, Any]]:
                 name = f"{scale}-{part:04d}-{number:05d}-of-{count:05d}"
                 mine = ids[ids % count == number]
                 if len(mine):
-                    known = {"folder": folder, "scale": scale, "name": name, "tiles": len(mine)}
-                    units.append({**known, "ids": _spelled(mine, count)})
+                    units.append(
+                        ItemsUnit(
+                            folder=folder,
+                            scale=scale,
+                            name=name,
+                            tiles=len(mine),
+                            ids=_spelled(mine, count),
+                        )
+                    )
     if not units:
         example = layout.folder.format(mag=layout.mags[0], part=0) + "/" + layout.grid.format(i=0)
         raise UserError(f"there is no set {config.format} at {source}: no file such as {example}.")
@@ -206,7 +224,7 @@ def _listed(folder: str, name: str) -> Ids:
 
 
 def _spelled(ids: Ids, step: int) -> dict[str, Any]:
-    """Indices in few words: a unit travels as JSON, and a set has millions."""
+    """Indices in few words: units travel to workers, and a set has millions."""
     every = np.arange(ids[0], ids[-1] + 1, step)
     return {
         "range": [int(ids[0]), int(ids[-1]) + 1, step],
@@ -214,9 +232,9 @@ def _spelled(ids: Ids, step: int) -> dict[str, Any]:
     }
 
 
-def _ids(unit: Unit) -> Ids:
-    every = np.arange(*unit["ids"]["range"], dtype=np.int64)
-    return np.setdiff1d(every, np.array(unit["ids"]["but"], np.int64))
+def _ids(unit: ItemsUnit) -> Ids:
+    every = np.arange(*unit.ids["range"], dtype=np.int64)
+    return np.setdiff1d(every, np.array(unit.ids["but"], np.int64))
 
 
 class Publishing(Stage):
@@ -228,7 +246,7 @@ class Publishing(Stage):
         self._config, self._table, self._width = config, table, width
         self._layout = LAYOUTS[config.format]
 
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: ItemsUnit) -> tuple[pa.Table, Facts]:
         """The unit's items by split and key; those that do not fit are named in `rejected`."""
         ids = _ids(unit).tolist()
         with ThreadPoolExecutor(_READERS) as pool:
@@ -236,15 +254,15 @@ class Publishing(Stage):
         rows = [row for row in found if isinstance(row, dict)]
         rejected = [[i, row] for i, row in zip(ids, found, strict=True) if isinstance(row, str)]
         if not rows:
-            raise UserError(f"no item of {unit['folder']} fits; item {ids[0]}: {found[0]}.")
+            raise UserError(f"no item of {unit.folder} fits; item {ids[0]}: {found[0]}.")
         table = _as_table(sorted(rows, key=lambda row: (row["split"], row["key"])), self.kind)
         groups = bucket.groups(table, self._config.group_rows)
         shape = {"shape": list(layouts.LATENT)} if self._table == "latents" else {}
         return table, {"groups": groups, "rejected": rejected, **shape}
 
-    def _row(self, unit: Unit, i: int) -> dict[str, Any] | str:
+    def _row(self, unit: ItemsUnit, i: int) -> dict[str, Any] | str:
         """An item's row, or why there is none."""
-        folder, scale = unit["folder"], unit["scale"]
+        folder, scale = unit.folder, unit.scale
         try:
             grid = layouts.grid(self._layout, folder, i, scale, self._width)
             content = self._content(folder, i)
