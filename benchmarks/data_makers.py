@@ -27,9 +27,10 @@ import torch
 
 from benchmarks.data_slides import PATCH_PX, Slides
 from raylarge.compute.session import session
-from raylarge.data import embed, parts, tile
+from raylarge.data import embed, embed_config, parts, tile, tile_table
 from raylarge.data.candidates import TileConfig
-from raylarge.data.embed import EmbedConfig, EmbedStage
+from raylarge.data.embed import EmbedStage
+from raylarge.data.embed_config import EmbedConfig
 from raylarge.data.parts import Facts, PartBuilder
 from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.units import BlockUnit
@@ -160,7 +161,7 @@ def job(
     root: str, config: TileConfig, slides: Slides, means: EmbedConfig, cost_s: float | None = None
 ) -> Job:
     """The parts that hold the rows of the slides that are measured."""
-    sections = {"tile": tile.section(config), "embed": embed.section(means)}
+    sections = {"tile": tile_table.section(config), "embed": embed_config.section(means)}
     units = embed.units_of(root, config, sections)
     units = [unit for unit in units if unit.rows[1] <= slides.grid[0]]
     return Job(root, config, means, cost_s, units)

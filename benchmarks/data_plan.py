@@ -19,7 +19,7 @@ from benchmarks.page import Section
 from raylarge import images
 from raylarge.data import embed, shard, tile
 from raylarge.data.candidates import TileConfig
-from raylarge.data.embed import EmbedConfig
+from raylarge.data.embed_config import EmbedConfig
 from raylarge.data.grid import TileGrid
 from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.shard import ShardConfig

@@ -23,7 +23,7 @@ from benchmarks.data_slides import Slides
 from benchmarks.page import Section
 from raylarge import report
 from raylarge.data.candidates import TileConfig
-from raylarge.data.embed import EmbedConfig
+from raylarge.data.embed_config import EmbedConfig
 from raylarge.data.grid import TileGrid
 from raylarge.models import ssl
 

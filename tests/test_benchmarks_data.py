@@ -17,7 +17,7 @@ from benchmarks import (
 )
 from benchmarks.data_makers import Timing, steady
 from benchmarks.data_speed import BATCH, DataMeasure, agreement
-from raylarge.data.embed import EmbedConfig
+from raylarge.data.embed_config import EmbedConfig
 from raylarge.errors import UserError
 from raylarge.slides.reader import open_slide
 

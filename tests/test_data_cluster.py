@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from raylarge import storage, tables
-from raylarge.data import embed, parts, tile
+from raylarge.data import embed, embed_config, parts, tile_table
 from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.prepare import prepare
 from raylarge.report import Report
@@ -119,7 +119,10 @@ def test_nodes_that_die_every_few_seconds_cost_work_but_no_row(nodes, tmp_path, 
     prepare(config, Report(str(tmp_path / "r.json")))
     alone = tiny_prepare(slides=slide, tile=config.tile, out=str(tmp_path / "alone"))
     prepare(alone, Report(str(tmp_path / "r.json")))
-    sections = {"tile": tile.section(config.tile), "embed": embed.section(config.embed)}
+    sections = {
+        "tile": tile_table.section(config.tile),
+        "embed": embed_config.section(config.embed),
+    }
     units = embed.units_of(config.out, config.tile, sections)
     assert len(units) == 32
     make_stage = partial(Slow, config.out, config.tile, config.embed)

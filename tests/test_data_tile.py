@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from raylarge import images, pyramid, schema, storage, tables
-from raylarge.data import roster, tile
+from raylarge.data import roster, tile, tile_table
 from raylarge.data.candidates import TileConfig, candidates
 from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.prepare import find_slides, prepare
-from raylarge.data.tile import slides_of
+from raylarge.data.tile_table import slides_of
 from raylarge.data.views import view_of, with_views
 from raylarge.errors import UserError
 from raylarge.models import ssl
@@ -245,5 +245,5 @@ def test_held_out_patients_have_one_view(tiny_slide, tmp_path):
 
 
 def test_one_view_leaves_earlier_tables_valid():
-    assert "views" not in tile.section(TileConfig())
-    assert tile.section(TileConfig(views=2))["views"] == 2
+    assert "views" not in tile_table.section(TileConfig())
+    assert tile_table.section(TileConfig(views=2))["views"] == 2

@@ -10,7 +10,7 @@ import pytest
 from raylarge import images, storage, tables
 from raylarge.data.candidates import TileConfig
 from raylarge.data.prepare import prepare
-from raylarge.data.tile import slides_of
+from raylarge.data.tile_table import slides_of
 from raylarge.data.views import CROPS_PER_VIEW, view_of
 from raylarge.errors import UserError
 from raylarge.models import ssl

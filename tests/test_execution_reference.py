@@ -6,7 +6,7 @@ import pytest
 
 from raylarge import order, schema, storage
 from raylarge.data.prepare import prepare
-from raylarge.data.tile import slides_of
+from raylarge.data.tile_table import slides_of
 from raylarge.errors import UserError
 from raylarge.execution import reference
 from raylarge.execution.reference import find_region

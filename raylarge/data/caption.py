@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,9 @@ from raylarge.data import derive, parts, picked
 from raylarge.data.parts import Stage
 from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, without_actors
 from raylarge.data.units import DerivedUnit
+from raylarge.data.weights import folder_digest
 from raylarge.geometry import batches
-from raylarge.models import hub, text
-
-_SMALL_FILES = (".json", ".txt")
+from raylarge.models import text
 
 
 @dataclass(frozen=True)
@@ -63,22 +61,6 @@ def _section(config: CaptionConfig) -> dict[str, Any]:
     scales = None if config.scales is None else sorted(set(config.scales))
     weights = folder_digest(config.weights)
     return {**without_actors(config), "scales": scales, "weights": weights}
-
-
-def folder_digest(folder: str) -> str:
-    """A short name for the weights, words and sizes in a folder in the layout of transformers.
-
-    Empty where no folder is given: then they come with the package or the hub that a card names.
-
-    Raises:
-        UserError: there are no weights.
-    """
-    if not folder:
-        return ""
-    found = hub.find_weights(folder)
-    names = {name for name in storage.sizes(str(found.parent)) if name.endswith(_SMALL_FILES)}
-    files = [found, *(Path(found.parent, name) for name in sorted(names))]
-    return storage.digest(*(storage.digest_file(file).encode() for file in files))
 
 
 class CaptionStage(Stage):

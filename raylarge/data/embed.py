@@ -8,42 +8,29 @@ scanner left out, padding) are embedded once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from jaxtyping import Float16
 
 from raylarge import schema, storage
-from raylarge.data import parts
+from raylarge.data import parts, tile_table
 from raylarge.data.candidates import TileConfig, blocks, covered
+from raylarge.data.embed_config import DTYPES, EmbedConfig, section
 from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import Stage
-from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, without_actors
-from raylarge.data.tile import kept, scale_and_cells, slides_of
-from raylarge.data.tile import section as tile_section
+from raylarge.data.pipeline import ExecutorConfig, Facts
+from raylarge.data.tile_table import kept, scale_and_cells, slides_of
 from raylarge.data.units import BlockUnit
 from raylarge.errors import UserError
 from raylarge.geometry import batches
 from raylarge.models import ssl
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 Vector = Float16[np.ndarray, "width"]
 Vectors = Float16[np.ndarray, "n width"]
-
-
-@dataclass(frozen=True)
-class EmbedConfig(ActorConfig):
-    """Which encoder looks at the base tiles, and by what means."""
-
-    encoder: str = "efficientnet_lite0"  # a card's name (models/ssl_cards.py)
-    weights: str = ""  # file or folder of weights, on every node. Example: model.bin
-    batch: int = 32  # tiles of one pass
-    dtype: str = "float32"
-    """The network's precision: float32, bfloat16 or float16."""
 
 
 def run(root: str, tile: TileConfig, config: EmbedConfig, executor: ExecutorConfig) -> Facts:
@@ -54,7 +41,7 @@ def run(root: str, tile: TileConfig, config: EmbedConfig, executor: ExecutorConf
     """
     tiles = parts.manifest(root, "tile", "embed")
     used = section(config)
-    sections = {"tile": tile_section(tile), "embed": used}
+    sections = {"tile": tile_table.section(tile), "embed": used}
     parts.refuse_mixing(root, sections)
     units = units_of(root, tile, sections)
     config = replace(config, weights=config.weights and storage.absolute(config.weights))
@@ -83,30 +70,6 @@ def units_of(root: str, tile: TileConfig, sections: dict[str, Any]) -> list[Bloc
         for slide in slides_of(root)
         for number, rows in enumerate(blocks(slide.grid, tile))
     ]
-
-
-def section(config: EmbedConfig) -> dict[str, Any]:
-    """What of the config the embeddings depend on: weights count by their content, not their path.
-
-    Raises:
-        UserError: an unknown encoder or precision, or weights that are missing.
-    """
-    if config.dtype not in DTYPES:
-        raise UserError(f"embed.dtype={config.dtype}: choose one of {', '.join(DTYPES)}.")
-    known = without_actors(config)
-    digest = ssl.weights_digest(ssl.card(config.encoder), known.pop("weights"))
-    return {**known, "weights": digest} if digest else known
-
-
-def section_in(root: str, config: EmbedConfig) -> dict[str, Any]:
-    """The section of the embeddings in a folder: imported ones tell their own.
-
-    Raises:
-        UserError: as `section`.
-    """
-    path = storage.join(root, "embed.json")
-    made = storage.read_json(path)["config"]["embed"] if storage.exists(path) else {}
-    return made if "imported" in made else section(config)
 
 
 class EmbedStage(Stage):

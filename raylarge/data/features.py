@@ -22,7 +22,7 @@ from jaxtyping import Float, Float16, Int, UInt64
 
 from raylarge import schema, tables
 from raylarge.data import derive, parts, picked
-from raylarge.data.embed import DTYPES
+from raylarge.data.embed_config import DTYPES
 from raylarge.data.parts import Stage
 from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, without_actors
 from raylarge.data.units import DerivedUnit

@@ -18,13 +18,14 @@ from raylarge.config import require_place
 from raylarge.data import caption, embed, encode, features, shard, text_embed, tile
 from raylarge.data.candidates import TileConfig
 from raylarge.data.caption import CaptionConfig
-from raylarge.data.embed import EmbedConfig
+from raylarge.data.embed_config import EmbedConfig
 from raylarge.data.encode import EncodeConfig
 from raylarge.data.features import FeatureConfig
 from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.roster import with_names
 from raylarge.data.shard import ShardConfig
 from raylarge.data.text_embed import TextEmbedConfig
+from raylarge.data.tile_table import file_names
 from raylarge.errors import UserError
 from raylarge.storage import web
 
@@ -83,7 +84,7 @@ def prepare(config: Prepare, log: report.Report) -> dict[str, dict[str, Any]]:
     except UserError as error:
         if not config.names:
             raise
-        raise type(error)(with_names(str(error), tile.file_names(root))) from error
+        raise type(error)(with_names(str(error), file_names(root))) from error
 
 
 def _run_all(
@@ -113,7 +114,7 @@ def _run_all(
 
 def _say_failures(root: str, verb: str, names: bool) -> None:
     """A line for each slide that failed; by pseudonym, and by file name where that is wanted."""
-    files = tile.file_names(root) if names else {}
+    files = file_names(root) if names else {}
     for row in storage.read_table(storage.join(root, "failed.parquet")).to_pylist():
         if row["verb"] == verb:
             report.say(f"  {with_names(row['reason'], files)}")

@@ -23,14 +23,13 @@ from torch import nn
 
 from raylarge import images, schema, storage, tables
 from raylarge.config import plain
-from raylarge.data import bucket, parts
+from raylarge.data import bucket, parts, tile_table
 from raylarge.data.candidates import TileConfig, blocks
-from raylarge.data.embed import EmbedConfig, section_in
+from raylarge.data.embed_config import EmbedConfig, section_in
 from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import Stage
 from raylarge.data.pipeline import ExecutorConfig, Facts
-from raylarge.data.tile import kept, scale_and_cells, slides_of
-from raylarge.data.tile import section as tile_section
+from raylarge.data.tile_table import kept, scale_and_cells, slides_of
 from raylarge.data.units import BlockUnit, SlideFacts
 from raylarge.errors import UserError
 from raylarge.resample import bicubic_matrix
@@ -85,7 +84,7 @@ def run(
     number = config.buckets or _buckets(root, tiles, config)
     stored = {**plain(config), "buckets": number}
     mine = {"embed": section_in(root, embed), "shard": stored}
-    sections = {"tile": tile_section(tile), **mine}
+    sections = {"tile": tile_table.section(tile), **mine}
     parts.refuse_mixing(root, sections)
     if embedded["input"] != tiles["digest"]:
         raise UserError(f"{root} was tiled anew since embed ran; run verbs=embed,shard.")

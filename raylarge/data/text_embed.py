@@ -23,11 +23,11 @@ from jaxtyping import Float32
 
 from raylarge import images, report, schema, storage, tables
 from raylarge.data import derive, parts, picked
-from raylarge.data.caption import folder_digest
 from raylarge.data.given import Given, source_of, split_column
 from raylarge.data.parts import Stage
 from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts
 from raylarge.data.units import DerivedUnit
+from raylarge.data.weights import folder_digest
 from raylarge.errors import UserError
 from raylarge.geometry import batches
 from raylarge.models import ssl, text

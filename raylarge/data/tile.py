@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 
 from raylarge import images, report, schema, storage
-from raylarge.config import plain
 from raylarge.data import name_table, parts, readable, roster
 from raylarge.data.candidates import (
     Grid,
@@ -33,35 +32,17 @@ from raylarge.data.parts import Stage
 from raylarge.data.pipeline import ExecutorConfig, Facts
 from raylarge.data.qc.sheet import sheet as drawn
 from raylarge.data.qc.sheet import write_page
+from raylarge.data.tile_table import file_names, remember, scale_and_cells, section
 from raylarge.data.units import SlideFacts, TileUnit
 from raylarge.data.views import drop_unused_crops, mask_cell_px, view_of, view_splits, with_views
 from raylarge.errors import SlideError, UserError
 from raylarge.slides import masks
 from raylarge.slides.reader import Slide, open_slide
 from raylarge.slides.tissue import tissue_fraction, tissue_mask
-from raylarge.storage import web
 
 _OF_ENTRY = ("path", "slide_id", "patient_id", "split", "mpp", "labels", "view")
 _NAMED = 3
 """So many slides are named that have one note."""
-
-
-def section(config: TileConfig) -> dict[str, Any]:
-    """What of the config all slides depend on: no salt, and no file that may grow."""
-    known = plain(config)
-    for name in ("table", "labels", "mpp", "unlisted"):
-        known.pop(name)
-    for name in ("scene", "bands", "value_range"):  # unset, they leave older folders as they are
-        if not known[name]:
-            known.pop(name)
-    known["salt"] = roster.trace(config.salt)
-    if config.views == 1:  # tables of before there were views stay valid
-        known.pop("views")
-    if not config.base_crops:
-        known.pop("base_crops")
-    known["split"] = "file" if roster.is_file(config.split) else config.split
-    known["mask"] = "file" if "{name}" in config.mask else config.mask
-    return known
 
 
 def run(
@@ -90,7 +71,7 @@ def run(
     for line in index.lines:
         report.say(line)
     entries = with_views(index.entries, config)
-    _remember(root, entries)
+    remember(root, entries)
     shown = file_names(root) if names else {}
     units = _units(entries, sections, config)
     try:
@@ -135,23 +116,6 @@ def _say_notes(facts: Sequence[Facts]) -> None:
         report.say(f"slide {', '.join(names[:_NAMED])}{more}: {note}")
 
 
-def slides_of(root: str) -> list[SlideFacts]:
-    """Return the tiled slides of a data folder.
-
-    Raises:
-        UserError: it is not known which files they are.
-    """
-    names = _names(root)
-    slides: list[dict[str, Any]] = storage.read_json(storage.join(root, "slides.json"))["slides"]
-    unknown = {slide["slide_id"] for slide in slides} - names.keys()
-    if unknown:
-        raise UserError(
-            f"{root}/names.json does not say which files {len(unknown)} of {len(slides)} slides "
-            "are; run verbs=tile with slides= and the same tile.salt= again."
-        )
-    return [SlideFacts.from_json(one, web.full_url(names[one["slide_id"]])) for one in slides]
-
-
 def _tell_of_others(root: str, slides: set[str]) -> None:
     """Say what lies here of slides that are not among the given ones."""
     parts = storage.sizes(storage.join(root, "tiles"))
@@ -161,24 +125,6 @@ def _tell_of_others(root: str, slides: set[str]) -> None:
             f"{len(others)} slides of earlier runs are left out; what was made of them stays in "
             f"{root}/tiles, embeddings and qc until you remove it"
         )
-
-
-def file_names(root: str) -> dict[str, str]:
-    """The file name of each slide by its pseudonym."""
-    return {slide_id: name_table.file_name(path) for slide_id, path in _names(root).items()}
-
-
-def _names(root: str) -> dict[str, str]:
-    """Which file each slide is; nothing where nobody has said."""
-    path = storage.join(root, "names.json")
-    names: dict[str, str] = storage.read_json(path) if storage.exists(path) else {}
-    return names
-
-
-def _remember(root: str, known: Sequence[roster.Entry]) -> None:
-    """Add to what is known of the files: a slide that is left out may come back."""
-    names = {**_names(root), **{entry.slide_id: web.remember_url(entry.path) for entry in known}}
-    storage.write_json(storage.join(root, "names.json"), names)
 
 
 def _units(
@@ -317,18 +263,6 @@ def _slide_facts(
         view=unit.view,
         notes=slide.notes,
     )
-
-
-def kept(root: str, slide_id: str) -> pa.Table:
-    """The kept examples of a slide among its TILES."""
-    table = storage.read_table(storage.join(root, "tiles", f"{slide_id}.parquet"))
-    return table.filter(table["kept"])
-
-
-def scale_and_cells(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """The columns of TILES as arrays: scale [n], (row, column) [n, 2]."""
-    cells = np.stack([table[name].to_numpy() for name in ("row", "column")], axis=1)
-    return table["scale"].to_numpy(), cells.astype(np.int64)
 
 
 def tissue_grid(slide: Slide, config: TileConfig, mask_path: str = "") -> Grid:

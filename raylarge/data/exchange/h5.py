@@ -28,7 +28,7 @@ from raylarge.data import parts, pipeline
 from raylarge.data.candidates import TileConfig
 from raylarge.data.exchange.h5_read import Cells, Patches, Vectors, library, opened, patches
 from raylarge.data.pipeline import ExecutorConfig, Facts
-from raylarge.data.tile import kept, scale_and_cells, slides_of
+from raylarge.data.tile_table import kept, scale_and_cells, slides_of
 from raylarge.data.units import Unit
 from raylarge.errors import UserError
 from raylarge.slides.mpp import zoom

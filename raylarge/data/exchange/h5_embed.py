@@ -20,16 +20,17 @@ import numpy as np
 from omegaconf import MISSING
 
 from raylarge import storage
-from raylarge.data import embed, name_table, parts, pipeline
+from raylarge.data import embed, embed_config, name_table, parts, pipeline
 from raylarge.data.candidates import TileConfig, covered
-from raylarge.data.embed import EmbedConfig, EmbedStage
+from raylarge.data.embed import EmbedStage
+from raylarge.data.embed_config import EmbedConfig
 from raylarge.data.exchange import h5, h5_read
 from raylarge.data.exchange.h5_place import Index, check_index, index_of
 from raylarge.data.exchange.h5_read import Patches, Vectors
 from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import BuildResult
 from raylarge.data.pipeline import ExecutorConfig, Facts
-from raylarge.data.tile import kept, scale_and_cells, slides_of
+from raylarge.data.tile_table import kept, scale_and_cells, slides_of
 from raylarge.data.units import BlockUnit, SlideFacts, Unit
 from raylarge.errors import SlideError, UserError
 from raylarge.models import ssl
@@ -145,7 +146,7 @@ def _refuse_own(root: str) -> None:
 
 def _section(config: Import) -> dict[str, Any]:
     """Where the vectors are from: the encoder, the tool, and what filled the gaps."""
-    means = embed.section(_means(config)) if config.fill else {"encoder": config.encoder}
+    means = embed_config.section(_means(config)) if config.fill else {"encoder": config.encoder}
     return {**means, "imported": config.format}
 
 
