@@ -30,17 +30,17 @@ def bicubic_matrix(side: int, factor: int, rows: tuple[int, int] | None = None) 
     Args:
         side: of what is downsampled, in pixels.
         factor: divides it.
-        rows: first and last + 1 of those that are wanted; all, if left out.
+        rows: which rows of D to return, as [start, stop); None: all.
 
     Raises:
         ValueError: the factor does not divide the side.
     """
     if side % factor:
         raise ValueError(f"a side of {side} px cannot be divided by {factor}")
-    wanted = np.arange(*(rows or (0, side // factor)))
-    centres = (wanted + 0.5) * factor - 0.5
+    outputs = np.arange(*(rows or (0, side // factor)))
+    centres = (outputs + 0.5) * factor - 0.5
     reach = 2 * factor
-    matrix = np.zeros((len(wanted), side))
+    matrix = np.zeros((len(outputs), side))
     for row, centre in enumerate(centres):
         taps = np.arange(int(np.floor(centre - reach)), int(np.ceil(centre + reach)) + 1)
         weights = _cubic((taps - centre) / factor)

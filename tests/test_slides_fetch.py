@@ -10,7 +10,7 @@ import pytest
 from raylarge import pyramid, storage
 from raylarge.errors import SlideError, UserError
 from raylarge.slides import fetch
-from raylarge.slides.fetch import companions, fetched
+from raylarge.slides.fetch import companions, fetch_slide
 from raylarge.slides.protocol import UnreadableSlide
 from raylarge.slides.reader import open_slide
 from raylarge.storage import cache as slide_cache
@@ -34,7 +34,7 @@ def put(url, content):
 
 
 def local_copy(url):
-    held = fetched(url)
+    held = fetch_slide(url)
     held.close()
     return held.path
 
@@ -99,17 +99,17 @@ def test_a_mirax_slide_brings_its_folder(s3_bucket):
     with pytest.raises(
         UnreadableSlide, match=r"MIRAX index, and nothing is found in the folder .*case/"
     ):
-        fetched(f"{s3_bucket}/mirax/case.mrxs")
+        fetch_slide(f"{s3_bucket}/mirax/case.mrxs")
     put(f"{s3_bucket}/mirax/case/Slidedat.ini", b"first")
     put(f"{s3_bucket}/mirax/case/Data0000.dat", b"12345")
-    held = fetched(f"{s3_bucket}/mirax/case.mrxs")
+    held = fetch_slide(f"{s3_bucket}/mirax/case.mrxs")
     beside = held.path.removesuffix(".mrxs")
     with open(held.path, "rb") as index, open(f"{beside}/Slidedat.ini", "rb") as first:
         assert (index.read(), first.read()) == (b"index", b"first")
     assert sorted(os.listdir(beside)) == ["Data0000.dat", "Slidedat.ini"]
     held.close()
     put(f"{s3_bucket}/mirax/case/Data0000.dat", b"54321")
-    again = fetched(f"{s3_bucket}/mirax/case.mrxs")
+    again = fetch_slide(f"{s3_bucket}/mirax/case.mrxs")
     assert again.path != held.path  # a change in the folder is another version
     again.close()
 
@@ -206,7 +206,7 @@ def lanes(monkeypatch):
         asked.append((start, stop))
         return read(url, start, stop, etag)
 
-    monkeypatch.setattr(fetch, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(fetch, "RANGE_BYTES", 1000)
     monkeypatch.setattr(storage, "read_range", spied)
     return asked
 

@@ -8,7 +8,7 @@ from raylarge import pyramid
 from raylarge.errors import MissingResource, SlideError, UserError
 from raylarge.slides.protocol import DAMAGE, UnreadableSlide, parser_errors, user_errors
 from raylarge.slides.reader import open_slide
-from raylarge.slides.tiff_reader import Level
+from raylarge.slides.tiff_reader import TiffLevel
 
 
 def told(error, *kinds):
@@ -84,9 +84,9 @@ def test_bugs_of_ours_show(tmp_path, monkeypatch):
         raise IndexError("a bug")
 
     with open_slide(str(tmp_path / "a.tif")) as slide:
-        monkeypatch.setattr(Level, "read", wrong)
+        monkeypatch.setattr(TiffLevel, "read", wrong)
         with pytest.raises(IndexError, match="a bug"):
             slide.read(0, 0, 8, 8)
-    monkeypatch.setattr(Level, "__init__", wrong)
+    monkeypatch.setattr(TiffLevel, "__init__", wrong)
     with pytest.raises(IndexError, match="a bug"):
         open_slide(str(tmp_path / "a.tif"))

@@ -1,8 +1,7 @@
-"""Aperio slides (SVS), of which TCGA consists: OpenSlide's facts, tifffile's pixels.
+"""Read Aperio slides (SVS): OpenSlide gives the metadata, tifffile the pixels.
 
-Both decode a stored tile to the same bytes, but OpenSlide takes five times as long over it.
-OpenSlide says what the levels are, how large a pixel is and which profile holds; a level that
-is stored as it expects (whole JPEG tiles, none left out) is then read tile by tile.
+Both decode a tile to the same bytes, but OpenSlide takes five times as long. OpenSlide gives
+levels, pixel size and colour profile; tifffile reads levels of complete JPEG tiles.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from tifffile import COMPRESSION
 
 from raylarge.slides.openslide_reader import OpenSlidePyramid
 from raylarge.slides.protocol import Pixels
-from raylarge.slides.tiff_reader import Level, parsed
+from raylarge.slides.tiff_reader import TiffLevel, tiff_errors
 
 
 class AperioPyramid(OpenSlidePyramid):
@@ -29,7 +28,7 @@ class AperioPyramid(OpenSlidePyramid):
         super().__init__(path, scene)
         with ExitStack() as opened:
             opened.callback(super().close)
-            with parsed():
+            with tiff_errors():
                 self._file = opened.enter_context(tifffile.TiffFile(path))
                 stored = {
                     (page.imagelength, page.imagewidth): page
@@ -37,14 +36,14 @@ class AperioPyramid(OpenSlidePyramid):
                     if isinstance(page, tifffile.TiffPage) and _plain(page)
                 }
             self._tiled = {
-                level: Level(self._file.filehandle, stored[size])
+                level: TiffLevel(self._file.filehandle, stored[size])
                 for level, size in enumerate(self.sizes)
                 if size in stored
             }
             opened.pop_all()
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
-        """A region inside a level, in that level's pixels.
+        """Return a region inside a level, in that level's pixels.
 
         Raises:
             UnreadableSlide: the file is damaged there.
@@ -54,7 +53,7 @@ class AperioPyramid(OpenSlidePyramid):
         return self._tiled[level].read(top, left, rows, columns)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         for level in self._tiled.values():
             level.close()
         self._file.close()
@@ -62,6 +61,6 @@ class AperioPyramid(OpenSlidePyramid):
 
 
 def _plain(page: tifffile.TiffPage) -> bool:
-    """Whether a page is a grid of whole JPEG tiles; OpenSlide fills others from coarser levels."""
+    """Return whether all JPEG tiles of a page exist; OpenSlide fills others from coarser levels."""
     whole = all(count > 0 for count in page.databytecounts)
     return page.is_tiled and page.compression == COMPRESSION.JPEG and whole

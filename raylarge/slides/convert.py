@@ -1,9 +1,8 @@
-"""Images without tiles, converted once per node: a tiled, lossless pyramid in the cache.
+"""Convert images without tiles, once per node, into a tiled lossless pyramid in the cache.
 
-A JPEG, a PNG or a TIFF in strips can only be decoded from its top, so each process would hold
-all of it. Converted, it is read piece by piece by all processes of a node. Pixels stay as the
-file has them (its colour profile stays with the file); levels are 2 x 2 means, as large again
-as a third of the image, and lie on disk while they are made.
+A JPEG, PNG or stripped TIFF can only be decoded from its top, so that each process would keep all
+of it in memory. Tiles are read one by one by all processes of a node. Pixels are unchanged (the
+colour profile is not applied); coarser levels are 2 x 2 means, written by way of scratch files.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ def tiled(
     strip: Callable[[int, int], Pixels],
     what: tuple[Any, ...] = (),
 ) -> cache.Lease:
-    """A tiled TIFF pyramid of a local image, converted where the node has none yet.
+    """Return a lease on the tiled TIFF pyramid of a local image; convert the image if necessary.
 
     Args:
-        path: the image; a changed one is another.
+        path: the image; a changed file is converted again.
         size: its (rows, columns).
-        strip: its rows [top, bottom), asked for from top to bottom.
-        what: of the image is read, and how: another answer is another image.
+        strip: returns its rows [top, bottom); called from top to bottom.
+        what: the options of the reader; other options are another image.
 
     Raises:
         UnreadableSlide: the image is damaged.
@@ -70,11 +69,11 @@ def _write(folder: Path, size: tuple[int, int], strip: Callable[[int, int], Pixe
                 maxworkers=1,
             )
             (folder / f"level-{level}.raw").unlink(missing_ok=True)
-            strip = _Rows(below, columns // 2)
+            strip = _RawRows(below, columns // 2)
         below.unlink()
 
 
-class _Rows:
+class _RawRows:
     """Rows of a raw file; read, not mapped, so that they leave memory again."""
 
     def __init__(self, path: Path, columns: int) -> None:
@@ -91,7 +90,7 @@ class _Rows:
 def _tiles(
     strip: Callable[[int, int], Pixels], size: tuple[int, int], below: Path
 ) -> Iterator[Pixels]:
-    """The tiles of a level, row by row; its halves go to the file below."""
+    """Yield the tiles of a level, row by row; write the next coarser level to the file `below`."""
     rows, columns = size
     with below.open("wb") as sink:
         for top in range(0, rows, TILE_PX):

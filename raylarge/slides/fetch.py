@@ -1,9 +1,9 @@
-"""Slides that stand at a URL, fetched to the node's disk once per version.
+"""Fetch remote slides into the node's cache, once per version.
 
-What changes when an object is written again (size, ETag, date) is its version. A MIRAX slide
-brings the folder beside it, a URL that is a folder its DICOM instances. Ranges of objects come
-in several lanes, each with its own patience; web addresses, whose servers may know no ranges,
-in one stream. Local paths are read where they are.
+Size, ETag and dates of an object form its version. A MIRAX slide is fetched with the folder beside
+it, and a folder with its DICOM instances. Objects are fetched in ranges by several threads, each
+range with its own retries; files of web servers, which may not know ranges, in one stream. Local
+slides are not copied.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from raylarge.storage.cache import Lease
 from raylarge.storage.retry import PreconditionFailed
 from raylarge.storage.web import redacted
 
-PIECE_BYTES = 16 << 20
+RANGE_BYTES = 16 << 20
 LANES = 4
-"""Pieces of one slide under way at a time: 64 MiB of memory."""
-_TRIES = 3  # of a slide that others write meanwhile
+"""Concurrent requests for one slide: 64 MiB of memory."""
+_TRIES = 3  # if others replace the slide meanwhile
 _VERSION = (
     *("size", "ETag", "LastModified", "Last-Modified", "VersionId", "mtime"),
     *("generation", "updated", "etag", "last_modified", "created"),  # Google's, Azure's, others'
@@ -45,7 +45,7 @@ class _Object(NamedTuple):
     version: tuple[str, ...]
 
 
-class _Piece(NamedTuple):
+class _Range(NamedTuple):
     """Bytes [start, stop) of an object, and the file in which they belong there."""
 
     source: _Object
@@ -54,8 +54,8 @@ class _Piece(NamedTuple):
     stop: int
 
 
-def fetched(path: str) -> Lease:
-    """The local file (or folder) of a slide, held until it is closed.
+def fetch_slide(path: str) -> Lease:
+    """Return a lease on the local file or folder of a slide; fetch a remote slide first.
 
     Raises:
         UnreadableSlide: nothing exists at the URL, it is only a part of a slide, or it keeps
@@ -67,11 +67,14 @@ def fetched(path: str) -> Lease:
         return Lease(path.removeprefix("file://"))
     for _ in range(_TRIES):
         try:
-            wanted, objects = storage.with_retries(path, lambda fs, root: _objects(path, fs, root))
-            version = {name: one.version for name, one in objects.items()}
-            size = sum(one.size or 0 for one in objects.values())
+            name, objects = storage.with_retries(path, lambda fs, root: _objects(path, fs, root))
+            versions = {key: part.version for key, part in objects.items()}
+            size = sum(part.size or 0 for part in objects.values())
             return cache.acquire(
-                f"{_lasting(path, objects)} {version}", size, partial(_fetch, path, objects), wanted
+                f"{_cache_path(path, objects)} {versions}",
+                size,
+                partial(_fetch, path, objects),
+                name,
             )
         except FileNotFoundError as error:
             raise UnreadableSlide("the file does not exist; check the path.") from error
@@ -80,16 +83,16 @@ def fetched(path: str) -> Lease:
     raise UnreadableSlide("the file changes while it is fetched; run again when nobody writes it.")
 
 
-def _lasting(path: str, objects: dict[str, _Object]) -> str:
-    """A path as the cache knows it: without the query, where an ETag tells versions apart."""
-    return redacted(path) if all(one.etag for one in objects.values()) else path
+def _cache_path(path: str, objects: dict[str, _Object]) -> str:
+    """Return the path in the cache's key: without its query if ETags identify the versions."""
+    return redacted(path) if all(part.etag for part in objects.values()) else path
 
 
 def companions(path: str) -> list[str]:
-    """Sorted paths of the other files of a slide: a MIRAX slide's folder, a folder's instances.
+    """Return sorted paths of a slide's other files: of a MIRAX slide's or a DICOM folder.
 
-    What lies beside one DICOM instance is not listed: only its content tells what belongs to it.
-    Web addresses have none: their servers list nothing.
+    The files beside a single DICOM instance are not listed, since only their content tells which
+    belong to the slide. Web servers list nothing, so web addresses have none.
     """
     if path.startswith(_WEB):
         return []
@@ -107,12 +110,12 @@ def _files(folder: str) -> Iterator[str]:
 
 
 def _objects(path: str, fs: Any, root: str) -> tuple[str, dict[str, _Object]]:
-    """What of the fetched files is opened, and every file to fetch, by its name there."""
+    """Return the name of the file to open, and every file to fetch by its local name."""
     info = web.info(fs, root)
     name = storage.name_of(root) or "slide"
     if info["type"] == "directory":
-        found = fs.find(root, detail=True)
-        instances = {one: facts for one, facts in found.items() if one.lower().endswith(".dcm")}
+        files = fs.find(root, detail=True)
+        instances = {one: facts for one, facts in files.items() if one.lower().endswith(".dcm")}
         if not instances:
             raise UnreadableSlide("the folder holds no DICOM instances (*.dcm); name a file in it.")
         return "", {one.rsplit("/", 1)[-1]: _object(fs, instances[one]) for one in instances}
@@ -140,10 +143,10 @@ def _object(fs: Any, info: dict[str, Any]) -> _Object:
 
 
 def _fetch(path: str, objects: dict[str, _Object], folder: Path) -> None:
-    """Fill a folder of the cache, which is put in place when all of it is there."""
-    pieces = [piece for name, one in objects.items() for piece in _pieces(one, folder / name)]
-    with ThreadPoolExecutor(LANES) as lanes:  # leaving it waits for pieces under way
-        for _ in lanes.map(_move, pieces):
+    """Fetch all files of a slide into an empty folder of the cache."""
+    ranges = [part for name, one in objects.items() for part in _ranges(one, folder / name)]
+    with ThreadPoolExecutor(LANES) as lanes:  # leaving it waits for running requests
+        for _ in lanes.map(_fetch_range, ranges):
             pass
     if path.startswith(_WEB):
         for name in objects:
@@ -155,7 +158,7 @@ def _fetch(path: str, objects: dict[str, _Object], folder: Path) -> None:
 
 
 def _refuse_page(file: Path) -> None:
-    """Refuse a web page in the place of a slide."""
+    """Raise `UnreadableSlide` for a web page."""
     with file.open("rb") as stream:
         head = stream.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith((b"<!doctype html", b"<html")):
@@ -165,42 +168,42 @@ def _refuse_page(file: Path) -> None:
         )
 
 
-def _pieces(source: _Object, target: Path) -> list[_Piece]:
+def _ranges(source: _Object, target: Path) -> list[_Range]:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.touch()
     if source.url.startswith(_WEB) or source.size is None:
-        return [_Piece(source, target, 0, -1)]
-    starts = range(0, source.size, PIECE_BYTES)
-    return [_Piece(source, target, at, min(at + PIECE_BYTES, source.size)) for at in starts]
+        return [_Range(source, target, 0, -1)]
+    starts = range(0, source.size, RANGE_BYTES)
+    return [_Range(source, target, at, min(at + RANGE_BYTES, source.size)) for at in starts]
 
 
-def _move(piece: _Piece) -> None:
-    source, target = piece.source, piece.target
+def _fetch_range(part: _Range) -> None:
+    source, target = part.source, part.target
     try:
-        if piece.stop < 0:
+        if part.stop < 0:
             full = storage.with_retries(
                 source.url, lambda fs, root: _stream(fs, root, source, target)
             )
             if full is not None:
                 raise full
             return
-        content = storage.read_range(source.url, piece.start, piece.stop, source.etag)
-    except FileNotFoundError as error:  # it was there a moment ago
+        content = storage.read_range(source.url, part.start, part.stop, source.etag)
+    except FileNotFoundError as error:  # it was removed meanwhile
         raise PreconditionFailed(source.url) from error
     with target.open("r+b") as stream:
-        stream.seek(piece.start)
+        stream.seek(part.start)
         stream.write(content)
 
 
 def _stream(fs: Any, root: str, source: _Object, target: Path) -> OSError | None:
-    """Fetch one object; a full disk is returned, since trying again does not mend it."""
+    """Fetch one object; return the error of a full disk, which must not be retried."""
     try:
         fs.get_file(root, str(target))
     except OSError as error:
         if error.errno in cache.DISK_FULL:
             return error
         raise
-    came = os.path.getsize(target)
-    if source.size not in (None, came):
-        raise ConnectionError(f"{came:,} of {source.size:,} bytes came")
+    received = os.path.getsize(target)
+    if source.size not in (None, received):
+        raise ConnectionError(f"{received:,} of {source.size:,} bytes came")
     return None

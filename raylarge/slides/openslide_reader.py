@@ -127,10 +127,10 @@ def _rgb(region: UInt8[np.ndarray, "_ _ 4"]) -> Pixels:
 def vendor(path: str) -> str | None:
     """OpenSlide's name for a file's format; None where it knows none."""
     try:
-        found: str | None = openslide.OpenSlide.detect_format(path)
+        name: str | None = openslide.OpenSlide.detect_format(path)
     except openslide.OpenSlideError:  # a header that looks right and breaks off
         return None
-    return found
+    return name
 
 
 def mpp_hints(properties: Mapping[str, str]) -> list[Hint]:

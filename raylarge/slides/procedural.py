@@ -180,8 +180,8 @@ class Scene:
         glands = self._gland_points(maps.y, maps.x)
         sizes = _gland_radius_um(glands).tolist()
         rings = [_ring(glands, i, sizes[i], layer) for i in range(len(sizes)) for layer in (0, 1)]
-        found = np.concatenate([np.empty((0, 6)), *rings])
-        return found[_value(maps, maps.gland, found[:, 0], found[:, 1], 9.0) < 1.0]
+        nuclei = np.concatenate([np.empty((0, 6)), *rings])
+        return nuclei[_value(maps, maps.gland, nuclei[:, 0], nuclei[:, 1], 9.0) < 1.0]
 
 
 def write(path: str, size_px: tuple[int, int], seed: int, mpp: float = 0.5) -> None:
@@ -289,8 +289,8 @@ def _value(
     rows = np.floor(y / mpp).astype(int) - int(np.floor(maps.y[0, 0] / mpp))
     columns = np.floor(x / mpp).astype(int) - int(np.floor(maps.x[0, 0] / mpp))
     inside = (rows >= 0) & (rows < field.shape[0]) & (columns >= 0) & (columns < field.shape[1])
-    found = field[np.clip(rows, 0, field.shape[0] - 1), np.clip(columns, 0, field.shape[1] - 1)]
-    return np.where(inside, found, outside)
+    values = field[np.clip(rows, 0, field.shape[0] - 1), np.clip(columns, 0, field.shape[1] - 1)]
+    return np.where(inside, values, outside)
 
 
 def _stromal(maps: _Maps, points: Points) -> np.ndarray:

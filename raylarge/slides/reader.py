@@ -24,7 +24,7 @@ from raylarge.slides import icc as colours
 from raylarge.slides import mpp as scales
 from raylarge.slides import openslide_reader, tiff_reader
 from raylarge.slides.aperio_reader import AperioPyramid
-from raylarge.slides.fetch import fetched
+from raylarge.slides.fetch import fetch_slide
 from raylarge.slides.image_reader import ImagePyramid
 from raylarge.slides.mpp import BASE_MPP
 from raylarge.slides.openslide_reader import OpenSlidePyramid
@@ -47,7 +47,7 @@ __all__ = ["BASE_MPP", "Pixels", "Pyramid", "Slide", "open_slide"]
 
 _STRIP_BYTES = 32 << 20
 _WHOLE = View()
-_TALKATIVE = ("tifffile", "rasterio", "pydicom", "wsidicom", "PIL")
+_VERBOSE = ("tifffile", "rasterio", "pydicom", "wsidicom", "PIL")
 
 
 class Slide:
@@ -62,7 +62,7 @@ class Slide:
         opened: ExitStack | None = None,
         view: View = _WHOLE,
     ) -> None:
-        """See `open_slide`; `opened` is what to close, where that is more than the pyramid."""
+        """See `open_slide`; closing the slide closes `opened`, or else the pyramid."""
         self.path = path
         self.mpp = mpp
         self.notes = list(pyramid.notes)
@@ -95,13 +95,13 @@ class Slide:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file, and of its place in the node's cache."""
+        """Close the file and release it in the node's cache."""
         self._close()
 
     def read(
         self, top_px: int, left_px: int, rows_px: int, columns_px: int, downscale: int = 1
     ) -> Pixels:
-        """A region given in base pixels, [rows_px / downscale, columns_px / downscale, 3].
+        """Return a region given in base pixels, [rows_px / downscale, columns_px / downscale, 3].
 
         Outside the slide (not only outside the view) it is white. Resampling is antialiased
         bicubic, from the nearest finer level.
@@ -144,7 +144,7 @@ class Slide:
             low = max(0, math.floor(start) - margin)
             high = min(size, math.ceil(start + count * step) + margin)
             if start >= size:
-                raise self._misfit()
+                raise self._inconsistent()
             first = max(0.0, start - low)  # half an output pixel may hang over the upper edge
             box.append((low, high - low, first, min(start - low + count * step, high - low)))
         (top, rows, y0, y1), (left, columns, x0, x1) = box
@@ -153,36 +153,36 @@ class Slide:
         return np.asarray(resized)
 
     def _stored(self, level: int, top: int, left: int, shape: tuple[int, int]) -> Pixels:
-        """A region in a level's own pixels, of which the level may lack the very last ones.
+        """Return a region in a level's own pixels; repeat its last row or column if one is missing.
 
-        A level ends at the last whole pixel, a thumbnail at the last one half of which is there.
+        A level ends at its last whole pixel, a thumbnail at its last half pixel.
         """
         size = self._pyramid.sizes[level]
         inside = (min(shape[0], size[0] - top), min(shape[1], size[1] - left))
         lacks = (shape[0] - inside[0], shape[1] - inside[1])
         if max(lacks) > 1 or min(inside) < 1:
-            raise self._misfit()
+            raise self._inconsistent()
         region = self._pyramid.read_level(level, top, left, *inside)
         if not any(lacks):
             return region
         return np.pad(region, [(0, lacks[0]), (0, lacks[1]), (0, 0)], mode="edge")
 
-    def _misfit(self) -> UnreadableSlide:
+    def _inconsistent(self) -> UnreadableSlide:
         return UnreadableSlide(
             f"the file is damaged: its levels have sizes {list(self._pyramid.sizes)}, which do "
             "not show one image; fetch it again or leave it out."
         )
 
     def _level(self, downscale: int) -> tuple[int, float]:
-        """The coarsest level that is not coarser than asked, and its pixels per output pixel."""
-        wanted = self.zoom * downscale
+        """Return the coarsest level that is fine enough, and its pixels per output pixel."""
+        target = self.zoom * downscale
         factors = [_factor(self._pyramid.sizes[0], size) for size in self._pyramid.sizes]
-        level = max(i for i, factor in enumerate(factors) if factor <= wanted * 1.000001)
-        step = wanted / factors[level]
+        level = max(i for i, factor in enumerate(factors) if factor <= target * 1.000001)
+        step = target / factors[level]
         return level, 1.0 if math.isclose(step, 1.0, rel_tol=1e-6) else step
 
     def thumbnail(self, downscale: int) -> Pixels:
-        """The whole slide, one pixel per downscale x downscale base pixels, read in strips."""
+        """Return the whole slide at 1 / downscale of the base scale, read in strips."""
         rows, columns = (-(-side // downscale) for side in self.whole_px)
         step = self._level(downscale)[1]
         per_strip = max(1, int(_STRIP_BYTES / (3 * columns * step**2)))
@@ -223,12 +223,12 @@ def open_slide(
         UserError: no fault of the slide: its store or disk fails, a package is missing, or the
             cache has no room for it.
     """
-    for library in _TALKATIVE:  # their lines tell the names of files
+    for library in _VERBOSE:  # their log lines contain file names
         logging.getLogger(library).setLevel(logging.CRITICAL)
     with user_errors(path), ExitStack() as opened:
-        held = fetched(path)
-        opened.callback(held.close)
-        pyramid = _pyramid(held.path, options)
+        lease = fetch_slide(path)
+        opened.callback(lease.close)
+        pyramid = _pyramid(lease.path, options)
         opened.callback(pyramid.close)
         check_size(pyramid.sizes[0], SLIDE_PX)
         mpp = scales.resolve_mpp(pyramid, mpp_override)
@@ -238,7 +238,7 @@ def open_slide(
 
 
 def _pyramid(local: str, options: ReadOptions) -> Pyramid:
-    """The reader that fits the content of a local file or folder."""
+    """Return the reader that fits the content of a local file or folder."""
     if os.path.isdir(local):
         from raylarge.slides.dicom_reader import open_folder
 
@@ -267,7 +267,7 @@ def _pyramid(local: str, options: ReadOptions) -> Pyramid:
 
 
 def _refuse_special(local: str) -> None:
-    """Refuse what is no file: reading a pipe would wait for ever."""
+    """Raise `UnreadableSlide` for pipes, sockets and devices, which would block the reader."""
     with parser_errors():
         mode = os.stat(local).st_mode
     if not stat.S_ISREG(mode):
@@ -275,14 +275,14 @@ def _refuse_special(local: str) -> None:
 
 
 def _inside(start_px: int, count: int, downscale: int, size_px: int) -> tuple[int, int]:
-    """Which of `count` output pixels from `start_px` have their centre inside the slide."""
+    """Return which of `count` output pixels from `start_px` have their centre inside the slide."""
     first = max(0, math.ceil((-start_px) / downscale - 0.5))
     last = min(count, math.ceil((size_px - start_px) / downscale - 0.5))
     return first, last
 
 
 def _factor(finest: tuple[int, int], size: tuple[int, int]) -> float:
-    """How many times coarser a level is; whole where cut-off borders explain the difference."""
+    """Return how much coarser a level is; an integer if cut-off borders explain the difference."""
     ratio = (finest[0] / size[0] + finest[1] / size[1]) / 2
     whole = max(1, round(ratio))
     fits = all(abs(a / whole - b) < 1 for a, b in zip(finest, size, strict=True))

@@ -1,7 +1,7 @@
-"""TIFF that no microscope vendor shaped: tiled or in strips, pyramids, OME-TIFF, BigTIFF.
+"""Read generic TIFF by tifffile: tiled or in strips, pyramids, OME-TIFF, BigTIFF.
 
-tifffile finds the levels (pages, SubIFDs, OME) and decodes single tiles or strips, with every
-codec of imagecodecs, so a region costs what it covers. A large image that is one page of strips
+tifffile locates the levels (pages, SubIFDs, OME) and decodes only the tiles or strips that a region
+overlaps, with every codec of imagecodecs. A large image that is one page of strips
 is converted into tiles first (`convert.py`). Rows and columns are those stored in the file: the
 orientation tag is not applied, as in OpenSlide.
 """
@@ -65,19 +65,19 @@ class TiffPyramid:
         """
         self._tiles: ConvertedPyramid | None = None
         with ExitStack() as opened:
-            with parsed():
+            with tiff_errors():
                 self._file = opened.enter_context(tifffile.TiffFile(path))
                 series = self._file.series
                 pages = [one.keyframe for one in series]
                 sizes = [(int(one.imagelength), int(one.imagewidth)) for one in pages]
                 names = [str(one.name) for one in series]
             index, self.notes = scenes.choose(names, sizes, options.scene)
-            with parsed():
+            with tiff_errors():
                 page = pages[index]
                 self.icc_profile: bytes | None = page.tags.valueof(_ICC_PROFILE)
                 self.mpp_hints = _mpp_hints(self._file, index, page)
                 stored = [(one.keyframe, one.pages[0], one.axes) for one in series[index].levels]
-            self._levels = [Level(self._file.filehandle, *one, options) for one in stored]
+            self._levels = [TiffLevel(self._file.filehandle, *one, options) for one in stored]
             self.notes += self._levels[0].notes
             self.sizes = [level.size for level in self._levels]
             if not page.is_tiled and self.sizes[0][0] * self.sizes[0][1] > WHOLE_PX:
@@ -86,13 +86,13 @@ class TiffPyramid:
             opened.pop_all()
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
-        """A region inside a level; tiles that a sparse file leaves out are white."""
+        """Return a region inside a level; tiles that a sparse file lacks are white."""
         if self._tiles is not None:
             return self._tiles.read_level(level, top, left, rows, columns)
         return self._levels[level].read(top, left, rows, columns)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         for level in self._levels:
             level.close()
         if self._tiles is not None:
@@ -114,31 +114,31 @@ class ConvertedPyramid(TiffPyramid):
         what: tuple[Any, ...] = (),
     ) -> None:
         """See `convert.tiled`."""
-        self._held = convert.tiled(path, size, strip, what)
+        self._lease = convert.tiled(path, size, strip, what)
         try:
-            super().__init__(self._held.path)
+            super().__init__(self._lease.path)
         except BaseException:
-            self._held.close()
+            self._lease.close()
             raise
 
     def close(self) -> None:
-        """Let go of the file, which may leave the cache now."""
+        """Close the file and allow its eviction from the cache."""
         super().close()
-        self._held.close()
+        self._lease.close()
 
 
-def parsed() -> AbstractContextManager[None]:
-    """Damage, also where a garbled tag has a type that tifffile does not expect."""
+def tiff_errors() -> AbstractContextManager[None]:
+    """Return `parser_errors` that includes what tifffile raises on tags of a wrong type."""
     return parser_errors(*DAMAGE, AttributeError, TypeError)
 
 
 def is_georeferenced(path: str) -> bool:
-    """Whether a TIFF file tells its coordinate system on the ground."""
-    with parsed(), tifffile.TiffFile(path) as file:
+    """Return whether a TIFF file has a coordinate system on the ground."""
+    with tiff_errors(), tifffile.TiffFile(path) as file:
         return _GEO_KEYS in file.pages.first.tags
 
 
-class Level:
+class TiffLevel:
     """One page, cut into the tiles or strips in which it is stored."""
 
     def __init__(
@@ -163,7 +163,7 @@ class Level:
         """
         self._file = file
         self._page, self._kind = page or kind, kind
-        with parsed():
+        with tiff_errors():
             _refuse_kind(kind, axes)
             self._palette = _palette(kind) if kind.photometric == PHOTOMETRIC.PALETTE else None
             self.size = (int(kind.imagelength), int(kind.imagewidth))
@@ -185,11 +185,11 @@ class Level:
         return self._channels.alpha is not None
 
     def close(self) -> None:
-        """Forget the tiles, which would else stay until the garbage is collected."""
+        """Release the cached tiles, which would stay until the next garbage collection."""
         self._pixels.cache_clear()
 
     def read(self, top: int, left: int, rows: int, columns: int) -> Pixels:
-        """A region inside the level."""
+        """Return a region inside the level."""
         region = np.empty((rows, columns, 3), np.uint8)
         for row, y, into_y in _overlaps(top, rows, self._piece[0]):
             for column, x, into_x in _overlaps(left, columns, self._piece[1]):
@@ -197,7 +197,7 @@ class Level:
         return region
 
     def _decoded(self, index: int) -> Pixels:
-        """One tile or strip as RGB; white where the file leaves it out."""
+        """Return one tile or strip as RGB; white if a sparse file lacks it."""
         channels = self._channels
         indices = [*channels.colours, *([] if channels.alpha is None else [channels.alpha])]
         first = indices if self._separate else [0]
@@ -215,11 +215,11 @@ class Level:
         return channels.rgb(planes[0] if whole else planes[0][..., indices])
 
     def _samples(self, number: int) -> Shaped[np.ndarray, "_ _ s"] | None:
-        """One stored piece, as far as it lies inside the level."""
+        """Return one stored tile or strip, cropped to the level."""
         row, column = divmod(number % self._count, self._across)
         rows = min(self._piece[0], self.size[0] - row * self._piece[0])
         columns = min(self._piece[1], self.size[1] - column * self._piece[1])
-        with parsed():
+        with tiff_errors():
             at, count = self._page.dataoffsets[number], self._page.databytecounts[number]
             if count == 0:
                 return None
@@ -238,7 +238,7 @@ class Level:
 
 
 def _overlaps(start: int, count: int, piece: int) -> Iterator[tuple[int, slice, slice]]:
-    """The pieces that [start, start + count) meets: number, slice of the piece, slice of it."""
+    """Yield the tiles that overlap [start, start + count): number, slices of tile and range."""
     for number in range(start // piece, -(-(start + count) // piece)):
         first, last = max(start, number * piece), min(start + count, (number + 1) * piece)
         inside = slice(first - number * piece, last - number * piece)
@@ -259,7 +259,7 @@ def _refuse_kind(kind: tifffile.TiffPage, axes: str) -> None:
 
 
 def _channels(kind: tifffile.TiffPage, options: ReadOptions) -> tuple[Channels, list[str]]:
-    """Which samples are colours and transparency, and what to say of the choice.
+    """Return which samples are colours and transparency, and notes on the choice.
 
     Raises:
         UnreadableSlide: nothing says which are the colours, or they have no way to 8 bits.
@@ -302,14 +302,14 @@ def _palette(kind: tifffile.TiffPage) -> UInt8[np.ndarray, "_ 3"]:
 
 
 def _mpp_hints(file: tifffile.TiffFile, index: int, page: tifffile.TiffPage) -> list[Hint]:
-    """What the tags say about micrometres per pixel, most trusted first."""
+    """Return micrometres per pixel from the tags, most trusted first."""
     hints = []
     if file.is_ome and file.ome_metadata:
         hints += _ome_hints(file.ome_metadata, index)
     unit, name = _UM_PER_UNIT.get(int(page.resolutionunit), 0.0), "TIFF resolution"
     if file.is_imagej and file.imagej_metadata:
-        said = str(file.imagej_metadata.get("unit", "")).replace("\\u00B5", "µ")
-        unit, name = _UM_PER_NAME.get(said, unit), "ImageJ unit"
+        name_of_unit = str(file.imagej_metadata.get("unit", "")).replace("\\u00B5", "µ")
+        unit, name = _UM_PER_NAME.get(name_of_unit, unit), "ImageJ unit"
     across, down = page.resolution
     if unit and across > 0 and down > 0:
         hints.append(Hint(name, unit / down, unit / across))
@@ -317,7 +317,7 @@ def _mpp_hints(file: tifffile.TiffFile, index: int, page: tifffile.TiffPage) -> 
 
 
 def _ome_hints(description: str, index: int) -> list[Hint]:
-    """PhysicalSizeY and -X of the image that a series shows."""
+    """Return PhysicalSizeY and -X of a series' image."""
     images = ET.fromstring(description).findall(".//{*}Image/{*}Pixels")
     facts = images[min(index, len(images) - 1)].attrib if images else {}
     sizes = [

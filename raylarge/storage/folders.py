@@ -19,7 +19,7 @@ _BROKEN_LINK = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EN
 """Errors of a link without a target; it is listed, so that its reader can report it."""
 
 
-class Entry(NamedTuple):
+class FolderEntry(NamedTuple):
     """A file or folder in a folder."""
 
     name: str
@@ -62,7 +62,7 @@ def exists(path: str) -> bool:
     return True
 
 
-def entries(folder: str) -> list[Entry]:
+def entries(folder: str) -> list[FolderEntry]:
     """Return the content of a folder, in no order; [] if the folder does not exist."""
     try:
         return with_retries(folder, _list_disk if is_local(folder) else _list_store)
@@ -126,16 +126,16 @@ def _below(folder: str, with_files: bool) -> list[str]:
     return paths + [path for below in deeper for path in below]
 
 
-def _list_disk(_: Any, root: str) -> list[Entry]:
+def _list_disk(_: Any, root: str) -> list[FolderEntry]:
     content = []
     try:
         with os.scandir(root) as scan:
             for entry in scan:
                 try:
-                    content.append(Entry(entry.name, entry.stat().st_size, entry.is_dir()))
+                    content.append(FolderEntry(entry.name, entry.stat().st_size, entry.is_dir()))
                 except OSError as error:
                     if entry.is_symlink() and error.errno in _BROKEN_LINK:
-                        content.append(Entry(entry.name, 0, False))
+                        content.append(FolderEntry(entry.name, 0, False))
                     elif not isinstance(error, FileNotFoundError):  # removed meanwhile
                         raise
     except OSError as error:
@@ -145,10 +145,10 @@ def _list_disk(_: Any, root: str) -> list[Entry]:
     return content
 
 
-def _list_store(fs: Any, root: str) -> list[Entry]:
+def _list_store(fs: Any, root: str) -> list[FolderEntry]:
     listed = [(entry, entry["name"].rstrip("/")) for entry in fs.ls(root, detail=True)]
     return [
-        Entry(name.rsplit("/", 1)[-1], int(entry["size"] or 0), entry["type"] == "directory")
+        FolderEntry(name.rsplit("/", 1)[-1], int(entry["size"] or 0), entry["type"] == "directory")
         for entry, name in listed
         if name != root.rstrip("/")  # the folder's own marker, or `root` is a file
     ]
