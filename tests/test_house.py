@@ -74,7 +74,7 @@ for name in {modules}: importlib.import_module(name)
 
 
 def test_deepspeed_is_imported_inside_the_worker():
-    for node in TREES["raylarge/train/engine.py"].body:
+    for node in TREES["raylarge/train/deepspeed_engine.py"].body:
         for part in ast.walk(node) if not isinstance(node, Function | ast.ClassDef) else ():
             names = [a.name for a in part.names] if isinstance(part, ast.Import) else []
             names += [part.module or ""] if isinstance(part, ast.ImportFrom) else []

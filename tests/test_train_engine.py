@@ -15,8 +15,8 @@ from torch import nn
 
 from raylarge.train.budget import rate
 from raylarge.train.context import LocalContext
+from raylarge.train.deepspeed_engine import DeepSpeedEngine, deepspeed_config
 from raylarge.train.ema import EMA
-from raylarge.train.engine import DeepSpeedEngine, deepspeed_config
 from raylarge.train.ingest import Ingest, share
 from raylarge.train.micro_batches import passes, split
 from raylarge.train.state import StoredState

@@ -10,7 +10,7 @@ import toy
 
 from raylarge import storage
 from raylarge.errors import UserError
-from raylarge.train import launch, loop
+from raylarge.train import launch, preemption
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.launch import Train, run_folder, train
 from raylarge.train.state import StoredState
@@ -173,7 +173,7 @@ def test_time_asks_for_checkpoints_too(config):
 
 
 def test_who_is_preempted_saves_first(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "NOTICE_S", 0.0)
+    monkeypatch.setattr(preemption, "NOTICE_S", 0.0)
     going = toy.Toy(fatal_sample=12 * BATCH, fatal_once=str(tmp_path / "told"), fatal="SIGTERM")
     with pytest.raises(UserError, match=r"saved at step 1[34]; the same command goes on"):
         train(replace(config, checkpoint_every=1000), going)
@@ -260,7 +260,7 @@ def test_a_notice_is_heeded_at_once_and_before_its_time_is_over(config, monkeypa
         def preemption_s(self):
             return left.pop(0) if left else 9.0
 
-    monkeypatch.setattr(loop, "NOTICE_S", 0.0)
+    monkeypatch.setattr(preemption, "NOTICE_S", 0.0)
     monkeypatch.setattr(launch, "LocalContext", Leaving)
     train(replace(config, checkpoint_every=1000, keep=100), toy.Toy())
     names = sorted(path.name for path in Path(run_folder(config)).glob("step-*"))

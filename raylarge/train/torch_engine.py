@@ -29,21 +29,21 @@ class TorchEngine:
         self.ema = EMA(task.averaged) if task.averaged is not None else None
         self.updates = 0
 
-    def step(self, pieces: Sequence[MicroBatch], lr: float, most: float) -> StepResult:
+    def step(self, micro_batches: Sequence[MicroBatch], lr: float, most: float) -> StepResult:
         """See `Engine`."""
-        tally = LossAccumulator(self.recipe.batch, most)
-        for piece in pieces:
-            last = piece is pieces[-1]
+        accumulator = LossAccumulator(self.recipe.batch, most)
+        for micro_batch in micro_batches:
+            last = micro_batch is micro_batches[-1]
             with nullcontext() if last or self.context.world_size == 1 else self.model.no_sync():
                 with self._autocast():
-                    losses = self.model(to(piece.batch, self.context.device, self.recipe))
-                loss = tally.add(losses, piece)
-                if last and not tally.fine(self.context):
+                    losses = self.model(to(micro_batch.batch, self.context.device, self.recipe))
+                loss = accumulator.add(losses, micro_batch)
+                if last and not accumulator.fine(self.context):
                     loss = nan_loss(loss)
                 # DDP takes the mean over workers of what is a sum over samples.
                 (loss * self.context.world_size / self.recipe.batch).backward()
         norm = optimizers.clip(self.network, self.recipe.clip)
-        applied = tally.is_fine and norm == norm and norm != float("inf")
+        applied = accumulator.is_fine and norm == norm and norm != float("inf")
         if applied:
             optimizers.set_lr(self.optimizer, lr)
             self.optimizer.step()
@@ -51,7 +51,7 @@ class TorchEngine:
             if self.ema is not None:
                 self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return tally.step(applied, norm)
+        return accumulator.step(applied, norm)
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:

@@ -20,7 +20,8 @@ from raylarge.train.activations import recompute
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.config import Train, run_folder
 from raylarge.train.context import Context
-from raylarge.train.engine import DeepSpeedEngine, Engine
+from raylarge.train.deepspeed_engine import DeepSpeedEngine
+from raylarge.train.engine import Engine
 from raylarge.train.estimate.memory import training_flops
 from raylarge.train.estimate.plan import example
 from raylarge.train.history import HISTORY
@@ -30,7 +31,7 @@ from raylarge.train.monitor.bins import Bins
 from raylarge.train.monitor.curve import curve, report, rows_of
 from raylarge.train.monitor.meter import Meter
 from raylarge.train.monitor.monitor import Monitor
-from raylarge.train.monitor.remote_samples import RemoteSamples
+from raylarge.train.monitor.remote_samples import RemoteSamples, SampleJob
 from raylarge.train.monitor.trackers import Run, track
 from raylarge.train.rows import NoRows
 from raylarge.train.task import Build, Source, Task
@@ -74,7 +75,7 @@ def work(
     try:
         return _trained(config, made, context)
     finally:
-        for source in (made.source, made.held):
+        for source in (made.source, made.held_out):
             if isinstance(source, Ingest):
                 source.close()
 
@@ -113,9 +114,12 @@ def _set_up(
     if config.checkpointing:
         recompute(task.network)
     sharded = config.by_deepspeed and config.zero == 3
-    far = RemoteSamples(config, build or module.build, (source, held)) if sharded else None
+    remote = None
+    if sharded:
+        job = SampleJob(root, partial(build or module.build, config), source.facts)
+        remote = RemoteSamples(job, held or source, config.sheet_gpus)
     checkpoints = Checkpoints(root, config.keep, attempt)
-    return TrainingJob(task, source, held, checkpoints, watcher, far)
+    return TrainingJob(task, source, held, checkpoints, watcher, remote)
 
 
 def _held(config: Train, module: Any) -> Source | None:
@@ -152,4 +156,4 @@ def _tell(config: Train, made: TrainingJob, facts: dict[str, Any]) -> None:
         model_card.write(config.out)
     rows = rows_of(storage.read_bytes(storage.join(root, HISTORY)).decode())
     curve(rows, storage.join(root, "curve.png"))
-    report(root, {**facts, **made.watcher.figures()}, rows)
+    report(root, {**facts, **made.monitor.figures()}, rows)

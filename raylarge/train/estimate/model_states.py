@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from raylarge.train.engine import REDUCE_BUCKET
+from raylarge.train.deepspeed_engine import REDUCE_BUCKET
 from raylarge.train.estimate.memory import modules, tensors
 from raylarge.train.task import Task
 

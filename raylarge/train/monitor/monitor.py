@@ -55,7 +55,7 @@ class Monitor:
         speed = {f"speed/{name}": value for name, value in self._meter.read().items()}
         return {**self._bins.take(totals), **speed}
 
-    def tell(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Figures that rank 0 knows already."""
         if self._tracker is not None:
             self._tracker.scalars(step, values)

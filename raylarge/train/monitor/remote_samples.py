@@ -1,61 +1,78 @@
-"""A sheet of samples by a Ray task of its own, from a checkpoint: for weights that lie in shards.
+"""Samples drawn by a Ray task from a checkpoint, for weights that are sharded (ZeRO-3).
 
-Training goes on meanwhile. The task reads the checkpoint, whose tensors are whole, puts the
+Training continues meanwhile. The task reads the checkpoint, whose tensors are whole, puts the
 averages in place of the weights and draws what `monitor.py` would have drawn.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from raylarge.errors import UserError
 from raylarge.train.checkpoint import LOOK_S, SHARED_S, Checkpoints, Found
-from raylarge.train.config import Train, run_folder
 from raylarge.train.monitor import monitor
 from raylarge.train.state import StoredState, put_buffers
-from raylarge.train.task import Build, Source, Task
+from raylarge.train.task import Batch, Facts, Source, Task
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """What the Ray task needs; it is pickled.
+
+    Attributes:
+        root: the run's folder.
+        build: makes the trained task.
+        facts: of the training data.
+    """
+
+    root: str
+    build: Callable[[Facts], Task]
+    facts: Facts
+
+    def __call__(self, batch: Batch, step: int) -> None:
+        """Draw the samples of a step, once its checkpoint is committed."""
+        checkpoints = Checkpoints(self.root, keep=1)
+        task = self.build(self.facts)
+        task.network.to("cuda" if torch.cuda.is_available() else "cpu")
+        with checkpoints.fetch(_committed(checkpoints, step)) as folder:
+            put(task, StoredState(folder))
+        monitor.draw(self.root, step, task, batch)
 
 
 class RemoteSamples:
-    """Rank 0's hand on the tasks that draw."""
+    """Requests and awaits the Ray tasks that draw samples; used by rank 0."""
 
-    def __init__(self, config: Train, build: Build, sources: tuple[Source, Source | None]) -> None:
-        """Take what is trained, and the sources of training and held-out samples."""
-        self._config, self._build = config, build
-        self._shown = sources[1] or sources[0]
-        self._facts = sources[0].facts
-        self._asked: list[Any] = []
+    def __init__(self, job: SampleJob, source: Source, num_gpus: float) -> None:
+        """Take the job, the samples that serve as conditions, and the GPUs of a task."""
+        self._job, self._source, self._num_gpus = job, source, num_gpus
+        self._requests: list[Any] = []
 
-    def ask(self, step: int) -> None:
-        """Have a sheet drawn as soon as the step's checkpoint stands."""
+    def request(self, step: int) -> None:
+        """Start a task that waits for the checkpoint of a step and draws its samples."""
         import ray
 
-        job = ray.remote(num_cpus=0, num_gpus=self._config.sheet_gpus, max_retries=0)(_draw)
-        batch = self._shown.batch(range(monitor.SHOWN))
-        self._asked.append(job.remote(self._config, self._build, self._facts, batch, step))
+        job = ray.remote(num_cpus=0, num_gpus=self._num_gpus, max_retries=0)(_draw)
+        batch = self._source.batch(range(monitor.SHOWN))
+        self._requests.append(job.remote(self._job, batch, step))
 
     def wait(self) -> None:
-        """Until what was asked for is drawn, or has failed: a sheet is no reason to stop."""
+        """Wait until all requests are drawn or have failed; a failure does not stop training."""
         import ray
 
-        ray.wait(self._asked, num_returns=len(self._asked), timeout=SHARED_S)
+        ray.wait(self._requests, num_returns=len(self._requests), timeout=SHARED_S)
 
 
-def _draw(config: Train, build: Build, facts: Any, batch: Any, step: int) -> None:
-    root = run_folder(config)
-    checkpoints = Checkpoints(root, config.keep)
-    task = build(config, facts)
-    task.network.to("cuda" if torch.cuda.is_available() else "cpu")
-    with checkpoints.fetch(_committed(checkpoints, step)) as folder:
-        put(task, StoredState(folder))
-    monitor.draw(root, step, task, batch)
+def _draw(job: SampleJob, batch: Batch, step: int) -> None:
+    job(batch, step)
 
 
 def put(task: Task, stored: StoredState) -> None:
-    """The weights of a checkpoint into a task's network, averaged ones where there are such."""
+    """Copy the weights of a checkpoint into a task's network, averaged ones where they exist."""
     averaged = {id(p) for p in task.averaged.parameters()} if task.averaged is not None else set()
     trained = {n: p for n, p in task.network.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -66,15 +83,15 @@ def put(task: Task, stored: StoredState) -> None:
 
 
 def _committed(checkpoints: Checkpoints, step: int) -> Found:
-    """The checkpoint of a step, when it stands.
+    """Wait for the checkpoint of a step, or a later one, and return it.
 
     Raises:
-        UserError: it does not for too long.
+        UserError: none is committed within `SHARED_S`.
     """
     began = time.monotonic()
     while time.monotonic() - began < SHARED_S:
-        found = checkpoints.newest()
-        if found is not None and found.facts["step"] >= step:
-            return found
+        newest = checkpoints.newest()
+        if newest is not None and newest.facts["step"] >= step:
+            return newest
         time.sleep(LOOK_S)
     raise UserError(f"{checkpoints.root} has no checkpoint of step {step}; no sheet is drawn.")
