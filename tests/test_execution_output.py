@@ -134,3 +134,20 @@ def test_a_whole_result_is_recognised(tmp_path):
     assert output(tmp_path, OTHER).finished(report) == {}
     (tmp_path / "image.png").unlink()
     assert here.finished(report) == {}
+
+
+def test_a_folder_of_an_earlier_version_is_recognised(tmp_path):
+    """Its digests and keys are those of the settings' earlier names."""
+    (tmp_path / ".ledger-fded5f60251ead6f-b").mkdir()
+    report = {"stages": {}, "order": "fded5f60251ead6f", "bundle": "b", "means": ""}
+    with pytest.raises(UserError, match=r"unfinished result .* earlier version .* overwrite=true"):
+        output(tmp_path).replaced(report, False)
+    assert ".ledger-fded5f60251ead6f-b" in output(tmp_path).replaced(report, True)
+
+
+def test_an_order_of_an_earlier_version_is_told_from_another_order(tmp_path):
+    document = OTHER.as_json()
+    document["sampler"]["inner"] = document["sampler"].pop("corrections")
+    storage.write_json(str(tmp_path / "order.json"), document)
+    with pytest.raises(UserError, match=r"of another version of raylarge: .*order.sampler.inner"):
+        output(tmp_path).replaced(EMPTY, False)

@@ -29,6 +29,15 @@ _STAGES = {"start", "sample", "write"}
 """Stages in the report of a sampling job."""
 _USUAL = "float32"
 """What the empty name of a computation stands for."""
+_EARLIER_NAMES = {
+    "corrections": "inner",
+    "correction_lr": "rate",
+    "normalize": "unit",
+    "correct_every": "every",
+    "fd_epsilon": "step",
+    "small_autoencoder": "small",
+}
+"""Settings of the sampler by their names in folders of earlier versions."""
 _SHOWN = 3
 """How many settings a message names in which two orders differ."""
 
@@ -120,18 +129,35 @@ class Output:
             return None
 
     def _difference(self, report: Mapping[str, Any]) -> str:
-        """Some settings in which the result of the folder differs, for a message."""
+        """Return how the result of the folder differs, for a message."""
+        if report.get("order") == _earlier_digest(self.order):
+            return (
+                " (this order as an earlier version of raylarge began it: some settings of "
+                "order.sampler had other names, such as inner for corrections)"
+            )
         there = _flat(document) if isinstance(document := self._document(), dict) else {}
         here = _flat(self.order.as_json())
         keys = [key for key in sorted(here) if key in there and there[key] != here[key]]
         shown = [f"{key}={_brief(there[key])}, not {_brief(here[key])}" for key in keys[:_SHOWN]]
         more = f", and {len(keys) - _SHOWN} more settings" if len(keys) > _SHOWN else ""
+        unknown = sorted(there.keys() - here.keys())
+        if unknown and here.keys() - there.keys():
+            names = ", order.".join(unknown[:_SHOWN])
+            return f" (of another version of raylarge: order.json has order.{names})"
         if shown:
             return f" (order.{', order.'.join(shown)}{more})"
         if report.get("bundle", self.bundle) != self.bundle:
             return " (of another bundle)"
         there, here = report.get("means", self.compute) or _USUAL, self.compute or _USUAL
         return f" (computed in {there}, not {here})" if there != here else ""
+
+
+def _earlier_digest(order: Order) -> str:
+    """Return the digest that earlier versions gave to an order."""
+    document = order.as_json()
+    sampler = document["sampler"].items()
+    document["sampler"] = {_EARLIER_NAMES.get(key, key): value for key, value in sampler}
+    return storage.digest(json.dumps(document, sort_keys=True).encode())
 
 
 def _marks_of(path: str) -> dict[Any, Any]:
