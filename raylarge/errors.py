@@ -1,4 +1,4 @@
-"""The exceptions that speak to a user: what is wrong, with the value, and the cure."""
+"""Exceptions whose messages are for users: what is wrong, with the value, and the cure."""
 
 LONGEST = 4000
 """Characters of a message."""
@@ -7,7 +7,7 @@ _JOINERS = "\u200c\u200d"
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text that any terminal, log or JSON document may show.
+    """Return a text that any terminal, log or JSON document may show.
 
     Control characters, marks that turn the direction of writing, and the surrogates by which
     Python stands for bytes that are no text are escaped as in Python's source (`\\n`, `\\u202e`);
@@ -31,10 +31,10 @@ def printable(text: str, keep: str = "") -> str:
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is one clear sentence that says what and how.
+    """An error that the user can fix; its message is one sentence with the cause and the cure.
 
-    Jobs print it without a traceback and exit with status 2 (`raylarge.report.entry`). Names of
-    files and values of users may stand in it as they are: it shows them by `printable`.
+    Jobs print it without a traceback and exit with status 2 (`raylarge.report.entry`). It may
+    contain file names and values as they are: `printable` escapes them.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -43,15 +43,15 @@ class UserError(Exception):
 
 
 class MissingResource(Exception):
-    """What a file needs and this machine has not (a package, room): the end of a sentence.
+    """A sentence on what this machine lacks to read a file (a package, room), and the cure.
 
-    Whoever knows the file puts its name before it.
+    The caller that knows the file's path adds it.
     """
 
 
 class SlideError(UserError):
-    """Something wrong with one slide's own files: a run over many may go on without it.
+    """An error in one slide's own files; a run over many slides may continue without it.
 
-    What the machine lacks (a package, room, a store that answers) is none: it would take every
-    slide of the run for a bad one.
+    A resource that the machine lacks (a package, room, a store) is no such error: it would
+    concern every slide of the run.
     """

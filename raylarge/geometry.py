@@ -27,17 +27,17 @@ class Scale:
         return 1 << self.k
 
     def mpp(self, base_mpp: float) -> float:
-        """Micrometres per pixel at this scale, given those at the base."""
+        """Return micrometres per pixel at this scale, given those at the base."""
         return base_mpp * self.factor
 
 
 def guide_scale(size_px: tuple[int, int], patch_px: int) -> Scale:
-    """The scale at which one square patch covers a canvas: ceil(log2(longest side / P))."""
+    """Return the scale at which one square patch covers a canvas: ceil(log2(longest side / P))."""
     return Scale(max(0, math.ceil(math.log2(max(size_px) / patch_px))))
 
 
 def origins(length: int, side: int, stride: int) -> list[int]:
-    """Starts of the windows of one side along one axis; the last one ends flush with the axis.
+    """Return starts of windows along one axis; the last one ends flush with the axis.
 
     Raises:
         ValueError: the axis is shorter than a window, or the stride leaves gaps.
@@ -57,23 +57,23 @@ def windows(size: tuple[int, int], side: int, stride: int) -> list[tuple[int, in
 
 
 def batches(count: int, size: int) -> list[tuple[int, ...]]:
-    """Indices 0..count-1 in batches of one fixed size; the last repeats its last index.
+    """Return indices 0..count-1 in batches of one fixed size; the last repeats its last index.
 
-    A batch's shape never changes, so neither do the bits it computes (DESIGN: randomness).
+    A batch's shape never changes, so neither do the bits that it computes.
     """
     padded = list(range(count)) + [count - 1] * (-count % size)
     return [tuple(padded[start : start + size]) for start in range(0, len(padded), size)]
 
 
 def spans(length: int, step: int) -> list[tuple[int, int]]:
-    """Half-open pieces [start, stop) of at most `step` that cover 0..length."""
+    """Return half-open pieces [start, stop) of at most `step` that cover 0..length."""
     edges = [*range(0, length, step), length]
     return list(pairwise(edges))
 
 
 @dataclass(frozen=True)
 class Patch:
-    """What a bundle's networks see: the sizes that windows, strides and bands are fractions of.
+    """The patch of a bundle's networks; windows, strides and bands are fractions of its sizes.
 
     Attributes:
         side_px: patch side P (256 in the papers, 64 in `tiny`).

@@ -1,4 +1,4 @@
-"""Signals that end a job: SIGTERM and SIGHUP do what Ctrl-C does.
+"""Handle SIGTERM and SIGHUP like Ctrl-C, so that a job ends in order.
 
     with handled() as received:     # around a job; `report.entry` does it
         with postponed():           # around what must not be cut in two: Ray's start and end
@@ -20,7 +20,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM or SIGHUP ended the job; code that knows Ctrl-C treats it alike."""
+    """SIGTERM or SIGHUP was received; code that handles Ctrl-C handles it, too."""
 
 
 @contextmanager
@@ -40,8 +40,10 @@ def handled() -> Iterator[list[signal.Signals]]:
         if len(received) == 1:
             raise Interrupted(received[0].name)
 
-    before = {} if _elsewhere() else {number: signal.getsignal(number) for number in ENDING}
-    before = {number: one for number, one in before.items() if one is not signal.SIG_IGN}
+    before = {} if _in_other_thread() else {number: signal.getsignal(number) for number in ENDING}
+    before = {
+        number: handler for number, handler in before.items() if handler is not signal.SIG_IGN
+    }
     for number in before:
         signal.signal(number, interrupt)
     try:
@@ -53,13 +55,13 @@ def handled() -> Iterator[list[signal.Signals]]:
 
 @contextmanager
 def postponed() -> Iterator[None]:
-    """Let signals that come in the block take effect at its end; a second Ctrl-C at once.
+    """Delay signals until the end of the block, except a second Ctrl-C.
 
     Handlers that the block installs (Ray's, which kills its processes under the program that
     still uses them) are dropped where the program has handlers of its own. Processes that the
     block starts do not get SIGHUP: the job ends them itself.
     """
-    ending = () if _elsewhere() else (signal.SIGINT, *ENDING)
+    ending = () if _in_other_thread() else (signal.SIGINT, *ENDING)
     before = {n: h for n in ending if callable(h := signal.getsignal(n))}
     received: list[int] = []
 
@@ -78,7 +80,7 @@ def postponed() -> Iterator[None]:
 
 @contextmanager
 def _installed(before: dict[Any, Any], note: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle some signals by `note`, whatever handlers others install meanwhile."""
+    """Handle some signals by `note`; ignore handlers that the block installs for them."""
     install = signal.signal
 
     def keep(number: Any, handler: Any) -> Any:
@@ -97,5 +99,5 @@ def _installed(before: dict[Any, Any], note: Callable[[int, Any], None]) -> Iter
             install(number, handler)
 
 
-def _elsewhere() -> bool:
+def _in_other_thread() -> bool:
     return threading.current_thread() is not threading.main_thread()

@@ -24,7 +24,7 @@ _CHUNK = 1 << 22
 
 
 class PixelFormatError(Exception):
-    """Samples that have no stated way to 8-bit RGB; the text ends a sentence about the file."""
+    """Samples without a defined conversion to 8-bit RGB; the message ends without a period."""
 
 
 def to_8_bits(

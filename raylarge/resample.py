@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:
-    """Keys' cubic kernel with a = -0.5."""
+    """Return Keys' cubic kernel with a = -0.5."""
     x = np.abs(x)
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
@@ -25,7 +25,7 @@ def _cubic(x: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def bicubic_matrix(side: int, factor: int, rows: tuple[int, int] | None = None) -> np.ndarray:
-    """D, [side / factor, side] float64: one axis of the downsampling operator A.
+    """Return D, [side / factor, side] float64: one axis of the downsampling operator A.
 
     Args:
         side: of what is downsampled, in pixels.
@@ -53,7 +53,7 @@ def bicubic_matrix(side: int, factor: int, rows: tuple[int, int] | None = None) 
 def downsample(
     x: Float[Tensor, "*batch rows columns"], factor: int
 ) -> Float[Tensor, "*batch rows//{factor} columns//{factor}"]:
-    """A: antialiased bicubic downsampling of the last two axes."""
+    """Apply A: antialiased bicubic downsampling of the last two axes."""
     if factor == 1:
         return x
     rows, columns = (_tensor(side, factor, x) for side in x.shape[-2:])
@@ -63,7 +63,7 @@ def downsample(
 def upsample(
     x: Float[Tensor, "*batch rows columns"], factor: int
 ) -> Float[Tensor, "*batch rows*{factor} columns*{factor}"]:
-    """U: bicubic upsampling of the last two axes (s^2 times the transpose of A)."""
+    """Apply U: bicubic upsampling of the last two axes (s^2 times the transpose of A)."""
     if factor == 1:
         return x
     rows, columns = (factor * _tensor(side * factor, factor, x) for side in x.shape[-2:])

@@ -1,9 +1,9 @@
-"""DICOM whole slides: a folder of instances, or any one instance of a series.
+"""Read DICOM whole slides: a folder of instances, or any one instance of a series.
 
-OpenSlide reads them first: it needs no extra, and takes JPEG, JPEG 2000 and plain pixels at the
-speed of C. What it refuses (JPEG-LS, HTJ2K, concatenations) wsidicom reads (extra `dicom`). In
-both, levels are the VOLUME images of one series alone: labels, overviews and thumbnails are not
-read, and of the tags only pixel spacing and colour profile are looked at.
+OpenSlide is tried first: it needs no extra and reads JPEG, JPEG 2000 and uncompressed pixels fast.
+wsidicom (extra `dicom`) reads what OpenSlide does not (JPEG-LS, HTJ2K, concatenations). Both read
+the VOLUME images of one series alone, never labels, overviews or thumbnails, and of the tags only
+pixel spacing and colour profile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _EXTRA = "pip install 'raylarge[dicom]' brings what reads more kinds of DICOM."
 
 
 def open_folder(path: str, scene: str = "") -> Pyramid:
-    """The slide whose instances lie in a folder.
+    """Return the slide of the DICOM instances in a folder.
 
     Args:
         path: the folder.
@@ -53,7 +53,7 @@ def open_folder(path: str, scene: str = "") -> Pyramid:
 
 
 def open_instance(path: str, scene: str = "") -> Pyramid:
-    """The slide to which an instance belongs; the others are looked for beside it.
+    """Return the slide of an instance; the others must be in the same folder.
 
     Raises:
         UnreadableSlide: neither OpenSlide nor wsidicom can open it, or a scene is named.
@@ -78,9 +78,7 @@ class DicomPyramid:
         beside = _inside(Path(path).parent)
         files = [file for file in beside if series and _volume_series(file) == series]
         with ExitStack() as opened:
-            with parser_errors(
-                Exception
-            ):  # a garbled tag brings out anything in wsidicom and pydicom
+            with parser_errors(Exception):  # wsidicom and pydicom raise anything on a garbled tag
                 self._slide = opened.enter_context(wsidicom.WsiDicom.open(files))
                 pyramid = self._slide.pyramid
                 self._levels = [level.level for level in pyramid]
@@ -92,18 +90,18 @@ class DicomPyramid:
             opened.pop_all()
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
-        """A region inside a level, in that level's pixels."""
+        """Return a region inside a level, in that level's pixels."""
         with parser_errors(Exception):
             region = self._slide.read_region((left, top), self._levels[level], (columns, rows))
             return np.asarray(region.convert("RGB"))
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._slide.close()
 
 
 def _unread(slide: Any) -> list[str]:
-    """What else a series holds, in words."""
+    """Return a note on the parts of a series that are not read."""
     shown = {
         "pyramids": len(slide.pyramids),
         "optical paths": len(slide.pyramid.base_level.optical_paths),
@@ -114,7 +112,7 @@ def _unread(slide: Any) -> list[str]:
 
 
 def _wsidicom(because: str) -> Any:
-    """The wsidicom package."""
+    """Return the wsidicom package."""
     try:
         import wsidicom
     except ImportError as error:
@@ -128,7 +126,7 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _is_dicom(file: Path) -> bool:
-    """Whether a file has the mark of DICOM."""
+    """Return whether a file has the signature of DICOM."""
     if not file.is_file():
         return False
     with parser_errors(), file.open("rb") as stream:
@@ -136,7 +134,7 @@ def _is_dicom(file: Path) -> bool:
 
 
 def _volume_series(file: Path) -> str | None:
-    """The series of a file, where it is a VOLUME instance of a whole slide."""
+    """Return the series of a VOLUME instance of a whole slide; None for other files."""
     if not _is_dicom(file):
         return None
     import pydicom

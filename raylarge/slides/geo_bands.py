@@ -143,11 +143,11 @@ class GeoBands:
         )
 
     def _opacity(self, alpha: np.ndarray, warped: bool) -> UInt8[np.ndarray, "rows columns"]:
-        """A warp's own transparency has all bits of its type, whatever the file declares."""
+        """Return opacity; that of a warp uses all bits of its type, whatever the file declares."""
         return (Channels(()) if warped else self._channels).opacity(alpha)
 
     def _void(self, source: Any, window: Any, region: Pixels, warped: bool) -> Any:
-        """Which pixels hold no data; None where all do."""
+        """Return which pixels hold no data; None if all hold data."""
         if warped:
             return None
         if self.infrared and source.nodata is None:
@@ -161,7 +161,7 @@ class GeoBands:
 
 
 def _varies(dataset: Any, band: int) -> bool:
-    """Whether a band has more values between 0 and full than a transparency has."""
+    """Return whether a band has more values between 0 and full than a transparency has."""
     from rasterio.windows import Window
 
     rows = np.linspace(0, max(0, dataset.height - _PROBE_PX), _PROBES).astype(int)
@@ -178,7 +178,7 @@ def _varies(dataset: Any, band: int) -> bool:
 
 
 def _palette(colormap: dict[int, tuple[int, int, int, int]]) -> UInt8[np.ndarray, "n 4"]:
-    """A colour table as an array; indices without a colour are black, as GDAL has them."""
+    """Return a colour table as an array; indices without a colour are black, as in GDAL."""
     table = np.zeros((max(colormap) + 1, 4), np.uint8)
     table[:, 3] = 255
     for index, colour in colormap.items():

@@ -1,9 +1,9 @@
-"""GeoTIFF and COG by rasterio (extra `geo`): overviews are levels, regions are windows.
+"""Read GeoTIFF and COG by rasterio (extra `geo`): overviews are levels, regions are windows.
 
-Which bands are the colours follows from what the file says of them (`geo_bands.py`). The size of
-a pixel is measured on the ground, at the image's centre: Mercator's metres and degrees are no
-metres there. What is not north-up with square pixels on a map in metres is warped to that while
-it is read, in fixed blocks, so that a region is the same however it is asked for.
+`geo_bands.py` chooses the bands of the colours. The size of a pixel is measured on the ground at
+the image's centre, since units of a Mercator map or degrees are no metres there. An image that is
+not north-up with square pixels on a map in metres is warped while it is read, in fixed blocks, so
+that a pixel does not depend on the region that is read.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class GeoPyramid:
             self.close = opened.pop_all().close
 
     def _placed(self, path: str, levels: list[Any], opened: ExitStack) -> list[Any]:
-        """Tell where the image lies; warp it where its pixels are no squares on the ground."""
+        """Set georeference and resolution; warp levels without square pixels on the ground."""
         base = levels[0]
         size_m = _pixel_m(base.crs, base.transform, (base.height / 2, base.width / 2))
         if not _is_plain(base, size_m):
@@ -97,14 +97,14 @@ class GeoPyramid:
         return levels
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
-        """A region inside a level; white where the file has no data."""
+        """Return a region inside a level; white where the file has no data."""
         with _gdal() as rasterio:
             window = rasterio.windows.Window(left, top, columns, rows)
             return self._bands.read(self._levels[level], window, self._warped)
 
 
 def _scene(path: str, scene: str) -> tuple[str, list[str]]:
-    """GDAL's name for the image of a file that is read, and a note where there are several."""
+    """Return GDAL's name of the image to read, and a note if the file holds several."""
     import rasterio
 
     with rasterio.open(path) as dataset:
@@ -122,7 +122,7 @@ def _scene(path: str, scene: str) -> tuple[str, list[str]]:
 
 @contextmanager
 def _gdal() -> Iterator[Any]:
-    """The rasterio package; what GDAL finds wrong inside, and nothing else, is damage."""
+    """Yield the rasterio package; treat GDAL's errors in the block as damage of the file."""
     try:
         import rasterio.warp
         import rasterio.windows
@@ -138,14 +138,14 @@ def _gdal() -> Iterator[Any]:
 
 
 def _dataset(path: str, overview: int = -1) -> Any:
-    """The dataset of one overview; the full image at -1."""
+    """Open the dataset of one overview, or of the full image at -1."""
     import rasterio
 
     return rasterio.open(path) if overview < 0 else rasterio.open(path, overview_level=overview)
 
 
 def _is_plain(dataset: Any, size_m: tuple[float, float]) -> bool:
-    """Whether an image is north-up, on a map in metres (or feet), with square pixels."""
+    """Return whether an image is north-up, on a map in metres (or feet), with square pixels."""
     a, b, _, d, e, _ = list(dataset.transform)[:6]
     north_up = b == d == 0 and a > 0 > e
     square = abs(size_m[0] / size_m[1] - 1) <= _SQUARE
@@ -157,7 +157,7 @@ def _metres_per_unit(crs: Any) -> float:
 
 
 def _degrees(crs: Any, x: Numbers, y: Numbers) -> tuple[np.ndarray, np.ndarray]:
-    """Longitudes and latitudes of places on a map."""
+    """Return longitudes and latitudes of places on a map."""
     from rasterio.warp import transform
 
     longitude, latitude = transform(crs, "EPSG:4326", x, y)
@@ -165,14 +165,14 @@ def _degrees(crs: Any, x: Numbers, y: Numbers) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _on_map(affine: Affine, columns: Numbers, rows: Numbers) -> tuple[np.ndarray, np.ndarray]:
-    """Where places of an image lie on its map: x, y."""
+    """Return where places of an image lie on its map: x, y."""
     a, b, c, d, e, f = list(affine)[:6]
     u, v = np.asarray(columns, float), np.asarray(rows, float)
     return a * u + b * v + c, d * u + e * v + f
 
 
 def _pixel_m(crs: Any, affine: Affine, place_px: tuple[float, float]) -> tuple[float, float]:
-    """Height and width in metres, on the ground, of the pixel at (row, column)."""
+    """Return height and width in metres, on the ground, of the pixel at (row, column)."""
     row, column = place_px
     x, y = _on_map(affine, (column, column, column + _STEP_PX), (row, row + _STEP_PX, row))
     longitude, latitude = _degrees(crs, x, y)
@@ -197,7 +197,7 @@ def _nowhere() -> UnreadableSlide:
 
 
 def _warped(levels: list[Any], side_m: float, nearest: bool) -> list[Any]:
-    """The levels on a north-up grid of square pixels of side_m metres, in metres of its map."""
+    """Return the levels warped to a north-up map in metres, with square pixels of `side_m`."""
     from affine import Affine
     from rasterio.enums import Resampling
     from rasterio.vrt import WarpedVRT
@@ -239,7 +239,7 @@ def _warped(levels: list[Any], side_m: float, nearest: bool) -> list[Any]:
 
 
 def _utm(longitude: np.ndarray, latitude: np.ndarray) -> Any:
-    """The UTM zone of a place."""
+    """Return the UTM zone of a place."""
     from rasterio.crs import CRS
 
     if abs(latitude[0]) > _UTM_LATITUDES:

@@ -1,8 +1,7 @@
-"""Colours as sRGB: the embedded ICC profile of a slide, applied to its pixels.
+"""Convert a slide's pixels to sRGB by its embedded ICC profile.
 
-The transform is built once per slide, with the rendering intent that the profile itself asks
-for, as OpenSlide's documentation does. A profile that changes no colour is left out, so files
-that are sRGB already cost nothing.
+The transform is built once per slide, with the profile's own rendering intent, as OpenSlide's
+documentation recommends. A profile that changes no colour is not applied.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _ROUNDING = 1
 
 
 class SrgbPyramid:
-    """A pyramid seen through its colour profile: a pyramid too."""
+    """A pyramid whose pixels are converted to sRGB."""
 
     def __init__(self, pyramid: Pyramid, transform: ImageCms.ImageCmsTransform) -> None:
         """See `to_srgb`."""
@@ -52,16 +51,16 @@ class SrgbPyramid:
         return self._pyramid.notes
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
-        """A region inside a level, in sRGB."""
+        """Return a region inside a level, in sRGB."""
         return _applied(self._transform, self._pyramid.read_level(level, top, left, rows, columns))
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._pyramid.close()
 
 
 def to_srgb(pyramid: Pyramid) -> Pyramid:
-    """The same pyramid in sRGB: itself, where it has no profile or one that changes nothing.
+    """Return a pyramid in sRGB: itself if it has no profile, or one that changes nothing.
 
     Raises:
         UnreadableSlide: the profile is broken, or not one of RGB.
@@ -76,7 +75,7 @@ def to_srgb(pyramid: Pyramid) -> Pyramid:
 
 
 def broken(error: Exception) -> UnreadableSlide:
-    """What to say of a profile that cannot be used."""
+    """Return the error for a profile that cannot be used."""
     reason = " ".join(str(error).split())
     return UnreadableSlide(
         f"the file has an ICC profile that cannot be used ({reason}); set tile.icc=false to take "

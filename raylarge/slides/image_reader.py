@@ -1,8 +1,7 @@
-"""PNG and JPEG as slides: small ones in memory, large ones converted into tiles once per node.
+"""Read PNG and JPEG: small images in memory, large ones converted into tiles once per node.
 
-All kinds of pixels become RGB by the rule of `raylarge/pixels.py`; CMYK is refused. Rows and
-columns are those stored in the file: an EXIF orientation is not applied, so that coordinates mean
-what they mean elsewhere.
+Pixels become RGB as in `raylarge/pixels.py`; CMYK is refused. An EXIF orientation is not applied:
+rows and columns are those stored in the file.
 """
 
 from __future__ import annotations
@@ -67,21 +66,21 @@ class ImagePyramid:
                 self.sizes = self._tiles.sizes
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
-        """A region inside a level."""
+        """Return a region inside a level."""
         if self._tiles is not None:
             return self._tiles.read_level(level, top, left, rows, columns)
         assert self._image is not None, "the slide is closed"
         return self._image[top : top + rows, left : left + columns]
 
     def close(self) -> None:
-        """Let go of the pixels."""
+        """Release the pixels."""
         self._image = None
         if self._tiles is not None:
             self._tiles.close()
 
 
 def _opened(path: str) -> Image.Image:
-    """The header of an image; the plug-ins are asked by name, so limits are ours alone."""
+    """Open an image by Pillow's plug-in, without the size limit of `Image.open`."""
     with open(path, "rb") as stream:
         head = stream.read(8)
     if head.startswith(b"\x89PNG"):
@@ -95,7 +94,7 @@ def _opened(path: str) -> Image.Image:
 
 
 def _mpp_hints(picture: Image.Image) -> list[Hint]:
-    """Micrometres per pixel from the dots per inch."""
+    """Return micrometres per pixel from the dots per inch."""
     across, down = (float(dots) for dots in picture.info.get("dpi", (0, 0)))
     if across <= 0 or down <= 0:
         return []
@@ -103,7 +102,7 @@ def _mpp_hints(picture: Image.Image) -> list[Hint]:
 
 
 def _depth(picture: Image.Image, options: ReadOptions) -> list[str]:
-    """What to say of pixels of more than 8 bits.
+    """Return notes on pixels of more than 8 bits.
 
     Raises:
         UnreadableSlide: the pixels have no conversion to 8-bit RGB, or Pillow has dropped the bits

@@ -60,7 +60,7 @@ def shares(content: bytes, size_l0: tuple[int, int], shape: tuple[int, int]) -> 
             ratio differs from the slide's.
     """
     if content[:4] in tiff_reader.MAGIC:
-        with tiff_reader.parsed():
+        with tiff_reader.tiff_errors():
             file = tifffile.TiffFile(io.BytesIO(content))
             series = max(file.series, key=lambda one: one.keyframe.size)
             page = series.keyframe
@@ -78,7 +78,7 @@ def shares(content: bytes, size_l0: tuple[int, int], shape: tuple[int, int]) -> 
 
 
 def _opened(content: bytes) -> Image.Image:
-    """The header of an image; Pillow's own limits and warnings are for other purposes."""
+    """Open an image without Pillow's own limits and warnings."""
     Image.init()
     for name in _FORMATS:
         factory, accept = Image.OPEN[name]
@@ -104,7 +104,7 @@ def _refuse_shape(size: tuple[int, int], size_l0: tuple[int, int]) -> None:
 
 
 def _is_array(page: tifffile.TiffPage) -> bool:
-    """Whether tifffile wrote an array of booleans, whose True it marks as black."""
+    """Return whether tifffile wrote an array of booleans, whose True it marks as black."""
     return bool(page.is_shaped) and page.dtype == np.bool_
 
 
@@ -117,8 +117,8 @@ def _tiled(file: tifffile.TiffFile, series: Any) -> Strip:
     return strip
 
 
-class _MaskLevel(tiff_reader.Level):
-    """A page in which samples above 0 are lit; tiles that a sparse file leaves out are not."""
+class _MaskLevel(tiff_reader.TiffLevel):
+    """Return where samples of a page are above 0; False in tiles that a sparse file lacks."""
 
     def _decoded(self, index: int) -> Pixels:
         channels, dark = self._channels, np.zeros((*self._piece, 3), np.uint8)
@@ -139,7 +139,7 @@ class _MaskLevel(tiff_reader.Level):
 
 
 def _strip(picture: Image.Image, top: int, bottom: int) -> Mask:
-    """Which pixels of some rows show something; labels above 255 and faint colours count too."""
+    """Return which pixels of some rows are not 0, including labels above 255 and faint colours."""
     with parser_errors():
         strip = picture.crop((0, top, picture.width, bottom))
         clear = strip.info.get("transparency")
@@ -153,7 +153,7 @@ def _strip(picture: Image.Image, top: int, bottom: int) -> Mask:
 
 
 def _shrunk(strip: Strip, size: tuple[int, int], shape: tuple[int, int]) -> Mask:
-    """The mask at the resolution of a grid, a few of its rows at a time."""
+    """Return the mask at the resolution of a grid, a few of its rows at a time."""
     mask, per_row = np.zeros(shape, bool), size[0] / shape[0]
     step = max(1, int(_STRIP_PX / (size[1] * max(1.0, per_row))))
     for first, last in spans(shape[0], step):

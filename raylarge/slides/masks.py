@@ -35,7 +35,7 @@ _DEGREES = (180, 90)
 def read(
     path: str, size_l0: tuple[int, int], shape: tuple[int, int], notes: list[str] | None = None
 ) -> Mask:
-    """A slide's mask from a file.
+    """Return a slide's mask from a file.
 
     Args:
         path: ends with .geojson or .json, or else names an image.
@@ -74,7 +74,7 @@ def _content(path: str) -> bytes:
 
 
 def _contours(content: bytes, notes: list[str]) -> list[Rings]:
-    """The polygons of a GeoJSON; each is its outer ring and its holes, [n, (x, y)]."""
+    """Return the polygons of a GeoJSON; each is its outer ring and its holes, [n, (x, y)]."""
     skipped: Counter[str] = Counter()
     try:
         geometries = _polygons(json.loads(content), skipped)
@@ -118,7 +118,7 @@ def _ring(places: Any, skipped: Counter[str]) -> np.ndarray:
 def _drawn(
     polygons: list[Rings], size_l0: tuple[int, int], shape: tuple[int, int], notes: list[str]
 ) -> Mask:
-    """All polygons; one may lie in a hole of another, so each is drawn alone, in its own box."""
+    """Draw all polygons, each in its own box, since one may lie in a hole of another."""
     _refuse_elsewhere(polygons, size_l0)
     page, outside = np.zeros(shape, bool), 0
     factors = np.array([shape[1] / size_l0[1], shape[0] / size_l0[0]])
@@ -166,7 +166,7 @@ def _refuse_elsewhere(polygons: list[Rings], size_l0: tuple[int, int]) -> None:
 
 
 def _polygons(node: Any, skipped: Counter[str]) -> Iterator[list[Any]]:
-    """The rings of every polygon: the outer one, then its holes; what has no area is counted."""
+    """Yield the rings of every polygon, its holes last; count shapes without area in `skipped`."""
     if isinstance(node, list):
         for one in node:
             yield from _polygons(one, skipped)

@@ -22,7 +22,7 @@ _SQUARE = 0.05
 
 
 def resolve_mpp(pyramid: Pyramid, override: float | None) -> float:
-    """Micrometres per level-0 pixel: the override, else the first plausible hint of the file.
+    """Return micrometres per level-0 pixel: the override, or the file's first plausible hint.
 
     Raises:
         UnreadableSlide: an override that is not positive, nothing plausible, or pixels that are not
@@ -77,5 +77,5 @@ def check_base_mpp(pyramid: Pyramid, mpp: float, base_mpp: float) -> None:
 
 
 def zoom(mpp: float, base_mpp: float) -> float:
-    """Level-0 pixels per base pixel; within the tolerance no resampling is done."""
+    """Return level-0 pixels per base pixel; within the tolerance no resampling is done."""
     return 1.0 if abs(mpp / base_mpp - 1) <= TOLERANCE else base_mpp / mpp

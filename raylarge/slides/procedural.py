@@ -1,4 +1,4 @@
-"""A seeded picture that looks like an H&E slide: for demos and tests, with no data at hand.
+"""Draw seeded pictures that look like H&E slides, for demos and tests without data.
 
 Tissue with an irregular outline holds stroma (pink, wavy fibres, spindle nuclei), glands (a ring
 of purple nuclei around a pale lumen), fat (white cells with thin walls) and clusters of
@@ -54,13 +54,13 @@ class Scene:
     size_um: tuple[float, float]
 
     def key(self, layer: int) -> int:
-        """The key of one layer of the picture."""
+        """Return the key of one layer of the picture."""
         return (self.seed * 1_000_003 + layer * 1_009) % 2**63
 
     def region(
         self, top_px: int, left_px: int, rows_px: int, columns_px: int, mpp: float
     ) -> Pixels:
-        """The pixels of a region, at `mpp` micrometres per pixel."""
+        """Return the pixels of a region, at `mpp` micrometres per pixel."""
         pad = round(_PAD_UM / mpp)
         y = ((np.arange(top_px - pad, top_px + rows_px + pad) + 0.5) * mpp)[:, None]
         x = ((np.arange(left_px - pad, left_px + columns_px + pad) + 0.5) * mpp)[None]
@@ -70,7 +70,7 @@ class Scene:
         return colour[pad : pad + rows_px, pad : pad + columns_px]
 
     def depth_um(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """How far inside the tissue's outline a place lies; negative outside."""
+        """Return how deep inside the tissue's outline a place lies; negative outside."""
         half = min(self.size_um) / 2
         v, u = 2 * y / self.size_um[0] - 1, 2 * x / self.size_um[1] - 1
         radius = (np.abs(u) ** 2.6 + np.abs(v) ** 2.6) ** (1 / 2.6)
@@ -91,7 +91,7 @@ class Scene:
         return fractal(y, x, 260.0, self.key(3), octaves=2) > 0.64
 
     def _worley(self, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Distances to the nearest two fat-lattice points, and whether the nearest is fat."""
+        """Return distances to the nearest two lattice points, and whether the nearest is fat."""
         reach = 75.0
         first = np.full(np.broadcast_shapes(y.shape, x.shape), np.inf, np.float32)
         second, is_fat = first.copy(), np.zeros(first.shape, bool)
@@ -106,7 +106,7 @@ class Scene:
         return first, second, is_fat
 
     def _gland_points(self, y: np.ndarray, x: np.ndarray) -> Points:
-        """Centres of the glands that may touch a region."""
+        """Return centres of the glands that may touch a region."""
         points = scatter(*_ranges(y, x, 80.0), 112.0, 0.2, self.key(5))
         likely = fractal(points.y, points.x, 340.0, self.key(6), octaves=2)
         there = (points.draw(0) < ramp(likely, 0.34, 0.5)) & ~self._fatty(points.y, points.x)
@@ -127,7 +127,7 @@ class Scene:
         return gland, lumen
 
     def _flow(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """The coordinate across the fibres, in um: its contours are the fibres."""
+        """Return the coordinate across the fibres, in um: its contours are the fibres."""
         angle = np.pi * float(uniform(self.key(9), 0)[0])
         across = y * np.cos(angle) + x * np.sin(angle)
         swing = 150 * fractal(y, x, 240.0, self.key(10), octaves=2)
@@ -136,7 +136,7 @@ class Scene:
         return flow
 
     def fibres(self, maps: _Maps) -> np.ndarray:
-        """Strength of the collagen, [0, 1)."""
+        """Return the strength of the collagen, [0, 1)."""
         angle = np.pi * float(uniform(self.key(9), 0)[0])
         along = maps.x * np.cos(angle) - maps.y * np.sin(angle)
         across = self._flow(maps.y, maps.x)
@@ -147,7 +147,7 @@ class Scene:
         return fibres
 
     def _nuclei(self, maps: _Maps, mpp: float) -> np.ndarray:
-        """Haematoxylin of all nuclei, [rows, columns]."""
+        """Return haematoxylin of all nuclei, [rows, columns]."""
         ink = np.zeros(maps.tissue.shape, np.float32)
         for ellipses in (self._spindles(maps), self._lymphocytes(maps), self._epithelium(maps)):
             _stamp(ink, maps, ellipses, mpp)
@@ -176,7 +176,7 @@ class Scene:
         )
 
     def _epithelium(self, maps: _Maps) -> np.ndarray:
-        """Nuclei in rings near each gland's edge, their long axes towards its centre."""
+        """Return nuclei in rings near each gland's edge, their long axes towards its centre."""
         glands = self._gland_points(maps.y, maps.x)
         sizes = _gland_radius_um(glands).tolist()
         rings = [_ring(glands, i, sizes[i], layer) for i in range(len(sizes)) for layer in (0, 1)]
@@ -233,7 +233,7 @@ def _gland_radius_um(points: Points) -> np.ndarray:
 
 
 def _ring(glands: Points, i: int, radius: float, layer: int) -> np.ndarray:
-    """One gland's nuclei, [n, 6] as in `_ellipses`: layer 0 at its edge, 1 further in, sparser."""
+    """Return a gland's nuclei as in `_ellipses`: layer 0 at its edge, layer 1 inside, sparser."""
     place, density = ((0.86, 1.0), (0.72, 0.45))[layer]
     row, column = int(glands.row[i]), int(glands.column[i])
     count = int(2 * np.pi * radius * place / 7.4)
@@ -248,7 +248,7 @@ def _ring(glands: Points, i: int, radius: float, layer: int) -> np.ndarray:
 
 
 def _outline(points: Points, i: int, angle: np.ndarray) -> np.ndarray:
-    """A gland's radius in a direction, over its mean radius."""
+    """Return a gland's radius in a direction, over its mean radius."""
     row, column = int(points.row[i]), int(points.column[i])
     weights = uniform(points.key, row, column, np.arange(2, 8))
     waves = [
@@ -265,7 +265,7 @@ def _outline(points: Points, i: int, angle: np.ndarray) -> np.ndarray:
 def _ranges(
     y: np.ndarray, x: np.ndarray, reach_um: float
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """A region's extent along both axes, widened."""
+    """Return a region's extent along both axes, widened."""
     return (
         (float(y[0, 0]) - reach_um, float(y[-1, 0]) + reach_um),
         (float(x[0, 0]) - reach_um, float(x[0, -1]) + reach_um),
@@ -275,7 +275,7 @@ def _ranges(
 def _window(
     y: np.ndarray, x: np.ndarray, py: float, px: float, reach_um: float
 ) -> tuple[slice, slice]:
-    """The pixels within reach of a point."""
+    """Return the pixels within reach of a point."""
     rows = np.searchsorted(y[:, 0], [py - reach_um, py + reach_um])
     columns = np.searchsorted(x[0], [px - reach_um, px + reach_um])
     return slice(*rows), slice(*columns)
@@ -284,7 +284,7 @@ def _window(
 def _value(
     maps: _Maps, field: np.ndarray, y: np.ndarray, x: np.ndarray, outside: float
 ) -> np.ndarray:
-    """A map's value at the pixel next to each point; `outside` where the map does not reach."""
+    """Return a map's value at the pixel of each point; `outside` beyond the map."""
     mpp = float(maps.y[1, 0] - maps.y[0, 0])
     rows = np.floor(y / mpp).astype(int) - int(np.floor(maps.y[0, 0] / mpp))
     columns = np.floor(x / mpp).astype(int) - int(np.floor(maps.x[0, 0] / mpp))
@@ -294,7 +294,7 @@ def _value(
 
 
 def _stromal(maps: _Maps, points: Points) -> np.ndarray:
-    """Which points lie in tissue that is neither gland nor fat."""
+    """Return which points lie in tissue that is neither gland nor fat."""
     clear = (maps.tissue > 0.5) & ~maps.adipose & (maps.gland > 1.06)
     return _value(maps, clear, points.y, points.x, 0.0).astype(bool)
 

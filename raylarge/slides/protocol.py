@@ -48,11 +48,11 @@ _OF_THE_CONTENT = (None, errno.EINVAL, errno.EOVERFLOW)
 
 
 class UnreadableSlide(Exception):
-    """What is wrong with a file: the end of a sentence that begins `slide PATH`."""
+    """A sentence on what is wrong with a file, and the cure; `user_errors` adds the path."""
 
 
 class Hint(NamedTuple):
-    """What a file says about its resolution, in micrometres per level-0 pixel."""
+    """A resolution that a file states, in micrometres per level-0 pixel."""
 
     source: str
     mpp_y: float
@@ -60,7 +60,7 @@ class Hint(NamedTuple):
 
 
 class ReadOptions(NamedTuple):
-    """What the user says about the content of files; each is empty where nothing is said."""
+    """Options of the user for reading files; an empty one leaves the choice to the reader."""
 
     scene: str = ""
     """Which image of a file with several: its name, or its number from 0."""
@@ -84,7 +84,7 @@ class Georeference(TypedDict):
 
 @runtime_checkable
 class Pyramid(Protocol):
-    """What the reader of one file format gives: levels of pixels, finest first."""
+    """A reader of one file format: levels of pixels, finest first."""
 
     @property
     def sizes(self) -> Sequence[tuple[int, int]]:
@@ -93,30 +93,30 @@ class Pyramid(Protocol):
 
     @property
     def mpp_hints(self) -> Sequence[Hint]:
-        """Resolutions as the file tells them, most trusted first."""
+        """Resolutions that the file states, most trusted first."""
         ...
 
     @property
     def icc_profile(self) -> bytes | None:
-        """The embedded colour profile of the pixels."""
+        """Return the embedded colour profile of the pixels."""
         ...
 
     @property
     def georeference(self) -> Georeference | None:
-        """Where the image lies on the ground; None for what a microscope saw."""
+        """Return where the image lies on the ground; None for microscopy."""
         ...
 
     @property
     def notes(self) -> Sequence[str]:
-        """Choices that the reader made and a user may want otherwise; they name no file."""
+        """Choices of the reader that a user may want to change; they contain no file names."""
         ...
 
     def read_level(self, level: int, top: int, left: int, rows: int, columns: int) -> Pixels:
-        """A region that lies inside a level, in that level's pixels."""
+        """Return a region that lies inside a level, in that level's pixels."""
         ...
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         ...
 
 
@@ -138,10 +138,10 @@ def user_errors(path: str, kind: str = "slide") -> Iterator[None]:
 
 @contextmanager
 def parser_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Take what a parser or decoder raises as the file's fault; stands around such calls alone.
+    """Turn errors of a parser or decoder into `UnreadableSlide`; enclose only such calls.
 
     Args:
-        kinds: what it raises on damaged bytes, besides OSError; by default `DAMAGE`.
+        kinds: the errors that it raises on damaged bytes, besides OSError; by default `DAMAGE`.
 
     Raises:
         UnreadableSlide: the file is missing, may not be read, or its bytes are not right.
@@ -201,6 +201,6 @@ def check_size(size: tuple[int, int], limit_px: int) -> None:
 
 
 def version_of(path: str) -> str:
-    """A name for a local file as it is now: another after it was changed."""
+    """Return a string that identifies the current version of a local file."""
     facts = os.stat(path)
     return f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}"

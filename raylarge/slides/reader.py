@@ -66,7 +66,7 @@ class Slide:
         self.path = path
         self.mpp = mpp
         self.notes = list(pyramid.notes)
-        """Choices made in reading that a user may want otherwise; they name no file."""
+        """Choices of the reader that a user may want to change; they contain no file names."""
         self._pyramid = pyramid
         self._close = pyramid.close if opened is None else opened.close
         self.zoom = scales.zoom(mpp, base_mpp)
@@ -80,7 +80,7 @@ class Slide:
 
     @property
     def georeference(self) -> Georeference | None:
-        """Where level 0 lies on the ground; None for what a microscope saw, and for a view."""
+        """Return where level 0 lies on the ground; None for microscopy and for a view."""
         return self._pyramid.georeference if self.view.is_identity else None
 
     def __enter__(self) -> Slide:

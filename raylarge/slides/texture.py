@@ -1,7 +1,7 @@
 """Seeded fields and scattered points that are pure functions of (key, coordinates).
 
-Nothing here has a state: a value at a place is the same whichever region asks for it, so
-regions of a procedural slide fit together. Coordinates are micrometres, rows before columns.
+A value depends only on its place, so that regions of a procedural slide fit together.
+Coordinates are micrometres, rows before columns.
 Value noise after Perlin ("An image synthesizer", SIGGRAPH 1985); splitmix64 (Steele et al. 2014).
 """
 
@@ -17,14 +17,14 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
-    """splitmix64's output function."""
+    """Return splitmix64's output function."""
     state = (state ^ (state >> np.uint64(30))) * _MIX_1
     state = (state ^ (state >> np.uint64(27))) * _MIX_2
     return state ^ (state >> np.uint64(31))
 
 
 def uniform(key: int, *parts: np.ndarray | int) -> np.ndarray:
-    """Uniform numbers in [0, 1), one per element of the broadcast integer parts."""
+    """Return uniform numbers in [0, 1), one per element of the broadcast integer parts."""
     state = np.array([key], dtype=np.uint64)
     with np.errstate(over="ignore"):
         for part in parts:
@@ -34,7 +34,7 @@ def uniform(key: int, *parts: np.ndarray | int) -> np.ndarray:
 
 
 def noise(y: np.ndarray, x: np.ndarray, cell: tuple[float, float], key: int) -> np.ndarray:
-    """Smooth value noise in [0, 1) at broadcast points; `cell` is its grain along y and x."""
+    """Return smooth value noise in [0, 1) at broadcast points, of grain `cell` along y and x."""
     rows, fy = _split(y / cell[0])
     columns, fx = _split(x / cell[1])
     if not rows.size:
@@ -53,7 +53,7 @@ def noise(y: np.ndarray, x: np.ndarray, cell: tuple[float, float], key: int) -> 
 
 
 def fractal(y: np.ndarray, x: np.ndarray, cell_um: float, key: int, octaves: int = 3) -> np.ndarray:
-    """Noise of halving grain and weight, in [0, 1)."""
+    """Return noise of halving grain and weight, in [0, 1)."""
     total: np.ndarray = np.zeros(1, np.float32)
     for octave in range(octaves):
         size = cell_um / 2**octave
@@ -62,14 +62,14 @@ def fractal(y: np.ndarray, x: np.ndarray, cell_um: float, key: int, octaves: int
 
 
 def _split(value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whole part, and the eased fraction 3t^2 - 2t^3."""
+    """Return the integer part and the smoothed fraction 3t^2 - 2t^3."""
     whole = np.floor(value)
     t = (value - whole).astype(np.float32)
     return whole.astype(np.int64), t * t * (3 - 2 * t)
 
 
 def ramp(value: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
-    """0 below `low`, 1 above `high` (or the other way round), eased between."""
+    """Return 0 below `low`, 1 above `high` (or the other way round), eased between."""
     t = np.clip((value - low) / (high - low), 0, 1)
     return t * t * (3 - 2 * t)
 
@@ -85,11 +85,11 @@ class Points:
     key: int
 
     def draw(self, what: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
-        """One uniform number per point for the purpose `what`."""
+        """Return one uniform number per point for the purpose `what`."""
         return low + (high - low) * uniform(self.key, self.row, self.column, what)
 
     def where(self, chosen: np.ndarray) -> Points:
-        """The chosen points."""
+        """Return the chosen points."""
         return Points(
             self.y[chosen], self.x[chosen], self.row[chosen], self.column[chosen], self.key
         )
@@ -98,7 +98,7 @@ class Points:
 def scatter(
     y_um: tuple[float, float], x_um: tuple[float, float], pitch_um: float, jitter: float, key: int
 ) -> Points:
-    """One point per lattice cell of side `pitch_um`, moved by up to `jitter` cells, that may
+    """Return one point per lattice cell of side `pitch_um`, moved by up to `jitter` cells, that may
     lie in the ranges given; cells in row-major order.
     """
     rows, columns = (

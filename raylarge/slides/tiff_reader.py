@@ -181,7 +181,7 @@ class TiffLevel:
 
     @property
     def transparent(self) -> bool:
-        """Whether some sample is transparency."""
+        """Return whether some sample is transparency."""
         return self._channels.alpha is not None
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a slide holds tissue: colourful against the near-white glass.
+"""Find tissue on a slide: it is colourful against the near-white glass.
 
 Otsu's threshold (IEEE Trans. SMC 9(1), 1979) on the blurred chroma (largest minus smallest
 channel) of a thumbnail. Otsu always splits, even a slide of one kind; so its threshold is
@@ -18,7 +18,7 @@ _BLUR_PX = 1.0
 
 
 def tissue_mask(thumbnail: UInt8[np.ndarray, "rows columns 3"]) -> Bool[np.ndarray, "rows columns"]:
-    """Which pixels of a thumbnail (4 to 16 um/px) show tissue; fat and lumina do not."""
+    """Return which pixels of a thumbnail (4 to 16 um/px) show tissue; fat and lumina do not."""
     chroma = np.ptp(thumbnail.astype(np.float32), axis=-1)
     blurred = ndimage.gaussian_filter(chroma, _BLUR_PX)
     threshold = np.clip(otsu(blurred), LOWEST_CHROMA, HIGHEST_CHROMA)
@@ -27,7 +27,7 @@ def tissue_mask(thumbnail: UInt8[np.ndarray, "rows columns 3"]) -> Bool[np.ndarr
 
 
 def otsu(values: Float[np.ndarray, "rows columns"]) -> float:
-    """The threshold that maximises the variance between the two classes, in 256 bins of 0..255."""
+    """Return Otsu's threshold of values in 0..255, by a histogram of 256 bins."""
     counts, edges = np.histogram(values, bins=256, range=(0, 256))
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)
@@ -42,7 +42,7 @@ def otsu(values: Float[np.ndarray, "rows columns"]) -> float:
 def tissue_fraction(
     mask: Bool[np.ndarray, "rows columns"], cells_px: float, grid: tuple[int, int]
 ) -> Float[np.ndarray, "grid_rows grid_columns"]:
-    """The share of tissue in each tile of the base grid; beyond the mask there is none.
+    """Return the share of tissue in each tile of the base grid; beyond the mask there is none.
 
     Args:
         mask: of a thumbnail of the slide.

@@ -53,7 +53,7 @@ class View:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the view is the slide itself."""
+        """Return whether the view is the slide itself."""
         return self == View()
 
     def size(self, whole_px: tuple[int, int]) -> tuple[int, int]:
