@@ -28,11 +28,11 @@ import torch
 from benchmarks.data_slides import PATCH_PX, Slides
 from raylarge.compute.session import session
 from raylarge.data import embed, embed_config, parts, tile, tile_table
-from raylarge.data.candidates import TileConfig
 from raylarge.data.embed import EmbedStage
 from raylarge.data.embed_config import EmbedConfig
 from raylarge.data.parts import Facts, PartBuilder
 from raylarge.data.pipeline import ExecutorConfig
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.data.units import BlockUnit
 
 

@@ -18,11 +18,11 @@ from benchmarks.data_speed import BATCH, DataMeasure, median
 from benchmarks.page import Section
 from raylarge import images
 from raylarge.data import embed, shard, tile
-from raylarge.data.candidates import TileConfig
 from raylarge.data.embed_config import EmbedConfig
 from raylarge.data.grid import TileGrid
 from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.shard import ShardConfig
+from raylarge.data.tile_candidates import TileConfig
 
 SLIDES, TILES, EXAMPLES = 1136, 12.5e6, 16.6e6
 

@@ -22,9 +22,9 @@ from benchmarks.data_makers import Job, Timing
 from benchmarks.data_slides import Slides
 from benchmarks.page import Section
 from raylarge import report
-from raylarge.data.candidates import TileConfig
 from raylarge.data.embed_config import EmbedConfig
 from raylarge.data.grid import TileGrid
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.models import ssl
 
 OVERHEAD_GOAL = 0.1

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from raylarge.data.candidates import TileConfig
 from raylarge.data.exchange import h5_place
 from raylarge.data.exchange.h5_read import Patches
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.errors import SlideError
 
 TILE = TileConfig(patch_px=64)

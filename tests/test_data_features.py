@@ -8,7 +8,7 @@ import torch
 from bundles import written
 
 from raylarge import config, schema, storage, tables
-from raylarge.data import features, picked
+from raylarge.data import features, row_selection
 from raylarge.data.exchange import h5_features
 from raylarge.data.features import FeatureConfig
 from raylarge.data.pipeline import ExecutorConfig
@@ -300,14 +300,14 @@ def test_h5_coordinates_are_the_files_own_pixels(data, bundle, tiny_slide, tmp_p
 def test_parts_are_read_one_by_one_and_one_scale_of_them(data, bundle, monkeypatch, tmp_path):
     pytest.importorskip("h5py")
     name = features.run(data, bundle, FeatureConfig(), ExecutorConfig())["table"].rsplit("/", 1)[1]
-    made, read, seen = tables.manifest(data, name), picked.read, []
+    made, read, seen = tables.manifest(data, name), row_selection.read, []
 
     def one(root, unit, columns, scales):
         table, groups = read(root, unit, columns, scales)
         seen.append((unit.source, {scale for scale, _, _ in groups}))
         return table, groups
 
-    monkeypatch.setattr(h5_features.picked, "read", one)
+    monkeypatch.setattr(h5_features.row_selection, "read", one)
     monkeypatch.setattr(tables, "rows", None)
     exported(data, name, str(tmp_path / "h5"), scale=1)
     mine = [part["part"] for part in made["parts"] if "1" in part["counts"]]

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from raylarge import images, schema, storage
-from raylarge.data import roster, tile
+from raylarge.data import slide_index, tile
 from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.qc import regions as qc_regions
 from raylarge.data.qc import sheet as qc
@@ -144,7 +144,7 @@ def test_random_crops_are_dashed_and_leave_the_grid_alone():
 def test_a_sheet_is_the_same_every_time_and_says_no_name(tiny_slide, tiled, tmp_path):
     """Of a file under another name the sheet has the same pixels, so the name is not in it."""
     first, second = (
-        images.read_png(storage.join(tiled, "qc", f"{roster.pseudonym('raylarge', name)}.png"))
+        images.read_png(storage.join(tiled, "qc", f"{slide_index.pseudonym('raylarge', name)}.png"))
         for name in ("DOE_JANE.1970.tif", "ROE_RICHARD.tif")
     )
     assert first[0].shape == second[0].shape

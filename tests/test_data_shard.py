@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from raylarge import images, pyramid, resample, schema, storage, tables
-from raylarge.data.candidates import TileConfig
 from raylarge.data.grid import TileGrid
 from raylarge.data.prepare import prepare
 from raylarge.data.shard import example_image, key, pooled
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.errors import UserError
 from raylarge.models import ssl
 from raylarge.report import Report

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raylarge.data import given_rows, text_table
+from raylarge.data import text_table, user_table_rows
 from raylarge.errors import UserError
 
 WANTED = [{"slide": "a", "patient": "p 1", "mpp": "0.25"}, {"slide": "b", "patient": "", "mpp": ""}]
@@ -109,7 +109,7 @@ def test_parquet_says_the_same_as_csv(tmp_path):
 
 THREADS = """
 import os, sys
-from raylarge.data import roster, text_table
+from raylarge.data import slide_index, text_table
 before = len(os.listdir("/proc/self/task"))
 for path in sys.argv[1:]:
     text_table.read(path)
@@ -129,7 +129,7 @@ def test_no_thread_is_left_that_aborts_the_process_at_its_end(tmp_path):
 def test_a_large_csv_is_read_from_memory_that_is_no_object_of_python():
     content = bytes(range(256))
     before = sys.getrefcount(content)
-    buffer = given_rows._arrow_buffer(content)
+    buffer = user_table_rows._arrow_buffer(content)
     assert sys.getrefcount(content) == before
     assert buffer.to_pybytes() == content
-    assert given_rows._arrow_buffer(b"").size == 0
+    assert user_table_rows._arrow_buffer(b"").size == 0

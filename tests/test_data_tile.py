@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from raylarge import images, pyramid, schema, storage, tables
-from raylarge.data import roster, tile, tile_table
-from raylarge.data.candidates import TileConfig, candidates
+from raylarge.data import slide_index, tile, tile_table
 from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.prepare import find_slides, prepare
+from raylarge.data.tile_candidates import TileConfig, candidates
 from raylarge.data.tile_table import slides_of
 from raylarge.data.views import view_of, with_views
 from raylarge.errors import UserError
@@ -237,7 +237,7 @@ def test_views_show_no_held_out_pixel_and_embed_their_own(tiny_prepare, run):
 def test_held_out_patients_have_one_view(tiny_slide, tmp_path):
     slides = [shutil.copy(tiny_slide, tmp_path / f"{name}.tif") for name in "abcdef"]
     config = TileConfig(split="patient", val_fraction=0.5, views=3)
-    entries = with_views(roster.index(list(map(str, slides)), config).entries, config)
+    entries = with_views(slide_index.index(list(map(str, slides)), config).entries, config)
     views = {
         split: {one.view for one in entries if one.split == split} for split in ("train", "val")
     }

@@ -8,8 +8,8 @@ import pyarrow.compute as pc
 import pytest
 
 from raylarge import images, storage, tables
-from raylarge.data.candidates import TileConfig
 from raylarge.data.prepare import prepare
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.data.tile_table import slides_of
 from raylarge.data.views import CROPS_PER_VIEW, view_of
 from raylarge.errors import UserError

@@ -15,7 +15,7 @@ from mutations import NAMES, Refused, outcome, painted
 from PIL import Image
 
 from raylarge import config, tables
-from raylarge.data import roster
+from raylarge.data import slide_index
 from raylarge.data.prepare import Prepare, find_slides, prepare
 from raylarge.report import Report
 
@@ -96,7 +96,7 @@ def test_a_slide_is_found_by_its_own_name_alone(folder, name):
 def test_a_slide_has_its_own_mask_label_and_pseudonym(data, index):
     name = NAMES[index]
     slide = slides_of(data)[name]
-    assert slide["slide_id"] == roster.pseudonym("raylarge", name)
+    assert slide["slide_id"] == slide_index.pseudonym("raylarge", name)
     rows = tables.rows(str(data), "tiles").to_pylist()
     kept = [
         (t["row"], t["column"]) for t in rows if t["kept"] and t["slide_id"] == slide["slide_id"]

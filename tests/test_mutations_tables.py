@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from mutations import Refused, outcome, pick
 
-from raylarge.data import roster, split_table
-from raylarge.data.candidates import TileConfig
+from raylarge.data import slide_index, split_table
+from raylarge.data.tile_candidates import TileConfig
 
 STEMS = [
     "S-1",
@@ -122,7 +122,7 @@ def test_a_table_says_the_same_however_it_is_written(tmp_path, seed):
     rows = truth(rng)
     path = write(rng, tmp_path, *table_of(rng, rows))
     config = TileConfig(table=path, labels=["grade"])
-    assert outcome(lambda: seen(roster.index(list(rows), config))) == expected_of(rows)
+    assert outcome(lambda: seen(slide_index.index(list(rows), config))) == expected_of(rows)
 
 
 def double_header(rng, columns, lines, paths):
@@ -216,7 +216,7 @@ def test_a_table_with_one_fault_is_refused_for_it(tmp_path, seed):
     else:
         path = write(rng, tmp_path, columns, lines)
     config = TileConfig(table=path, labels=["grade"])
-    assert outcome(lambda: seen(roster.index(list(rows), config))) == refused
+    assert outcome(lambda: seen(slide_index.index(list(rows), config))) == refused
 
 
 @pytest.mark.parametrize("seed", range(15))
@@ -242,7 +242,7 @@ def test_a_csv_that_is_broken_is_refused(tmp_path, seed):
     path = tmp_path / "t.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     config = TileConfig(table=str(path))
-    assert outcome(lambda: seen(roster.index(list(rows), config))) == Refused(words)
+    assert outcome(lambda: seen(slide_index.index(list(rows), config))) == Refused(words)
 
 
 def split_file(rng, split):
@@ -284,7 +284,9 @@ def test_a_split_file_says_the_same_in_every_form(tmp_path, seed):
     }[fault]
     assert (
         outcome(
-            lambda: {e.path: e.split for e in roster.index(slides, TileConfig(split=path)).entries}
+            lambda: {
+                e.path: e.split for e in slide_index.index(slides, TileConfig(split=path)).entries
+            }
         )
         == expected
     )
@@ -316,7 +318,7 @@ def test_a_row_is_not_of_a_slide_with_a_longer_name(tmp_path, longer, nearer):
     (tmp_path / "t.csv").write_text("slide,split\nS-1,test\n")
     config = TileConfig(table=str(tmp_path / "t.csv"))
     refused = Refused("1 of 2", "no split", f"'{longer}'")
-    assert outcome(lambda: roster.index([nearer, longer], config)) == refused
+    assert outcome(lambda: slide_index.index([nearer, longer], config)) == refused
 
 
 @pytest.mark.parametrize(
@@ -324,7 +326,7 @@ def test_a_row_is_not_of_a_slide_with_a_longer_name(tmp_path, longer, nearer):
 )
 def test_a_row_of_several_slides_is_said(tmp_path, slides, row):
     (tmp_path / "t.csv").write_text(f"slide,split\n{row},test\n")
-    index = roster.index(slides, TileConfig(table=str(tmp_path / "t.csv")))
+    index = slide_index.index(slides, TileConfig(table=str(tmp_path / "t.csv")))
     assert [entry.split for entry in index.entries] == ["test", "test"]
     listed = ", ".join(f"'{one}'" for one in slides)
     assert index.lines == [

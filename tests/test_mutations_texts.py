@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from mutations import TEXTS, Refused, outcome, pick
 
-from raylarge.data.given import Given
+from raylarge.data.user_table import UserTable
 
 MISSING = ["", "NA", "nan", "None", " ", "-", "#N/A"]
 WORDS = [word for word in TEXTS if word not in ("null", "-", "") and "\udcff" not in word]
@@ -29,10 +29,12 @@ def as_csv(rng, columns, lines):
 
 def answer(path, column, keys, vectors=False):
     """What a table says of some examples; None where it says nothing."""
-    given = Given(str(path), column, vectors)
-    rows = given.find(pa.chunked_array([pa.array(keys, pa.uint64())]))
+    user_table = UserTable(str(path), column, vectors)
+    rows = user_table.find(pa.chunked_array([pa.array(keys, pa.uint64())]))
     read = (
-        (lambda row: given.vectors(row)[0].tolist()) if vectors else (lambda r: given.texts(r)[0])
+        (lambda row: user_table.vectors(row)[0].tolist())
+        if vectors
+        else (lambda row: user_table.texts(row)[0])
     )
     return [read(rows[i : i + 1]) if row >= 0 else None for i, row in enumerate(rows)]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from raylarge import pyramid, storage
-from raylarge.data import roster
+from raylarge.data import slide_index
 from raylarge.data.prepare import prepare
 from raylarge.errors import SlideError, UserError
 from raylarge.report import Report
@@ -113,7 +113,7 @@ def test_any_web_server_will_do_and_no_query_is_kept(
     prepare(config, Report(str(tmp_path / "report.json")))
     assert list(storage.read_json(f"{config.out}/names.json").values()) == [url.partition("?")[0]]
     assert list(storage.read_json(f"{config.out}/names.json")) == [
-        roster.pseudonym(config.tile.salt, "a.tif")
+        slide_index.pseudonym(config.tile.salt, "a.tif")
     ]
     prepare(config, Report(str(tmp_path / "report.json")))
     files = [path for path in Path(config.out).rglob("*") if path.is_file()]
@@ -145,9 +145,13 @@ def test_a_refused_address_does_not_show_its_query(served, tmp_path, tiny_prepar
 
 
 def test_a_fingerprint_over_the_web_fetches_no_whole_slide(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(roster, "_PEEK_BYTES", 1000)
+    monkeypatch.setattr(slide_index, "_PEEK_BYTES", 1000)
     content = (tmp_path / "a.tif").read_bytes()
     expected = storage.digest(f"{len(content)} ".encode() + content[:1000] + content[-1000:])
-    assert roster.fingerprint(served("full")) == roster.fingerprint(str(tmp_path / "a.tif"))
-    assert roster.fingerprint(served("full")) == expected
-    assert roster.fingerprint(served("no-ranges")) == roster.fingerprint(served("no-ranges"))
+    assert slide_index.fingerprint(served("full")) == slide_index.fingerprint(
+        str(tmp_path / "a.tif")
+    )
+    assert slide_index.fingerprint(served("full")) == expected
+    assert slide_index.fingerprint(served("no-ranges")) == slide_index.fingerprint(
+        served("no-ranges")
+    )

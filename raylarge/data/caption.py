@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from raylarge import images, schema, storage
-from raylarge.data import derive, parts, picked
+from raylarge.data import derive, parts, row_selection
 from raylarge.data.parts import Stage
 from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, without_actors
 from raylarge.data.units import DerivedUnit
@@ -47,7 +47,7 @@ def run(root: str, config: CaptionConfig, executor: ExecutorConfig) -> Facts:
             weights that are missing or another model's.
     """
     made = parts.manifest(root, "shard", "caption")
-    picked.require(made, config.scales, "caption.scales")
+    row_selection.require(made, config.scales, "caption.scales")
     config = replace(config, weights=config.weights and storage.absolute(config.weights))
     used = _section(config)
     what = {key: value for key, value in used.items() if key != "batch"}
@@ -76,7 +76,7 @@ class CaptionStage(Stage):
     def make(self, unit: DerivedUnit) -> tuple[pa.Table, Facts]:
         """A sentence for every example of the wanted scales, in the part's order."""
         columns = [*derive.WHERE, "image"]
-        table, groups = picked.read(self._root, unit, columns, self._config.scales)
+        table, groups = row_selection.read(self._root, unit, columns, self._config.scales)
         texts = pa.array(self._texts(table["image"]), pa.string())
         return pa.table({**derive.where(table), "text": texts}), {"groups": groups}
 

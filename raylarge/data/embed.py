@@ -18,11 +18,11 @@ from jaxtyping import Float16
 
 from raylarge import schema, storage
 from raylarge.data import parts, tile_table
-from raylarge.data.candidates import TileConfig, blocks, covered
 from raylarge.data.embed_config import DTYPES, EmbedConfig, section
 from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import Stage
 from raylarge.data.pipeline import ExecutorConfig, Facts
+from raylarge.data.tile_candidates import TileConfig, blocks, covered
 from raylarge.data.tile_table import kept, scale_and_cells, slides_of
 from raylarge.data.units import BlockUnit
 from raylarge.errors import UserError

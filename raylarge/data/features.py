@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Float16, Int, UInt64
 
 from raylarge import schema, tables
-from raylarge.data import derive, parts, picked
+from raylarge.data import derive, parts, row_selection
 from raylarge.data.embed_config import DTYPES
 from raylarge.data.parts import Stage
 from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts, without_actors
@@ -86,7 +86,7 @@ def run(root: str, bundle: str, config: FeatureConfig, executor: ExecutorConfig)
     config.check()
     latents = f"latents-{bundles.digest(bundle, ('vae',))}"
     made = tables.manifest(root, latents)
-    picked.require(made, config.scales, "features.scales")
+    row_selection.require(made, config.scales, "features.scales")
     digest = bundles.digest(bundle, _PARTS)
     scales = None if config.scales is None else sorted(set(config.scales))
     used = {**without_actors(config), "scales": scales}
@@ -130,9 +130,9 @@ class FeatureStage(Stage):
     def make(self, unit: DerivedUnit) -> tuple[pa.Table, Facts]:
         """Features of every example of the wanted scales, unflipped, in the part's order."""
         columns = [*derive.WHERE, "flip", "latent", "grid", "grid_rows", "grid_columns"]
-        table, groups = picked.read(self._root, unit, columns, self._config.scales)
+        table, groups = row_selection.read(self._root, unit, columns, self._config.scales)
         upright = table["flip"].to_numpy() == 0
-        table, groups = table.filter(pa.array(upright)), picked.kept(groups, upright)
+        table, groups = table.filter(pa.array(upright)), row_selection.kept(groups, upright)
         samples = Samples(table, self._bundle.patch.latent)
         self._refuse(samples)
         found: list[Float16[np.ndarray, "B width"]] = []

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 
 from raylarge import storage
 from raylarge.data import name_table
-from raylarge.data.candidates import TileConfig
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.data.units import BlockUnit
 from raylarge.data.views import view_of
 from raylarge.errors import SlideError, UserError, printable
@@ -38,7 +38,7 @@ class TileGrid:
     """Base tiles of the slide that was asked for last; it stays open until another comes."""
 
     def __init__(self, config: TileConfig) -> None:
-        """See `raylarge.data.candidates.TileConfig` for the fields that matter here."""
+        """See `raylarge.data.tile_candidates.TileConfig` for the fields that matter here."""
         self._config = config
         self.patch_px = config.patch_px
         self._name: tuple[str, int] | None = None

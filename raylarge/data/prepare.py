@@ -16,15 +16,15 @@ from raylarge import report, storage
 from raylarge.compute.session import session
 from raylarge.config import require_place
 from raylarge.data import caption, embed, encode, features, shard, text_embed, tile
-from raylarge.data.candidates import TileConfig
 from raylarge.data.caption import CaptionConfig
 from raylarge.data.embed_config import EmbedConfig
 from raylarge.data.encode import EncodeConfig
 from raylarge.data.features import FeatureConfig
 from raylarge.data.pipeline import ExecutorConfig
-from raylarge.data.roster import with_names
 from raylarge.data.shard import ShardConfig
+from raylarge.data.slide_index import with_names
 from raylarge.data.text_embed import TextEmbedConfig
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.data.tile_table import file_names
 from raylarge.errors import UserError
 from raylarge.storage import web

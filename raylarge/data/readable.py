@@ -11,10 +11,10 @@ from dataclasses import replace
 from functools import partial
 
 from raylarge import report
-from raylarge.data import parts, pipeline, roster
-from raylarge.data.candidates import TileConfig
+from raylarge.data import parts, pipeline, slide_index
 from raylarge.data.grid import about
 from raylarge.data.pipeline import ExecutorConfig, Facts
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.data.units import TileUnit
 from raylarge.errors import SlideError
 from raylarge.slides.reader import open_slide
@@ -62,7 +62,7 @@ def refuse_all(
     if len(reasons) < 2:
         return None
     for reason in reasons:
-        report.say(f"  {roster.with_names(reason, names)}")
+        report.say(f"  {slide_index.with_names(reason, names)}")
     return SlideError(
         f"{len(reasons):,} of {len(units):,} slides cannot be read (they are listed above); mend "
         "them, or leave them out with on_error=skip."

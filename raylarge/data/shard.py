@@ -24,11 +24,11 @@ from torch import nn
 from raylarge import images, schema, storage, tables
 from raylarge.config import plain
 from raylarge.data import bucket, parts, tile_table
-from raylarge.data.candidates import TileConfig, blocks
 from raylarge.data.embed_config import EmbedConfig, section_in
 from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import Stage
 from raylarge.data.pipeline import ExecutorConfig, Facts
+from raylarge.data.tile_candidates import TileConfig, blocks
 from raylarge.data.tile_table import kept, scale_and_cells, slides_of
 from raylarge.data.units import BlockUnit, SlideFacts
 from raylarge.errors import UserError

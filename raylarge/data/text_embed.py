@@ -5,7 +5,7 @@
     vectors=TABLE.parquet:COLUMN                -> vector     the user's own, as they are
 
 A user's table is a CSV or parquet with `key` (that of EXAMPLES), or with slide_id, scale, row and
-column (`given.py`). Rows keep the order of EXAMPLES; an example without a vector has no row.
+column (`user_table.py`). Rows keep the order of EXAMPLES; an example without a vector has no row.
 Vectors are raw.
 """
 
@@ -22,11 +22,11 @@ import pyarrow as pa
 from jaxtyping import Float32
 
 from raylarge import images, report, schema, storage, tables
-from raylarge.data import derive, parts, picked
-from raylarge.data.given import Given, source_of, split_column
+from raylarge.data import derive, parts, row_selection
 from raylarge.data.parts import Stage
 from raylarge.data.pipeline import ActorConfig, ExecutorConfig, Facts
 from raylarge.data.units import DerivedUnit
+from raylarge.data.user_table import UserTable, source_of, split_column
 from raylarge.data.weights import folder_digest
 from raylarge.errors import UserError
 from raylarge.geometry import batches
@@ -167,13 +167,13 @@ def _refuse(root: str, made: Mapping[str, Any], config: TextEmbedConfig, table: 
     fine = config.missing == "drop" or before.get("rows") == made["rows"]
     if fine and before.get("input") == made["digest"]:
         return
-    given = _given(config)
-    for line in given.missing_words():
+    user_table = _given(config)
+    for line in user_table.missing_words():
         report.say(line)
 
     def look(part: Mapping[str, Any]) -> tuple[int, int]:
-        found = given.find(picked.read(root, _unit(part), ["key"])[0]["key"])
-        return int((found < 0).sum()), given.bytes_of(found[found >= 0])
+        found = user_table.find(row_selection.read(root, _unit(part), ["key"])[0]["key"])
+        return int((found < 0).sum()), user_table.bytes_of(found[found >= 0])
 
     with ThreadPoolExecutor(_READERS) as pool:
         looking = pool.map(look, made["parts"])
@@ -183,26 +183,26 @@ def _refuse(root: str, made: Mapping[str, Any], config: TextEmbedConfig, table: 
         cure = "" if missing == made["rows"] else ", or leave them out: text_embed.missing=drop"
         part = next(one for one, (lost, _) in zip(made["parts"], looked, strict=True) if lost)
         raise UserError(
-            f"{given.path} has no {given.what} for {missing} of {made['rows']} examples (such as "
-            f"{_lost(root, part, given)}); add them{cure}."
+            f"{user_table.path} has no {user_table.what} for {missing} of {made['rows']} examples "
+            f"(such as {_lost(root, part, user_table)}); add them{cure}."
         )
-    given.refuse_order(sum(bytes_read for _, bytes_read in looked))
+    user_table.refuse_order(sum(bytes_read for _, bytes_read in looked))
 
 
 def _unit(part: Mapping[str, Any]) -> DerivedUnit:
     return DerivedUnit(source=part["part"], groups=part["groups"])
 
 
-def _lost(root: str, part: Mapping[str, Any], given: Given) -> str:
+def _lost(root: str, part: Mapping[str, Any], user_table: UserTable) -> str:
     """The first example of a part that the user's table lacks, in words."""
-    table, _ = picked.read(root, _unit(part), ["key", "slide_id", "scale", "row", "column"])
-    row = table.filter(pa.array(given.find(table["key"]) < 0)).slice(0, 1).to_pylist()[0]
+    table, _ = row_selection.read(root, _unit(part), ["key", "slide_id", "scale", "row", "column"])
+    row = table.filter(pa.array(user_table.find(table["key"]) < 0)).slice(0, 1).to_pylist()[0]
     return ", ".join(f"{name} {value}" for name, value in row.items())
 
 
-def _given(config: TextEmbedConfig) -> Given:
+def _given(config: TextEmbedConfig) -> UserTable:
     path, column = split_column(config.vectors) if config.vectors else (config.texts, "text")
-    return Given(path, column, vectors=bool(config.vectors))
+    return UserTable(path, column, vectors=bool(config.vectors))
 
 
 class TextVectorStage(Stage):
@@ -219,7 +219,7 @@ class TextVectorStage(Stage):
     def make(self, unit: DerivedUnit) -> tuple[pa.Table, Facts]:
         """A vector for every row that has a text, in the part's order."""
         if self._given is None:
-            table, groups = picked.read(self._root, unit, [*derive.WHERE, "text"])
+            table, groups = row_selection.read(self._root, unit, [*derive.WHERE, "text"])
             texts = table["text"].to_pylist()
         else:
             table, groups, found = matched(self._root, unit, self._given)
@@ -242,7 +242,7 @@ class ImageVectorStage(Stage):
 
     def make(self, unit: DerivedUnit) -> tuple[pa.Table, Facts]:
         """A vector for every example of the part, in its order."""
-        table, groups = picked.read(self._root, unit, [*derive.WHERE, "image"])
+        table, groups = row_selection.read(self._root, unit, [*derive.WHERE, "image"])
         files = table["image"]
         vectors = np.zeros((len(files), self._encoder.card.width), np.float32)
         for batch in batches(len(files), self._batch) if len(files) else []:
@@ -268,16 +268,18 @@ class TableVectorStage(Stage):
 
 
 def matched(
-    root: str, unit: DerivedUnit, given: Given
-) -> tuple[pa.Table, picked.Groups, np.ndarray]:
+    root: str, unit: DerivedUnit, user_table: UserTable
+) -> tuple[pa.Table, row_selection.Groups, np.ndarray]:
     """The examples of a part that the user's table knows, their groups, and its rows for them."""
-    table, groups = picked.read(root, unit, derive.WHERE)
-    found = given.find(table["key"])
+    table, groups = row_selection.read(root, unit, derive.WHERE)
+    found = user_table.find(table["key"])
     keep = found >= 0
-    return table.filter(pa.array(keep)), picked.kept(groups, keep), found[keep]
+    return table.filter(pa.array(keep)), row_selection.kept(groups, keep), found[keep]
 
 
-def _made(table: pa.Table, vectors: Vectors, groups: picked.Groups) -> tuple[pa.Table, Facts]:
+def _made(
+    table: pa.Table, vectors: Vectors, groups: row_selection.Groups
+) -> tuple[pa.Table, Facts]:
     """Return the VECTORS of a part and its facts.
 
     Raises:

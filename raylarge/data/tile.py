@@ -1,7 +1,7 @@
 """tile: slides in, TILES out: every candidate example, kept or rejected with a reason.
 
 A slide is opened once: its thumbnail tells where there is tissue, its candidates
-(`candidates.py`) are held against it, and a sheet for its quality control is drawn.
+(`tile_candidates.py`) are held against it, and a sheet for its quality control is drawn.
 """
 
 from __future__ import annotations
@@ -15,8 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from raylarge import images, report, schema, storage
-from raylarge.data import name_table, parts, readable, roster
-from raylarge.data.candidates import (
+from raylarge.data import name_table, parts, readable, slide_index
+from raylarge.data.grid import about
+from raylarge.data.parts import Stage
+from raylarge.data.pipeline import ExecutorConfig, Facts
+from raylarge.data.qc.sheet import sheet as drawn
+from raylarge.data.qc.sheet import write_page
+from raylarge.data.tile_candidates import (
     Grid,
     TileConfig,
     band_rows,
@@ -27,11 +32,6 @@ from raylarge.data.candidates import (
     reason,
     splits,
 )
-from raylarge.data.grid import about
-from raylarge.data.parts import Stage
-from raylarge.data.pipeline import ExecutorConfig, Facts
-from raylarge.data.qc.sheet import sheet as drawn
-from raylarge.data.qc.sheet import write_page
 from raylarge.data.tile_table import file_names, remember, scale_and_cells, section
 from raylarge.data.units import SlideFacts, TileUnit
 from raylarge.data.views import drop_unused_crops, mask_cell_px, view_of, view_splits, with_views
@@ -67,7 +67,7 @@ def run(
     config.check()
     sections = {"tile": section(config)}
     parts.refuse_mixing(root, sections)
-    index = roster.index(slides, config)
+    index = slide_index.index(slides, config)
     for line in index.lines:
         report.say(line)
     entries = with_views(index.entries, config)
@@ -86,7 +86,7 @@ def run(
     rows = [one["slide"] for one in built.facts]
     storage.write_json(storage.join(root, "slides.json"), {"slides": rows})
     facts = parts.finish(root, "tile", built, sections, patch_px=config.patch_px)
-    tables = roster.account(index, config.salt, names)
+    tables = slide_index.account(index, config.salt, names)
     return {**facts, "user_tables": tables} if tables else facts
 
 
@@ -95,7 +95,7 @@ def _nothing_kept(
 ) -> UserError:
     """Print why slides failed, and return the error of a run that keeps no tile."""
     for one in built.failed:
-        report.say(f"  {roster.with_names(one['reason'], shown)}")
+        report.say(f"  {slide_index.with_names(one['reason'], shown)}")
     best = max((one["most_tissue"] for one in built.facts), default=0.0)
     count = len(built.facts) + len(built.failed)
     return UserError(
@@ -128,7 +128,7 @@ def _tell_of_others(root: str, slides: set[str]) -> None:
 
 
 def _units(
-    known: Sequence[roster.Entry], sections: dict[str, Any], config: TileConfig
+    known: Sequence[slide_index.Entry], sections: dict[str, Any], config: TileConfig
 ) -> list[TileUnit]:
     pattern = storage.absolute(config.mask) if "{name}" in config.mask else ""
     mask_paths = [pattern.replace("{name}", entry.stem) for entry in known]
@@ -153,7 +153,7 @@ def _units(
     return units
 
 
-def _refuse_shared(known: Sequence[roster.Entry], mask_paths: Sequence[str]) -> None:
+def _refuse_shared(known: Sequence[slide_index.Entry], mask_paths: Sequence[str]) -> None:
     """Refuse slides whose names differ in the ending alone: one mask cannot be of both.
 
     Raises:
@@ -172,7 +172,7 @@ def _refuse_shared(known: Sequence[roster.Entry], mask_paths: Sequence[str]) -> 
 def _fingerprint(path: str) -> str:
     """A slide's fingerprint; none of one that cannot be read, which its own unit will say."""
     try:
-        return roster.fingerprint(path)
+        return slide_index.fingerprint(path)
     except UserError as error:
         if isinstance(error, SlideError) or storage.is_local(path):
             return ""

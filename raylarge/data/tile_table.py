@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from raylarge import storage
 from raylarge.config import plain
-from raylarge.data import name_table, roster
-from raylarge.data.candidates import TileConfig
+from raylarge.data import name_table, slide_index
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.data.units import SlideFacts
 from raylarge.errors import UserError
 from raylarge.storage import web
@@ -25,12 +25,12 @@ def section(config: TileConfig) -> dict[str, Any]:
     for name in ("scene", "bands", "value_range"):  # unset, they leave older folders as they are
         if not values[name]:
             values.pop(name)
-    values["salt"] = roster.trace(config.salt)
+    values["salt"] = slide_index.trace(config.salt)
     if config.views == 1:  # tables of before there were views stay valid
         values.pop("views")
     if not config.base_crops:
         values.pop("base_crops")
-    values["split"] = "file" if roster.is_file(config.split) else config.split
+    values["split"] = "file" if slide_index.is_file(config.split) else config.split
     values["mask"] = "file" if "{name}" in config.mask else config.mask
     return values
 
@@ -64,7 +64,7 @@ def _names(root: str) -> dict[str, str]:
     return names
 
 
-def remember(root: str, entries: Sequence[roster.Entry]) -> None:
+def remember(root: str, entries: Sequence[slide_index.Entry]) -> None:
     """Add to what is known of the files: a slide that is left out may come back."""
     names = {**_names(root), **{entry.slide_id: web.remember_url(entry.path) for entry in entries}}
     storage.write_json(storage.join(root, "names.json"), names)

@@ -32,7 +32,7 @@ class TileUnit(Unit):
     """A slide whose candidates become TILES.
 
     Attributes:
-        path, patient_id, split, mpp, labels, view, mask: see `roster.Entry`; `mask` is a path.
+        path, patient_id, split, mpp, labels, view, mask: see `slide_index.Entry`; `mask` is a path.
         tiling_digest: of the settings and files that decide its candidates.
         fingerprint: of the slide's bytes.
     """

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raylarge.data import roster
-from raylarge.data.candidates import Cells, TileConfig, band_edge, band_rows
+from raylarge.data import slide_index
 from raylarge.data.name_table import stems
+from raylarge.data.tile_candidates import Cells, TileConfig, band_edge, band_rows
 from raylarge.data.units import TileUnit
 from raylarge.diffusion.noise import generator
 from raylarge.slides.reader import Slide
@@ -30,17 +30,19 @@ _MASK_CELLS = 8
 """Cells of a tissue mask along the side of a base tile."""
 
 
-def with_views(entries: Sequence[roster.Entry], config: TileConfig) -> list[roster.Entry]:
+def with_views(entries: Sequence[slide_index.Entry], config: TileConfig) -> list[slide_index.Entry]:
     """Return slides and the further views of those that train, sorted by pseudonym."""
     views = [view for entry in entries for view in _views(entry, config)]
     return sorted([*entries, *views], key=lambda entry: entry.slide_id)
 
 
-def _views(entry: roster.Entry, config: TileConfig) -> list[roster.Entry]:
+def _views(entry: slide_index.Entry, config: TileConfig) -> list[slide_index.Entry]:
     count = config.views + -(-config.base_crops // CROPS_PER_VIEW)
     numbers = range(1, count if entry.split in ("train", "band") else 1)
     name = stems(entry.path)[0]
-    names = {number: roster.pseudonym(config.salt, f"{name} view {number}") for number in numbers}
+    names = {
+        number: slide_index.pseudonym(config.salt, f"{name} view {number}") for number in numbers
+    }
     return [replace(entry, slide_id=slide_id, view=number) for number, slide_id in names.items()]
 
 

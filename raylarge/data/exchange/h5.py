@@ -25,9 +25,9 @@ from omegaconf import MISSING
 from raylarge import config as configs
 from raylarge import storage, tables
 from raylarge.data import parts, pipeline
-from raylarge.data.candidates import TileConfig
 from raylarge.data.exchange.h5_read import Cells, Patches, Vectors, library, opened, patches
 from raylarge.data.pipeline import ExecutorConfig, Facts
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.data.tile_table import kept, scale_and_cells, slides_of
 from raylarge.data.units import Unit
 from raylarge.errors import UserError

@@ -21,7 +21,6 @@ from omegaconf import MISSING
 
 from raylarge import storage
 from raylarge.data import embed, embed_config, name_table, parts, pipeline
-from raylarge.data.candidates import TileConfig, covered
 from raylarge.data.embed import EmbedStage
 from raylarge.data.embed_config import EmbedConfig
 from raylarge.data.exchange import h5, h5_read
@@ -30,6 +29,7 @@ from raylarge.data.exchange.h5_read import Patches, Vectors
 from raylarge.data.grid import TileGrid, about
 from raylarge.data.parts import BuildResult
 from raylarge.data.pipeline import ExecutorConfig, Facts
+from raylarge.data.tile_candidates import TileConfig, covered
 from raylarge.data.tile_table import kept, scale_and_cells, slides_of
 from raylarge.data.units import BlockUnit, SlideFacts, Unit
 from raylarge.errors import SlideError, UserError

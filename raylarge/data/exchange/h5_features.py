@@ -22,7 +22,7 @@ from jaxtyping import Float16, Int64
 from omegaconf import MISSING
 
 from raylarge import report, storage, tables
-from raylarge.data import picked
+from raylarge.data import row_selection
 from raylarge.data.exchange import h5_read
 from raylarge.data.pipeline import Facts
 from raylarge.data.units import DerivedUnit
@@ -80,7 +80,7 @@ def _put_aside(root: str, made: Mapping[str, Any], scale: int, folder: str) -> d
     mine = [part for part in made["parts"] if str(scale) in part["counts"]]
     for part in report.progress(mine, "parts", unit="part"):
         unit = DerivedUnit(source=part["part"], groups=part["groups"])
-        table, _ = picked.read(root, unit, ["slide_id", "row", "column", "feature"], [scale])
+        table, _ = row_selection.read(root, unit, ["slide_id", "row", "column", "feature"], [scale])
         for name in table["slide_id"].unique().to_pylist():
             rows = table.filter(pc.equal(table["slide_id"], name))
             cells = np.stack([rows["row"].to_numpy(), rows["column"].to_numpy()], axis=1)

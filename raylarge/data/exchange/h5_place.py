@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from raylarge.data.candidates import TileConfig
 from raylarge.data.exchange.h5_read import Cells, Patches
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.errors import SlideError
 
 Index = dict[tuple[int, int], int]

@@ -23,7 +23,7 @@ from omegaconf import MISSING
 
 from raylarge import schema, storage, tables
 from raylarge.config import plain
-from raylarge.data import bucket, parts, roster, shard
+from raylarge.data import bucket, parts, shard, slide_index
 from raylarge.data.exchange import layouts
 from raylarge.data.exchange.layouts import LAYOUTS, PATCH_PX, Unfit
 from raylarge.data.parts import Stage
@@ -293,8 +293,8 @@ class Publishing(Stage):
     def _block(self, scale: int, block: int) -> tuple[str, str]:
         """Pseudonym and split of a block of indices."""
         config = self._config
-        slide_id = roster.pseudonym(_SALT, f"{config.format} {scale} {block}")
-        split = roster.by_hash(slide_id, config.val_fraction, config.test_fraction)
+        slide_id = slide_index.pseudonym(_SALT, f"{config.format} {scale} {block}")
+        split = slide_index.by_hash(slide_id, config.val_fraction, config.test_fraction)
         return slide_id, config.split if split == "train" else split
 
 

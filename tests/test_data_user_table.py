@@ -10,10 +10,10 @@ import test_data_text_embed
 from test_data_text_embed import examples_of, matrix, vectors_of
 
 from raylarge import storage
-from raylarge.data import given_rows, text_embed
-from raylarge.data.given import Given
+from raylarge.data import text_embed, user_table_rows
 from raylarge.data.pipeline import ExecutorConfig
 from raylarge.data.text_embed import TextEmbedConfig
+from raylarge.data.user_table import UserTable
 from raylarge.errors import UserError
 
 data = test_data_text_embed.data
@@ -34,9 +34,9 @@ def own_vectors(data, path, rows_per_group, order=None, width=4):
 def test_a_large_table_is_read_by_row_groups(data, tmp_path, monkeypatch):
     drawn = own_vectors(data, tmp_path / "v.parquet", 10)
     examples = examples_of(data)
-    given = Given(str(tmp_path / "v.parquet"), "v", vectors=True)
-    size = max(given._source.sizes)
-    monkeypatch.setattr(given_rows, "HELD_BYTES", size)
+    user_table = UserTable(str(tmp_path / "v.parquet"), "v", vectors=True)
+    size = max(user_table._source.sizes)
+    monkeypatch.setattr(user_table_rows, "HELD_BYTES", size)
     groups, read = [], storage.read_rows
 
     def counted(path, wanted, columns=None):
@@ -45,12 +45,12 @@ def test_a_large_table_is_read_by_row_groups(data, tmp_path, monkeypatch):
         return read(path, wanted, columns)
 
     monkeypatch.setattr(storage, "read_rows", counted)
-    given = Given(str(tmp_path / "v.parquet"), "v", vectors=True)
+    user_table = UserTable(str(tmp_path / "v.parquet"), "v", vectors=True)
     assert groups == []  # the footer says that no vector is empty
-    rows = given.find(examples["key"].slice(12, 15))
-    assert (given.vectors(rows[::-1]) == drawn[12:27][::-1]).all()
-    assert set(groups) <= {0, 1, 2} | {int(given._rows[0]) // 10}
-    assert len(given._held) == 1
+    rows = user_table.find(examples["key"].slice(12, 15))
+    assert (user_table.vectors(rows[::-1]) == drawn[12:27][::-1]).all()
+    assert set(groups) <= {0, 1, 2} | {int(user_table._rows[0]) // 10}
+    assert len(user_table._cache) == 1
     done = text_embed.run(
         data, TextEmbedConfig(vectors=f"{tmp_path}/v.parquet:v"), ExecutorConfig()
     )
@@ -62,8 +62,8 @@ def test_tables_that_no_worker_can_hold_are_refused(data, own_texts, tmp_path, m
     own_vectors(data, tmp_path / "one.parquet", count)
     mixed = np.random.default_rng(1).permutation(count)
     own_vectors(data, tmp_path / "mixed.parquet", 2, mixed)
-    monkeypatch.setattr(given_rows, "HELD_BYTES", 1000)
-    monkeypatch.setattr("raylarge.data.given._READ_TWICE", 0)
+    monkeypatch.setattr(user_table_rows, "HELD_BYTES", 1000)
+    monkeypatch.setattr("raylarge.data.user_table._READ_TWICE", 0)
     for wish, told in (
         ({"vectors": f"{tmp_path}/one.parquet:v"}, r"a row group with 0\.0 GB of v; write it with"),
         ({"vectors": f"{tmp_path}/mixed.parquet:v"}, r"would be read \d+ times, for its rows lie"),
@@ -122,7 +122,7 @@ def test_a_table_that_was_matched_is_not_matched_again(data, tmp_path, monkeypat
     own_vectors(data, tmp_path / "v.parquet", 10)
     wish = TextEmbedConfig(vectors=f"{tmp_path}/v.parquet:v")
     done = text_embed.run(data, wish, ExecutorConfig())
-    monkeypatch.setattr(text_embed, "Given", None)
+    monkeypatch.setattr(text_embed, "UserTable", None)
     again = text_embed.run(data, wish, ExecutorConfig())
     dropping = text_embed.run(data, replace(wish, missing="drop"), ExecutorConfig())
     assert again["made"] == dropping["made"] == again["missing"] == 0

@@ -18,9 +18,9 @@ from typing import Any
 
 from raylarge import storage
 from raylarge.data import split_table, text_table
-from raylarge.data.candidates import TileConfig
 from raylarge.data.name_table import SOME, NameTable, file_name, some, stems
 from raylarge.data.split_table import WORDS
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.errors import SlideError, UserError, printable
 from raylarge.slides.fetch import companions
 from raylarge.storage import web

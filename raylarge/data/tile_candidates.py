@@ -58,7 +58,7 @@ class TileConfig:
     """Regular expression on the file name whose first group is the patient; empty: the slide.
     Example: (.*)-[0-9]+."""
     table: str = ""
-    """A CSV or parquet of the slides: `slide`, and patient, split, mpp (`roster.py`).
+    """A CSV or parquet of the slides: `slide`, and patient, split, mpp (`slide_index.py`).
     Example: slides.csv."""
     labels: list[str] = field(default_factory=list)
     """Columns of the table that go into the examples; mind what they tell of a patient."""

@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 from jaxtyping import Float32, Int64, UInt64
 
 from raylarge import storage
-from raylarge.data import given_rows
-from raylarge.data.given_rows import PLACE
+from raylarge.data import user_table_rows
 from raylarge.data.shard import key
 from raylarge.data.text_table import MISSING, missing_line, refuse_doubled
+from raylarge.data.user_table_rows import PLACE
 from raylarge.errors import UserError
 
 _READ_TWICE = 50
@@ -32,7 +32,7 @@ _READ_TWICE = 50
 Rows = Int64[np.ndarray, "n"]
 
 
-class Given:
+class UserTable:
     """What a user's table says of examples."""
 
     def __init__(self, path: str, column: str, vectors: bool) -> None:
@@ -49,11 +49,11 @@ class Given:
         """
         self.path, self.what = path, "vector" if vectors else "text"
         self._column, self._vectors = column, vectors
-        self._source = given_rows.opened(path, column, vectors)
+        self._source = user_table_rows.open_table(path, column, vectors)
         self._missing: Counter[str] = Counter()
         self._place = _place(path, column, self._source.names)
         self._starts: Rows = np.cumsum([0, *self._source.counts]).astype(np.int64)
-        self._held: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         keys, rows = self._index()
         order = np.argsort(keys, kind="stable")
         self._keys, self._rows = keys[order], rows[order]
@@ -109,7 +109,7 @@ class Given:
             UserError: with the cure.
         """
         size = sum(self._source.sizes)
-        if size > given_rows.HELD_BYTES and bytes_read > _READ_TWICE * size:
+        if size > user_table_rows.HELD_BYTES and bytes_read > _READ_TWICE * size:
             raise UserError(
                 f"{self.path} would be read {bytes_read // size} times, for its rows lie in another"
                 " order than the examples; write them part by part as examples/*.parquet has them,"
@@ -162,19 +162,16 @@ class Given:
 
     def _values(self, group: int) -> pa.ChunkedArray:
         """The column's cells of a row group; those that were asked for last stay at hand."""
-        if group not in self._held:
+        if group not in self._cache:
             cells = self._source.read(group, [self._column])[self._column]
-            self._held[group] = self._as_wanted(cells)
-        self._held.move_to_end(group)
+            self._cache[group] = self._as_wanted(cells)
+        self._cache.move_to_end(group)
         while (
-            len(self._held) > 1
-            and sum(o.nbytes for o in self._held.values()) > given_rows.HELD_BYTES
+            len(self._cache) > 1
+            and sum(o.nbytes for o in self._cache.values()) > user_table_rows.HELD_BYTES
         ):
-            self._held.popitem(last=False)
-        return self._held[group]
-
-    def _held_bytes(self) -> int:
-        return sum(cells.nbytes for cells in self._held.values())
+            self._cache.popitem(last=False)
+        return self._cache[group]
 
     def _as_wanted(self, cells: pa.ChunkedArray) -> pa.ChunkedArray:
         if self._vectors:

@@ -1,8 +1,8 @@
 import pytest
 
 from raylarge import storage
-from raylarge.data import roster
-from raylarge.data.candidates import TileConfig
+from raylarge.data import slide_index
+from raylarge.data.tile_candidates import TileConfig
 from raylarge.errors import UserError
 
 SLIDES = [f"s3://bucket/a/TCGA-{p}-{i}.0F3A.svs" for p in ("AA", "BB", "CC", "DD") for i in (1, 2)]
@@ -10,7 +10,9 @@ PATIENT = r"^(TCGA-..)"
 
 
 def known(**values):
-    return {e.path: e for e in roster.index(SLIDES, TileConfig(patient=PATIENT, **values)).entries}
+    return {
+        e.path: e for e in slide_index.index(SLIDES, TileConfig(patient=PATIENT, **values)).entries
+    }
 
 
 def write(path, text):
@@ -34,8 +36,8 @@ def test_a_table_gives_labels_mpp_and_patients_by_any_form_of_the_name(tmp_path)
     assert second.labels == {"grade": "2", "site": ""}
     assert third.labels["grade"] == "1, or 2"
     assert fourth.labels == {}
-    assert first.patient_id == second.patient_id == roster.pseudonym("raylarge", "P1")
-    assert third.patient_id == fourth.patient_id == roster.pseudonym("raylarge", "TCGA-BB")
+    assert first.patient_id == second.patient_id == slide_index.pseudonym("raylarge", "P1")
+    assert third.patient_id == fourth.patient_id == slide_index.pseudonym("raylarge", "TCGA-BB")
 
 
 def test_folds_in_the_form_of_hipt_and_clam(tmp_path):
@@ -66,7 +68,7 @@ def test_splits_by_patient_in_two_columns(tmp_path):
 def test_splits_by_hash_are_near_their_fractions_and_by_patient_alone():
     paths = [f"TCGA-{i:04d}-{j}.svs" for i in range(1500) for j in "ab"]
     tile = TileConfig(patient=r"^(TCGA-....)", val_fraction=0.2, test_fraction=0.1)
-    entries = roster.index(paths, tile).entries
+    entries = slide_index.index(paths, tile).entries
     shares = [sum(e.split == s for e in entries) / 3000 for s in ("train", "val", "test")]
     assert shares == pytest.approx([0.7, 0.2, 0.1], abs=0.03)
     assert len({(e.patient_id, e.split) for e in entries}) == 1500
@@ -98,7 +100,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"tile\.unlisted=maybe: it must be refuse, skip or hash"):
         TileConfig(unlisted="maybe").check()
     with pytest.raises(UserError, match=r"have one file name"):
-        roster.index(["a/x.svs", "b/x.svs"], TileConfig())
+        slide_index.index(["a/x.svs", "b/x.svs"], TileConfig())
 
 
 @pytest.mark.parametrize("name", ["Slide", "PATIENT", "Split", "Mpp"])
@@ -126,25 +128,25 @@ def test_a_salt_changes_every_pseudonym_and_no_name_stays():
 def test_the_fingerprint_follows_the_content(tmp_path):
     path = tmp_path / "slide"
     path.write_bytes(b"a" * 3_000_000)
-    before = roster.fingerprint(str(path))
-    assert roster.fingerprint(str(path)) == before
+    before = slide_index.fingerprint(str(path))
+    assert slide_index.fingerprint(str(path)) == before
     path.write_bytes(b"a" * 2_999_999 + b"b")
-    assert roster.fingerprint(str(path)) != before
+    assert slide_index.fingerprint(str(path)) != before
     folder = tmp_path / "dicom"
     folder.mkdir()
     for name in "ab":
         (folder / name).write_bytes(name.encode())
-    before = roster.fingerprint(str(folder))
+    before = slide_index.fingerprint(str(folder))
     (folder / "b").write_bytes(b"c")
-    assert roster.fingerprint(str(folder)) != before
+    assert slide_index.fingerprint(str(folder)) != before
     storage.remove(str(path))
     with pytest.raises(UserError, match="does not exist"):
-        roster.fingerprint(str(path))
+        slide_index.fingerprint(str(path))
 
 
 def indexed(tmp_path, text, paths, **values):
     table = write(tmp_path / "t.csv", text)
-    return roster.index(paths, TileConfig(table=table, **values))
+    return slide_index.index(paths, TileConfig(table=table, **values))
 
 
 def test_an_accent_written_in_two_ways_is_one_name_and_one_patient(tmp_path):
@@ -155,7 +157,7 @@ def test_an_accent_written_in_two_ways_is_one_name_and_one_patient(tmp_path):
     assert len({entry.patient_id for entry in found.entries}) == 1
     assert found.lines == []
     with pytest.raises(UserError, match="have one file name"):
-        roster.index([f"/s/{apart}.tif", f"/r/{composed}.tif"], TileConfig())
+        slide_index.index([f"/s/{apart}.tif", f"/r/{composed}.tif"], TileConfig())
 
 
 def test_another_case_is_no_match_but_a_hint_and_a_missing_split_is_refused(tmp_path):
@@ -171,10 +173,10 @@ def test_another_case_is_no_match_but_a_hint_and_a_missing_split_is_refused(tmp_
     assert "rows without a slide: 2 ('e.tif', 'ghost')" in text
     assert "slides without a row: 1 ('E.TIF')" in text
     assert "slides without a split, left out: 1" in text
-    counts = roster.account(found, "salt", names=False)
+    counts = slide_index.account(found, "salt", names=False)
     assert "ghost" not in str(counts)
     assert (counts["table"]["rows_without_slide"], counts["unlisted"]) == (2, 1)
-    assert "ghost" in str(roster.account(found, "salt", names=True))
+    assert "ghost" in str(slide_index.account(found, "salt", names=True))
     with pytest.raises(UserError, match=r"names none of the slides; row 'A' and slide 'a\.tif'"):
         indexed(tmp_path, "slide\nA\n", ["/s/a.tif"])
     with pytest.raises(UserError, match=r"differ in folder or ending"):

@@ -28,7 +28,7 @@ PLACE = {
 """What says where an example lies; its key is a hash of it."""
 
 
-class Source(ABC):
+class RowGroups(ABC):
     """A table in groups of rows."""
 
     names: list[str]
@@ -46,7 +46,7 @@ class Source(ABC):
         """Whether it is known without a look that no list of the wanted column is empty."""
 
 
-def opened(path: str, column: str, vectors: bool) -> Source:
+def open_table(path: str, column: str, vectors: bool) -> RowGroups:
     """A user's table.
 
     Raises:
@@ -59,7 +59,7 @@ def opened(path: str, column: str, vectors: bool) -> Source:
     return _Csv(path, column)
 
 
-class _Parquet(Source):
+class _Parquet(RowGroups):
     """A parquet table, of which only the footer is read at once."""
 
     def __init__(self, path: str, column: str) -> None:
@@ -132,7 +132,7 @@ def _refuse_broken(path: str, content: bytes) -> None:
         raise text_table.broken(path, error, reader.line_num) from error
 
 
-class _Csv(Source):
+class _Csv(RowGroups):
     """A CSV table, read whole."""
 
     def __init__(self, path: str, column: str) -> None:
