@@ -117,7 +117,7 @@ def test_a_mirax_slide_brings_its_folder(s3_bucket):
 @pytest.mark.s3
 def test_folders_and_indices_are_refused(s3_bucket):
     put(f"{s3_bucket}/many/a.svs", b"a")
-    with pytest.raises(SlideError, match=r"many the folder holds no DICOM instances"):
+    with pytest.raises(SlideError, match=r"many: the folder holds no DICOM instances"):
         open_slide(f"{s3_bucket}/many")
     put(f"{s3_bucket}/many/b.vms", b"a")
     with pytest.raises(
