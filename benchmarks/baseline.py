@@ -1,4 +1,4 @@
-"""The published loops as they are written, to measure ours against: slow, plain, one process.
+"""The published sampling loops as printed, as a baseline: slow, plain, one process.
 
 Algorithm S2 of ZoomLDM walks all scales step by step and its windows one by one; conditional and
 unconditional predictions are separate calls; each call copies the averaged weights into the
@@ -27,7 +27,7 @@ from raylarge.sampling.canvas import kernel
 
 
 class Average:
-    """A moving average of a network's parameters (here: equal to them)."""
+    """Moving average of a network's parameters (here equal to them)."""
 
     def __init__(self, network: nn.Module) -> None:
         self.parameters = list(network.parameters())
@@ -35,7 +35,7 @@ class Average:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """The network has the averaged parameters inside."""
+        """Give the network the averaged parameters inside the context."""
         trained = [p.detach().clone() for p in self.parameters]
         for p, average in zip(self.parameters, self.average, strict=True):
             p.data.copy_(average)
@@ -60,7 +60,7 @@ class Published:
 
     @torch.no_grad()
     def latents(self, grid: Float[Tensor, "C h w"]) -> Float[Tensor, "n c p p"]:
-        """Algorithm S2: latents of all windows, row by row, under one embedding each."""
+        """Run Algorithm S2: return latents of all windows, row by row, for one embedding each."""
         rows, columns = grid.shape[1:]
         places, k = windows((rows, columns), 1, 1), self.order.guide(self.bundle.patch).k
         tokens = torch.cat([self._tokens(grid[:, r : r + 1, c : c + 1], 0) for r, c in places])
@@ -77,7 +77,7 @@ class Published:
         return z
 
     def _walk(self, z: Tensor, step: SamplerStep, tokens: Tensor, y: Tensor) -> Tensor:
-        """K corrections and a step of DDIM, in the letters of Algorithm S2 (descending)."""
+        """Apply K corrections and a DDIM step, in the letters of Algorithm S2 (descending)."""
         sampler, vae = self.order.sampler, self.bundle.vae
         delta = zeta = sampler.fd_epsilon
         for _ in range(sampler.corrections):
@@ -91,7 +91,7 @@ class Published:
         return ddim(z, self.x_0(z, step.t, tokens), step)
 
     def x_0(self, z: Tensor, t: int, tokens: Tensor) -> Tensor:
-        """The guided estimate, two calls, each under the averaged parameters."""
+        """Return the guided estimate from two calls, each with averaged parameters."""
         null = self.bundle.summarizer.null(len(z)).to(z)
         with self.average.scope():
             c = self.bundle.unet(z, t, tokens)
@@ -102,7 +102,7 @@ class Published:
 
     @torch.no_grad()
     def image(self, z: Float[Tensor, "n c p p"], rows: int) -> Float[Tensor, "3 H W"]:
-        """The blended decode, window by window at strides of a quarter."""
+        """Decode window by window at strides of a quarter, and blend."""
         patch, side = self.bundle.patch, self.bundle.patch.side_px
         canvas = z.unflatten(0, (rows, -1)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
         size = (canvas.shape[1] * patch.factor, canvas.shape[2] * patch.factor)
@@ -124,5 +124,5 @@ class Published:
 
 
 def cut(canvas: Float[Tensor, "c H W"], places: list[tuple[int, int]], side: int) -> Tensor:
-    """Windows of a canvas."""
+    """Cut windows out of a canvas."""
     return torch.stack([canvas[:, r : r + side, c : c + side] for r, c in places])

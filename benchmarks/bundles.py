@@ -1,4 +1,4 @@
-"""Bundles that need no training: tiny and full-size networks with random weights, and an oracle."""
+"""Bundles without training: tiny and full-size networks with random weights, and an oracle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raylarge.models.summarizer import ConvSummarizer, Summarizer
 from raylarge.models.unet import UNetConfig
 
 WIDTH = 8
-"""Channels of the embeddings that `tiny` takes."""
+"""Channels of the embeddings of `tiny`."""
 
 
 class Blocks:
@@ -28,16 +28,16 @@ class Blocks:
     """
 
     def encode(self, image: Tensor) -> Tensor:
-        """Sums of blocks over 4."""
+        """Return a quarter of the sum of each block."""
         return nn.functional.avg_pool2d(image, 4) * 4
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Flat blocks of a quarter of the cell."""
+        """Return blocks of constant colour, a quarter of the cell."""
         return nn.functional.interpolate(latent / 4, scale_factor=4, mode="nearest")
 
 
 def in_precision(bundle: Bundle, dtype: torch.dtype) -> Bundle:
-    """The bundle, its U-Net, autoencoder and conditioner now of another type, channels-last."""
+    """Convert U-Net, autoencoder and conditioner of a bundle to a dtype, channels-last."""
     for part in (bundle.unet, bundle.vae, bundle.summarizer):
         nn.Module.to(part, dtype=dtype)
         nn.Module.to(part, memory_format=torch.channels_last)
@@ -45,14 +45,14 @@ def in_precision(bundle: Bundle, dtype: torch.dtype) -> Bundle:
 
 
 def oracle(side_px: int = 256, scales: int = 8) -> Bundle:
-    """No networks: for a denoiser in closed form, with the papers' sizes."""
+    """Build a bundle without networks, for a closed-form denoiser, with the papers' sizes."""
     patch = Patch(side_px=side_px, factor=4, channels=3, scales=scales)
     conditioner = ConvSummarizer(channels=4, width=4, scales=scales)
     return Bundle(Blocks(), None, conditioner, None, Schedule(), patch, "oracle")
 
 
 def tiny(scales: int = 5) -> Bundle:
-    """Networks of a few hundred thousand parameters for patches of 64 px, in float32."""
+    """Build networks of a few hundred thousand parameters for patches of 64 px, in float32."""
     torch.manual_seed(0)
     config = UNetConfig(channels=(32, 64), attention=(False, True), layers=1, heads=4)
     vae = LightAutoencoder(width=16, blocks=1)
@@ -63,7 +63,7 @@ def tiny(scales: int = 5) -> Bundle:
 
 
 def full(device: str) -> Bundle:
-    """The published U-Net, VQ-f4 and Summarizer with random weights, on a device."""
+    """Build the published U-Net, VQ-f4 and Summarizer with random weights, on a device."""
     torch.manual_seed(0)
     patch = Patch(side_px=256, factor=4, channels=3, scales=8)
     network = unet.build(UNetConfig(), patch.latent, 512)
@@ -78,7 +78,7 @@ def _bundle(
     patch: Patch,
     device: str = "cpu",
 ) -> Bundle:
-    """The parts as a bundle, for evaluation only."""
+    """Return the parts as a bundle, in evaluation mode."""
     codec = Autoencoder(vae)
     for part in filter(None, (network, codec, conditioner, cdm)):
         part.eval().requires_grad_(False).to(device)

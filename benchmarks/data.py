@@ -1,10 +1,10 @@
-"""Slides to examples, measured: against CLAM's access pattern, over Ray, in memory, planned.
+"""Benchmark of the data engine: reading against CLAM, Ray's overhead, scaling, memory, cost.
 
 python -m benchmarks.data [quick=true] [only=read,overhead,scaling,memory,plan] [out=PAGE.md]
 
-All rivals read the same cells of the same slides and embed them by the same network. The whole
-run writes results/data_<cores>cores_<yyyymm>.md and a .json beside it with every sample; quick
-runs write only where told. Sections: `data_speed.py`, `data_memory.py`, `data_plan.py`.
+All methods read the same cells of the same slides and embed them with the same network. A full run
+writes results/data_<cores>cores_<yyyymm>.md and a .json beside it with every sample; quick runs
+write only to out=. Sections: `data_speed.py`, `data_memory.py`, `data_plan.py`.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from raylarge.errors import UserError
 
 @dataclass(frozen=True)
 class DataBench:
-    """What is measured, and how long.
+    """Sections and sizes of the benchmark.
 
     Attributes:
-        only: of read, overhead, scaling, memory and plan.
-        pairs: how often each way is timed; this and the next six are those of `DataMeasure`.
-        units: width of the slides that are made, times 3,840 px; a quarter is their height.
-        rows: of base tiles that are read of a slide.
+        only: some of read, overhead, scaling, memory and plan.
+        pairs: timings of each way; this and the next six are those of `DataMeasure`.
+        units: width of the slides in units of 3,840 px; their height is a quarter.
+        rows: of base tiles to read of a slide.
         block: base tiles per part, about.
-        minutes: of the run in which Ray is held against this process.
+        minutes: duration of the comparison of Ray with this process.
         workers: of Ray and of the DataLoader in `read`.
-        cost_ms: what a tile costs the encoder that sleeps.
+        cost_ms: milliseconds per tile of the encoder that sleeps.
         copies: slides of the larger run of `memory`.
         out: the page to write.
     """
@@ -71,7 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def main(words: list[str]) -> None:
-    """DataMeasure, print and write."""
+    """Measure, print and write."""
     torch.set_num_threads(1)
     quick = "quick=true" in words
     config = parse(DataBench, ["preset=quick", *words] if quick else words, PRESETS)
@@ -92,7 +92,7 @@ def main(words: list[str]) -> None:
 
 
 def _write(out: str, sections: list[Section], measure: DataMeasure) -> None:
-    """The page, and beside it the tables and every sample as JSON."""
+    """Write the page, and beside it tables and samples as JSON."""
     readers = ", ".join(f"{name} {version(name)}" for name in ("openslide-python", "ray"))
     sections[0].notes.insert(0, f"{readers}. {measure.about}")
     command = page.command("benchmarks.data")

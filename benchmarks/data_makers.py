@@ -1,10 +1,10 @@
-"""Our side of the data benchmark: `embed`'s own stage, watched, and everybody who may run it.
+"""Our side of the data benchmark: the stage of `embed` with timing, in several executors.
 
     slides -tile (mask=all)-> units of `embed` -> this process | Ray | plain processes -> Timing
 
-A stage may have an encoder that costs nothing (reading alone) or sleeps (scaling on few cores).
-All else is what users run: units, parts, stamps, atomic writes. Ray and plain processes start
-from a fresh process, so that nothing is warm for one and cold for another.
+The encoder may cost nothing (reading alone) or sleep (scaling on few cores). Everything else is as
+for users: units, parts, stamps, atomic writes. Ray and plain processes start from a new process,
+so that caches are equally cold.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from raylarge.data.units import BlockUnit
 
 @dataclass(frozen=True)
 class Timing:
-    """How long some tiles took.
+    """Timing of some tiles.
 
     Attributes:
         tiles: how many.
@@ -62,7 +62,7 @@ class Timing:
 
     @classmethod
     def of(cls, facts: Sequence[Facts], began: float, ended: float) -> Timing:
-        """What watched parts say."""
+        """Compute from the parts' own records."""
         tiles, first = sum(one["tiles"] for one in facts), min(one["began"] for one in facts)
         return cls(
             tiles,
@@ -75,7 +75,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Job:
-    """Parts to be made; picklable.
+    """Parts to build; picklable.
 
     Attributes:
         root: a data folder where `tile` has run.
@@ -91,12 +91,12 @@ class Job:
 
     @property
     def make_stage(self) -> Callable[[], Watched]:
-        """Makes the stage of the parts."""
+        """Return a function that builds the stage."""
         return partial(Watched, self.root, self.tile, self.embed, self.cost_s)
 
 
 class Sleeper:
-    """An encoder that takes its time on no core."""
+    """An encoder that sleeps."""
 
     card = embed.ssl.card("none")
 
@@ -104,14 +104,14 @@ class Sleeper:
         self._cost_s = cost_s
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Zeros."""
+        """Return zeros."""
         if self._cost_s:
             time.sleep(self._cost_s * len(images))
         return np.zeros((len(images), self.card.width), np.float16)
 
 
 class Watched(EmbedStage):
-    """Makes EMBEDDINGS, and says when, where and with how much of a core."""
+    """Builds EMBEDDINGS, and records time, process and CPU use."""
 
     def __init__(
         self, root: str, tile: TileConfig, config: EmbedConfig, cost_s: float | None
@@ -124,7 +124,7 @@ class Watched(EmbedStage):
             self._encoder: Any = Sleeper(cost_s)
 
     def make(self, unit: BlockUnit) -> tuple[pa.Table, Facts]:
-        """As of `EmbedStage`."""
+        """See `EmbedStage`."""
         began, cpu = time.time(), time.process_time()
         table, facts = super().make(unit)
         watched = {"began": began, "cpu_s": time.process_time() - cpu, "pid": os.getpid()}
@@ -132,7 +132,7 @@ class Watched(EmbedStage):
 
 
 def steady(facts: Sequence[Facts]) -> float:
-    """Tiles per second from when every worker has finished a part; 0 where nothing came after.
+    """Return tiles per second after every worker has finished a part; 0 if nothing came after.
 
     A part that was begun before counts with the share of its time that lies after.
     """
@@ -150,7 +150,7 @@ def steady(facts: Sequence[Facts]) -> float:
 
 
 def tiled(slides: Slides, folder: Path, block_tiles: int) -> tuple[str, TileConfig]:
-    """A data folder in which all base tiles of the slides are kept."""
+    """Create a data folder with all base tiles of the slides."""
     config = TileConfig(patch_px=PATCH_PX, scales=[0], mask="all", block_tiles=block_tiles)
     shutil.rmtree(folder, ignore_errors=True)
     tile.run(str(folder), slides.paths, config, ExecutorConfig())
@@ -160,7 +160,7 @@ def tiled(slides: Slides, folder: Path, block_tiles: int) -> tuple[str, TileConf
 def job(
     root: str, config: TileConfig, slides: Slides, means: EmbedConfig, cost_s: float | None = None
 ) -> Job:
-    """The parts that hold the rows of the slides that are measured."""
+    """Return the parts with the rows to measure."""
     sections = {"tile": tile_table.section(config), "embed": embed_config.section(means)}
     units = embed.units_of(root, config, sections)
     units = [unit for unit in units if unit.rows[1] <= slides.grid[0]]
@@ -168,12 +168,12 @@ def job(
 
 
 def here(job: Job) -> Timing:
-    """In this process."""
+    """Run in this process."""
     return _run(job, ExecutorConfig())
 
 
 def on_ray(job: Job, workers: int) -> Timing:
-    """By Ray, started for this alone."""
+    """Run on a new Ray session."""
     return _apart(_on_ray, job, workers)
 
 
@@ -186,7 +186,7 @@ def _on_ray(job: Job, workers: int) -> Timing:
 
 
 def plain(job: Job, workers: int) -> Timing:
-    """By as many plain processes, each with every workers-th part."""
+    """Run in plain processes, each with every workers-th part."""
     _forget(job)
     began = time.time()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -1,9 +1,9 @@
-"""Memory of tile, embed and shard, of one slide and of many: it must not grow with their number.
+"""Peak memory of tile, embed and shard; it must not grow with the number of slides.
 
     parent -> python -m benchmarks.data_memory OUT SLIDES WORKERS -> one line of JSON: MiB by verb
 
-Peaks are Linux's VmHWM: the driver's own, set back before each verb, and those of all processes
-below it, read ten times a second. Every run is a process of its own.
+Peaks are Linux's VmHWM: of the driver, reset before each verb, and of all its child processes, read
+ten times a second. Every run is a new process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _EVERY_S = 0.1
 
 
 def section(measure: DataMeasure, copies: int) -> Section:
-    """Peaks of one slide and of many, over Ray and in one process."""
+    """Measure one slide and many, on Ray and in one process."""
     one = measure.create_slide("memory", (1, 1), 0.5)
     runs: dict[tuple[str, int], dict[str, Any]] = {}
     for workers in (1, 0):
@@ -78,7 +78,7 @@ def _who(workers: int) -> str:
 
 
 def measured(slides: Slides, out: Path, workers: int) -> dict[str, Any]:
-    """Peaks of one run, in a process of its own."""
+    """Measure one run in a new process."""
     words = [sys.executable, "-m", "benchmarks.data_memory", str(out), ",".join(slides.paths)]
     done = subprocess.run([*words, str(workers)], capture_output=True, text=True)
     if done.returncode:
@@ -88,7 +88,7 @@ def measured(slides: Slides, out: Path, workers: int) -> dict[str, Any]:
 
 
 class Below:
-    """Peaks of the processes below this one, seen by a thread."""
+    """Peaks of the child processes, read by a thread."""
 
     def __init__(self) -> None:
         self.most = 0.0
@@ -119,7 +119,7 @@ def _peak_mib(pid: int) -> float:
 
 
 def carry_out(out: str, slides: str, workers: int | None) -> dict[str, Any]:
-    """tile, embed and shard in this process: MiB by process and verb."""
+    """Run tile, embed and shard; return MiB by process and verb."""
     tile = {"patch_px": PATCH_PX, "scales": [0, 1, 2, 3], "mask": "all", "split": "band"}
     peaks, below = Peaks(), {}
     with nullcontext() if workers is None else session(workers + 1):

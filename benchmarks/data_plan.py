@@ -1,8 +1,8 @@
-"""The paper's data set on 8 and 64 GPUs, on paper: what was measured here, times how much there is.
+"""Estimate the preparation of the paper's data set on 8 and 64 GPUs from costs measured here.
 
 1,136 slides, 12.5 M base tiles at 20x, 16.6 M examples of 8 scales (ZoomLDM, section 4). Cores,
-GPUs and the store work at the same time, as parts stream; so a stage lasts as long as its slowest
-resource, and that one binds. What is assumed and not measured stands in `Cluster`.
+GPUs and the store work concurrently, so a stage lasts as long as its slowest resource. Assumptions
+are in `Cluster`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SLIDES, TILES, EXAMPLES = 1136, 12.5e6, 16.6e6
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a plan assumes.
+    """Assumptions of an estimate.
 
     Attributes:
         gpus: H100s.
@@ -47,18 +47,18 @@ class Cluster:
 
     @property
     def cores(self) -> float:
-        """All of them."""
+        """Total number."""
         return self.gpus * self.cores_per_gpu
 
     @property
     def store(self) -> float:
-        """GB/s of all machines."""
+        """Bandwidth of all machines, GB/s."""
         return self.store_gb_s * self.gpus / 8
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What was measured, in milliseconds of one core and in kilobytes.
+    """Measured costs, in milliseconds of one core and in kilobytes.
 
     Attributes:
         read_ms: of a base tile, by zoom.
@@ -78,7 +78,7 @@ class Costs:
 def vit_flops(
     side_px: int = 224, patch_px: int = 16, width: int = 1024, depth: int = 24
 ) -> float:  # fmt: skip
-    """FLOPs of one image through a ViT (ViT-L/16: 61.6 GMAC, 123 GFLOP).
+    """Return the FLOPs of one image through a ViT (ViT-L/16: 61.6 GMAC, 123 GFLOP).
 
     A block of N tokens of width D has 12 N D² multiplications in its matrices (4 of attention, 8
     of the MLP) and 2 N² D between tokens; a FLOP is half of a multiply-add.
@@ -90,7 +90,7 @@ def vit_flops(
 
 
 def section(measure: DataMeasure) -> Section:
-    """Minutes of each stage on both clusters, and what binds."""
+    """Estimate minutes of each stage on both clusters, and the limiting resource."""
     costs = measured(measure)
     measure.samples["plan"] = {"costs": {"all": [asdict(costs)]}}
     rows = [row for gpus in (8, 64) for row in rows_of(Cluster(gpus), costs)]
@@ -116,7 +116,7 @@ def section(measure: DataMeasure) -> Section:
 
 
 def rows_of(cluster: Cluster, costs: Costs) -> list[list[str]]:
-    """The stages on one cluster."""
+    """Return the rows of one cluster."""
     files = SLIDES * cluster.slide_gb
     gpu = TILES * vit_flops() / (1e12 * cluster.tflops)
     items = []
@@ -144,7 +144,7 @@ def _row(cluster: Cluster, stage: str, gpu_s: float, tile_ms: float, gb: float) 
 
 
 def measured(measure: DataMeasure) -> Costs:
-    """The costs, here and now, on one core."""
+    """Measure the costs on one core."""
     units = {1: min(2, measure.units), 2: min(4, 2 * measure.units)}
     slides = {
         zoom: measure.create_slide("square", (side, side), 0.5 / zoom)
@@ -178,7 +178,7 @@ def _some_tiles(slides: Slides) -> list[np.ndarray]:
 
 
 def _shard_ms(measure: DataMeasure, slides: Slides, quality: int) -> float:
-    """CPU milliseconds of `shard` per base tile, over all scales that the slide has room for."""
+    """Measure CPU milliseconds of `shard` per base tile, over all scales of the slide."""
     root = measure.folder / f"shard-{slides.zoom}-{quality}"
     scales = [k for k in range(8) if 1 << k <= min(slides.grid)]
     config = TileConfig(patch_px=PATCH_PX, scales=scales, mask="all")

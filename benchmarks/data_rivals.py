@@ -1,4 +1,4 @@
-"""How others read and embed: a loop over read_region, and CLAM's data set under a DataLoader.
+"""Baselines of the data benchmark: a loop over read_region, and CLAM's data set in a DataLoader.
 
 CLAM (github.com/mahmoodlab/CLAM, `extract_features_fp.py`, `dataset_h5.py`): the slide is opened
 once and forked into the workers; `__getitem__` reads one tile by read_region, converts it, resizes
@@ -32,20 +32,20 @@ Encode = Callable[[np.ndarray], Any]
 
 
 def cells(slides: Slides) -> Iterator[tuple[int, int]]:
-    """(row, column) of all base tiles in CLAM's order."""
+    """Return (row, column) of all base tiles in CLAM's order."""
     rows, columns = slides.grid
     return ((row, column) for column in range(columns) for row in range(rows))
 
 
 def tile_image(slide: openslide.OpenSlide, cell: tuple[int, int], zoom: int) -> Image.Image:
-    """One base tile as CLAM reads it."""
+    """Read one base tile as CLAM does."""
     side = PATCH_PX * zoom
     region = slide.read_region((cell[1] * side, cell[0] * side), 0, (side, side)).convert("RGB")
     return region if zoom == 1 else region.resize((PATCH_PX, PATCH_PX))
 
 
 def loop(slides: Slides, encode: Encode | None, batch: int) -> Timing:
-    """One process, tile after tile; the encoder sees batches."""
+    """Read tile by tile in one process; encode in batches."""
     clock, waiting = _Clock(slides.tiles), []
     for path in slides.paths:
         with openslide.OpenSlide(path) as slide:
@@ -69,7 +69,7 @@ class Bag(Dataset[tuple[Tensor, np.ndarray]]):
     """CLAM's `Whole_Slide_Bag_FP`."""
 
     def __init__(self, path: str, slides: Slides, transform: Transform) -> None:
-        """Open the slide here; workers are forked with it."""
+        """Open the slide; workers inherit it by fork."""
         self._slide = openslide.OpenSlide(path)
         self.cells = list(cells(slides))
         self._zoom, self._transform = slides.zoom, transform
@@ -84,7 +84,7 @@ class Bag(Dataset[tuple[Tensor, np.ndarray]]):
 
 
 def clam(slides: Slides, encoder: str | None, batch: int, workers: int) -> Timing:
-    """A DataLoader per slide, whose workers read; the encoder in this process."""
+    """Read by the workers of a DataLoader per slide; encode in this process."""
     transform, network = pixels_alone, None
     if encoder is not None:
         transform, network = clam_encoder(encoder)
@@ -106,7 +106,7 @@ def clam(slides: Slides, encoder: str | None, batch: int, workers: int) -> Timin
 
 
 def clam_encoder(name: str) -> tuple[Transform, ssl_networks.Network]:
-    """An encoder as CLAM has it: PIL resizes and standardises each tile."""
+    """CLAM's encoder: PIL resizes and standardises each tile."""
     card: EncoderCard = ssl.card(name)
     modes = transforms.InterpolationMode
     mode = modes.BICUBIC if card.resample == "bicubic" else modes.BILINEAR
@@ -119,7 +119,7 @@ def clam_encoder(name: str) -> tuple[Transform, ssl_networks.Network]:
 
 
 def pixels_alone(image: Image.Image) -> Tensor:
-    """A tile as it is."""
+    """Return a tile unchanged."""
     return torch.from_numpy(np.array(image))
 
 
@@ -137,13 +137,13 @@ class _Clock:
         self._seen = 0
 
     def done(self, count: int) -> None:
-        """A batch is done."""
+        """Count a batch."""
         self._seen += count
         if self._first is None:
             self._first = (time.time(), self._seen)
 
     def timing(self) -> Timing:
-        """All is done."""
+        """Return the timing."""
         now = time.time()
         if self._first is None or self._seen != self._tiles:
             raise AssertionError(f"{self._seen} of {self._tiles} tiles were read")

@@ -1,11 +1,11 @@
-"""Slides for the data benchmark: Aperio's layout on the spot, as large as real ones are wide.
+"""Generate slides for the data benchmark: Aperio's layout, as wide as real ones.
 
     a picture (real H&E where ../shared/data has it, else a procedural scene) -> JPEG tiles
     those tiles, repeated -> <name>.svs: tiles of 240 px, 4:2:0, levels of 1, 4 and 16
 
-A slide must be wider than two rows of its tiles fit into OpenSlide's cache of 32 MB, as real
-slides are, or whoever reads tile by tile decodes nothing twice. Repeating tiles that are coded
-once makes such a file in seconds; each of them is decoded as if it were another.
+As in real slides, two rows of tiles must exceed OpenSlide's cache of 32 MB, otherwise reading tile
+by tile decodes nothing twice. Repeating encoded tiles writes such a file in seconds; readers decode
+each of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATCH_PX = 256
 TILE_PX = 240
 LEVELS = (1, 4, 16)
 UNIT_PX = TILE_PX * LEVELS[-1]
-"""Sides are whole multiples of this, so that the levels' tiles repeat too."""
+"""Sides are multiples of this, so that tiles of all levels repeat."""
 _QUALITY = 70
 _SEARCH_PX = UNIT_PX // 8
 Pixels = UInt8[np.ndarray, "rows columns 3"]
@@ -39,7 +39,7 @@ Pixels = UInt8[np.ndarray, "rows columns 3"]
 
 @dataclass(frozen=True)
 class Slides:
-    """Files that are measured together, each of its own name and all of one shape.
+    """Files of one shape that are measured together.
 
     Attributes:
         title: what the page calls them.
@@ -55,22 +55,22 @@ class Slides:
 
     @classmethod
     def of(cls, path: Path, title: str) -> Slides:
-        """One file."""
+        """Return one file."""
         with open_slide(str(path)) as slide:
             rows, columns = (side // PATCH_PX for side in slide.size_px)
             return cls(title, [str(path)], round(slide.zoom), (rows, columns))
 
     @property
     def tiles(self) -> int:
-        """Base tiles of all files."""
+        """Number of base tiles of all files."""
         return len(self.paths) * self.grid[0] * self.grid[1]
 
     def top(self, rows: int) -> Slides:
-        """The uppermost rows of base tiles alone."""
+        """Return slides with only the top rows of base tiles."""
         return replace(self, grid=(min(rows, self.grid[0]), self.grid[1]))
 
     def copies(self, count: int, folder: Path) -> Slides:
-        """The same file several times, under several names."""
+        """Return copies of the file under several names."""
         folder.mkdir(parents=True, exist_ok=True)
         source, paths = Path(self.paths[0]).resolve(), []
         for number in range(count):
@@ -82,7 +82,7 @@ class Slides:
 
 
 def write(path: Path, units: tuple[int, int], mpp: float, picture: Pixels) -> Slides:
-    """An Aperio-like slide of rows x columns times `UNIT_PX`, the picture repeated."""
+    """Write an Aperio-like slide of rows x columns times `UNIT_PX`, with repeated content."""
     power, (high, wide) = round(10 / mpp), (count * UNIT_PX for count in units)
     description = (
         f"Aperio Image Library v11.2.1\n{wide}x{high} [0,0 {wide}x{high}] "
@@ -106,7 +106,7 @@ def write(path: Path, units: tuple[int, int], mpp: float, picture: Pixels) -> Sl
 
 
 def picture(seed: int = 0) -> tuple[Pixels, str]:
-    """What the slides show, one unit of it, and where it comes from."""
+    """Return one unit of the slides' content, and its source."""
     files = sorted((SHARED / "he_large").glob("*.jpg"))
     if not files:
         scene = procedural.Scene(seed, (UNIT_PX / 2, UNIT_PX / 2))
@@ -145,7 +145,7 @@ def _page(
 
 
 def _pieces(picture: Pixels, factor: int, size: tuple[int, int]) -> Iterator[bytes]:
-    """The JPEG tiles of a level, row by row; each place of the picture is coded once."""
+    """Yield the JPEG tiles of a level, row by row; repeated ones are encoded once."""
     small = np.asarray(Image.fromarray(picture).reduce(factor)) if factor > 1 else picture
     down, wide = (side // TILE_PX for side in small.shape[:2])
     coded: dict[tuple[int, int], bytes] = {}

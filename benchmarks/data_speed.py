@@ -1,6 +1,6 @@
-"""Seconds of reading and embedding: rivals, Ray beside this process, one worker beside many.
+"""Speed of reading and embedding: baselines, Ray against this process, several workers.
 
-Ways are timed in turn, as often as `pairs` says; ratios are taken within a turn.
+Ways are timed alternately, `pairs` times each; ratios are computed within a round.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ OVERHEAD_GOAL = 0.1
 PROCESSES_GOAL = 0.9
 SLEEPING_GOALS = {2: 1.9, 4: 3.7}
 BATCH = 30
-"""Rows of the slides of the whole run hold a whole number of batches."""
+"""Batch size; divides the rows of the slides of the full run."""
 ENCODER = "efficientnet_lite0"
 Ways = dict[str, Callable[[], Timing]]
 
 
 @dataclass
 class DataMeasure:
-    """How things are measured, and every sample that was taken.
+    """Settings of the measurements, and all samples.
 
     Attributes:
         folder: of slides and data folders.
-        pairs: how often each way is timed.
-        units: width of the slides made here, times `UNIT_PX`; a quarter is their height.
-        rows: of base tiles that are read of a slide where it has more.
+        pairs: timings of each way.
+        units: width of the slides in units of `UNIT_PX`; their height is a quarter.
+        rows: of base tiles to read of a slide, at most.
         block: base tiles per part, about.
-        minutes: of the run in which Ray is held against this process.
+        minutes: duration of the comparison of Ray with this process.
         workers: of Ray and of the DataLoader in `read`.
-        cost_ms: what a tile costs the encoder that sleeps.
+        cost_ms: milliseconds per tile of the encoder that sleeps.
         samples: section -> case -> way -> timings.
     """
 
@@ -68,7 +68,7 @@ class DataMeasure:
 
     @property
     def about(self) -> str:
-        """What the slides are."""
+        """Describe the slides."""
         return (
             f"Slides of 20x and 40x have Aperio's layout (JPEG tiles of 240 px, 4:2:0) and repeat "
             f"{self._picture[1]}. One torch thread everywhere."
@@ -76,28 +76,28 @@ class DataMeasure:
 
     @cached_property
     def twenty(self) -> Slides:
-        """A 20x slide, whole."""
+        """A complete 20x slide."""
         return self.create_slide("wide", (max(1, self.units // 4), self.units), 0.5)
 
     @cached_property
     def forty(self) -> Slides:
-        """A 40x slide, whole."""
+        """A complete 40x slide."""
         return self.create_slide("wide", (max(1, self.units // 4), self.units), 0.25)
 
     def create_slide(self, name: str, units: tuple[int, int], mpp: float) -> Slides:
-        """A slide of that many units and that resolution."""
+        """Create a slide of a size in units and a resolution."""
         path = self.folder / f"{name}-{units[0]}-{units[1]}-{round(10 / mpp)}x.svs"
         return data_slides.write(path, units, mpp, self._picture[0])
 
     def part(self, slides: Slides) -> Slides:
-        """The rows of slides that are read: whole blocks."""
+        """Return the rows of slides to read: complete blocks."""
         high = max(1, self.block // slides.grid[1])
         return slides.top(max(1, self.rows // high) * high)
 
     def job(
         self, slides: Slides, means: EmbedConfig, block_tiles: int, cost_s: float | None
     ) -> Job:
-        """The parts of some slides, each in a data folder of its own."""
+        """Return the parts of some slides, each in its own data folder."""
         name = f"{Path(slides.paths[0]).stem}-{len(slides.paths)}-{block_tiles}"
         root, tile = makers.tiled(slides, self.folder / name, block_tiles)
         job = makers.job(root, tile, slides, means, cost_s)
@@ -106,7 +106,7 @@ class DataMeasure:
         return job
 
     def timed(self, section: str, case: str, ways: Ways, pairs: int = 0) -> dict[str, list[Timing]]:
-        """Timings of each way, all in turn."""
+        """Time all ways alternately."""
         spent: dict[str, list[Timing]] = {name: [] for name in ways}
         for _ in range(pairs or self.pairs):
             for name, way in ways.items():
@@ -118,17 +118,17 @@ class DataMeasure:
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle one."""
+    """Return the median."""
     return float(statistics.median(values))
 
 
 def ratio(of: Sequence[Timing], to: Sequence[Timing], name: str) -> float:
-    """Median over the turns of one way's figure over another's."""
+    """Return the median over rounds of the ratio of two ways."""
     return median([getattr(a, name) / getattr(b, name) for a, b in zip(of, to, strict=True)])
 
 
 def read(measure: DataMeasure) -> Section:
-    """Tiles and embeddings per second of all rivals, on three kinds of slides."""
+    """Measure tiles per second of all methods, on three kinds of slides."""
     cases = [measure.part(measure.twenty)]
     cases.append(measure.part(measure.forty).copies(2, measure.folder / "forty"))
     if data_slides.REAL.exists():
@@ -149,7 +149,7 @@ def read(measure: DataMeasure) -> Section:
 
 
 def _rivals(measure: DataMeasure, slides: Slides, encoder: str | None) -> dict[str, list[Timing]]:
-    """All ways to read (and embed) some slides."""
+    """Time all ways to read (and embed) some slides."""
     means = EmbedConfig(encoder=encoder or "none", batch=BATCH)
     job = measure.job(slides, means, measure.block, 0.0 if encoder is None else None)
     count = measure.workers
@@ -182,7 +182,7 @@ def _read_rows(
 
 
 def _slower(slides: Slides, encoder: str | None, timings: dict[str, list[Timing]]) -> list[str]:
-    """Where a rival in as many processes is faster than ours."""
+    """Return sentences on baselines that are faster in as many processes."""
     pairs = (("read_region loop", "ours, this process"), ("CLAM, DataLoader", "ours over Ray"))
     times = {theirs: (own, ratio(timings[theirs], timings[own], "steady")) for theirs, own in pairs}
     return [
@@ -209,7 +209,7 @@ def _read_notes(measure: DataMeasure) -> list[str]:
 
 
 def agreement(slides: Slides) -> str:
-    """Whether rivals see our pixels and embed them alike, said in a sentence; asserted at 20x."""
+    """Compare pixels and embeddings of all methods; asserted at 20x."""
     cells = [cell for cell in rivals.cells(slides.top(2)) if cell[1] < 32]
     ours = TileGrid(TileConfig())
     ours.open({"path": slides.paths[0], "mpp_override": None})
@@ -239,7 +239,7 @@ def agreement(slides: Slides) -> str:
 
 
 def overhead(measure: DataMeasure) -> Section:
-    """One worker of Ray beside this process, over minutes."""
+    """Compare one worker of Ray with this process, for minutes."""
     slides = measure.twenty
     means = EmbedConfig(encoder=ENCODER, batch=BATCH)
     trial = measure.job(measure.part(slides), means, measure.block, None)
@@ -278,7 +278,7 @@ def overhead(measure: DataMeasure) -> Section:
 
 
 def scaling(measure: DataMeasure) -> Section:
-    """Several workers beside as many plain processes; an encoder that sleeps beside one worker."""
+    """Compare several workers with as many plain processes, and with one worker."""
     rows, short = [], []
     slides = measure.twenty.top(2 * measure.rows)
     means = EmbedConfig(encoder=ENCODER, batch=BATCH)
@@ -317,7 +317,7 @@ def scaling(measure: DataMeasure) -> Section:
 
 
 def _sleeping(measure: DataMeasure) -> dict[str, list[Timing]]:
-    """1, 2 and 4 workers whose encoders sleep; parts of one batch, that all end at about once."""
+    """Time 1, 2 and 4 workers whose encoders sleep; parts of one batch."""
     side = min(2, measure.units)
     slides = measure.create_slide("small", (side, side), 0.5).copies(
         2 * side, measure.folder / "sleep"

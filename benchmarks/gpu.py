@@ -48,12 +48,12 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 LEVELS = ((384, 32), (576, 16), (960, 8))
-"""Head width and side of the latent where the published U-Net attends, with one head."""
+"""Head width and side of the latent at each attention of the published U-Net (one head)."""
 
 
 @dataclass(frozen=True)
 class GpuBench:
-    """What is measured.
+    """Sizes of the benchmark.
 
     Attributes:
         size: sides of joint images in pixels.
@@ -82,7 +82,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Card:
-    """A device: its name, its clock, its peak of memory and its measured rate."""
+    """A device: name, timer, peak memory and measured rate."""
 
     def __init__(self, device: str, tiny: bool) -> None:
         self.device, self.cuda = device, device.startswith("cuda")
@@ -90,7 +90,7 @@ class Card:
         self.rate = self._matmul(256 if tiny else 8192)
 
     def seconds(self, call: Callable[[], Any], repeats: int = 1) -> float:
-        """Median seconds of a call, after one that warms up."""
+        """Return the median seconds of a call, after one that warms up."""
         call()
         spent = []
         for _ in range(repeats):
@@ -102,7 +102,7 @@ class Card:
         return statistics.median(spent)
 
     def once(self, call: Callable[[], Any]) -> tuple[float, float]:
-        """Seconds of one call, and the peak of memory in GiB."""
+        """Return the seconds of one call, and its peak memory in GiB."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         began = time.perf_counter()
@@ -118,7 +118,7 @@ class Card:
             torch.cuda.synchronize(self.device)
 
     def _matmul(self, side: int) -> float:
-        """FLOP/s of a bf16 matrix product."""
+        """Measure the FLOP/s of a bf16 matrix product."""
         a = torch.randn(side, side, device=self.device, dtype=torch.bfloat16)
         return 2 * side**3 / self.seconds(lambda: a @ a, 20)
 
@@ -147,7 +147,7 @@ def main(words: list[str]) -> None:
 
 
 def networks(config: GpuBench) -> tuple[Bundle, cost.CallFlops]:
-    """The bundle in bf16, channels-last, and the FLOPs of its networks."""
+    """Return the bundle in bf16, channels-last, and the FLOPs of its networks."""
     bundle = bundles.tiny() if config.tiny else bundles.full(config.device)
     context = bundle.summarizer.null(1).shape[1:]
     costs = cost.network_flops(bundle.unet, bundle.vae, bundle.patch, (context[0], context[1]))
@@ -156,7 +156,7 @@ def networks(config: GpuBench) -> tuple[Bundle, cost.CallFlops]:
 
 @torch.no_grad()
 def rates(config: GpuBench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> Section:
-    """Each network alone, by batch size: milliseconds and TFLOP/s."""
+    """Measure each network by batch size: milliseconds and TFLOP/s."""
     rows, more = [], () if config.tiny else (2 * config.batch, 4 * config.batch)
     for batch in (1, config.batch, *more):
         for name, (call, flops) in _calls(config, bundle, costs, batch).items():
@@ -183,7 +183,7 @@ def rates(config: GpuBench, card: Card, bundle: Bundle, costs: cost.CallFlops) -
 def _calls(
     config: GpuBench, bundle: Bundle, costs: cost.CallFlops, batch: int
 ) -> dict[str, tuple[Callable[[], Any], float]]:
-    """What sampling asks of the networks for a batch, and its FLOPs per window."""
+    """Return the calls of the networks in sampling, with their FLOPs per window."""
     patch, like = bundle.patch, {"device": config.device, "dtype": torch.bfloat16}
     z = torch.randn(batch, *patch.latent, **like)
     image = torch.randn(batch, 3, patch.side_px, patch.side_px, **like)
@@ -199,7 +199,7 @@ def _calls(
 
 
 def attention(config: GpuBench, card: Card) -> Section:
-    """Which kernels take the head widths of the published U-Net, and how long."""
+    """Time the attention kernels that support the head widths of the published U-Net."""
     rows = []
     batch = 2 * config.batch
     for width, side in LEVELS[2:] if config.tiny else LEVELS:
@@ -217,7 +217,7 @@ def attention(config: GpuBench, card: Card) -> Section:
 
 
 def joint_images(config: GpuBench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> Section:
-    """Joint images by the paper's recipe."""
+    """Time joint images by the paper's recipe."""
     rows = []
     for size in map(int, config.size.split(",")):
         order = _order(config, bundle, {"size": size, "sampler": _sampler(config)})
@@ -231,7 +231,7 @@ def joint_images(config: GpuBench, card: Card, bundle: Bundle, costs: cost.CallF
 
 
 def strided_images(config: GpuBench, card: Card, bundle: Bundle, costs: cost.CallFlops) -> Section:
-    """Strided sampling of a square canvas by stride."""
+    """Time strided sampling of a square canvas by stride."""
     rows, side = [], 2 if config.tiny else 4
     for share in map(int, config.shares.split(",")):
         values = {
@@ -259,7 +259,7 @@ _NOTE = (
 
 
 def _carried_out(card: Card, bundle: Bundle, order: Order, costs: cost.CallFlops) -> list[str]:
-    """One order: seconds, rate, floor, shares and peak memory."""
+    """Carry out an order: seconds, rate, lower bound, shares and peak memory."""
     plan, phases = joint.plan(order, bundle.patch), {"EncodeContext": 0.0}
     worker = Worker(bundle)
 
@@ -281,7 +281,7 @@ def _carried_out(card: Card, bundle: Bundle, order: Order, costs: cost.CallFlops
 
 
 def _order(config: GpuBench, bundle: Bundle, values: dict[str, Any]) -> Order:
-    """An order under random embeddings, one per patch, so that guidance takes two passes."""
+    """Return an order with random embeddings, one per patch, so that guidance needs two passes."""
     order = orders.parse({**values, "batch": config.batch})
     rows, columns = (length // bundle.patch.side_px for length in order.size)
     shape = (rows, columns, bundle.summarizer.config.channels)

@@ -1,9 +1,9 @@
-"""Memory of one large order above that of a process that has only imported everything.
+"""Peak memory of one large order, above that after the imports.
 
     parent -> python -m benchmarks.memory SIZE STEPS BATCH -> one line of JSON: MiB by phase
 
-The ledger on disk is the plan's store and the pyramid is written band by band. The peak of a
-phase (planning, a kind of request, the store, writing) is `VmHWM`, set back before it.
+Replies are stored on disk and the pyramid is written band by band. The peak of a phase (planning, a
+kind of request, the store, writing) is `VmHWM`, reset before it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GOAL = 1.3
 
 
 def section(sizes: Sequence[str]) -> Section:
-    """Peak memory of large orders against the first, phase by phase."""
+    """Compare the peak memory of orders by phase."""
     orders = [measured(size, 4, 16) for size in sizes]
     peaks = [each["mib"] for each in orders]
     rows = [[phase, *(f"{each[phase]:.0f}" for each in peaks)] for phase in peaks[0]]
@@ -62,7 +62,7 @@ def section(sizes: Sequence[str]) -> Section:
 
 
 def _growth(size: str, phase: str, ratio: float) -> str:
-    """What grows: the band, in the forms in which it is held."""
+    """Return a sentence on what grows."""
     return (
         f"Memory: {size} takes {ratio:.2f} times what the first size takes; the aim is "
         f"{GOAL}. The peak is in `{phase}`. It follows the width of the canvas and not the "
@@ -72,7 +72,7 @@ def _growth(size: str, phase: str, ratio: float) -> str:
 
 
 def measured(size: str, steps: int, batch: int) -> dict[str, Any]:
-    """Peaks in MiB by phase and seconds of one order, in a process of its own."""
+    """Measure one order in a new process."""
     words = [sys.executable, "-m", "benchmarks.memory", size, str(steps), str(batch)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     peaks: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -80,7 +80,7 @@ def measured(size: str, steps: int, batch: int) -> dict[str, Any]:
 
 
 class Peaks:
-    """The largest resident memory while each phase runs, above that at the start."""
+    """Largest resident memory during each phase, above that at the start."""
 
     def __init__(self) -> None:
         self.start = _mib("VmRSS")
@@ -102,16 +102,16 @@ class MeasuredStore(ReplyStore):
     peaks: Peaks
 
     def keep(self, name: str, reply: Any) -> Any:
-        """As of `ReplyStore`."""
+        """See `ReplyStore`."""
         return self.peaks.during("ledger", super().keep, name, reply)
 
     def open(self, kept: Any) -> Any:
-        """As of `ReplyStore`."""
+        """See `ReplyStore`."""
         return self.peaks.during("ledger", super().open, kept)
 
 
 def carry_out(size: str, steps: int, batch: int, folder: str) -> dict[str, Any]:
-    """One order in this process: peaks in MiB, seconds, requests."""
+    """Carry out an order: peaks in MiB, seconds, number of requests."""
     bundle = oracle()
     sampler = {"steps": steps, "derivative": "difference"}
     order = orders.parse({"size": size, "batch": batch, "sampler": sampler})
@@ -139,7 +139,7 @@ def _mib(field: str) -> float:
 
 
 def main(words: list[str]) -> None:
-    """Print the peaks of the order that the words describe."""
+    """Print the peaks of an order."""
     torch.set_num_threads(1)
     size, steps, batch = words[0], int(words[1]), int(words[2])
     with tempfile.TemporaryDirectory() as folder:

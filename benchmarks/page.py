@@ -1,4 +1,4 @@
-"""A page of results: the machine, the versions, the command and tables, as Markdown."""
+"""Markdown pages of results: machine, versions, command and tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "diffusers", "numpy", "tifffile")
 
 @dataclass
 class Section:
-    """A table under a heading, with what must be known to read it.
+    """A table with a heading and notes.
 
     Attributes:
         short: sentences on what falls short of its aim.
@@ -56,7 +56,7 @@ def write(path: str, title: str, command: str, sections: Sequence[Section]) -> N
 
 
 def machine() -> str:
-    """Hardware and versions in two sentences."""
+    """Return hardware and versions in two sentences."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     packages = [f"{name} {_version(name)}" for name in PACKAGES]
     python = f"Python {platform.python_version()}"
@@ -68,12 +68,12 @@ def machine() -> str:
 
 
 def command(module: str) -> str:
-    """The command line that runs a module with this process's words."""
+    """Return the command line of a module with the arguments of this process."""
     return " ".join(["python -m", module, *sys.argv[1:]])
 
 
 def place(theme: str, hardware: str) -> str:
-    """Where the results of a theme on some hardware stand, by the house's naming."""
+    """Return the path of the results of a theme on some hardware."""
     return str(RESULTS / f"{theme}_{hardware}_{date.today():%Y%m}.md")
 
 

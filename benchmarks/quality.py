@@ -1,4 +1,4 @@
-"""What choices of sampling do to pictures of a trained bundle: judged against real tiles.
+"""Compare images of several sampling settings with real tiles.
 
 An order is carried out for several seeds. Its figures: the cross-scale error, both with A
 inside each window and across their borders; the seam ratio and window lines; the kernel
@@ -74,7 +74,7 @@ class ImageJudge:
 
     @classmethod
     def open(cls, bundle: str, data: str, side: int, seeds: int) -> ImageJudge:
-        """The judge of a trained bundle's folder and the data that it was trained on."""
+        """Open a bundle and the data that it was trained on."""
         data = storage.absolute(data)
         encoder = ssl.load(bundles.facts(bundle)["encoder"]["name"])
         regions = references(data, side.bit_length() - 1, None)
@@ -87,7 +87,7 @@ class ImageJudge:
         return torch.from_numpy(np.stack([tile.grid[0, 0] for tile in self.tiles])).float()
 
     def row(self, name: str, **values: Any) -> list[str]:
-        """The figures of an order, the mean over its seeds."""
+        """Return the figures of an order, averaged over seeds."""
         figures = [self._judged(self._order(values, seed)) for seed in range(self.seeds)]
         means = (statistics.mean(one[i] for one in figures) for i in range(5))
         seconds, inside, across, seam, lines = means
@@ -99,7 +99,7 @@ class ImageJudge:
         return [name, f"{seconds:.1f}", *errors, f"{seam:.3f}", grid, distance]
 
     def _order(self, values: dict[str, Any], seed: int) -> Order:
-        """An order; conditioned on the region with the (seed + 1)-th most tissue, if left open."""
+        """Return an order, by default conditioned on the (seed + 1)-th region by tissue."""
         values = {"size": self.side * self.bundle.patch.side_px, "seed": seed, **values}
         condition = values.pop("condition", None)
         values["sampler"] = {"steps": self.steps, "clamp": True, **values.get("sampler", {})}
@@ -127,7 +127,7 @@ class ImageJudge:
         return seconds, inside, across, seam_ratio(image, side), lines, features
 
     def train_prior(self, seconds: float) -> None:
-        """Give the bundle a small grid prior, trained here on the grids of real regions."""
+        """Train a small grid prior on the grids of real regions for the bundle."""
         torch.manual_seed(0)
         grids = torch.from_numpy(np.stack([one.grid for one in self.regions])).float()
         grids = grids.movedim(-1, 1)
@@ -148,7 +148,7 @@ class ImageJudge:
 
 
 def conditions(judge: ImageJudge, seconds: float = PRIOR_SECONDS) -> Section:
-    """How windows under a guide that the CDM drew are conditioned."""
+    """Compare conditions of windows for a guide from the CDM."""
     judge.train_prior(seconds)
     rows = [
         judge.row(fine, condition=Condition(kind="cdm", fine=fine)) for fine in FINE
@@ -163,7 +163,7 @@ def conditions(judge: ImageJudge, seconds: float = PRIOR_SECONDS) -> Section:
 
 
 def constraints(judge: ImageJudge) -> Section:
-    """Where A acts, what the correction goes through, and seams after their removal."""
+    """Compare constraints, autoencoders of the correction, and seam removal."""
     ways: dict[str, dict[str, Any]] = {
         "window": {},
         "mosaic": {"sampler": {"constraint": "mosaic"}},
@@ -177,7 +177,7 @@ def constraints(judge: ImageJudge) -> Section:
 
 
 def trading(judge: ImageJudge) -> Section:
-    """What cheaper sampling costs in quality."""
+    """Compare cheaper settings."""
     ways: dict[str, dict[str, Any]] = {
         "as it is": {},
         "interval=[0.2,0.8]": {"interval": [0.2, 0.8]},

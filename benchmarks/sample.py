@@ -1,10 +1,10 @@
-"""Sampling, measured: against the published loops, by stride, in memory, by condition.
+"""Benchmark of sampling: against the published loops, by stride, memory, conditions.
 
 python -m benchmarks.sample [quick=true] [only=speed,strides] [bundle=DIR data=DIR] [out=PAGE.md]
 
-Networks are tiny and have random weights unless `bundle` gives others, so seconds say what the
-loops around them cost, and quality says what the averaging does, not what a model can. The
-whole run writes results/sample_<cores>cores_<yyyymm>.md; quick runs write only where told.
+Networks are tiny with random weights unless `bundle` names others, so seconds measure the loops
+around them. A full run writes results/sample_<cores>cores_<yyyymm>.md; quick runs write only to
+out=.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from raylarge.sampling.tasks import DenoiseWindows, Task
 from raylarge.workers.worker import Worker
 
 AGREE = 1e-5
-"""Largest difference of latents in float64; the guide's frames travel in float32."""
+"""Tolerance of latents in float64; frames of the guide are float32."""
 STRIDE_GOAL = 0.1
-"""How far the cost of a window may stray from stride to stride."""
+"""Tolerance of the cost per window between strides."""
 
 
 @dataclass(frozen=True)
 class SampleBench:
-    """What is measured, and how long.
+    """Sections and sizes of the benchmark.
 
     Attributes:
         only: of speed, strides, memory, conditions, constraints and trading.
@@ -109,7 +109,7 @@ def main(words: list[str]) -> None:
 
 
 def speed(config: SampleBench) -> Section:
-    """Ours against the published loops: the same image, interleaved."""
+    """Compare with the published loops: the same image, interleaved."""
     difference = disagreement()
     bundle = bundles.tiny()
     order, grid = conditioned(bundle, config.side, config.steps)
@@ -147,7 +147,7 @@ def speed(config: SampleBench) -> Section:
 
 
 def disagreement() -> float:
-    """Largest difference between our latents and the published loop's, asserted to be rounding."""
+    """Return the largest difference from the published loop's latents; at most rounding."""
     bundle = bundles.in_precision(bundles.tiny(), torch.float64)
     order, grid = conditioned(bundle, 2, 2)
     loop = Published(bundle, order, Average(bundle.unet))
@@ -170,7 +170,7 @@ def disagreement() -> float:
 
 
 def conditioned(bundle: Bundle, side: int, steps: int) -> tuple[Order, Tensor]:
-    """An order of side x side patches, and its random embeddings [C, side, side]."""
+    """Return an order of side x side patches, and its random embeddings [C, side, side]."""
     grid = torch.randn(side, side, bundles.WIDTH, generator=torch.Generator().manual_seed(0))
     condition = Condition.of(grid.numpy())
     sampler = {"steps": steps, "derivative": "difference"}
@@ -180,13 +180,13 @@ def conditioned(bundle: Bundle, side: int, steps: int) -> tuple[Order, Tensor]:
 
 
 def image_of(bundle: Bundle, order: Order) -> Any:
-    """Our result."""
+    """Return our result."""
     result = run(joint.plan(order, bundle.patch), Worker(bundle).answer)
     return result, result.image
 
 
 def published(bundle: Bundle, order: Order, grid: Tensor, together: int) -> Tensor:
-    """The published loop's image."""
+    """Return the image of the published loop."""
     loop = Published(bundle, order, Average(bundle.unet), together)
     return loop.image(loop.latents(grid), grid.shape[1])
 
@@ -228,7 +228,7 @@ def strides(config: SampleBench) -> Section:
 def _strides_section(
     config: SampleBench, rows: list[list[Any]], rates: list[float], steps: int, decoding: float
 ) -> Section:
-    """The table, and whether the cost per window is one figure."""
+    """Return the table, and whether the cost per window is constant."""
     middle = statistics.median(rates)
     overlapping = [rate for row, rate in zip(rows, rates, strict=True) if row[0] < 64]
     spread = max(abs(rate / middle - 1) for rate in overlapping)
@@ -258,7 +258,7 @@ def _strides_section(
 
 
 def canvas_order(bundle: Bundle, steps: int) -> Order:
-    """Strided sampling of 4 x 4 patches, embeddings where their width is the tiny bundle's."""
+    """Return an order for strided sampling of 4 x 4 patches."""
     values = {"size": 4 * bundle.patch.side_px, "algorithm": "strided", "sampler": {"steps": steps}}
     order = orders.parse(values)
     if bundle.summarizer.config.channels != bundles.WIDTH:
@@ -267,7 +267,7 @@ def canvas_order(bundle: Bundle, steps: int) -> Order:
 
 
 def decoding_seconds(bundle: Bundle, order: Order, pairs: int) -> float:
-    """Seconds of the final decode alone, which all strides share."""
+    """Measure the final decode, which all strides share."""
     spent, worker = [], Worker(bundle)
     once = replace(order, strided=replace(order.strided, share=1))
     for _ in range(pairs):
@@ -286,7 +286,7 @@ def decoding_seconds(bundle: Bundle, order: Order, pairs: int) -> float:
 
 
 def judged(section: Callable[[quality.ImageJudge], Section]) -> Callable[[SampleBench], Section]:
-    """A section that judges pictures of a trained bundle."""
+    """Wrap a section that compares images of a trained bundle."""
 
     def section_of(config: SampleBench) -> Section:
         if not (config.bundle and config.data):
@@ -302,7 +302,7 @@ def judged(section: Callable[[quality.ImageJudge], Section]) -> Callable[[Sample
 
 
 def interleaved(ways: dict[Any, Callable[[], Any]], pairs: int) -> dict[Any, list[float]]:
-    """Seconds of each way, all in turn, as often as `pairs` says."""
+    """Time all ways alternately, `pairs` times."""
     spent: dict[Any, list[float]] = {name: [] for name in ways}
     for _ in range(pairs):
         for name, way in ways.items():

@@ -1,9 +1,9 @@
-"""What a request to a replica costs over Ray Serve, by how many a replica accepts.
+"""Cost of a request to a replica of Ray Serve, by the number of requests that it accepts.
 
 python -m benchmarks.serve_requests bundle=DIR [steps=10] [rounds=3] [hardware=2cores] [write=true]
 
-The same patches in steps of one request each: in this process, and by a Worker deployment that
-accepts 2 requests (as it did), or all that are in flight. Ways take turns in each round.
+The same patches, one request per step: in this process, and by a Worker deployment that accepts 2
+requests, or all that are in flight. Ways alternate in each round.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from raylarge.sampling.plan import arun, run
 from raylarge.workers.worker import Worker
 
 BEFORE = 2
-"""What the deployment accepted until November 2026."""
+"""Former limit of the deployment."""
 
 
 @dataclass(frozen=True)
 class ServeBench:
-    """What the benchmark understands.
+    """Settings of the benchmark.
 
     Attributes:
         bundle: the folder of the models.

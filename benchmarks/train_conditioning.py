@@ -1,4 +1,4 @@
-"""Do small trainings learn their conditions? Overfitting, tokens, scales together, summarizers.
+"""Do small trainings learn their conditions? Overfitting, tokens, joint scales, Summarizers.
 
 python -m benchmarks.train_conditioning data=DIR bundle=DIR [work=DIR] [only=overfit] [out=PAGE.md]
 
@@ -32,21 +32,21 @@ from raylarge.models import bundle as bundles
 from raylarge.models.bundle import Bundle
 
 OVERFIT = 16
-"""Examples of each scale that are learned by heart."""
+"""Examples of each scale to overfit."""
 BELOW = 0.2
-"""The conditional loss must end this far below the twin's."""
+"""Required reduction of the conditional loss below the twin's."""
 RAISED = 0.1
-"""Shuffled conditions must raise the loss by this much, at every scale."""
+"""Required increase of the loss by shuffled conditions, at every scale."""
 NEARER = 5.0
-"""Drawn tokens must be this many times nearer to the Summarizer's than noise is."""
+"""Required ratio of the distances of noise and of drawn tokens from the Summarizer's."""
 TOKENS = 65
 MOST = 512
-"""Real rows of a scale that drawn tokens are held against."""
+"""Real rows of a scale to compare drawn tokens with."""
 
 
 @dataclass(frozen=True)
 class ConditioningBench:
-    """What is trained, and how long.
+    """Sections and sizes of the benchmark.
 
     Attributes:
         only: of overfit, tokens, scales and summarizers.
@@ -83,20 +83,20 @@ class ConditioningBench:
     out: str = ""
 
     def study(self, name: str, counts: Counts) -> Study:
-        """The study of that name, its rows taken."""
+        """Return the study of a name, with its rows selected."""
         data = str(Path(self.work, name, "data"))
         few(self.data, self.bundle, data, counts)
         work = str(Path(self.work, name))
         return Study(data, self.bundle, work, {"batch": self.batch, "seed": self.seed})
 
     def scales(self) -> Study:
-        """Few rows of coarse scales and many of fine ones, with held-out rows."""
+        """Return a study with few rows of coarse scales, many of fine ones, and held-out rows."""
         counts = dict.fromkeys(range(len(self.rows)), self.held_out + self.references)
         return self.study("scales", {"train": dict(enumerate(self.rows)), "val": counts})
 
 
 def overfit(config: ConditioningBench) -> Section:
-    """A conditional model against its unconditional twin, by heart."""
+    """Overfit a conditional model and its unconditional twin."""
     counts = {"train": dict.fromkeys(range(len(config.rows)), OVERFIT)}
     rows, short = heart(config.study("overfit", counts), config.overfit_steps)
     note = (
@@ -113,7 +113,7 @@ def overfit(config: ConditioningBench) -> Section:
 
 
 def heart(study: Study, steps: int, **more: object) -> tuple[list[list[str]], list[str]]:
-    """Rows of the table of `overfit`, the last over all scales, and what misses its aim."""
+    """Return the rows of `overfit`, the last over all scales, and missed goals."""
     losses_by_model = {}
     for name, drop in (("conditional", 0.1), ("twin", 1.0)):
         bundle = study.trained(name, steps=steps, **{**more, "ldm": {"drop": drop}})
@@ -141,7 +141,7 @@ def _compared(losses: Sequence[float]) -> list[str]:
 
 
 def tokens(config: ConditioningBench) -> Section:
-    """What the CDM draws against what the Summarizer makes of real examples."""
+    """Compare tokens drawn by the CDM with those of real examples."""
     study = config.scales()
     out = study.learned("together", steps=config.steps)
     study.learned("together", "cdm", steps=config.cdm_steps)
@@ -164,7 +164,7 @@ def tokens(config: ConditioningBench) -> Section:
 def drawn_tokens(
     bundle: Bundle, data: str, count: int, seed: int
 ) -> tuple[list[list[str]], list[str]]:
-    """Rows of the table of `tokens`, and what misses its aim."""
+    """Return the rows of `tokens`, and missed goals."""
     rows, short = [], []
     scales = tables.rows(data, "examples", columns=["scale"])["scale"].to_pylist()
     for k in sorted(set(scales)):
@@ -181,7 +181,7 @@ def drawn_tokens(
 
 
 class Near:
-    """How far samples are from real ones, in the space of these ones' principal components."""
+    """Frechet distance from real samples, in the space of their principal components."""
 
     def __init__(self, real: Float[np.ndarray, "n d"], components: int) -> None:
         self.mean = real.mean(axis=0)
@@ -189,7 +189,7 @@ class Near:
         self.real = moments(self._project(real))
 
     def __call__(self, samples: Float[np.ndarray, "m d"]) -> float:
-        """The Frechet distance."""
+        """Return the Frechet distance."""
         return frechet(*moments(self._project(samples)), *self.real)
 
     def _project(self, samples: np.ndarray) -> np.ndarray:
@@ -197,7 +197,7 @@ class Near:
 
 
 def noises(real: Float[np.ndarray, "n d"], count: int, seed: int) -> list[np.ndarray]:
-    """N(0, 1); with mean and deviation of each channel; with those of each value of a grid."""
+    """Return N(0, 1) noise; with mean and deviation by channel; with those by value."""
     noise = np.random.default_rng(seed).standard_normal((count, real.shape[1]))
     cells = real.reshape(len(real), TOKENS, -1)
     mean, deviation = (np.tile(f(cells, axis=(0, 1)), TOKENS) for f in (np.mean, np.std))
@@ -206,7 +206,7 @@ def noises(real: Float[np.ndarray, "n d"], count: int, seed: int) -> list[np.nda
 
 @torch.no_grad()
 def summarized(bundle: Bundle, data: str, k: int, split: str) -> Float[np.ndarray, "n d"]:
-    """The Summarizer's tokens of a scale's rows, at most 512 from all over it, flattened."""
+    """Return the flattened tokens of at most 512 rows of a scale."""
     rows = tables.rows(data, "examples", columns=["split", "scale", "grid", "grid_rows"])
     rows = rows.filter(pc.and_(pc.equal(rows["scale"], k), pc.equal(rows["split"], split)))
     if not len(rows):
@@ -228,7 +228,7 @@ SECTIONS: dict[str, Callable[[ConditioningBench], Section]] = {
 
 
 def main(words: list[str]) -> None:
-    """Train, judge, print and, where told, write."""
+    """Train, compare, print and optionally write."""
     torch.set_num_threads(1)
     config = parse(ConditioningBench, words, {})
     names = config.only.split(",")

@@ -38,7 +38,7 @@ from raylarge.train.tasks.vae import build as build_vae
 
 CARDS_GIB = (24, 48, 80)
 PATCHES = 15_000_000
-"""Of an epoch on TCGA-BRCA (Graikos et al., supplement 9)."""
+"""Patches of an epoch on TCGA-BRCA (Graikos et al., supplement 9)."""
 
 QUOTED = {256: (100, 45), 1024: (4, 300)}
 """Largest batch and hours an epoch by the image's side, on one RTX 6000: Table 6, as quoted."""
@@ -48,11 +48,11 @@ NAIP = (365_119, 94_263, 25_690, 8_772)
 """Examples by scale of ZoomLDM's two data sets."""
 
 SMALL = Facts(1280, dict.fromkeys(range(6), 10_000), (3, 64, 64), (3, 16, 16), 0.7, {})
-"""Some whole sections; how many rows only decides what is called an epoch."""
+"""Facts of some slides; the number of rows only defines an epoch."""
 
 
 def facts(channels: int, counts: tuple[int, ...], side_px: int = 256) -> Facts:
-    """What published data would tell a task: f4 latents of 3 channels."""
+    """Return the facts of published data: f4 latents of 3 channels."""
     latent = (3, side_px // 4, side_px // 4)
     return Facts(channels, dict(enumerate(counts)), (3, side_px, side_px), latent, None, {})
 
@@ -70,7 +70,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class MemoryBench:
-    """What is worked out.
+    """Sections of the benchmark.
 
     Attributes:
         only: of patches, stages and presets.
@@ -84,12 +84,12 @@ class MemoryBench:
 
 
 def config_of(model: str, *layers: dict[str, Any]) -> Train:
-    """A training's settings; no folder of it is looked at."""
+    """Return the config of a training, without access to its folders."""
     return build(Train, {"model": model, "data": "-", "out": "-"}, *layers)
 
 
 def task_of(config: Train, facts: Facts) -> Task:
-    """The task of a training, without a bundle, on the meta device."""
+    """Build the task of a training on the meta device, without a bundle."""
     with torch.device("meta"):
         if config.model == "vae":
             return build_vae(config, facts)
@@ -104,11 +104,11 @@ def task_of(config: Train, facts: Facts) -> Task:
 
 
 _KNOWN: dict[tuple[Any, ...], Activations] = {}
-"""Passes of networks that were looked at already; the number of scales changes none."""
+"""Cache of activations; they do not depend on the number of scales."""
 
 
 def planned(config: Train, facts: Facts, explicit: bool = False) -> Plan:
-    """The plan of a training.
+    """Estimate a training.
 
     Args:
         explicit: attention has its whole matrix in memory.
@@ -127,7 +127,7 @@ def planned(config: Train, facts: Facts, explicit: bool = False) -> Plan:
 
 @contextmanager
 def unfused(task: Task) -> Iterator[None]:
-    """Attention with its whole matrix in memory, softmax in float32, as in the released code."""
+    """Use explicit attention with softmax in float32, as in the released code."""
     unet: Any = task.network.unet
     before = unet.attn_processors
     unet.set_attn_processor(AttnProcessor())
@@ -139,7 +139,7 @@ def unfused(task: Task) -> Iterator[None]:
 
 
 def patches(card: PlanConfig) -> Section:
-    """Table 6: largest batch, cost of a sample, time of an epoch of equal pixels."""
+    """Reproduce Table 6: largest batch, cost of a sample, time of an epoch of equal pixels."""
     released = {**overrides("ldm", "graikos_brca"), "workers": 0, "card": card}
     config, plans = config_of("ldm", released), {}
     for side_px in QUOTED:
@@ -202,18 +202,18 @@ def _notes(plans: dict[tuple[int, bool], Plan]) -> list[str]:
 
 
 def largest(plan_: Plan, gib: float) -> int:
-    """Samples of the largest pass on a card of some size."""
+    """Return the samples of the largest micro-batch on a GPU of some memory."""
     return replace(plan_, card=replace(plan_.card, card_gib=float(gib))).largest
 
 
 def without_average(plan_: Plan, config: Train) -> model_states.ModelStates:
-    """The states of a training that keeps no moving average."""
+    """Return the model states without a moving average."""
     parts = [replace(part, averaged=0) for part in plan_.parts]
     return model_states.states(parts, plan_.states.card["weights that are fixed"], config)
 
 
 def stages(card: PlanConfig) -> Section:
-    """Memory of ZoomLDM by ZeRO stage on 8 workers, and the passes that fit."""
+    """Compute the memory of ZoomLDM by ZeRO stage on 8 workers, and the largest micro-batch."""
     rows, data, base = [], PUBLISHED["brca"], {"workers": 8, "batch": 600, "precision": "bf16"}
     for again in (False, True):
         config = config_of("ldm", {**base, "checkpointing": again, "card": card})
@@ -240,7 +240,7 @@ def stages(card: PlanConfig) -> Section:
 
 
 def presets(card: PlanConfig) -> Section:
-    """What each preset takes."""
+    """Compute the cost of each preset."""
     rows = []
     for name, model in _trainings():
         config = config_of(model, overrides(model, name), {"card": card})
@@ -272,7 +272,7 @@ def presets(card: PlanConfig) -> Section:
 
 
 def _trainings() -> Iterator[tuple[str, str]]:
-    """Presets and models; those whose data are known, and no demo."""
+    """Yield presets and models whose data are published."""
     for model in ("vae", "ldm", "cdm"):
         for name in TRAIN[model]:
             if name.removesuffix("_released") in PUBLISHED:
@@ -283,7 +283,7 @@ SECTIONS = {"patches": patches, "stages": stages, "presets": presets}
 
 
 def main(words: list[str]) -> None:
-    """Work out, print and, where told, write."""
+    """Compute, print and optionally write."""
     config = parse(MemoryBench, words, {})
     names = config.only.split(",")
     if unknown := set(names) - SECTIONS.keys():

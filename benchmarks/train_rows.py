@@ -55,7 +55,7 @@ class Study:
 
     @property
     def latents(self) -> str:
-        """The name of their LATENTS."""
+        """The name of the table of LATENTS."""
         return latents_table(self.data, self.bundle)
 
     def learned(self, name: str, model: str = "ldm", **more: Any) -> str:
@@ -67,7 +67,7 @@ class Study:
         return out
 
     def trained(self, name: str, **more: Any) -> Bundle:
-        """The same for a latent diffusion model, opened."""
+        """Train a latent diffusion model and load it."""
         return bundles.load(self.learned(name, "ldm", **more))
 
 
@@ -116,7 +116,7 @@ def with_autoencoder_of(bundle: str, out: str) -> str:
 
 
 def _take(tables_: Sequence[Table], split: str, k: int, count: int) -> list[tuple[pa.Table, ...]]:
-    """Rows of one split and scale in mixed order, cut into row groups, of both tables.
+    """Select shuffled rows of one split and scale of both tables, in row groups.
 
     Raises:
         UserError: the tables hold fewer.
@@ -137,7 +137,7 @@ def _take(tables_: Sequence[Table], split: str, k: int, count: int) -> list[tupl
 
 
 def _read(tables_: Sequence[Table], group: RowGroup, rows: np.ndarray) -> tuple[pa.Table, ...]:
-    """Some rows of a row group of EXAMPLES, and their unmirrored latents."""
+    """Read some rows of a row group of EXAMPLES, and their unmirrored latents."""
     examples, latents = tables_
     lead = _rows(examples, group.part, [group.number]).take(rows)
     others = _rows(latents, group.part, latents.like(group.part, group))

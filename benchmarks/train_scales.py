@@ -1,4 +1,4 @@
-"""One model for all scales against one per scale, and kinds of Summarizers: held-out figures.
+"""Compare one model for all scales with one per scale, and kinds of Summarizers.
 
     held-out rows -conditions-> DDIM -decode-> patches -encoder-> features ─┐
     other held-out rows of the scale -encoder-> features ───────────────────┴-> KID, its interval
@@ -30,12 +30,12 @@ from raylarge.models.bundle import Bundle
 from raylarge.models.denoiser import bind_context, guided
 
 DRAWS = 400
-"""Half samples of an interval."""
+"""Number of half samples of an interval."""
 AT_ONCE = 16
 
 
 class Sizes(Protocol):
-    """What of the benchmark's config is read here (`train_conditioning.ConditioningBench`)."""
+    """The settings used here (`train_conditioning.ConditioningBench`)."""
 
     seed: int
     batch: int
@@ -48,7 +48,7 @@ class Sizes(Protocol):
 
 
 def together(study: Study, sizes: Sizes) -> Section:
-    """One model for all scales against one for each, at equal steps each."""
+    """Compare one model for all scales with one for each, at equal steps."""
     judge, scales = ModelJudge(study, sizes), range(len(sizes.rows))
     shared = study.trained("together", steps=sizes.steps)
     alone = {
@@ -69,7 +69,7 @@ def together(study: Study, sizes: Sizes) -> Section:
 
 
 def summarizers(study: Study, sizes: Sizes) -> Section:
-    """The ViT against the convolutional Summarizer."""
+    """Compare the ViT with the convolutional Summarizer."""
     judge, scales = ModelJudge(study, sizes), range(len(sizes.rows))
     kinds = {
         "vit": study.trained("together", steps=sizes.steps),

@@ -1,7 +1,7 @@
-"""Random LATENTS with grids of random embeddings, as large as is said of them.
+"""Write random LATENTS with grids of random embeddings, of any nominal size.
 
-One file is written. The manifest may list it many times over, so that a table of millions of
-rows is planned, shuffled and read as such, from a disk that holds a fraction of it.
+The manifest may list the one file many times, so that a table of millions of rows is shuffled and
+read as such from a fraction of the disk space.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import pyarrow as pa
 from raylarge import schema, storage
 
 GROUP = 64
-"""Rows of a row group, as `shard` makes them."""
+"""Rows of a row group, as in `shard`."""
 LATENT = (3, 64, 64)
-"""Of patches of 256 px under f4."""
+"""Latent of patches of 256 px with f4."""
 BRCA = (12_509_760, 3_036_288, 752_000, 187_280, 57_090, 20_679, 7_923, 2_489)
 """Examples by scale of ZoomLDM's larger data set."""
 BRCA_GROUPS = (32, 8, 2, 2, 2, 2, 2, 2)
-"""Row groups by scale of the one file that stands for its buckets."""
+"""Row groups by scale of the one file."""
 
 
 def write(
@@ -64,7 +64,7 @@ def write(
 
 
 def _listed(groups: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
-    """The scales of the row groups that each mention of the file lists."""
+    """Return the scales of the row groups for each listing of the file."""
     rows = rows or [GROUP * own for own in groups]
     often = [-(-count // (GROUP * own)) for count, own in zip(rows, groups, strict=True)]
     if often != sorted(often, reverse=True):

@@ -49,7 +49,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def law_order():
-    """The order for answer independence, as JSON: 21 requests on `tiny_bundle`, some with inputs."""
+    """The order for answer independence, as JSON: 21 requests on `tiny_bundle`."""
     sampler = {"steps": 2, "derivative": "difference"}
     condition = {"kind": "cdm", "fine": "independent"}
     return {"size": "128x192", "batch": 1, "chunk": 1, "sampler": sampler, "condition": condition}

@@ -91,7 +91,7 @@ def test_too_few_rows_are_told(made, tmp_path):
 def test_other_rows_want_another_folder(made, tmp_path):
     train_rows.few(*made, str(tmp_path), {"train": {0: 4}})
     train_rows.few(*made, str(tmp_path), {"train": {0: 4}})
-    with pytest.raises(UserError, match="holds other rows"):
+    with pytest.raises(UserError, match="contains other rows"):
         train_rows.few(*made, str(tmp_path), {"train": {0: 5}})
 
 
