@@ -10,7 +10,6 @@ FLOPs at that rate. Writes results/gpu_<card>_<yyyymm>.md.
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 import statistics
 import sys
@@ -286,7 +285,7 @@ def _order(config: GpuBench, bundle: Bundle, values: dict[str, Any]) -> Order:
     rows, columns = (length // bundle.patch.side_px for length in order.size)
     shape = (rows, columns, bundle.summarizer.config.channels)
     grid = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return dataclasses.replace(order, condition=Condition.of(grid.numpy()))
+    return order.replace(condition=Condition.of(grid.numpy()))
 
 
 def _sampler(config: GpuBench) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class ImageJudge:
         if condition is None:
             regions = sorted(self.regions, key=lambda region: -region.tissue)
             condition = Condition.of(regions[seed % len(regions)].grid)
-        return dataclasses.replace(orders.parse(values), condition=condition)
+        return orders.parse(values).replace(condition=condition)
 
     def _judged(self, order: Order) -> tuple[float, float, float, float, float, Tensor]:
         patch, began = self.bundle.patch, time.perf_counter()

@@ -175,7 +175,7 @@ def conditioned(bundle: Bundle, side: int, steps: int) -> tuple[Order, Tensor]:
     condition = Condition.of(grid.numpy())
     sampler = {"steps": steps, "derivative": "difference"}
     order = orders.parse({"size": side * bundle.patch.side_px, "sampler": sampler})
-    order = replace(order, condition=condition)
+    order = order.replace(condition=condition)
     return order, torch.from_numpy(condition.grid()).movedim(-1, 0)
 
 
@@ -263,13 +263,13 @@ def canvas_order(bundle: Bundle, steps: int) -> Order:
     order = orders.parse(values)
     if bundle.summarizer.config.channels != bundles.WIDTH:
         return order
-    return replace(order, condition=conditioned(bundle, 4, steps)[0].condition)
+    return order.replace(condition=conditioned(bundle, 4, steps)[0].condition)
 
 
 def decoding_seconds(bundle: Bundle, order: Order, pairs: int) -> float:
     """Measure the final decode, which all strides share."""
     spent, worker = [], Worker(bundle)
-    once = replace(order, strided=replace(order.strided, share=1))
+    once = order.replace(strided=order.strided.replace(share=1))
     for _ in range(pairs):
         here = 0.0
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -231,7 +231,7 @@ class Thread:
     def _order(self, name: str) -> dict[str, Any]:
         inner = {"corrections": 0} if name == "uncorrected" else {}
         condition = (
-            {"kind": "cdm"} if name == "novel" else asdict(Condition.of(self._region().grid))
+            {"kind": "cdm"} if name == "novel" else Condition.of(self._region().grid).plain()
         )
         order = {"size": self.config.size, "seed": self.config.seed, "condition": condition}
         return {**order, "sampler": {**SAMPLER, **inner}}
@@ -274,7 +274,7 @@ class Thread:
 
 def patches(worker: Worker, scale: int, seed: int, chosen: list[ReferenceExample]) -> np.ndarray:
     """One generated patch per reference, from its embeddings: uint8 [n, P, P, 3]."""
-    condition = asdict(Condition.of(np.stack([found.grid for found in chosen])))
+    condition = Condition.of(np.stack([found.grid for found in chosen])).plain()
     order = parse(
         {"count": len(chosen), "batch": len(chosen), "scale": scale, "seed": seed}
         | {"condition": condition, "sampler": {"steps": 50}}

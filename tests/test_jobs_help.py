@@ -5,7 +5,6 @@ import importlib
 import pytest
 
 from raylarge.config import fields
-from raylarge.config.descriptions import descriptions
 
 JOBS = ("prepare", "train", "sample", "exchange", "import_weights", "demo")
 
@@ -22,7 +21,7 @@ def undescribed(schema):
     for key in fields.keys(schema):
         if key.section:
             yield from undescribed(key.section)
-        elif not descriptions(schema).get(key.name):
+        elif not key.description:
             yield f"{schema.__name__}.{key.name}"
 
 

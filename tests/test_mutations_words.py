@@ -1,6 +1,7 @@
 """Random words of the command line and JSON orders: their exact meaning, or a refusal by key."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from mutations import Refused, numbers, outcome, pick, texts
 from raylarge import order
 from raylarge.config import parse
 from raylarge.data.prepare import Prepare
-from raylarge.execution.reference import place_of
 from raylarge.execution.sample import Sample
 from raylarge.geometry import Patch
 from raylarge.sampling import joint
@@ -30,7 +30,7 @@ TEXT_KEYS = [
     (Sample, "text"),
     (Sample, "negative"),
 ]
-NUMBER_KEYS = [
+NUMBER_KEYS = [  # with the least that the key may be, and the most
     (Prepare, "tile.patch_px", int),
     (Prepare, "tile.crops", int),
     (Prepare, "tile.seed", int),
@@ -41,8 +41,9 @@ NUMBER_KEYS = [
     (Train, "steps", int),
     (Train, "lr", float),
     (Train, "clip", float),
-    (Sample, "threads", int),
-    (Sample, "tflops", float),
+    (Sample, "threads", int, 1),
+    (Sample, "workers", int, 0),
+    (Sample, "tflops", float, 1e-300),
 ]
 REQUIRED = {
     Prepare: ["out=data"],
@@ -78,11 +79,16 @@ def test_text_stands_as_it_is(seed):
 @pytest.mark.parametrize("seed", range(90))
 def test_numbers_are_plain_decimal_numbers(seed):
     rng = np.random.default_rng([2, seed])
-    schema, key, kind = pick(rng, NUMBER_KEYS)
+    schema, key, kind, *bounds = pick(rng, NUMBER_KEYS)
     word, number = numbers(rng)
     value = typed(number, kind)
-    expected = Refused(f"{key}=", "a whole number" if kind is int else "a number such as 0.5")
-    assert outcome(lambda: value_of(schema, key, word)) == (expected if value is None else value)
+    low, high = (*bounds, -math.inf, math.inf)[:2] if not bounds else (*bounds, math.inf)[:2]
+    expected = value
+    if value is None:
+        expected = Refused(f"{key}=", "a whole number" if kind is int else "a number such as 0.5")
+    elif not low <= value <= high:
+        expected = Refused(f"{key}=", "it must be")
+    assert outcome(lambda: value_of(schema, key, word)) == expected
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -103,10 +109,13 @@ def test_a_place_is_two_plain_numbers(seed):
     pairs = [numbers(rng) for _ in range(pick(rng, [2, 2, 2, 1, 3]))]
     pairs = [(word, number) for word, number in pairs if not set(word) & set(" \n,[]")]
     numbers_, word = [number for _, number in pairs], ",".join(word for word, _ in pairs)
-    fine = len(pairs) == 2 and all(type(n) is int and 0 <= n <= 1 << 17 for n in numbers_)
+    whole = len(pairs) == 2 and all(type(n) is int for n in numbers_)
+    fine = whole and all(0 <= n <= 1 << 17 for n in numbers_)
     word = pick(rng, [word, f"[{word}]"])
-    expected = tuple(numbers_) if fine else Refused(f"at {word}", "a row and a column")
-    assert outcome(lambda: place_of(value_of(Sample, "at", word))) == expected
+    expected = (
+        tuple(numbers_) if fine else Refused("at=", "must be" if whole else "row and a column")
+    )
+    assert outcome(lambda: value_of(Sample, "at", word)) == expected
 
 
 RANGES = {  # what the documentation of the order says

@@ -28,8 +28,8 @@ def png(side):
 
 
 SOURCE = {"image": png(64), "octaves": 1}
-VECTOR = dataclasses.asdict(Condition.of_vector(np.eye(5, dtype=np.float32)[0]))
-GRID = dataclasses.asdict(Condition.of(np.ones((2, 3, 8), np.float16)))
+VECTOR = Condition.of_vector(np.eye(5, dtype=np.float32)[0]).plain()
+GRID = Condition.of(np.ones((2, 3, 8), np.float16)).plain()
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_each_condition_lands_at_its_own_row_and_column(tiny_bundle):
     changed[1, 2] *= -1
     sides = {}
     for name, embeddings in (("before", grid), ("after", changed)):
-        condition = dataclasses.asdict(orders.Condition.of(embeddings))
+        condition = orders.Condition.of(embeddings).plain()
         settings = {"steps": 3, "corrections": 0}
         order = orders.parse(
             {"size": "128x256", "batch": 4, "sampler": settings, "condition": condition}

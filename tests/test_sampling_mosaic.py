@@ -155,10 +155,8 @@ def test_a_super_resolved_image_may_follow_the_mosaic_too():
     """The mosaic made small comes close to the given image, borders included."""
     small = np.random.default_rng(0).integers(60, 190, (24, 32, 3)).astype(np.uint8)
     source = Source(image=base64.b64encode(images.png_bytes(small)).decode(), octaves=2)
-    order = dataclasses.replace(
-        an_order(size="96x128", algorithm="superres", sampler={"steps": 20, "corrections": 4}),
-        source=source,
-    )
+    sampler = {"steps": 20, "corrections": 4}
+    order = an_order(size="96x128", algorithm="superres", sampler=sampler, source=source)
     latent, _ = latent_of(order, Worker(oracle.bundle(), GaussianDenoiser(0.0, 1.0)))
     left = downsample(oracle.Unshuffle().decode(latent[None])[0], 4) - images.to_float(small)
     assert left.abs().mean() < 0.05

@@ -93,7 +93,7 @@ def test_correcting_in_every_third_step_leaves_the_others_alone():
     got = trajectory.windows(networks, task, tokens, lambda i: asked.append(i) or y, None)
     assert asked == [0, 3, 6]
     start = trajectory.Stepper(networks, order, 0, ((1, 2),), tokens).start()
-    always = dataclasses.replace(order.sampler, correct_every=1)
+    always = order.sampler.replace(correct_every=1)
     x = start
     for i, step in enumerate(denoiser.schedule.steps(7)):
         if i % 3 == 0:
@@ -138,7 +138,7 @@ def test_half_precision_gives_nearly_the_same_image(tiny_bundle, name):
     single = Worker.opened(tiny_bundle, ComputeConfig())
     half = Worker.opened(tiny_bundle, ComputeConfig(dtype=name))
     assert half.bundle.unet.dtype == ComputeConfig(dtype=name).torch_dtype
-    condition = dataclasses.asdict(Condition.of(np.ones((2, 2, 8), np.float16)))
+    condition = Condition.of(np.ones((2, 2, 8), np.float16)).plain()
     order = orders.parse(
         {"size": 128, "batch": 4, "condition": condition, "sampler": {"steps": 1, "guidance": 1.0}}
     )
@@ -167,9 +167,9 @@ def test_a_controlnet_in_half_precision(bundle):
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"dtype": "int8"}, "dtype 'int8' is not float32, bfloat16, float16"),
-        ({"threads": 0}, "threads 0 starts at 1"),
-        ({"gpus": -0.5}, "gpus -0.5 is neither"),
+        ({"dtype": "int8"}, "dtype=int8: it must be one of: float32, bfloat16, float16"),
+        ({"threads": 0}, "threads=0: it must be at least 1"),
+        ({"gpus": -0.5}, "gpus=-0.5: it must be -1 or"),
     ],
 )
 def test_means_that_mean_nothing_are_refused(values, told):
@@ -180,7 +180,7 @@ def test_means_that_mean_nothing_are_refused(values, told):
 @pytest.mark.slow
 def test_compiled_networks_give_the_same_image(tiny_bundle):
     """Values compiled, derivatives not; each batch shape is compiled once."""
-    condition = dataclasses.asdict(Condition.of(np.ones((2, 2, 8), np.float16)))
+    condition = Condition.of(np.ones((2, 2, 8), np.float16)).plain()
     order = orders.parse({"size": 128, "batch": 4, "condition": condition, "sampler": {"steps": 2}})
     made = []
     for means in (ComputeConfig(), ComputeConfig(compile=True)):

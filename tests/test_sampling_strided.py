@@ -111,7 +111,7 @@ def test_seam_removal_is_the_published_one(parity, monkeypatch):
     patch = Patch(side_px=256, factor=4, channels=3, scales=8)
     bundle = dataclasses.replace(oracle.bundle(patch), summarizer=PublishedSummarizer())
     worker = Worker(bundle, NetworkDenoiser(published_unet, Schedule(), timestep_offset=1))
-    condition = dataclasses.asdict(Condition.of(np.zeros((2, 2, 32), np.float16)))
+    condition = Condition.of(np.zeros((2, 2, 32), np.float16)).plain()
     order = orders.parse(
         {
             "size": 512,
@@ -218,7 +218,7 @@ def test_a_condition_colours_its_own_place(tiny_bundle):
     changed[0, 4] *= -1
     images = []
     for embeddings in (grid, changed):
-        condition = dataclasses.asdict(Condition.of(embeddings))
+        condition = Condition.of(embeddings).plain()
         order = orders.parse(
             {
                 "size": "128x320",
@@ -280,7 +280,7 @@ def test_every_plan_runs_in_half_precision(tiny_bundle, algorithm):
             "size": 128,
             "algorithm": algorithm,
             "refine": algorithm == "joint",
-            "condition": dataclasses.asdict(Condition.of(grid)),
+            "condition": Condition.of(grid).plain(),
             "batch": 4,
             "sampler": {"steps": 2},
         }

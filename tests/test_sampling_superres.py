@@ -47,8 +47,8 @@ def low_resolution(size, variance):
 def following(networks, task, tokens, y, x_t, correction=correct):
     """Windows under a fixed image; the correction is the order's, by name."""
     name = next(k for k, v in trajectory.CORRECTIONS.items() if v is correction)
-    sampler = dataclasses.replace(task.order.sampler, correction=name)
-    task = dataclasses.replace(task, order=dataclasses.replace(task.order, sampler=sampler))
+    sampler = task.order.sampler.replace(correction=name)
+    task = dataclasses.replace(task, order=task.order.replace(sampler=sampler))
     wanted = superres.fixed(y, task, networks.patch)
     return trajectory.windows(networks, task, tokens, wanted, x_t)
 
@@ -186,7 +186,7 @@ def test_backpropagation_has_the_direction_of_the_correction(side, derivative):
         return denoiser(x, 300, x.new_zeros(len(x), 1, 1))
 
     plain = orders.Sampler(derivative=derivative)
-    unit = dataclasses.replace(plain, normalize=True)
+    unit = plain.replace(normalize=True)
     with torch.no_grad():
         by_s1 = correct_by_backprop(x_t, x_0, CODEC, y, plain) - x_t
         by_s2 = correct(x_t, x_0, CODEC, y, plain) - x_t

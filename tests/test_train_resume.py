@@ -59,7 +59,8 @@ def test_a_record_may_lack_any_key(config):
             resume.refuse_mixing(config, root)
             assert storage.read_json(path) == record  # the record is complete again
             continue
-        said = f"without the key {key}, which means {cure}, not {config_of.format_value(value)}; give {cure}"
+        other = config_of.format_value(value)
+        said = f"without the key {key}, which means {cure}, not {other}; give {cure}"
         with pytest.raises(UserError, match=re.escape(said)):
             resume.refuse_mixing(config, root)
         refused.add(key)

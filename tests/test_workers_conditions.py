@@ -43,7 +43,7 @@ def imagining(tiny_bundle, tmp_path_factory):
 
 
 def an_order(condition, **values):
-    document = dataclasses.asdict(condition)
+    document = condition.plain()
     return orders.parse({"batch": 4, "sampler": QUICK, "condition": document, "seed": 3, **values})
 
 
@@ -108,7 +108,7 @@ def test_the_four_conditions_of_fine_windows_share_one_guide(imagining):
     seen = {}
     for fine, vector in [("null", ()), ("independent", ()), ("prior", ()), ("prior", LABEL)]:
         drawn_from = Condition.of_vector(LABEL) if len(vector) else Condition()
-        condition = dataclasses.replace(drawn_from, kind="cdm", fine=fine)
+        condition = drawn_from.replace(kind="cdm", fine=fine)
         order = an_order(condition, size=128)
         facts = BundleFacts.read(imagining)
         facts.check(order)
@@ -121,7 +121,7 @@ def test_the_four_conditions_of_fine_windows_share_one_guide(imagining):
 
 def test_vectors_negatives_and_seeds_change_the_grid(imagining):
     def grid(seed=3, **condition):
-        made = dataclasses.replace(Condition.of_vector(LABEL), **condition)
+        made = Condition.of_vector(LABEL).replace(**condition)
         return carried_out(imagining, an_order(made, size=128, seed=seed))[1]
 
     plain = grid()
@@ -188,7 +188,7 @@ def test_bad_prior_orders_are_refused(imagining, values, told):
     of = {k: values.pop(k) for k in CONDITION if k in values}
 
     def plan():
-        order = an_order(dataclasses.replace(Condition.of_vector(LABEL), **of), **values)
+        order = an_order(Condition.of_vector(LABEL).replace(**of), **values)
         joint.plan(order, bundles.patch_of(imagining))
 
     with pytest.raises(UserError, match=told):
@@ -200,7 +200,7 @@ def test_bad_prior_orders_are_refused(imagining, values, told):
     [
         (Condition.of_vector(np.ones(7)), r"the vector has the shape \(7,\), the bundle takes 5"),
         (
-            dataclasses.replace(Condition.of_vector(np.ones(7)), kind="cdm", fine="prior"),
+            Condition.of_vector(np.ones(7)).replace(kind="cdm", fine="prior"),
             "fine prior: the vector",
         ),
         (Condition.of(np.ones((2, 2, 3))), "have 3 channels, the bundle's Summarizer takes 8"),

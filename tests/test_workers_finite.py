@@ -1,7 +1,5 @@
 """NaN and infinity never become pixels: weights, overflows on the way, decoded images."""
 
-import dataclasses
-
 import pytest
 import torch
 from bundles import WEIGHTS, conditioners, networks, small_unet, written
@@ -95,7 +93,7 @@ def test_strided_sampling_that_overflows_names_its_band(folder):
     loaded = exploding(folder)
     grid = torch.randn(2, 2, 8).numpy()
     order = orders.parse({"size": 64, "algorithm": "strided", "sampler": {"steps": 2}})
-    order = dataclasses.replace(order, condition=orders.Condition.of(grid))
+    order = order.replace(condition=orders.Condition.of(grid))
     with pytest.raises(UserError, match="the latents of band 0 at step 0 hold NaN"):
         run(joint.overlapping(order, loaded.patch), Worker(loaded).answer)
 

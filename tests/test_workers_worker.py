@@ -154,7 +154,7 @@ def test_a_bundle_without_a_cdm_says_how_to_get_one(worker, law_order):
 
 
 def test_embeddings_of_another_encoder_are_refused(worker):
-    values = {"size": 64, "condition": dataclasses.asdict(Condition.of(np.ones((1, 1, 5))))}
+    values = {"size": 64, "condition": Condition.of(np.ones((1, 1, 5))).plain()}
     draw = EncodeContext(order.parse(values), "embeddings", 0, ((0, 0),))
     with pytest.raises(UserError, match="have 5 channels, the bundle's Summarizer takes 8"):
         worker.answer(draw)

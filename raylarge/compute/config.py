@@ -6,42 +6,35 @@ not. A ledger of one precision is not taken up by another; hardware and threads 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator, Field
 
-from raylarge.errors import UserError
+from raylarge.config import Config
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class ComputeConfig:
-    """What every worker has.
+def _check_gpus(gpus: float) -> float:
+    if gpus < 0 and gpus != -1:
+        raise ValueError("-1 or a number of GPUs from 0")
+    return gpus
 
-    Attributes:
-        threads: CPU threads, and cores of the cluster.
-        dtype: of the networks: float32, bfloat16 or float16.
-        compile: `torch.compile` the denoiser and the decoder: a minute or more at first, then
-            faster; derivatives stay as they are.
-        gpus: GPUs of the cluster; less than 1 shares one, 0 is the CPU, -1 is one if there is any.
 
-    Raises:
-        UserError: a value that means nothing.
-    """
+class ComputeConfig(Config):
+    """What every worker of a fleet has."""
 
-    threads: int = 1
-    dtype: str = "float32"
+    threads: int = Field(1, ge=1)
+    """CPU threads of each worker, and cores of the cluster; with `dtype` and `compile` they decide
+    the last bits of the image, which more workers do not."""
+    dtype: Dtype = "float32"
+    """Of the networks."""
     compile: bool = False
-    gpus: float = -1
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise UserError(f"threads {self.threads} starts at 1.")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype '{self.dtype}' is not {', '.join(DTYPES)}.")
-        if self.gpus < 0 and self.gpus != -1:
-            raise UserError(f"gpus {self.gpus} is neither -1 nor a share of a GPU from 0.")
+    """Compile the networks where no derivative is taken: a minute or more at first, then faster."""
+    gpus: Annotated[float, AfterValidator(_check_gpus)] = -1.0
+    """GPUs of each worker; less than 1 shares one, 0 is the CPU, -1 is one if there is any."""
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -18,7 +18,7 @@ from raylarge.config import help as _help
 from raylarge.config.building import build, plain, require
 from raylarge.config.fields import check_fields, choice, leaves, number, whole_numbers
 from raylarge.config.messages import nearest
-from raylarge.config.model import Config
+from raylarge.config.model import Config, merged
 from raylarge.config.places import check_places, require_place
 from raylarge.config.words import MISSING, Form, format_value, read, read_numbers
 from raylarge.errors import UserError
@@ -33,6 +33,7 @@ __all__ = [
     "check_fields",
     "choice",
     "format_value",
+    "merged",
     "nearest",
     "number",
     "parse",

@@ -62,7 +62,8 @@ class Key:
             return f"one of: {', '.join(map(format_value, self.choices))}"
         if of_key := _bounds(self.metadata):
             return of_key
-        of_items = [_bounds(get_args(item)[1:]) for item in get_args(self.hint)]
+        items = [item for kind in words.alternatives(self.hint) for item in get_args(kind)]
+        of_items = [_bounds(get_args(item)[1:]) for item in items]
         return next((f"each {rule}" for rule in of_items if rule), "")
 
     def read(self, value: Any) -> Any:

@@ -65,9 +65,11 @@ class Config(BaseModel):
         key = fields.key(cls, str(info.field_name))
         if key.section:
             default = key.default
-            if isinstance(value, Mapping) and isinstance(default, Config):
-                return merged(default.set_values(), value)
-            return value
+            if not isinstance(value, Mapping) or not isinstance(default, Config):
+                return value
+            usual = {other.name: other.default for other in fields.keys(type(default))}
+            own = {n: v for n, v in default.set_values().items() if v != usual[n]}
+            return merged(own, value)
         try:
             return key.read(value)
         except ValueError as error:

@@ -5,20 +5,35 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Bool, Float16
 from numpy.lib.stride_tricks import sliding_window_view
+from pydantic import Field
 
 from raylarge import storage, tables
-from raylarge.config import format_value, whole_numbers
+from raylarge.config import Form, read_numbers
 from raylarge.errors import UserError
 from raylarge.geometry import Patch
 from raylarge.order import LIMIT_PX, Order
 
 _LISTED = 8
 """Slides that a message names."""
+
+
+def _read_place(value: Any) -> tuple[int, ...] | None:
+    if value is None or value == "null":
+        return None
+    place = read_numbers(value)
+    if len(place) != 2:
+        raise ValueError("no row and column")
+    return place
+
+
+_Index = Annotated[int, Field(ge=0, le=LIMIT_PX)]
+Place = Annotated[tuple[_Index, _Index] | None, Form("a row and a column such as 3,5", _read_place)]
+"""Row and column of a base tile; None: the first that will do."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +64,6 @@ class Region:
             f"slide {self.slide}, at={self.row},{self.column} ({rows} x {columns} base tiles; its "
             f"right neighbour is at={self.row},{self.column + columns})"
         )
-
-
-def place_of(at: Any) -> tuple[int, int] | None:
-    """The row and column that `at=` names; None where it is left out.
-
-    Raises:
-        UserError: no two plain whole numbers from 0.
-    """
-    if at is None or at == "null":
-        return None
-    such = "a row and a column such as at=3,5"
-    numbers = whole_numbers("at", at, such, 0, LIMIT_PX)
-    if len(numbers) != 2:
-        raise UserError(f"at {format_value(at)} is not {such}.")
-    return numbers[0], numbers[1]
 
 
 def find_region(reference: str, at: tuple[int, int] | None, order: Order, patch: Patch) -> Region:

@@ -13,21 +13,21 @@ import dataclasses
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from omegaconf import MISSING
+from pydantic import Field, model_validator
 
+from raylarge import config as configuration
 from raylarge import report, storage
 from raylarge.compute.config import ComputeConfig
 from raylarge.compute.session import session
-from raylarge.errors import UserError
 from raylarge.execution import result
 from raylarge.execution.output import Output
+from raylarge.execution.reference import Place
 from raylarge.execution.sample_order import read_order
 from raylarge.models import bundle as bundles
 from raylarge.models import cost
@@ -47,64 +47,53 @@ NETWORKS = (
 VERSIONS = ("raylarge", "torch", "diffusers", "ray")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What `jobs/sample.py` understands.
+class Sample(ComputeConfig):
+    """What `jobs/sample.py` understands."""
 
-    Attributes:
-        bundle: the folder of the models. Example: bundle.
-        out: the folder to write into. Example: image.
-        order: the keys of `order.Order`, such as `order.size=512 order.recipe=released`.
-        workers: Ray actors; 0 samples in this process.
-        threads: CPU threads of each worker; like the two below they decide the last bits of
-            the image, which more workers do not.
-        dtype: of the networks: float32, bfloat16 or float16.
-        compile: compile the networks where no derivative is taken: slow to start, faster then.
-        gpus: GPUs of each worker; 0 is the CPU, -1 is one if there is any.
-        reference: `DATA` or `DATA:slide_id`, whose embeddings condition the image. Example: data.
-        at: `row,column` of the region's first base tile, of `patch` pixels at scale 0; left out:
-            the first place that has them all. The job prints the region that it takes, and its
-            right neighbour. Example: 3,5.
-        image: a PNG to make larger by `order.source.octaves` (`order.algorithm` superres).
-            Example: small.png.
-        text: what the image should show, for the bundle's grid prior. Example: tumour nests.
-        negative: what it should not show. Example: blur.
-        text_encoder: card of the encoder that the prior was trained with (`models/text.py`).
-        text_weights: its folder, where it does not come with a package or from the hub.
-            Example: minilm/.
-        overwrite: replace what `out` holds of another order, or files that are not raylarge's.
-        dry_run: only say what the order costs.
-        tflops: the rate, in 10^12 FLOP/s per GPU, that the price is told at; the default is a
-            fifth of an H100's bf16 peak.
-    """
-
-    bundle: str = MISSING
-    out: str = MISSING
-    order: dict[str, Any] = field(default_factory=dict, metadata={"keys": Order})
-    workers: int = 0
-    threads: int = 1
-    dtype: str = "float32"
-    compile: bool = False
-    gpus: float = -1.0
-    reference: str = ""
-    at: Any = None
-    image: str = ""
-    text: str = ""
-    negative: str = ""
+    bundle: str = Field(examples=["bundle"])
+    """The folder of the models."""
+    out: str = Field(examples=["image"])
+    """The folder to write into."""
+    order: Order = Order()
+    """The order, such as `order.size=512 order.recipe=released`."""
+    workers: int = Field(0, ge=0)
+    """Ray actors; 0 samples in this process, without Ray."""
+    reference: str = Field("", examples=["data"])
+    """`DATA` or `DATA:slide_id`, whose embeddings condition the image."""
+    at: Place = Field(None, examples=["3,5"])
+    """`row,column` of the region's first base tile, of `patch` pixels at scale 0; left out: the
+    first place that has them all. The job prints the region that it takes, and its right
+    neighbour."""
+    image: str = Field("", examples=["small.png"])
+    """A PNG to make larger by `order.source.octaves` (`order.algorithm` superres)."""
+    text: str = Field("", examples=["tumour nests"])
+    """What the image should show, for the bundle's grid prior."""
+    negative: str = Field("", examples=["blur"])
+    """What it should not show."""
     text_encoder: str = "minilm"
-    text_weights: str = ""
+    """Card of the encoder that the prior was trained with (`models/text.py`)."""
+    text_weights: str = Field("", examples=["minilm/"])
+    """Its folder, where it does not come with a package or from the hub."""
     overwrite: bool = False
+    """Replace what `out` holds of another order, or files that are not raylarge's."""
     dry_run: bool = False
-    tflops: float = 200.0
+    """Only say what the order costs."""
+    tflops: float = Field(200.0, gt=0)
+    """The rate, in 10^12 FLOP/s per GPU, that the price is told at; the default is a fifth of an
+    H100's bf16 peak."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _enlarge(cls, values: Any) -> Any:
+        """Return the values; an `image` is made larger by `order.algorithm=superres`."""
+        if not isinstance(values, Mapping) or not values.get("image"):
+            return values
+        return configuration.merged({"order": {"algorithm": "superres"}}, values)
 
     @property
     def means(self) -> ComputeConfig:
-        """What each worker has.
-
-        Raises:
-            UserError: a value that means nothing.
-        """
-        return ComputeConfig(self.threads, self.dtype, self.compile, self.gpus)
+        """What each worker has."""
+        return ComputeConfig(**{name: getattr(self, name) for name in ComputeConfig.model_fields})
 
 
 def sample(config: Sample, log: report.Report) -> dict[str, str]:
@@ -113,8 +102,6 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     Raises:
         UserError: no bundle, an order or a reference that does not fit, lost workers.
     """
-    if config.workers < 0:
-        raise UserError(f"workers starts at 0 (no Ray, in this process), not {config.workers}.")
     means = config.means
     folder = storage.absolute(config.bundle)
     facts = BundleFacts.read(folder)

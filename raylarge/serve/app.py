@@ -11,14 +11,13 @@ from __future__ import annotations
 import logging
 import socket
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import MISSING
+from pydantic import Field
 
 from raylarge import config as configuration
 from raylarge import storage
-from raylarge.compute.config import ComputeConfig
+from raylarge.compute.config import ComputeConfig, Dtype
 from raylarge.compute.session import session
 from raylarge.errors import UserError
 from raylarge.sampling.bundle_facts import require
@@ -28,21 +27,19 @@ HOST = "127.0.0.1"
 _running: list[ExitStack] = []
 
 
-@dataclass(frozen=True)
 class Service(ServiceLimits):
-    """What `build` understands, besides the limits.
+    """What `build` understands, besides the limits."""
 
-    Attributes:
-        bundle: the folder of the models, visible on every node.
-        workers: replicas of the Worker, unless the deployment's configuration says otherwise.
-        threads, dtype, compile: what each has (`compute/config.py`); they decide the last bits.
-    """
-
-    bundle: str = MISSING
-    workers: int = 1
-    threads: int = 1
-    dtype: str = "float32"
+    bundle: str = Field(examples=["bundle"])
+    """The folder of the models, visible on every node."""
+    workers: int = Field(1, ge=0)
+    """Replicas of the Worker, unless the deployment's configuration says otherwise."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of each; with the two below they decide the last bits."""
+    dtype: Dtype = "float32"
+    """Of the networks."""
     compile: bool = False
+    """Compile the networks where no derivative is taken."""
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -52,7 +49,7 @@ def build(args: dict[str, Any]) -> Any:
         UserError: an unknown argument, or a bundle that cannot sample.
     """
     config = configuration.build(Service, args)
-    means = ComputeConfig(config.threads, config.dtype, config.compile)
+    means = ComputeConfig(threads=config.threads, dtype=config.dtype, compile=config.compile)
     folder = storage.absolute(config.bundle)
     require(folder)
     from ray import serve  # here, for `session` settles Ray's environment before
@@ -71,9 +68,7 @@ def build(args: dict[str, Any]) -> Any:
         name="Ingress",
         max_ongoing_requests=100,
     )
-    limits = ServiceLimits(
-        **{name: getattr(config, name) for name in ServiceLimits.__dataclass_fields__}
-    )
+    limits = ServiceLimits(**{name: getattr(config, name) for name in ServiceLimits.model_fields})
     return ingress.bind(worker.bind(folder, means), limits)
 
 

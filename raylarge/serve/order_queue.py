@@ -19,7 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from raylarge import order as orders
+from raylarge.config import Config
 from raylarge.errors import UserError
 from raylarge.execution import result
 from raylarge.geometry import Patch
@@ -31,27 +34,23 @@ from raylarge.sampling.plan import Plan, arun
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ServiceLimits:
-    """What one service takes on.
+class ServiceLimits(Config):
+    """What one service takes on."""
 
-    Attributes:
-        running: orders carried out at the same time.
-        queued: orders that may wait; more are turned away.
-        kept: finished orders whose pictures are kept; the oldest go first.
-        windows: the most windows of one order.
-        batch: the most windows of one batch.
-        passes: the most denoising steps and corrections of one window.
-        body_bytes: the largest order as JSON.
-    """
-
-    running: int = 2
-    queued: int = 16
-    kept: int = 64
-    windows: int = 1 << 16
-    batch: int = 256
-    passes: int = 10_000
-    body_bytes: int = 64 << 20
+    running: int = Field(2, ge=1)
+    """Orders carried out at the same time."""
+    queued: int = Field(16, ge=0)
+    """Orders that may wait; more are turned away."""
+    kept: int = Field(64, ge=0)
+    """Finished orders whose pictures are kept; the oldest go first."""
+    windows: int = Field(1 << 16, ge=1)
+    """The most windows of one order."""
+    batch: int = Field(256, ge=1)
+    """The most windows of one batch."""
+    passes: int = Field(10_000, ge=1)
+    """The most denoising steps and corrections of one window."""
+    body_bytes: int = Field(64 << 20, ge=1)
+    """The largest order as JSON, in bytes."""
 
 
 class FullError(Exception):
