@@ -164,7 +164,7 @@ class Samples:
         Raises:
             UserError: latents of another shape than the bundle's.
         """
-        self.key: UInt64[np.ndarray, "n"] = table["key"].to_numpy()
+        self.key: UInt64[np.ndarray, " n"] = table["key"].to_numpy()
         self.scale = table["scale"].to_numpy().astype(np.int64)
         sides = [table[name].to_numpy() for name in ("grid_rows", "grid_columns")]
         self.size = np.stack(sides, axis=1).astype(np.int64)
@@ -182,7 +182,7 @@ class Samples:
 
     def batch(
         self, rows: Sequence[int]
-    ) -> tuple[Float[torch.Tensor, "B c h w"], UInt64[np.ndarray, "B"], GridCondition]:
+    ) -> tuple[Float[torch.Tensor, "B c h w"], UInt64[np.ndarray, " B"], GridCondition]:
         """Latents, keys and what conditions them."""
         order = list(rows)
         x_0 = torch.from_numpy(self._latent[order].astype(np.float32))
@@ -203,14 +203,14 @@ class GridCondition:
     """What a conditioner makes tokens of."""
 
     cells: Float[torch.Tensor, "B 64 C"]
-    scale: Int[torch.Tensor, "B"]
+    scale: Int[torch.Tensor, " B"]
     size: Int[torch.Tensor, "B 2"]
 
 
 def pooled_features(
     bundle: Bundle,
     x_0: Float[torch.Tensor, "B c h w"],
-    key: UInt64[np.ndarray, "B"],
+    key: UInt64[np.ndarray, " B"],
     condition: GridCondition,
     config: FeatureConfig,
 ) -> Float[torch.Tensor, "B width"]:

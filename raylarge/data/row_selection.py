@@ -37,7 +37,7 @@ def read(
     return table, [unit.groups[i] for i in wanted]
 
 
-def kept(groups: Groups, keep: Bool[np.ndarray, "n"]) -> Groups:
+def kept(groups: Groups, keep: Bool[np.ndarray, " n"]) -> Groups:
     """The groups of the rows that stay; a group that loses all of them goes."""
     stops = list(accumulate((rows for _, _, rows in groups), initial=0))
     counts = [int(keep[a:b].sum()) for a, b in pairwise(stops)]

@@ -183,7 +183,7 @@ def candidates(size_px: tuple[int, int], k: int, config: TileConfig, slide_id: s
     return np.array(sorted(regular), dtype=np.int64).reshape(-1, 2)
 
 
-def box_means(tissue: Grid, cells: Cells, factor: int) -> Float[np.ndarray, "n"]:
+def box_means(tissue: Grid, cells: Cells, factor: int) -> Float[np.ndarray, " n"]:
     """Mean tissue of the tiles under each candidate; there is none beyond the grid."""
     sums = np.zeros((tissue.shape[0] + factor + 1, tissue.shape[1] + factor + 1))
     padded = np.pad(tissue.astype(np.float64), ((0, factor), (0, factor)))
@@ -231,7 +231,7 @@ def reason(
 
 
 def covered(
-    scale: Int[np.ndarray, "n"], cells: Cells, rows: tuple[int, int], columns: int
+    scale: Int[np.ndarray, " n"], cells: Cells, rows: tuple[int, int], columns: int
 ) -> Bool[np.ndarray, "rows columns"]:
     """Which base tiles of the rows [top, bottom) some example covers."""
     top, bottom = rows

@@ -122,7 +122,7 @@ class UserTable:
         one = self._rows[:1]
         return _matrix(self.path, self._column, self._taken(one), None).shape[1] if len(one) else 0
 
-    def _index(self) -> tuple[UInt64[np.ndarray, "n"], Rows]:
+    def _index(self) -> tuple[UInt64[np.ndarray, " n"], Rows]:
         """Keys of the rows that say something, and where those rows are."""
         keys, rows = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         for group, start in enumerate(self._starts[:-1].tolist()):
@@ -224,7 +224,7 @@ def _place(path: str, column: str, names: Sequence[str]) -> list[str]:
     return place
 
 
-def _keys(path: str, table: pa.Table) -> UInt64[np.ndarray, "n"]:
+def _keys(path: str, table: pa.Table) -> UInt64[np.ndarray, " n"]:
     """The keys of the examples that rows are about."""
     place = table.column_names
     types: dict[str, pa.DataType] = {"key": pa.uint64(), **PLACE}
@@ -235,7 +235,7 @@ def _keys(path: str, table: pa.Table) -> UInt64[np.ndarray, "n"]:
     if any(cell.null_count for cell in cells):
         raise UserError(f"{path} has empty cells among {', '.join(place)}; fill them.")
     if place == ["key"]:
-        found: UInt64[np.ndarray, "n"] = cells[0].to_numpy()
+        found: UInt64[np.ndarray, " n"] = cells[0].to_numpy()
         return found
     rows = zip(*(cell.to_pylist() for cell in cells), strict=True)
     return np.array([key(*row) for row in rows], np.uint64)

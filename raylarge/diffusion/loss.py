@@ -33,13 +33,13 @@ class TrainingDraws(NamedTuple):
         eps: standard normal noise.
     """
 
-    t: Int[Tensor, "B"]
-    coin: Float[Tensor, "B"]
+    t: Int[Tensor, " B"]
+    coin: Float[Tensor, " B"]
     eps: Float[Tensor, "B ..."]
 
 
 def training_draws(
-    samples: Int[Tensor, "B"],
+    samples: Int[Tensor, " B"],
     shape: Sequence[int],
     seed: int,
     stream: str,
@@ -77,7 +77,7 @@ def _golden(offset: float, sample: int) -> float:
     return ((int(offset * 2.0**64) + sample * _GOLDEN) % (1 << 64)) / 2.0**64
 
 
-def min_snr_weights(schedule: Schedule, t: Int[Tensor, "B"], gamma: float) -> Float[Tensor, "B"]:
+def min_snr_weights(schedule: Schedule, t: Int[Tensor, " B"], gamma: float) -> Float[Tensor, " B"]:
     """Return the min-SNR weight of each sample's loss.
 
     min(SNR, gamma) weighs the error of x_0; for the error of eps it is divided by SNR, for that
@@ -94,7 +94,7 @@ def min_snr_weights(schedule: Schedule, t: Int[Tensor, "B"], gamma: float) -> Fl
 
 def mse_per_sample(
     predicted: Float[Tensor, "B ..."], target: Float[Tensor, "B ..."]
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """Return the mean squared error of each sample, in float32."""
     return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
 
@@ -103,9 +103,9 @@ def learned_variance_losses(
     output: Float[Tensor, "B C2 ..."],
     x_0: Float[Tensor, "B C ..."],
     x_t: Float[Tensor, "B C ..."],
-    t: Int[Tensor, "B"],
+    t: Int[Tensor, " B"],
     schedule: Schedule,
-) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """Return mean squared error and variational bound (bits per dimension) of a learned variance.
 
     The first half of the output channels predicts x_0; the second interpolates log sigma^2 between

@@ -49,7 +49,7 @@ class Schedule:
             raise ValueError(f"prediction '{self.prediction}' is not {', '.join(PREDICTIONS)}")
 
     @cached_property
-    def betas(self) -> Float[Tensor, "T"]:
+    def betas(self) -> Float[Tensor, " T"]:
         """Noise variance of each timestep, float64."""
         if self.name == "scaled_linear":
             roots = torch.linspace(
@@ -65,31 +65,34 @@ class Schedule:
         raise ValueError(f"unknown schedule '{self.name}'; scaled_linear, linear or squaredcos")
 
     @cached_property
-    def abar(self) -> Float[Tensor, "T"]:
+    def abar(self) -> Float[Tensor, " T"]:
         """Cumulative products of 1 - beta, float64."""
         return torch.cumprod(1 - self.betas, dim=0)
 
     @cached_property
-    def posterior_log(self) -> Float[Tensor, "T"]:
+    def posterior_log(self) -> Float[Tensor, " T"]:
         """Logarithm of the posterior's variance, float64; entry 0, log 0, repeats entry 1."""
         before = torch.cat([torch.ones_like(self.abar[:1]), self.abar[:-1]])
         variance = self.betas * (1 - before) / (1 - self.abar)
         return torch.cat([variance[1:2], variance[1:]]).log()
 
-    def at(self, t: Int[Tensor, "B"] | int, like: Float[Tensor, "B ..."]) -> Float[Tensor, "..."]:
+    def at(self, t: Int[Tensor, " B"] | int, like: Float[Tensor, "B ..."]) -> Float[Tensor, "..."]:
         """Return alpha-bar at each sample's timestep, shaped to broadcast over `like`."""
         values = self.abar[torch.as_tensor(t, device="cpu")].to(like)
         return values.reshape(-1, *[1] * (like.ndim - 1))
 
     def noised(
-        self, x_0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."], t: Int[Tensor, "B"] | int
+        self, x_0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."], t: Int[Tensor, " B"] | int
     ) -> Float[Tensor, "B ..."]:
         """Return x_t of a clean x_0 and noise eps."""
         abar = self.at(t, x_0)
         return abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
 
     def x_0(
-        self, x_t: Float[Tensor, "B ..."], output: Float[Tensor, "B ..."], t: Int[Tensor, "B"] | int
+        self,
+        x_t: Float[Tensor, "B ..."],
+        output: Float[Tensor, "B ..."],
+        t: Int[Tensor, " B"] | int,
     ) -> Float[Tensor, "B ..."]:
         """Return the clean sample x_0 that a network's output implies."""
         abar = self.at(t, x_t)
@@ -100,7 +103,7 @@ class Schedule:
         return output
 
     def target(
-        self, x_0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."], t: Int[Tensor, "B"] | int
+        self, x_0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."], t: Int[Tensor, " B"] | int
     ) -> Float[Tensor, "B ..."]:
         """Return what a network should predict for a clean sample and its noise."""
         abar = self.at(t, x_0)

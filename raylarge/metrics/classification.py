@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import logsumexp
 
 
-def auc(scores: Float[np.ndarray, "n"], positive: Bool[np.ndarray, "n"]) -> float:
+def auc(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
     """Return the area under the ROC curve; higher scores should mean positive.
 
     Raises:
@@ -29,7 +29,7 @@ def auc(scores: Float[np.ndarray, "n"], positive: Bool[np.ndarray, "n"]) -> floa
 
 
 def one_vs_rest_aucs(
-    scores: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, "n"]
+    scores: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
 ) -> list[float | None]:
     """Return the AUC of each class against all others; None for a class with no or all samples."""
     positives = [labels == index for index in range(scores.shape[1])]
@@ -50,7 +50,7 @@ def log_odds(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n cla
 
 
 def classification_metrics(
-    logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, "n"], classes: tuple[str, ...]
+    logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"], classes: tuple[str, ...]
 ) -> dict[str, object]:
     """Return all figures of a classifier's outputs by name, ready for JSON.
 

@@ -16,9 +16,9 @@ from numpy import ndarray
 
 
 def frechet(
-    mean_1: Float[ndarray, "d"],
+    mean_1: Float[ndarray, " d"],
     covariance_1: Float[ndarray, "d d"],
-    mean_2: Float[ndarray, "d"],
+    mean_2: Float[ndarray, " d"],
     covariance_2: Float[ndarray, "d d"],
 ) -> float:
     """Return the squared distance d^2 in float64; 0 for equal Gaussians.
@@ -34,7 +34,7 @@ def frechet(
     return max(0.0, float(difference @ difference + traces))
 
 
-def moments(features: Float[ndarray, "n d"]) -> tuple[Float[ndarray, "d"], Float[ndarray, "d d"]]:
+def moments(features: Float[ndarray, "n d"]) -> tuple[Float[ndarray, " d"], Float[ndarray, "d d"]]:
     """Return mean and covariance (divided by n - 1) of samples, in float64.
 
     Raises:

@@ -140,7 +140,7 @@ def _strength(profiles: Float[np.ndarray, "p length"], side: int) -> float:
     return float(strongest[0] / strongest[1:].mean())
 
 
-def _ratios(profile: Float[np.ndarray, "n"], count: int) -> Float[np.ndarray, "k count"]:
+def _ratios(profile: Float[np.ndarray, " n"], count: int) -> Float[np.ndarray, "k count"]:
     """Return the power relative to its surroundings, by harmonic and bins above it.
 
     The surroundings of a bin are the bins within two harmonics that are no harmonic, without the

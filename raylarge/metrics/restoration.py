@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def psnr(image: Float[Tensor, "B ..."], reference: Float[Tensor, "B ..."]) -> Float[Tensor, "B"]:
+def psnr(image: Float[Tensor, "B ..."], reference: Float[Tensor, "B ..."]) -> Float[Tensor, " B"]:
     """Return the peak signal-to-noise ratio of each sample in dB, for images in [-1, 1].
 
     10 log10(2² / MSE), at most 126 dB. (One line here; importing torchmetrics takes 5 s.)

@@ -22,7 +22,7 @@ from raylarge.diffusion.steps import ddim
 from raylarge.errors import UserError
 
 
-def sinusoid(t: Num[Tensor, "B"], width: int, sine_first: bool) -> Float[Tensor, "B width"]:
+def sinusoid(t: Num[Tensor, " B"], width: int, sine_first: bool) -> Float[Tensor, "B width"]:
     """Return a sinusoidal embedding with periods up to 10,000; DiT's positions put sines first."""
     half = width // 2
     exact = t if t.is_floating_point() else t.float()
@@ -141,7 +141,7 @@ class CDM(ModelMixin, ConfigMixin):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, x_t: Float[Tensor, "B C n"], t: Int[Tensor, "B"], scale: Int[Tensor, "B"]
+        self, x_t: Float[Tensor, "B C n"], t: Int[Tensor, " B"], scale: Int[Tensor, " B"]
     ) -> Float[Tensor, "B C2 n"]:
         """Return the estimate of the clean tokens in the CDM's units; with `learn_sigma` C2 = 2 C.
 
@@ -162,7 +162,7 @@ class CDM(ModelMixin, ConfigMixin):
         return output
 
     @torch.no_grad()
-    def standardise(self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, "B"]) -> None:
+    def standardise(self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, " B"]) -> None:
         """Set the units of every scale of some raw tokens.
 
         The spread of a value is at least a hundredth of the scale's, so that values which hardly
@@ -176,7 +176,7 @@ class CDM(ModelMixin, ConfigMixin):
             self.spread[k] = deviation.clamp(min=least) if least > 0 else 1.0
 
     def to_standard(
-        self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, "B"]
+        self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, " B"]
     ) -> Float[Tensor, "B C n"]:
         """Convert raw tokens to the units of `forward`."""
         if not self.config.standardised:
@@ -185,7 +185,7 @@ class CDM(ModelMixin, ConfigMixin):
         return units
 
     def to_raw(
-        self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, "B"]
+        self, tokens: Float[Tensor, "B C n"], scale: Int[Tensor, " B"]
     ) -> Float[Tensor, "B C n"]:
         """Convert tokens in the units of `forward` to raw ones."""
         if not self.config.standardised:

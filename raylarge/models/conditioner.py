@@ -37,7 +37,7 @@ class Conditioner(Protocol):
     """Turns embeddings and a scale into context tokens of the U-Net."""
 
     def __call__(
-        self, grid: Float[Tensor, "..."], scale: Int[Tensor, "B"], size: Int[Tensor, "B 2"] | None
+        self, grid: Float[Tensor, "..."], scale: Int[Tensor, " B"], size: Int[Tensor, "B 2"] | None
     ) -> Float[Tensor, "B n D"]:
         """Return context tokens of grids [B, C, h, w], or of cells [B, 64, C] with their sizes."""
         ...

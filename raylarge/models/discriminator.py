@@ -76,7 +76,7 @@ class Discriminator(nn.Module):
 
 def hinge_loss(
     real: Float[Tensor, "B 1 h w"], fake: Float[Tensor, "B 1 h w"]
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """Return the discriminator's loss of each sample.
 
     ½ mean max(0, 1 - D(x)) + ½ mean max(0, 1 + D(x̂))
@@ -91,7 +91,7 @@ def adversarial_loss(
     image: Float[Tensor, "B 3 P P"],
     reconstruction: Float[Tensor, "B 3 P P"],
     weight: float,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """Return the terms of both networks in one loss, so that one optimizer updates both.
 
     weight · mean -D'(x̂)  +  hinge(D(x), D(x̂'))

@@ -32,7 +32,7 @@ class VectorEmbedder(ModelMixin, ConfigMixin):
     def forward(
         self,
         grid: Float[Tensor, "B ..."],
-        scale: Int[Tensor, "B"],
+        scale: Int[Tensor, " B"],
         size: Int[Tensor, "B 2"] | None = None,
         region: Float[Tensor, "B R"] | None = None,
     ) -> Float[Tensor, "B n D"]:

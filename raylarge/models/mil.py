@@ -50,7 +50,7 @@ class ABMIL(ModelMixin, ConfigMixin):
         self.w = nn.Linear(attention, 1, bias=False)
         self.head = nn.Linear(width, len(classes))
 
-    def standardise(self, mean: Float[Tensor, "F"], deviation: Float[Tensor, "F"]) -> None:
+    def standardise(self, mean: Float[Tensor, " F"], deviation: Float[Tensor, " F"]) -> None:
         """Set the instances' statistics; a channel that never varies is only centred."""
         self.mean.copy_(mean)
         self.deviation.copy_(torch.where(deviation > 0, deviation, torch.ones_like(deviation)))

@@ -58,7 +58,7 @@ class Perceptual(nn.Module):
 
     def forward(
         self, image: Float[Tensor, "B 3 P P"], reference: Float[Tensor, "B 3 P P"]
-    ) -> Float[Tensor, "B"]:
+    ) -> Float[Tensor, " B"]:
         """Return the distance of each pair of images in [-1, 1]; gradients reach both."""
         distance: Tensor = self.network(image, reference)
         return distance.float().flatten()
@@ -85,7 +85,7 @@ class FeatureDistance(nn.Module):
 
     def forward(
         self, image: Float[Tensor, "B 3 P P"], reference: Float[Tensor, "B 3 P P"]
-    ) -> Float[Tensor, "B"]:
+    ) -> Float[Tensor, " B"]:
         """Return the distance of each pair of images in [-1, 1]; gradients reach `image`."""
         with torch.no_grad():
             target = self._features(reference)

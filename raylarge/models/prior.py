@@ -125,7 +125,7 @@ class GridPrior(ModelMixin, ConfigMixin):
     def forward(
         self,
         x_t: Float[Tensor, "B C h w"],
-        t: Num[Tensor, "B"],
+        t: Num[Tensor, " B"],
         vector: Float[Tensor, "B V"],
     ) -> Float[Tensor, "B C h w"]:
         """Return the estimate of the clean standardised grid.

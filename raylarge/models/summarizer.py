@@ -70,7 +70,7 @@ class Summarizer(ModelMixin, ConfigMixin):
     def forward(
         self,
         grid: Float[Tensor, "B ..."],
-        scale: Int[Tensor, "B"],
+        scale: Int[Tensor, " B"],
         size: Int[Tensor, "B 2"] | None = None,
     ) -> Float[Tensor, "B 65 D"]:
         """Return context tokens of a batch of embedding grids.
@@ -98,7 +98,7 @@ class Summarizer(ModelMixin, ConfigMixin):
         return self.pad_token.new_zeros(count, SLOTS + 1, self.config.width)
 
     def _place(
-        self, tokens: Float[Tensor, "B 64 D"], count: Int[Tensor, "B"]
+        self, tokens: Float[Tensor, "B 64 D"], count: Int[Tensor, " B"]
     ) -> Float[Tensor, "B 64 D"]:
         """Centre the n real tokens among 64 slots, from slot 32 - n // 2; pads elsewhere."""
         slot = torch.arange(SLOTS, device=tokens.device)
@@ -128,7 +128,7 @@ class ConvSummarizer(ModelMixin, ConfigMixin):
     def forward(
         self,
         grid: Float[Tensor, "B ..."],
-        scale: Int[Tensor, "B"],
+        scale: Int[Tensor, " B"],
         size: Int[Tensor, "B 2"] | None = None,
     ) -> Float[Tensor, "B 65 D"]:
         """Return context tokens; arguments and errors as of `Summarizer`."""

@@ -135,7 +135,7 @@ def denoising(
     eps: Float[Tensor, "B c p p"],
     t: int,
     scale: int,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """How badly embeddings explain each latent at one timestep (supplement, Eq. S9).
 
     mean sqrt(abar) (1 - abar) (eps(z_t, t, f(u, scale)) - eps)^2
@@ -149,7 +149,7 @@ def denoising(
     return abar**0.5 * (1 - abar) * (predicted - eps).square().flatten(1).mean(dim=1)
 
 
-def likeness(grid: Float[Tensor, "B C h w"]) -> Float[Tensor, "B"]:
+def likeness(grid: Float[Tensor, "B C h w"]) -> Float[Tensor, " B"]:
     """Mean cosine over all pairs of a grid's tokens, each with itself included: |mean u/|u||^2."""
     unit = nn.functional.normalize(grid.flatten(2), dim=1)
     return unit.mean(dim=2).square().sum(dim=1)

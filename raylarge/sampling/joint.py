@@ -28,7 +28,8 @@ from raylarge.sampling.validation import check
 
 Cell = tuple[int, int]
 Group = tuple[Cell, ...]
-SourcesOfBand = Callable[[int, int], tuple[tuple[str, ...], tuple[Group, ...], tuple[int, ...]]]
+Sources = tuple[tuple[str, ...], tuple[Group, ...], tuple[int, ...]]
+SourcesOfBand = Callable[[int, int], Sources]
 
 BAND = 4
 """Height of a decode band, in patches: windows across its border are decoded twice."""

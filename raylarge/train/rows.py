@@ -132,18 +132,18 @@ class Group:
     """Rows as arrays; what was not read is None."""
 
     sizes: Int[np.ndarray, "n 2"] | None = None
-    starts: Int[np.ndarray, "n1"] | None = None
-    grid: Float16[np.ndarray, "values"] | None = None
+    starts: Int[np.ndarray, " n1"] | None = None
+    grid: Float16[np.ndarray, " values"] | None = None
     latent: Float16[np.ndarray, "n c h w"] | None = None
     vector: Float32[np.ndarray, "n V"] | None = None
     image: list[bytes] | None = None
-    flip: Int[np.ndarray, "n"] | None = None
+    flip: Int[np.ndarray, " n"] | None = None
     labels: list[dict[str, str]] | None = None
 
     @staticmethod
     def of(
         found: Sequence[pa.Table],
-        places: Sequence[Int[np.ndarray, "n"]],
+        places: Sequence[Int[np.ndarray, " n"]],
         shape: Sequence[int],
         width: int,
     ) -> Group:

@@ -96,7 +96,7 @@ class Sequencer:
             return block._replace(number=block.number + 1)
         return Block(block.scale, block.epoch + 1, 0)
 
-    def _deal(self, deal: int) -> tuple[Int[np.ndarray, "deal"], Int[np.ndarray, "deal"]]:
+    def _deal(self, deal: int) -> tuple[Int[np.ndarray, " deal"], Int[np.ndarray, " deal"]]:
         """The scale of each sample of a deal, and how many of that scale came before it there."""
         scales = np.repeat(list(self._quota), list(self._quota.values()))
         scales = self._draw("deal", deal).permutation(scales)
@@ -107,7 +107,7 @@ class Sequencer:
 
     def _order(
         self, key: tuple[int, int]
-    ) -> tuple[Int[np.ndarray, "groups"], Int[np.ndarray, "edges"]]:
+    ) -> tuple[Int[np.ndarray, "groups"], Int[np.ndarray, " edges"]]:
         """The row groups of a scale in the order of an epoch, and where super-blocks begin."""
         k, epoch = key
         order = self._draw("groups", k, epoch).permutation(len(self._rows[k]))

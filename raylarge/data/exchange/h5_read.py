@@ -120,7 +120,7 @@ def vectors(path: str, layout: Patches) -> Vectors:
         for start in range(0, len(array), _SLAB):
             rows = slice(start, start + _SLAB)
             array[rows] = dataset[0, rows] if len(dataset.shape) == 3 else dataset[rows]
-    bad: Bool[np.ndarray, "n"] = np.logical_not(np.isfinite(array).all(axis=1))
+    bad: Bool[np.ndarray, " n"] = np.logical_not(np.isfinite(array).all(axis=1))
     if bad.any():
         x, y = layout.xy[bad][0].tolist()
         raise SlideError(

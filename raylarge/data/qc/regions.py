@@ -49,12 +49,12 @@ class Layer:
     k: int
     side_px: int
     origin_px: Int[np.ndarray, "n 2"]
-    tissue: Float[np.ndarray, "n"]
-    kept: Bool[np.ndarray, "n"]
+    tissue: Float[np.ndarray, " n"]
+    kept: Bool[np.ndarray, " n"]
     names: Sequence[str]
 
     @cached_property
-    def regular(self) -> Bool[np.ndarray, "n"]:
+    def regular(self) -> Bool[np.ndarray, " n"]:
         """False for random crops, which never lie on the grid of their scale."""
         found: np.ndarray = (self.origin_px % self.side_px == 0).all(axis=1)
         return found

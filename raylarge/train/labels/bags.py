@@ -40,7 +40,7 @@ class Bags:
     """All labelled slides that have features."""
 
     found: Fused
-    labels: Int[np.ndarray, "slides"]
+    labels: Int[np.ndarray, " slides"]
     classes: tuple[str, ...]
     facts: Facts
     digest: str
@@ -62,7 +62,7 @@ class Fold:
     of: Int[np.ndarray, "slides"]
     number: int
 
-    def slides(self, split: str) -> Int[np.ndarray, "some"]:
+    def slides(self, split: str) -> Int[np.ndarray, " some"]:
         """Slides that train, that are held out (`val`) or that no fold trains on (`test`)."""
         held = self.of == self.number
         return np.flatnonzero(
@@ -70,7 +70,7 @@ class Fold:
         )
 
     def instances(
-        self, slide: int, rows: Int[np.ndarray, "some"] | slice = slice(None)
+        self, slide: int, rows: Int[np.ndarray, " some"] | slice = slice(None)
     ) -> Float32[np.ndarray, "some F"]:
         """Features of a slide's patches; where no patch of a scale covers one, the mean."""
         own = slice(*self.bags.found.starts[slide : slide + 2])
@@ -80,7 +80,7 @@ class Fold:
         return np.where(wide, self.statistics[0], found)
 
     @cached_property
-    def statistics(self) -> tuple[Float32[np.ndarray, "F"], Float32[np.ndarray, "F"]]:
+    def statistics(self) -> tuple[Float32[np.ndarray, " F"], Float32[np.ndarray, " F"]]:
         """Mean and deviation of each channel over the patches that train, where they have it."""
         found = self.bags.found
         width, scales = found.width, found.lacking.shape[1]
@@ -115,7 +115,7 @@ class BagSource:
         self._slides = fold.slides(split)
         # One shape for all batches: sums then do not depend on who shares a batch with whom.
         self._side = min(instances, int(np.diff(fold.bags.found.starts).max()))
-        self._epoch: tuple[int, Int[np.ndarray, "slides"]] = (-1, self._slides)
+        self._epoch: tuple[int, Int[np.ndarray, " slides"]] = (-1, self._slides)
 
     def slide(self, sample: int) -> int:
         """The slide that a global sample index stands for."""
@@ -149,7 +149,7 @@ class BagSource:
             "label": torch.from_numpy(self._fold.bags.labels[slides]),
         }
 
-    def _rows(self, sample: int, slide: int) -> Int[np.ndarray, "some"]:
+    def _rows(self, sample: int, slide: int) -> Int[np.ndarray, " some"]:
         """Which instances of a slide, in their order: all, or so many without replacement."""
         there = int(np.diff(self._fold.bags.found.starts)[slide])
         if there <= self._side:
@@ -185,7 +185,7 @@ def load(config: Train) -> Fold:
 
 def deal(
     patients: Sequence[str], labels: Sequence[int], folds: int, seed: int
-) -> Int[np.ndarray, "slides"]:
+) -> Int[np.ndarray, " slides"]:
     """The fold of each slide: that of its patient.
 
     Patients of one label (or set of labels) go round the folds in the order of a hash of (seed,

@@ -44,13 +44,13 @@ class Fused:
 
     slides: tuple[str, ...]
     patients: tuple[str, ...]
-    test: Bool[np.ndarray, "slides"]
-    starts: Int[np.ndarray, "edges"]
+    test: Bool[np.ndarray, " slides"]
+    starts: Int[np.ndarray, " edges"]
     source: Int[np.ndarray, "n scales"]
     width: int
     root: str
     where: labelled.Where
-    taken: Bool[np.ndarray, "rows"]
+    taken: Bool[np.ndarray, " rows"]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -131,11 +131,11 @@ class _Places:
     slides: list[str]
     patients: list[str]
     test: list[bool]
-    taken: Bool[np.ndarray, "rows"]
-    slide: Int[np.ndarray, "n"]
-    scale: Int[np.ndarray, "n"]
-    row: Int[np.ndarray, "n"]
-    column: Int[np.ndarray, "n"]
+    taken: Bool[np.ndarray, " rows"]
+    slide: Int[np.ndarray, " n"]
+    scale: Int[np.ndarray, " n"]
+    row: Int[np.ndarray, " n"]
+    column: Int[np.ndarray, " n"]
 
     @staticmethod
     def read(root: str, where: labelled.Where, slides: Collection[str]) -> _Places:
@@ -167,13 +167,13 @@ class _Places:
             *(one[taken] for one in numbers),
         )
 
-    def ordered(self, rows: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    def ordered(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Some rows by slide, row and column."""
         return rows[np.lexsort((self.column[rows], self.row[rows], self.slide[rows]))]
 
     def covering(
-        self, fine: Int[np.ndarray, "fine"], k: int, finest: int
-    ) -> Int[np.ndarray, "fine"]:
+        self, fine: Int[np.ndarray, " fine"], k: int, finest: int
+    ) -> Int[np.ndarray, " fine"]:
         """The row of the patch of scale k that covers each of some; `NOBODY` where none does.
 
         A square covers another if and only if their centres are, row by row and column by
@@ -195,7 +195,7 @@ class _Places:
                 found[many] = np.where(far <= reach, few[near], NOBODY)
         return found
 
-    def _centres(self, rows: Int[np.ndarray, "n"], k: int) -> np.ndarray:
+    def _centres(self, rows: Int[np.ndarray, " n"], k: int) -> np.ndarray:
         return np.stack([self.row[rows], self.column[rows]], axis=1) + (1 << k) / 2
 
 

@@ -32,7 +32,7 @@ class Bins:
         self.scales, self.buckets, self.length = tuple(scales), buckets, length
         self._kept = self._empty()
 
-    def add(self, batch: Batch, losses: Float[Tensor, "b"]) -> None:
+    def add(self, batch: Batch, losses: Float[Tensor, " b"]) -> None:
         """Count the losses of a batch in; those that are not finite are left out.
 
         Args:
@@ -49,11 +49,11 @@ class Bins:
             self._kept[0, i] += values[places].sum()
             self._kept[1, i] += places.sum()
 
-    def totals(self) -> Float64[Tensor, "n"]:
+    def totals(self) -> Float64[Tensor, " n"]:
         """Sums, then counts; those of all workers add up."""
         return self._kept.flatten().clone()
 
-    def take(self, totals: Float64[Tensor, "n"]) -> dict[str, float]:
+    def take(self, totals: Float64[Tensor, " n"]) -> dict[str, float]:
         """The means, of bins that hold anything; this worker's are empty afterwards.
 
         Args:

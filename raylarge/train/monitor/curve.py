@@ -149,7 +149,7 @@ def _rates(axes: Any, rows: Rows) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
-def _scale(axes: Any, values: Float[np.ndarray, "n"]) -> None:
+def _scale(axes: Any, values: Float[np.ndarray, " n"]) -> None:
     """A logarithmic axis where losses span a factor of five; its ticks bear plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -163,7 +163,7 @@ def _scale(axes: Any, values: Float[np.ndarray, "n"]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _smoothed(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+def _smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Running mean without a lag: of as many values on either side, fewer at the steep start.
 
     What is not finite is left out.
@@ -178,7 +178,7 @@ def _smoothed(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _column(rows: Rows, name: str) -> Float[np.ndarray, "n"]:
+def _column(rows: Rows, name: str) -> Float[np.ndarray, " n"]:
     found = (row.get(name) for row in rows)
     return np.array([math.nan if v in (None, "") else float(v) for v in found], dtype=float)
 

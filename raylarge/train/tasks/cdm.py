@@ -65,7 +65,7 @@ class _Network(nn.Module):
         self.cdm = cdm
         self.frozen = [summarizer.requires_grad_(False)]  # in a list: not a submodule
 
-    def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+    def forward(self, batch: Batch) -> Float[Tensor, " B"]:
         """The loss of each sample."""
         x_0 = self.cdm.to_standard(self.tokens(batch), batch["scale"])
         eps, t, schedule = batch["eps"], batch["t"], self.cdm.schedule

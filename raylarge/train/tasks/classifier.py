@@ -121,7 +121,7 @@ class _Network(nn.Module):
         super().__init__()
         self.classifier = classifier
 
-    def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+    def forward(self, batch: Batch) -> Float[Tensor, " B"]:
         """The loss of each image."""
         logits = self.classifier(batch["image"])
         return nn.functional.cross_entropy(logits.float(), batch["label"], reduction="none")
@@ -184,7 +184,7 @@ class ClassifierTask:
         found: Tensor = classifier(image.to(classifier.mean.device)).float().cpu()
         return found
 
-    def _scored(self) -> tuple[Float[np.ndarray, "n classes"], Int[np.ndarray, "n"]]:
+    def _scored(self) -> tuple[Float[np.ndarray, "n classes"], Int[np.ndarray, " n"]]:
         """Logits and labels of held-out images."""
         pixels: list[np.ndarray] = []
         logits, labels = [], []

@@ -79,7 +79,7 @@ class _Network(nn.Module):
         self.schedule = bundle.schedule
         self.frozen = [bundle.unet, bundle.summarizer]  # in a list: no submodules
 
-    def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+    def forward(self, batch: Batch) -> Float[Tensor, " B"]:
         """The loss of each sample."""
         x_0, eps, t = batch["latent"], batch["eps"], batch["t"]
         unet, summarizer = (part.to(x_0.device) for part in self.frozen)

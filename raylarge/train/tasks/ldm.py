@@ -152,7 +152,7 @@ class _Network(nn.Module):
         self.schedule = Schedule(prediction=config.prediction)
         self.min_snr = config.min_snr
 
-    def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+    def forward(self, batch: Batch) -> Float[Tensor, " B"]:
         """The loss of each sample."""
         x_0, eps, t = batch["latent"], batch["eps"], batch["t"]
         tokens = condition(self.summarizer, batch)

@@ -71,7 +71,7 @@ class _Network(nn.Module):
         super().__init__()
         self.mil = mil
 
-    def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+    def forward(self, batch: Batch) -> Float[Tensor, " B"]:
         """The loss of each bag."""
         logits = self.mil(batch["instances"], batch["mask"])
         return nn.functional.cross_entropy(logits.float(), batch["label"], reduction="none")
@@ -168,7 +168,7 @@ def build(config: Train, facts: Facts) -> MilTask:
 
 
 @torch.inference_mode()
-def logits(mil: ABMIL, instances: Float32[np.ndarray, "n F"]) -> Float32[np.ndarray, "classes"]:
+def logits(mil: ABMIL, instances: Float32[np.ndarray, "n F"]) -> Float32[np.ndarray, " classes"]:
     """A slide's logits from all of its patches, which are embedded some at a time."""
     device = mil.mean.device
     pieces = torch.from_numpy(instances).split(_AT_ONCE)

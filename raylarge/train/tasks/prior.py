@@ -84,7 +84,7 @@ class _Network(nn.Module):
         super().__init__()
         self.prior, self.drop, self.schedule = prior, drop, prior.schedule
 
-    def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+    def forward(self, batch: Batch) -> Float[Tensor, " B"]:
         """The loss of each sample."""
         prior, t = self.prior, batch["t"]
         x_0 = prior.to_standard(grids_of(batch, prior.config.side))

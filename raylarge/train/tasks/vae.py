@@ -105,7 +105,7 @@ class _Trained(nn.Module):
         self.perceptual = _Beside(Perceptual(config.lpips_backbone)) if config.lpips else None
         self.features = _Beside(FeatureDistance()) if config.features else None
 
-    def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+    def forward(self, batch: Batch) -> Float[Tensor, " B"]:
         """The loss of each sample.
 
         The adversarial terms are felt by gradients alone: their value, which tells nothing of
@@ -164,7 +164,7 @@ class _Distilled(nn.Module):
         self.codec = Autoencoder(LightAutoencoder(width=config.width, blocks=config.blocks, **size))
         self.teacher = _Beside(teacher)
 
-    def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+    def forward(self, batch: Batch) -> Float[Tensor, " B"]:
         """|ẑ - z|² + |D(z) - image of the teacher| + |D(z) - image|, of each sample.
 
         The teacher's latents z and images are deterministic: of a posterior the mean.
@@ -323,7 +323,7 @@ def _network(config: VaeConfig) -> nn.Module:
 
 def _distance(
     made: Float[Tensor, "B 3 P P"], wanted: Float[Tensor, "B 3 P P"], gradient: float
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """L1 of each image, and of its first differences along rows and columns."""
     error = made.float() - wanted.float()
     loss = error.abs().flatten(1).mean(dim=1)
@@ -332,7 +332,7 @@ def _distance(
     return loss
 
 
-def _squares(a: Float[Tensor, "B ..."], b: Float[Tensor, "B ..."]) -> Float[Tensor, "B"]:
+def _squares(a: Float[Tensor, "B ..."], b: Float[Tensor, "B ..."]) -> Float[Tensor, " B"]:
     """Mean squared difference of each sample."""
     return (a.float() - b.float()).square().flatten(1).mean(dim=1)
 
