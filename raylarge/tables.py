@@ -45,26 +45,41 @@ def manifest(root: str, name: str) -> dict[str, Any]:
     Raises:
         UserError: it has not finished, or not here.
     """
-    path = storage.join(root, f"{verb(name)}.json")
-    if not storage.exists(path):
+    if not (document := read_manifest(root, verb(name), name)):
         more = " verbs=encode bundle=..." if name.startswith("latents") else ""
         raise UserError(
-            f"{path} is missing, so there are no {name} yet; run python jobs/prepare.py "
-            f"out={root}{more} first."
+            f"{storage.join(root, verb(name))}.json is missing, so there are no {name} yet; run "
+            f"python jobs/prepare.py out={root}{more} first."
         )
-    made = storage.read_json(path)
-    if not _is_manifest(made):
+    return document
+
+
+def read_manifest(root: str, verb: str, name: str = "") -> dict[str, Any]:
+    """Return what a verb wrote when it had finished; nothing where it has not.
+
+    Args:
+        root: the data folder.
+        verb: tile, embed, shard, encode-<digest> and so on.
+        name: of the table, for messages.
+
+    Raises:
+        UserError: the file is no manifest.
+    """
+    path = storage.join(root, f"{verb}.json")
+    if not storage.exists(path):
+        return {}
+    document: dict[str, Any] = storage.read_json(path)
+    if not _is_manifest(document):
         raise UserError(
-            f"{path} does not list the parts of {name}: it is damaged, or of another program; run "
-            f"python jobs/prepare.py out={root} again."
+            f"{path} does not list the parts of {name or 'its table'}: it is damaged, or of "
+            f"another program; run python jobs/prepare.py out={root} again."
         )
-    found: dict[str, Any] = made
-    return found
+    return document
 
 
-def _is_manifest(made: Any) -> bool:
-    """Whether it is a manifest, as far as all tables' are alike."""
-    parts = made.get("parts") if isinstance(made, dict) else None
+def _is_manifest(document: Any) -> bool:
+    """Return whether a document is a manifest, as far as those of all tables are alike."""
+    parts = document.get("parts") if isinstance(document, dict) else None
     if not isinstance(parts, list):
         return False
     return all(isinstance(one, dict) and isinstance(one.get("part"), str) for one in parts)

@@ -48,11 +48,11 @@ class BucketPlan:
 
     def missing_blocks(self) -> list[BlockUnit]:
         """The blocks that no bucket holds as they should be."""
-        held: dict[str, str] = {}
+        stamps: dict[str, str] = {}
         with ThreadPoolExecutor(16) as pool:
             for facts in pool.map(lambda unit: parts.standing(self._root, unit.part), self._units):
-                held.update(facts.get("blocks", {}))
-        return [block for block in self._blocks if held.get(block.part) != block.stamp]
+                stamps.update(facts.get("blocks", {}))
+        return [block for block in self._blocks if stamps.get(block.part) != block.stamp]
 
     def without(self, slides: Iterable[str]) -> BucketPlan:
         """The plan that leaves some slides out."""
@@ -90,16 +90,16 @@ class BucketStage(Stage):
         old = None
         if any(standing.get(block.part) == block.stamp for block in unit.blocks):
             old = storage.read_table(storage.join(self._root, unit.part))
-        found = []
+        blocks = []
         for block in unit.blocks:
             path = storage.join(self._root, block.part)
             if old is not None and standing.get(block.part) == block.stamp:
-                found.append(schema.check(_of_block(old, block), self.kind))
+                blocks.append(schema.check(_of_block(old, block), self.kind))
             else:
-                found.append(schema.check(storage.read_table(path), self.kind))
-        counted = groups(pa.concat_tables(found), self._group_rows)
+                blocks.append(schema.check(storage.read_table(path), self.kind))
+        counted = groups(pa.concat_tables(blocks), self._group_rows)
         stamps = {block.part: block.stamp for block in unit.blocks}
-        table = mixed(found, [rows for _, _, rows in counted])
+        table = mixed(blocks, [rows for _, _, rows in counted])
         return table, {"blocks": stamps, "groups": counted}
 
 
@@ -112,30 +112,30 @@ def mixed(tables: Sequence[pa.Table], sizes: Sequence[int]) -> pa.Table:
     order = pc.sort_indices(keys, sort_keys=_ORDER).to_numpy().astype(np.int64)
     starts = np.cumsum([0, *map(len, tables)])
     which = np.searchsorted(starts[1:], order, side="right")
-    found = [tables[0].slice(0, 0)]
+    gathered = [tables[0].slice(0, 0)]
     for group in np.split(np.arange(len(order)), np.cumsum(sizes, dtype=np.int64)[:-1]):
-        taken, came = [], []
+        pieces, came = [], []
         for i in np.unique(which[group]):
             mine = np.flatnonzero(which[group] == i)
-            taken.append(tables[i].take(pa.array(order[group][mine] - starts[i])))
+            pieces.append(tables[i].take(pa.array(order[group][mine] - starts[i])))
             came.append(mine)
-        if taken:
+        if pieces:
             back = pa.array(np.argsort(np.concatenate(came)))
-            found.append(pa.concat_tables(taken).combine_chunks().take(back))
-    return pa.concat_tables(found)
+            gathered.append(pa.concat_tables(pieces).combine_chunks().take(back))
+    return pa.concat_tables(gathered)
 
 
 def groups(table: pa.Table, most: int) -> list[list[Any]]:
     """[scale, split, rows] of the row groups of a table's rows by scale and split."""
     counted = table.group_by(["scale", "split"]).aggregate([([], "count_all")])
     runs = counted.sort_by([("scale", "ascending"), ("split", "ascending")]).to_pylist()
-    found: list[list[Any]] = []
+    row_groups: list[list[Any]] = []
     for run in runs:
         left = run["count_all"]
         while left:
-            found.append([run["scale"], run["split"], min(most, left)])
+            row_groups.append([run["scale"], run["split"], min(most, left)])
             left -= min(most, left)
-    return found
+    return row_groups
 
 
 def _bucket(name: str, buckets: int) -> int:

@@ -46,8 +46,8 @@ def run(root: str, config: CaptionConfig, executor: ExecutorConfig) -> Facts:
         UserError: `shard` has not run, no such captioner, scales that have no examples, or
             weights that are missing or another model's.
     """
-    made = parts.manifest(root, "shard", "caption")
-    row_selection.require(made, config.scales, "caption.scales")
+    manifest = parts.manifest(root, "shard", "caption")
+    row_selection.require(manifest, config.scales, "caption.scales")
     config = replace(config, weights=config.weights and storage.absolute(config.weights))
     used = _section(config)
     what = {key: value for key, value in used.items() if key != "batch"}
@@ -81,8 +81,8 @@ class CaptionStage(Stage):
         return pa.table({**derive.where(table), "text": texts}), {"groups": groups}
 
     def _texts(self, files: pa.ChunkedArray) -> list[str]:
-        found: list[str] = []
+        texts: list[str] = []
         for batch in batches(len(files), self._config.batch) if len(files) else []:
             pixels = np.stack([images.from_bytes(files[i].as_py()) for i in batch])
-            found += self._captioner.caption(pixels)
-        return found[: len(files)]
+            texts += self._captioner.caption(pixels)
+        return texts[: len(files)]

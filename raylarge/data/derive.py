@@ -44,7 +44,7 @@ def run(
         UserError: the source has not run.
     """
     verb = tables.verb(table)
-    made = parts.manifest(root, source, verb.split("-")[0])
+    manifest = parts.manifest(root, source, verb.split("-")[0])
     parts.refuse_mixing(root, config, [verb])
     units = [
         DerivedUnit(
@@ -54,11 +54,13 @@ def run(
             source=one["part"],
             groups=one["groups"],
         )
-        for one in made["parts"]
+        for one in manifest["parts"]
     ]
     built = parts.build(root, units, make_stage, executor, verb)
-    more = {name: made[name] for name in ("encoder", "patch_px")} | {"input": made["digest"]}
-    done = parts.finish(root, verb, built, {**made["config"], **config}, **more)
+    more = {name: manifest[name] for name in ("encoder", "patch_px")} | {
+        "input": manifest["digest"]
+    }
+    done = parts.finish(root, verb, built, {**manifest["config"], **config}, **more)
     return {**done, "table": storage.join(root, table)}
 
 

@@ -100,14 +100,14 @@ class EmbedStage(Stage):
                 vectors[valid] = self._embed(cells, facts)
         count, columns, width = vectors.shape
         offsets = np.arange(count + 1, dtype=np.int32) * columns
-        made = {
+        fields = {
             "slide_id": pa.array([unit.slide_id] * count, pa.string()),
             "row": pa.array(range(top, bottom), pa.int32()),
             "columns": pa.array([columns] * count, pa.int32()),
             "valid": pa.ListArray.from_arrays(offsets, pa.array(valid.ravel())),
             "embedding": pa.ListArray.from_arrays(offsets * width, pa.array(vectors.ravel())),
         }
-        return pa.table(made), facts
+        return pa.table(fields), facts
 
     def _embed(self, cells: Sequence[tuple[int, int]], facts: Facts) -> Vectors:
         """A vector per cell: tiles of one colour share one, the others go in full batches."""
@@ -129,8 +129,8 @@ class EmbedStage(Stage):
     def _batch_into(self, vectors: Vectors, waiting: list[tuple[int, np.ndarray]]) -> None:
         """Embed what waits, as one batch of the full size: its last tile is repeated."""
         order = batches(len(waiting), self._batch)[0]
-        found = self._encoded(np.stack([waiting[i][1] for i in order]))
-        vectors[[index for index, _ in waiting]] = found[: len(waiting)]
+        encoded = self._encoded(np.stack([waiting[i][1] for i in order]))
+        vectors[[index for index, _ in waiting]] = encoded[: len(waiting)]
         waiting.clear()
 
     def _of_colour(self, colour: bytes, pixels: np.ndarray) -> Vector:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from raylarge import storage
+from raylarge import tables
 from raylarge.data.pipeline import ActorConfig, without_actors
 from raylarge.errors import UserError
 from raylarge.models import ssl
@@ -34,9 +34,9 @@ def section(config: EmbedConfig) -> dict[str, Any]:
     """
     if config.dtype not in DTYPES:
         raise UserError(f"embed.dtype={config.dtype}: choose one of {', '.join(DTYPES)}.")
-    known = without_actors(config)
-    digest = ssl.weights_digest(ssl.card(config.encoder), known.pop("weights"))
-    return {**known, "weights": digest} if digest else known
+    values = without_actors(config)
+    digest = ssl.weights_digest(ssl.card(config.encoder), values.pop("weights"))
+    return {**values, "weights": digest} if digest else values
 
 
 def section_in(root: str, config: EmbedConfig) -> dict[str, Any]:
@@ -45,6 +45,6 @@ def section_in(root: str, config: EmbedConfig) -> dict[str, Any]:
     Raises:
         UserError: as `section`.
     """
-    path = storage.join(root, "embed.json")
-    made = storage.read_json(path)["config"]["embed"] if storage.exists(path) else {}
-    return made if "imported" in made else section(config)
+    manifest = tables.read_manifest(root, "embed")
+    stored = manifest["config"]["embed"] if manifest else {}
+    return stored if "imported" in stored else section(config)

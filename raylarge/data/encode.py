@@ -100,7 +100,7 @@ class EncodeStage(Stage):
         Raises:
             UserError: latents that float16 cannot hold; `source` names the part of the examples.
         """
-        found: list[np.ndarray] = []
+        encoded: list[np.ndarray] = []
         count = len(files) * flips
         for batch in batches(count, self._config.batch) if count else []:
             pixels = [mirrored(images.from_bytes(files[i // flips]), i % flips) for i in batch]
@@ -113,10 +113,10 @@ class EncodeStage(Stage):
                     f"rows {batch[0] // flips} to {max(batch) // flips} of {source}; train the "
                     f"autoencoder again: its latents should have a deviation of about 1."
                 )
-            found.append(latents)
-        if not found:
+            encoded.append(latents)
+        if not encoded:
             return np.empty((0, 0, 0, 0), np.float16)
-        return np.concatenate(found)[:count]
+        return np.concatenate(encoded)[:count]
 
 
 def _lists(values: Float16[np.ndarray, "n m"]) -> pa.ListArray:

@@ -85,8 +85,8 @@ def run(root: str, bundle: str, config: FeatureConfig, executor: ExecutorConfig)
 
     config.check()
     latents = f"latents-{bundles.digest(bundle, ('vae',))}"
-    made = tables.manifest(root, latents)
-    row_selection.require(made, config.scales, "features.scales")
+    manifest = tables.manifest(root, latents)
+    row_selection.require(manifest, config.scales, "features.scales")
     digest = bundles.digest(bundle, _PARTS)
     scales = None if config.scales is None else sorted(set(config.scales))
     used = {**without_actors(config), "scales": scales}
@@ -135,11 +135,13 @@ class FeatureStage(Stage):
         table, groups = table.filter(pa.array(upright)), row_selection.kept(groups, upright)
         samples = Samples(table, self._bundle.patch.latent)
         self._refuse(samples)
-        found: list[Float16[np.ndarray, "B width"]] = []
+        vectors: list[Float16[np.ndarray, "B width"]] = []
         for batch in batches(len(samples), self._config.batch) if len(samples) else []:
             raw = pooled_features(self._bundle, *samples.batch(batch), self._config)
-            found.append(raw.cpu().numpy().astype(np.float16))
-        values = np.concatenate(found)[: len(samples)] if found else np.zeros((0, 0), np.float16)
+            vectors.append(raw.cpu().numpy().astype(np.float16))
+        values = (
+            np.concatenate(vectors)[: len(samples)] if vectors else np.zeros((0, 0), np.float16)
+        )
         if not np.isfinite(values).all():
             raise UserError("features do not fit into float16; take other features.blocks=.")
         offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
@@ -147,10 +149,10 @@ class FeatureStage(Stage):
         return pa.table({**derive.where(table), "feature": column}), {"groups": groups}
 
     def _refuse(self, samples: Samples) -> None:
-        known = self._bundle.patch.scales
-        if self._config.condition == "own" and samples.scale.max(initial=0) >= known:
+        scales = self._bundle.patch.scales
+        if self._config.condition == "own" and samples.scale.max(initial=0) >= scales:
             raise UserError(
-                f"the bundle knows scales 0 to {known - 1}, and there are latents of scale "
+                f"the bundle knows scales 0 to {scales - 1}, and there are latents of scale "
                 f"{samples.scale.max()}; give features.scales=, or features.condition=null."
             )
 
@@ -226,12 +228,12 @@ def pooled_features(
     addresses = [noise.split_64(int(k)) for k in key]
     eps = noise.normal(x_0.shape[1:], config.seed, "features", addresses)
     x_t = bundle.schedule.noised(x_0, eps, config.t).to(bundle.device, bundle.unet.dtype)
-    given = [one.to(bundle.device) for one in (condition.cells, condition.scale, condition.size)]
+    inputs = [one.to(bundle.device) for one in (condition.cells, condition.scale, condition.size)]
     with torch.inference_mode():
         own = config.condition == "own"
-        tokens = bundle.summarizer(*given) if own else bundle.summarizer.null(len(x_0))
-        _, found = bundle.unet.features(x_t, config.t, tokens)
-    means = [found[block - MIDDLE].float().mean(dim=(2, 3)) for block in config.blocks]
+        tokens = bundle.summarizer(*inputs) if own else bundle.summarizer.null(len(x_0))
+        _, outputs = bundle.unet.features(x_t, config.t, tokens)
+    means = [outputs[block - MIDDLE].float().mean(dim=(2, 3)) for block in config.blocks]
     return torch.cat(means, dim=1)
 
 

@@ -114,14 +114,14 @@ class TileGrid:
 
     def ahead(self, cells: Sequence[tuple[int, int]]) -> Iterator[Pixels]:
         """The tiles of many cells in their order; a thread reads on while they are used."""
-        wanted = [
+        strips = [
             (row, first, count)
             for row in sorted({row for row, _ in cells})
             for first, count in runs([c for r, c in cells if r == row], self._wide)
         ]
         waiting: deque[Future[list[Pixels]]] = deque()
         try:
-            for strip in wanted:
+            for strip in strips:
                 waiting.append(self._reader.submit(self.read, *strip))
                 if len(waiting) > _AHEAD:
                     yield from waiting.popleft().result()
@@ -139,14 +139,14 @@ class TileGrid:
 
 def runs(columns: Sequence[int], most: int) -> list[tuple[int, int]]:
     """(first, count) of the runs of neighbours in ascending columns, none above `most`."""
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for column in columns:
-        first, count = found[-1] if found else (column, 0)
-        if found and column == first + count and count < most:
-            found[-1] = (first, count + 1)
+        first, count = spans[-1] if spans else (column, 0)
+        if spans and column == first + count and count < most:
+            spans[-1] = (first, count + 1)
         else:
-            found.append((column, 1))
-    return found
+            spans.append((column, 1))
+    return spans
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raylarge import schema, storage
+from raylarge import schema, storage, tables
 from raylarge.data import pipeline
 from raylarge.data.pipeline import ExecutorConfig, Facts
 from raylarge.data.units import Unit
@@ -67,17 +67,17 @@ class PartBuilder:
 
     def __call__(self, unit: Unit) -> Facts:
         """The facts of the unit's part, with `made` telling whether it was made just now."""
-        found = standing(self._root, unit.part)
-        if found.get("stamp") == unit.stamp:
-            return {**found, "made": False}
+        stored = standing(self._root, unit.part)
+        if stored.get("stamp") == unit.stamp:
+            return {**stored, "made": False}
         if self._stage is None:
             self._stage = self._make_stage()
         table, facts = self._stage.make(unit)
         table = schema.check(table, self._stage.kind)
-        known: Facts = {"part": unit.part, "stamp": unit.stamp}
+        common: Facts = {"part": unit.part, "stamp": unit.stamp}
         if unit.tiles is not None:
-            known["tiles"] = unit.tiles
-        facts = {**facts, **known, **_counts(table)}
+            common["tiles"] = unit.tiles
+        facts = {**facts, **common, **_counts(table)}
         metadata = {**table.schema.metadata, "facts": storage.as_json(facts)}
         table = table.replace_schema_metadata(metadata)
         groups = [rows for _, _, rows in facts["groups"]] if "groups" in facts else None
@@ -101,16 +101,18 @@ def build(
         executor: who makes them.
         verb: whose manifest, where it exists, tells without a look which parts are done.
     """
-    before = _manifest(root, verb)
+    before = tables.read_manifest(root, verb)
     done = _listed(root, before, units)
     rest = [unit for unit in units if unit.part not in done]
     if {unit.part for unit in rest} & {one["part"] for one in before.get("parts", [])}:
         # The table is not whole from now on, but its settings still bind who runs next.
         storage.write_json(_unfinished(root, verb), {"config": before["config"]})
         storage.remove(storage.join(root, f"{verb}.json"))
-    made = pipeline.run(rest, partial(PartBuilder, root, make_stage), executor, verb.split("-")[0])
+    answers = pipeline.run(
+        rest, partial(PartBuilder, root, make_stage), executor, verb.split("-")[0]
+    )
     failed = []
-    for unit, facts in zip(rest, made, strict=True):
+    for unit, facts in zip(rest, answers, strict=True):
         if "failed" in facts:
             failed.append({"slide_id": unit.slide_id, "part": unit.part, "reason": facts["failed"]})
         else:
@@ -143,7 +145,7 @@ def refuse_mixing(
         UserError: naming the first key that differs, and the cure.
     """
     for verb in verbs:
-        before, file = _manifest(root, verb), f"{verb}.json"
+        before, file = tables.read_manifest(root, verb), f"{verb}.json"
         if not before and storage.exists(path := _unfinished(root, verb)):
             before, file = storage.read_json(path), path.rsplit("/", 1)[-1]
         begun = before.get("config", {})
@@ -184,11 +186,11 @@ def finish(
     path = storage.join(root, f"{verb}.json")
     storage.write_json(path, document)
     storage.remove(_unfinished(root, verb))
-    made = sum(one["made"] for one in facts)
+    new_parts = sum(one["made"] for one in facts)
     rows = {"rows": document["rows"], "counts": counts, "failed": len(built.failed)}
     tiles = sum(one.get("tiles", 0) for one in facts if one["made"])
     again = sum(one.get("again", 0) for one in facts)
-    more_work = {"parts": len(parts), "made": made, "again": again, "tiles": tiles}
+    more_work = {"parts": len(parts), "made": new_parts, "again": again, "tiles": tiles}
     return {**rows, **more_work, "output": path}
 
 
@@ -203,29 +205,21 @@ def _record(root: str, verb: str, failed: Sequence[Mapping[str, str]]) -> None:
         storage.write_table(path, schema.check(table, schema.FAILED))
 
 
-def manifest(root: str, verb: str, wanted_by: str) -> dict[str, Any]:
-    """The manifest of a verb that another one builds on.
+def manifest(root: str, verb: str, needed_by: str) -> dict[str, Any]:
+    """Return the manifest of a verb that another one builds on.
 
     Raises:
-        UserError: the verb has not finished in this folder.
+        UserError: the verb has not finished in this folder, or its manifest is damaged.
     """
-    path = storage.join(root, f"{verb}.json")
-    if not storage.exists(path):
-        raise UserError(f"{wanted_by} needs {path}; run verbs={verb} with this out= first.")
-    found: dict[str, Any] = storage.read_json(path)
-    return found
+    if not (document := tables.read_manifest(root, verb)):
+        path = storage.join(root, f"{verb}.json")
+        raise UserError(f"{needed_by} needs {path}; run verbs={verb} with this out= first.")
+    return document
 
 
 def _unfinished(root: str, verb: str) -> str:
     """Where a table's settings stand while its parts are replaced and it has no manifest."""
     return storage.join(root, f"unfinished-{verb}.json")
-
-
-def _manifest(root: str, verb: str) -> Facts:
-    """What a verb wrote when it had finished; nothing where it has not."""
-    path = storage.join(root, f"{verb}.json")
-    found: Facts = storage.read_json(path) if storage.exists(path) else {}
-    return found
 
 
 def _listed(root: str, before: Facts, units: Sequence[Unit]) -> dict[str, Facts]:
@@ -246,8 +240,8 @@ def _sizes(root: str, parts: Sequence[str]) -> dict[str, int]:
     if not parts:
         return {}
     folder = parts[0].rsplit("/", 1)[0]
-    found = storage.sizes(storage.join(root, folder))
-    return {f"{folder}/{name}": size for name, size in found.items()}
+    sizes = storage.sizes(storage.join(root, folder))
+    return {f"{folder}/{name}": size for name, size in sizes.items()}
 
 
 def _sum(counts: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:

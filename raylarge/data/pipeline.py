@@ -125,7 +125,7 @@ def run(
     answers = (
         _here(units, work) if executor.workers is None else _on_ray(units, work, executor, title)
     )
-    found: dict[int, Facts] = {}
+    results: dict[int, Facts] = {}
     with closing(answers), _Progress(units, title) as progress:
         for answer in answers:
             index, again = answer["index"], answer.get("again", 0)
@@ -137,9 +137,9 @@ def run(
             if "failure" in answer:
                 raise RuntimeError(f"{title} failed at {answer['failure']}")
             facts = {"failed": answer["failed"]} if "failed" in answer else answer["facts"]
-            found[index] = {**facts, "again": again} if again else facts
+            results[index] = {**facts, "again": again} if again else facts
             progress.advance(index)
-    return [found[index] for index in range(len(units))]
+    return [results[index] for index in range(len(units))]
 
 
 class _Progress:
@@ -212,15 +212,15 @@ def _on_ray(
 def _runs(units: Sequence[Unit], workers: int) -> list[list[tuple[int, Unit]]]:
     """Units with their numbers, some neighbours of one slide together, and enough runs for all."""
     most = max(1, min(_RUN, len(units) // (8 * workers)))
-    found: list[list[tuple[int, Unit]]] = []
+    groups: list[list[tuple[int, Unit]]] = []
     for index, unit in enumerate(units):
-        last = found[-1] if found else []
+        last = groups[-1] if groups else []
         same = last and unit.slide_id and unit.slide_id == last[-1][1].slide_id
         if same and len(last) < most:
             last.append((index, unit))
         else:
-            found.append([(index, unit)])
-    return found
+            groups.append([(index, unit)])
+    return groups
 
 
 def _pool(size: int) -> Any:

@@ -125,8 +125,8 @@ def _say_failures(root: str, verb: str, names: bool) -> None:
 def _line(verb: str, facts: dict[str, Any]) -> str:
     failed = f", {facts['failed']} failed: see failed.parquet" if facts["failed"] else ""
     again = f", {facts['again']} begun again after workers died" if facts["again"] else ""
-    made = f"{facts['made']} of {facts['parts']} parts new"
-    return f"{verb}: {facts['rows']} rows, {made}{again}{failed}"
+    new = f"{facts['made']} of {facts['parts']} parts new"
+    return f"{verb}: {facts['rows']} rows, {new}{again}{failed}"
 
 
 def _run(verb: str, root: str, config: Prepare, executor: ExecutorConfig) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def find_slides(slides: str) -> list[str]:
     Raises:
         UserError: nothing given, or a word that fits no file.
     """
-    found: set[str] = set()
+    slide_paths: set[str] = set()
     for word in filter(None, (word.strip() for word in slides.split(","))):
         paths = storage.glob(storage.absolute(word))
         if not paths:
@@ -167,10 +167,10 @@ def find_slides(slides: str) -> list[str]:
             raise UserError(
                 f"{folders[0]} is a folder; name the slides in it: slides='{folders[0]}/*.svs'."
             )
-        found.update(paths)
-    if not found:
+        slide_paths.update(paths)
+    if not slide_paths:
         raise UserError("which slides? Give slides='a.svs,folder/*.tif'.")
-    return sorted(found)
+    return sorted(slide_paths)
 
 
 def _verbs(config: Prepare) -> list[str]:

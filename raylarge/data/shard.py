@@ -108,9 +108,8 @@ def run(
 
 def _buckets(root: str, tiles: Facts, config: ShardConfig) -> int:
     """How many buckets a folder has, or else as many as its examples will fill."""
-    path = storage.join(root, "shard.json")
-    if storage.exists(path):
-        return int(storage.read_json(path)["config"]["shard"]["buckets"])
+    if manifest := tables.read_manifest(root, "shard"):
+        return int(manifest["config"]["shard"]["buckets"])
     rows = sum(count for by in tiles["counts"].values() for count in by.values())
     each = tiles["patch_px"] ** 2 * (0.5 if config.quality else 2.0)  # bytes of a full image
     return max(_FEWEST_BUCKETS, math.ceil(rows * each / _BUCKET_BYTES))
@@ -121,16 +120,16 @@ def _units(slide: SlideFacts, tile: TileConfig, inputs: list[dict[str, Any]]) ->
     edges = blocks(slide.grid, tile)
     sections, stamps = inputs
     names = [f"embeddings/{slide.slide_id}-{number:04d}.parquet" for number in range(len(edges))]
-    made = parts.stamp(sections, slide.stamp, [stamps[name] for name in names])
-    known = {name: getattr(slide, name) for name in _OF_SLIDE}
+    slide_stamp = parts.stamp(sections, slide.stamp, [stamps[name] for name in names])
+    slide_fields = {name: getattr(slide, name) for name in _OF_SLIDE}
     return [
         BlockUnit(
             part=f"blocks/{slide.slide_id}-{number:04d}.parquet",
-            stamp=parts.stamp(made, rows),
+            stamp=parts.stamp(slide_stamp, rows),
             tiles=sum(slide.covered[rows[0] : rows[1]]),
             rows=rows,
             blocks=edges,
-            **known,
+            **slide_fields,
         )
         for number, rows in enumerate(edges)
     ]
@@ -154,14 +153,14 @@ class ShardStage(Stage):
         table = kept(self._root, unit.slide_id)
         row = table["row"].to_numpy()
         table = table.filter(pa.array((row >= top) & (row < bottom)))
-        found = []
+        examples = []
         if table.num_rows:
             vectors = self._vectors(unit, table)
             with about(unit):
                 self._grid.open(unit)
                 self._load(table)
-                found = [self._example(cell, unit, vectors) for cell in table.to_pylist()]
-        return pa.Table.from_pylist(found, schema=pa.schema(list(schema.EXAMPLES))), {}
+                examples = [self._example(cell, unit, vectors) for cell in table.to_pylist()]
+        return pa.Table.from_pylist(examples, schema=pa.schema(list(schema.EXAMPLES))), {}
 
     def _load(self, table: pa.Table) -> None:
         """Read the base examples' tiles in strips; coarser ones read their own."""
@@ -192,13 +191,13 @@ class ShardStage(Stage):
         """Raw embeddings from the block's first row down to the last row that is covered."""
         scale, cells = scale_and_cells(table)
         top, bottom = unit.rows[0], int((cells[:, 0] + (1 << scale.astype(np.int64))).max())
-        found = []
+        pieces = []
         for number, (start, stop) in enumerate(unit.blocks):
             if start < bottom and stop > top:
                 name = f"{unit.slide_id}-{number:04d}.parquet"
                 first, values = self._embeddings(name)
-                found.append(values[max(0, top - first) : bottom - first])
-        return np.concatenate(found)
+                pieces.append(values[max(0, top - first) : bottom - first])
+        return np.concatenate(pieces)
 
     def _read_embeddings(self, name: str) -> tuple[int, Vectors]:
         """The first row of one part, and its vectors; NaN where there are none."""
@@ -231,12 +230,12 @@ def example_image(grid: TileGrid, row: int, column: int, factor: int) -> UInt8[n
 def _bands(side: int, factor: int) -> list[tuple[int, int, torch.Tensor]]:
     """D in pieces of a few outputs: the first and last input that they weigh, and the weights."""
     matrix = torch.from_numpy(bicubic_matrix(side * factor, factor)).float()
-    found = []
+    bands = []
     for rows in matrix.split(_OUTPUTS):
         seen = rows.abs().amax(dim=0).nonzero()
         low, high = int(seen[0]), int(seen[-1]) + 1
-        found.append((low, high, rows[:, low:high].T.contiguous()))
-    return found
+        bands.append((low, high, rows[:, low:high].T.contiguous()))
+    return bands
 
 
 def _shrunk(x: torch.Tensor, bands: list[tuple[int, int, torch.Tensor]]) -> torch.Tensor:

@@ -60,7 +60,7 @@ class TextEmbedConfig(ActorConfig):
     @property
     def kind(self) -> str:
         """Where vectors come from: captions, texts, image or vectors."""
-        return next((name for name in _GIVEN if getattr(self, name)), "captions")
+        return next((name for name in _SOURCES if getattr(self, name)), "captions")
 
     def check(self) -> None:
         """Refuse values that make no sense, or that contradict each other.
@@ -68,14 +68,16 @@ class TextEmbedConfig(ActorConfig):
         Raises:
             UserError: naming the key, its value and what it may be.
         """
-        told = [name for name in ("captions", *_GIVEN) if getattr(self, name)]
-        if len(told) > 1:
-            raise UserError(f"text_embed takes one of {' and '.join(told)}; leave the others out.")
+        sources = [name for name in ("captions", *_SOURCES) if getattr(self, name)]
+        if len(sources) > 1:
+            raise UserError(
+                f"text_embed takes one of {' and '.join(sources)}; leave the others out."
+            )
         if self.missing not in ("refuse", "drop"):
             raise UserError(f"text_embed.missing={self.missing}: it must be refuse or drop.")
 
 
-_GIVEN = ("texts", "image", "vectors")
+_SOURCES = ("texts", "image", "vectors")
 
 
 def run(root: str, config: TextEmbedConfig, executor: ExecutorConfig) -> Facts:
@@ -90,7 +92,7 @@ def run(root: str, config: TextEmbedConfig, executor: ExecutorConfig) -> Facts:
             lacks examples, no such encoder, or weights that are missing or another model's.
     """
     config.check()
-    made = parts.manifest(root, "shard", "text_embed")
+    manifest = parts.manifest(root, "shard", "text_embed")
     absolute: dict[str, Any] = {
         name: storage.absolute(path)
         for name in ("weights", "texts", "vectors")
@@ -99,18 +101,18 @@ def run(root: str, config: TextEmbedConfig, executor: ExecutorConfig) -> Facts:
     config = replace(config, **absolute)
     if config.kind == "captions":
         config = replace(config, captions=_captions(root, config.captions))
-        made = tables.manifest(root, config.captions)
+        manifest = tables.manifest(root, config.captions)
     used = _section(config)
     table = f"vectors-{parts.stamp({k: v for k, v in used.items() if k != 'batch'})}"
     if config.kind in ("texts", "vectors"):
-        _refuse(root, made, config, table)
+        _refuse(root, manifest, config, table)
     stages: dict[str, Any] = {"image": ImageVectorStage, "vectors": TableVectorStage}
     make_stage = partial(stages.get(config.kind, TextVectorStage), root, config)
     done = derive.run(
-        root, table, make_stage, config.of(executor), {"text_embed": used}, made["verb"]
+        root, table, make_stage, config.of(executor), {"text_embed": used}, manifest["verb"]
     )
     widths = {one["width"] for one in storage.read_json(done["output"])["parts"] if one["rows"]}
-    return {**done, "missing": made["rows"] - done["rows"], "width": max(widths, default=0)}
+    return {**done, "missing": manifest["rows"] - done["rows"], "width": max(widths, default=0)}
 
 
 def _section(config: TextEmbedConfig) -> dict[str, Any]:
@@ -145,46 +147,46 @@ def _captions(root: str, name: str) -> str:
     verbs = [path.rsplit("/", 1)[-1] for path in storage.children(root, "caption-*.json")]
     names = ["captions-" + verb.removeprefix("caption-").removesuffix(".json") for verb in verbs]
     if len(names) != 1:
-        told = f"{root} has {len(names)} tables of captions"
+        problem = f"{root} has {len(names)} tables of captions"
         cure = (
             f"choose one: text_embed.captions={names[0]} (or {', '.join(names[1:])})."
             if names
             else "run verbs=caption first, or give text_embed.texts=, vectors= or image=true."
         )
-        raise UserError(f"{told}; {cure}")
+        raise UserError(f"{problem}; {cure}")
     return names[0]
 
 
-def _refuse(root: str, made: Mapping[str, Any], config: TextEmbedConfig, table: str) -> None:
+def _refuse(root: str, manifest: Mapping[str, Any], config: TextEmbedConfig, table: str) -> None:
     """Refuse a user's table that lacks examples, before anything is made of it.
 
     Raises:
         UserError: it lacks some and they are to be refused, or all of them; or it lies in such an
             order that it would be read again and again.
     """
-    path = storage.join(root, f"{tables.verb(table)}.json")
-    before = storage.read_json(path) if storage.exists(path) else {}
-    fine = config.missing == "drop" or before.get("rows") == made["rows"]
-    if fine and before.get("input") == made["digest"]:
+    before = tables.read_manifest(root, tables.verb(table))
+    fine = config.missing == "drop" or before.get("rows") == manifest["rows"]
+    if fine and before.get("input") == manifest["digest"]:
         return
-    user_table = _given(config)
+    user_table = _user_table(config)
     for line in user_table.missing_words():
         report.say(line)
 
     def look(part: Mapping[str, Any]) -> tuple[int, int]:
-        found = user_table.find(row_selection.read(root, _unit(part), ["key"])[0]["key"])
-        return int((found < 0).sum()), user_table.bytes_of(found[found >= 0])
+        rows = user_table.find(row_selection.read(root, _unit(part), ["key"])[0]["key"])
+        return int((rows < 0).sum()), user_table.bytes_of(rows[rows >= 0])
 
     with ThreadPoolExecutor(_READERS) as pool:
-        looking = pool.map(look, made["parts"])
-        looked = list(report.progress(looking, "match", total=len(made["parts"]), unit="part"))
+        looking = pool.map(look, manifest["parts"])
+        looked = list(report.progress(looking, "match", total=len(manifest["parts"]), unit="part"))
     missing = sum(lost for lost, _ in looked)
-    if missing == made["rows"] or (missing and config.missing == "refuse"):
-        cure = "" if missing == made["rows"] else ", or leave them out: text_embed.missing=drop"
-        part = next(one for one, (lost, _) in zip(made["parts"], looked, strict=True) if lost)
+    if missing == manifest["rows"] or (missing and config.missing == "refuse"):
+        cure = "" if missing == manifest["rows"] else ", or leave them out: text_embed.missing=drop"
+        part = next(one for one, (lost, _) in zip(manifest["parts"], looked, strict=True) if lost)
         raise UserError(
-            f"{user_table.path} has no {user_table.what} for {missing} of {made['rows']} examples "
-            f"(such as {_lost(root, part, user_table)}); add them{cure}."
+            f"{user_table.path} has no {user_table.what} for {missing} of "
+            f"{manifest['rows']} examples (such as {_lost(root, part, user_table)}); add "
+            f"them{cure}."
         )
     user_table.refuse_order(sum(bytes_read for _, bytes_read in looked))
 
@@ -200,7 +202,7 @@ def _lost(root: str, part: Mapping[str, Any], user_table: UserTable) -> str:
     return ", ".join(f"{name} {value}" for name, value in row.items())
 
 
-def _given(config: TextEmbedConfig) -> UserTable:
+def _user_table(config: TextEmbedConfig) -> UserTable:
     path, column = split_column(config.vectors) if config.vectors else (config.texts, "text")
     return UserTable(path, column, vectors=bool(config.vectors))
 
@@ -213,21 +215,21 @@ class TextVectorStage(Stage):
     def __init__(self, root: str, config: TextEmbedConfig) -> None:
         """Load the text encoder, and find the texts."""
         self._root, self._batch = root, config.batch
-        self._given = _given(config) if config.texts else None
+        self._user_table = _user_table(config) if config.texts else None
         self._encoder = text.load(config.model, config.weights, config.device)
 
     def make(self, unit: DerivedUnit) -> tuple[pa.Table, Facts]:
         """A vector for every row that has a text, in the part's order."""
-        if self._given is None:
+        if self._user_table is None:
             table, groups = row_selection.read(self._root, unit, [*derive.WHERE, "text"])
             texts = table["text"].to_pylist()
         else:
-            table, groups, found = matched(self._root, unit, self._given)
-            texts = self._given.texts(found)
+            table, groups, rows = matched(self._root, unit, self._user_table)
+            texts = self._user_table.texts(rows)
         vectors = np.zeros((len(texts), self._encoder.card.width), np.float32)
         for batch in batches(len(texts), self._batch) if texts else []:
             vectors[list(batch)] = self._encoder([texts[i] for i in batch])
-        return _made(table, vectors, groups)
+        return _vectors_table(table, vectors, groups)
 
 
 class ImageVectorStage(Stage):
@@ -248,7 +250,7 @@ class ImageVectorStage(Stage):
         for batch in batches(len(files), self._batch) if len(files) else []:
             pixels = np.stack([images.from_bytes(files[i].as_py()) for i in batch])
             vectors[list(batch)] = self._encoder(pixels)
-        return _made(table, vectors, groups)
+        return _vectors_table(table, vectors, groups)
 
 
 class TableVectorStage(Stage):
@@ -259,12 +261,12 @@ class TableVectorStage(Stage):
     def __init__(self, root: str, config: TextEmbedConfig) -> None:
         """Find what the user's table is about."""
         self._root = root
-        self._given = _given(config)
+        self._user_table = _user_table(config)
 
     def make(self, unit: DerivedUnit) -> tuple[pa.Table, Facts]:
         """The vector of every example that has one, in the part's order."""
-        table, groups, found = matched(self._root, unit, self._given)
-        return _made(table, self._given.vectors(found), groups)
+        table, groups, rows = matched(self._root, unit, self._user_table)
+        return _vectors_table(table, self._user_table.vectors(rows), groups)
 
 
 def matched(
@@ -272,12 +274,12 @@ def matched(
 ) -> tuple[pa.Table, row_selection.Groups, np.ndarray]:
     """The examples of a part that the user's table knows, their groups, and its rows for them."""
     table, groups = row_selection.read(root, unit, derive.WHERE)
-    found = user_table.find(table["key"])
-    keep = found >= 0
-    return table.filter(pa.array(keep)), row_selection.kept(groups, keep), found[keep]
+    rows = user_table.find(table["key"])
+    keep = rows >= 0
+    return table.filter(pa.array(keep)), row_selection.kept(groups, keep), rows[keep]
 
 
-def _made(
+def _vectors_table(
     table: pa.Table, vectors: Vectors, groups: row_selection.Groups
 ) -> tuple[pa.Table, Facts]:
     """Return the VECTORS of a part and its facts.

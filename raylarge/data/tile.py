@@ -128,16 +128,16 @@ def _tell_of_others(root: str, slides: set[str]) -> None:
 
 
 def _units(
-    known: Sequence[slide_index.Entry], sections: dict[str, Any], config: TileConfig
+    entries: Sequence[slide_index.Entry], sections: dict[str, Any], config: TileConfig
 ) -> list[TileUnit]:
     pattern = storage.absolute(config.mask) if "{name}" in config.mask else ""
-    mask_paths = [pattern.replace("{name}", entry.stem) for entry in known]
-    _refuse_shared(known, mask_paths)
+    mask_paths = [pattern.replace("{name}", entry.stem) for entry in entries]
+    _refuse_shared(entries, mask_paths)
     with ThreadPoolExecutor(16) as pool:
-        prints = list(pool.map(_fingerprint, [entry.path for entry in known]))
+        prints = list(pool.map(_fingerprint, [entry.path for entry in entries]))
         drawn = list(pool.map(lambda path: path and _fingerprint(path), mask_paths))
     units: list[TileUnit] = []
-    for entry, mark, mask, mask_mark in zip(known, prints, mask_paths, drawn, strict=True):
+    for entry, mark, mask, mask_mark in zip(entries, prints, mask_paths, drawn, strict=True):
         of_view = [entry.view] if entry.view else []
         digest = parts.stamp(sections, mark, mask_mark, entry.mpp, *of_view)
         units.append(
@@ -153,14 +153,14 @@ def _units(
     return units
 
 
-def _refuse_shared(known: Sequence[slide_index.Entry], mask_paths: Sequence[str]) -> None:
+def _refuse_shared(entries: Sequence[slide_index.Entry], mask_paths: Sequence[str]) -> None:
     """Refuse slides whose names differ in the ending alone: one mask cannot be of both.
 
     Raises:
         UserError: naming both slides and the mask.
     """
     slides: dict[str, str] = {}
-    for entry, path in zip(known, mask_paths, strict=True):
+    for entry, path in zip(entries, mask_paths, strict=True):
         other = slides.setdefault(path, entry.path)
         if path and other != entry.path:
             raise UserError(

@@ -20,7 +20,9 @@ def folder_digest(folder: str) -> str:
     """
     if not folder:
         return ""
-    found = hub.find_weights(folder)
-    names = {name for name in storage.sizes(str(found.parent)) if name.endswith(_SMALL_FILES)}
-    files = [found, *(Path(found.parent, name) for name in sorted(names))]
+    weights_file = hub.find_weights(folder)
+    names = {
+        name for name in storage.sizes(str(weights_file.parent)) if name.endswith(_SMALL_FILES)
+    }
+    files = [weights_file, *(Path(weights_file.parent, name) for name in sorted(names))]
     return storage.digest(*(storage.digest_file(file).encode() for file in files))
