@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -171,7 +172,7 @@ def measured(measure: DataMeasure) -> Costs:
 
 def _some_tiles(slides: Slides) -> list[np.ndarray]:
     grid = TileGrid(TileConfig(patch_px=PATCH_PX))
-    grid.open({"path": slides.paths[0], "mpp_override": None})
+    grid.open(SimpleNamespace(path=slides.paths[0], mpp_override=None, view=0))
     items: list[np.ndarray] = grid.read(3, 0, min(slides.grid[1], 30))
     grid.close()
     return items

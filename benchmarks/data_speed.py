@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -212,7 +213,7 @@ def agreement(slides: Slides) -> str:
     """Compare pixels and embeddings of all methods; asserted at 20x."""
     cells = [cell for cell in rivals.cells(slides.top(2)) if cell[1] < 32]
     ours = TileGrid(TileConfig())
-    ours.open({"path": slides.paths[0], "mpp_override": None})
+    ours.open(SimpleNamespace(path=slides.paths[0], mpp_override=None, view=0))
     mine = np.stack([ours.read(row, column, 1)[0] for row, column in cells])
     bag = rivals.Bag(slides.paths[0], slides.top(2), rivals.pixels_alone)
     seen = dict(zip(bag.cells, range(len(bag)), strict=True))

@@ -1,6 +1,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -161,7 +162,9 @@ def test_a_40x_slide_gives_the_examples_of_the_20x_one(tmp_path):
     found = []
     for name in ("20x.tif", "40x.tif"):
         grid = TileGrid(TileConfig(64))
-        assert grid.open({"path": str(tmp_path / name), "mpp_override": None}).size_px == (320, 320)
+        assert grid.open(
+            SimpleNamespace(path=str(tmp_path / name), mpp_override=None, view=0)
+        ).size_px == (320, 320)
         found.append([example_image(grid, 1, 1, f).astype(int) for f in (1, 2)])
     for low, high in zip(*found, strict=True):
         assert low.std() > 10

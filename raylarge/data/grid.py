@@ -49,7 +49,7 @@ class TileGrid:
         self._most = max(1, _CACHE_BYTES // side_bytes)
         self._wide = max(1, _STRIP_BYTES // side_bytes)
 
-    def open(self, unit: BlockUnit) -> Slide:
+    def open(self, unit: BlockUnit | Any) -> Slide:
         """The slide of a unit, opened where it is not open yet.
 
         Raises:
