@@ -144,7 +144,7 @@ def test_examples_lie_in_buckets_by_scale_split_and_key(data, examples):
 
 
 def test_a_small_cache_changes_nothing(tiny_slide, monkeypatch):
-    unit = {"path": tiny_slide, "mpp_override": None}
+    unit = SimpleNamespace(path=tiny_slide, mpp_override=None, view=0)
     whole = TileGrid(TileConfig(64))
     whole.open(unit)
     monkeypatch.setattr("raylarge.data.grid._CACHE_BYTES", 3 * 64 * 64 * 3)
