@@ -36,7 +36,7 @@ NUMBER_KEYS = [  # with the least that the key may be, and the most
     (Prepare, "tile.seed", int),
     (Prepare, "tile.val_fraction", float),
     (Prepare, "tile.mpp", float),
-    (Prepare, "embed.batch", int),
+    (Prepare, "embed.batch", int, 1),
     (Prepare, "workers", int),
     (Train, "steps", int),
     (Train, "lr", float),
@@ -87,7 +87,7 @@ def test_numbers_are_plain_decimal_numbers(seed):
     if value is None:
         expected = Refused(f"{key}=", "a whole number" if kind is int else "a number such as 0.5")
     elif not low <= value <= high:
-        expected = Refused(f"{key}=", "it must be")
+        expected = Refused(f"{key.rpartition('.')[2]}=", "it must be")
     assert outcome(lambda: value_of(schema, key, word)) == expected
 
 
