@@ -1,4 +1,4 @@
-"""Pyramids: images too large for memory, written as tiled TIFF levels while they are made.
+"""Pyramids: images too large for memory, written as tiled TIFF levels band by band.
 
     bands, top to bottom -> strips of 256 rows -> tiles of level 0
                                  └ 2 x 2 means -> rows on disk -> tiles of level 1 -> ...
@@ -69,9 +69,9 @@ def write(
         target.parent.mkdir(parents=True, exist_ok=True)
     folder, prefix = (target.parent, f".{target.name}.") if local else (None, "raylarge-")
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as scratch:
-        made = Path(scratch) / "pyramid.tif"
-        _write_levels(made, bands, level_sizes(size), mpp, options)
-        _put(made, path, target if local else None)
+        file = Path(scratch) / "pyramid.tif"
+        _write_levels(file, bands, level_sizes(size), mpp, options)
+        _put(file, path, target if local else None)
 
 
 def write_image(
@@ -98,10 +98,10 @@ def read_text(path: str | Path) -> dict[str, str]:
     with tifffile.TiffFile(path) as file:
         _, _, fields = file.pages.first.description.partition("\n")
     try:
-        found: dict[str, str] = json.loads(fields)
+        values: dict[str, str] = json.loads(fields)
     except ValueError as error:
         raise UserError(f"{path} is not a pyramid that raylarge wrote.") from error
-    return found
+    return values
 
 
 def _description(text: Mapping[str, str]) -> str:
@@ -110,7 +110,7 @@ def _description(text: Mapping[str, str]) -> str:
 
 
 def _write_levels(
-    made: Path,
+    file: Path,
     bands: Iterable[Pixels],
     sizes: list[tuple[int, int]],
     mpp: float | None,
@@ -118,28 +118,28 @@ def _write_levels(
 ) -> None:
     """Level after level, each from the rows that the one before left on disk."""
     rows, columns = sizes[0]
-    with tifffile.TiffWriter(made, bigtiff=3 * rows * columns > _BIG_BYTES) as writer:
+    with tifffile.TiffWriter(file, bigtiff=3 * rows * columns > _BIG_BYTES) as writer:
         for number, size in enumerate(sizes):
-            stored = made.with_name(f"level-{number}.raw")
-            below = made.with_name(f"level-{number + 1}.raw")
+            stored = file.with_name(f"level-{number}.raw")
+            below = file.with_name(f"level-{number + 1}.raw")
             with below.open("wb") if number + 1 < len(sizes) else nullcontext() as sink:
                 tiles = _tiles(_strips(_stored(stored, size) if number else bands, size), sink)
                 _write_level(writer, tiles, size, {**options, **_place(number, mpp)})
                 next(tiles, None)  # tifffile stops at the last tile: too many rows show here
             stored.unlink(missing_ok=True)
-    with made.open("rb+") as stream:
+    with file.open("rb+") as stream:
         os.fsync(stream.fileno())
 
 
 def _codec(compression: str) -> dict[str, Any]:
     """What tifffile is told of a compression; a new dict each time, since it writes into it."""
-    known: dict[str, dict[str, Any]] = {
+    options: dict[str, dict[str, Any]] = {
         "jpeg": {"compression": "jpeg", "compressionargs": {"level": 90}, "subsampling": (2, 2)},
         "deflate": {"compression": "zlib", "predictor": True},
     }
-    if compression not in known:
-        raise UserError(f"compression '{compression}' is not {' or '.join(known)}.")
-    return known[compression]
+    if compression not in options:
+        raise UserError(f"compression '{compression}' is not {' or '.join(options)}.")
+    return options[compression]
 
 
 def _place(number: int, mpp: float | None) -> dict[str, Any]:
@@ -227,10 +227,10 @@ def _stored(path: Path, size: tuple[int, int]) -> Iterator[Pixels]:
             yield np.frombuffer(piece, np.uint8).reshape(-1, size[1], 3)
 
 
-def _put(made: Path, path: str, target: Path | None) -> None:
+def _put(file: Path, path: str, target: Path | None) -> None:
     """Give a finished file its place; an object store shows an upload when it is complete."""
     if target is not None:
-        os.replace(made, target)
+        os.replace(file, target)
         return
     fs, root = fsspec.core.url_to_fs(path)
-    fs.put_file(str(made), root)
+    fs.put_file(str(file), root)

@@ -58,11 +58,11 @@ def source_of(order: Order) -> Rgb:
         UserError: as `read`, or the image has not the order's size over 2^octaves.
     """
     image = read(order.source.png(), "source.image")
-    wanted = tuple(length >> order.source.octaves for length in order.size)
-    if image.shape[:2] != wanted:
+    expected = tuple(length >> order.source.octaves for length in order.size)
+    if image.shape[:2] != expected:
         raise UserError(
             f"the source has {image.shape[0]}x{image.shape[1]} px, an order of "
-            f"{order.size} takes {wanted[0]}x{wanted[1]}."
+            f"{order.size} takes {expected[0]}x{expected[1]}."
         )
     return image
 

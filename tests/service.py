@@ -13,12 +13,12 @@ SMALL = {"size": 64, "sampler": {"steps": 1}}
 
 
 class Service:
-    """The API over a desk in this process, whose worker answers when the gate is open."""
+    """The API over a queue in this process, whose worker answers when the gate is open."""
 
     def __init__(self, worker, **limits):
         self.worker, self.gate, self.asked = worker, asyncio.Event(), 0
-        self.desk = OrderQueue(self.answer, self.facts, ServiceLimits(**limits))
-        transport = httpx.ASGITransport(Api(self.desk).app())
+        self.queue = OrderQueue(self.answer, self.facts, ServiceLimits(**limits))
+        transport = httpx.ASGITransport(Api(self.queue).app())
         self.http = httpx.AsyncClient(transport=transport, base_url="http://here")
 
     async def facts(self):
@@ -47,8 +47,8 @@ def serving(worker, talk, **limits):
             async with service.http:
                 await asyncio.wait_for(talk(service), 60)
         finally:
-            service.desk.close()
-            scratch = Path(service.desk._scratch.name)
+            service.queue.close()
+            scratch = Path(service.queue._scratch.name)
         assert not scratch.exists()
 
     asyncio.run(main())

@@ -158,7 +158,7 @@ def test_only_so_many_results_are_kept(worker):
             await service.state(ids[-1], "done")
         found = [(await service.http.get(f"/v1/images/{id}")).status_code for id in ids]
         assert found == [404, 404, 200, 200]
-        assert len(list(Path(service.desk._scratch.name).iterdir())) == 2
+        assert len(list(Path(service.queue._scratch.name).iterdir())) == 2
 
     serving(worker, talk, kept=2)
 
@@ -176,16 +176,16 @@ def test_failures_are_told_apart(worker, caplog):
         async def mistaken(task, **inputs):
             raise UserError("five workers in a row were lost.")
 
-        before, service.desk._answer = service.desk._answer, mistaken
+        before, service.queue._answer = service.queue._answer, mistaken
         id = (await service.post()).json()["id"]
         state = await service.state(id, "failed")
         assert state["error"] == "five workers in a row were lost."
-        service.desk._answer = before
+        service.queue._answer = before
 
         async def broken(task, **inputs):
             raise ZeroDivisionError("at /secret/path")
 
-        service.desk._answer = broken
+        service.queue._answer = broken
         id = (await service.post()).json()["id"]
         state = await service.state(id, "failed")
         assert state["error"] == "the service failed (ZeroDivisionError); its log says more."

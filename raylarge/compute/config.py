@@ -1,7 +1,7 @@
-"""How workers compute: their threads, precision, compilation and GPUs.
+"""Compute settings of workers: threads, precision, compilation and GPUs.
 
-Like the hardware, these decide the last bits of what is made; how many workers there are does
-not. A ledger of one precision is not taken up by another; hardware and threads are the user's.
+Like the hardware, these settings decide the last bits of an image; the number of workers does
+not. Replies of one precision are not resumed in another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _check_gpus(gpus: float) -> float:
 
 
 class ComputeConfig(Config):
-    """What every worker of a fleet has."""
+    """Compute settings of every worker."""
 
     threads: int = Field(1, ge=1)
     """CPU threads of each worker, and cores of the cluster; with `dtype` and `compile` they decide

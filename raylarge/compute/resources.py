@@ -1,7 +1,7 @@
-"""Whether the cluster can ever run what is about to be asked of it: better a refusal than a wait.
+"""Check that the cluster can run some workers: an error instead of an endless wait.
 
-A Ray that a job started on this machine never grows. Of a cluster with an autoscaler only the
-autoscaler knows what may come, so there a job waits, and says what for.
+A Ray that a job started on this machine never grows. On a cluster with an autoscaler more nodes
+may come, so there the job waits, and says for what.
 """
 
 from __future__ import annotations

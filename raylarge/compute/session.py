@@ -1,7 +1,7 @@
-"""A Ray session: the one that is up, the cluster that RAY_ADDRESS names, or a quiet one of ours.
+"""Ray sessions: the running one, the cluster that RAY_ADDRESS names, or a local one of our own.
 
-One of ours runs on this machine only, tells nobody, prints nothing, and is gone at the end;
-its logs are copied to a folder when one is given.
+A session of our own runs on this machine alone, sends no statistics, prints nothing and ends with
+its block; its logs are copied to a folder if one is named.
 """
 
 from __future__ import annotations
@@ -130,10 +130,10 @@ def _start(workers: int) -> Path:
     return Path(context.address_info["session_dir"], "logs")
 
 
-def keep_logs(made: Path, logs: str) -> None:
+def keep_logs(source: Path, logs: str) -> None:
     """Copy what Ray logged to a folder, if one is given."""
     if not logs:
         return
     shutil.copytree(
-        made, logs, dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns("*.sock*")
+        source, logs, dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns("*.sock*")
     )

@@ -127,8 +127,8 @@ def _views(folder: str) -> set[str]:
 
 def _parts(folder: str) -> list[str]:
     """Paths of the parts of EMBEDDINGS, one or more per slide."""
-    made = tables.manifest(folder, "embeddings")
-    return [storage.join(folder, part["part"]) for part in made["parts"]]
+    manifest = tables.manifest(folder, "embeddings")
+    return [storage.join(folder, part["part"]) for part in manifest["parts"]]
 
 
 def _slide_of(path: str) -> str:
@@ -160,14 +160,14 @@ def _cure(valid: Bool[np.ndarray, "rows columns"], order: Order, patch: Patch) -
     )
 
 
-def _places(held: Bool[np.ndarray, "rows columns"], shape: tuple[int, int]) -> np.ndarray:
-    """Row and column of all places where a rectangle is held whole: [n, 2]."""
-    if any(side > whole for side, whole in zip(shape, held.shape, strict=True)):
+def _places(valid: Bool[np.ndarray, "rows columns"], shape: tuple[int, int]) -> np.ndarray:
+    """Row and column of all places where a rectangle is wholly embedded: [n, 2]."""
+    if any(side > whole for side, whole in zip(shape, valid.shape, strict=True)):
         return np.zeros((0, 2), int)
-    return np.argwhere(sliding_window_view(held, shape).all(axis=(2, 3)))
+    return np.argwhere(sliding_window_view(valid, shape).all(axis=(2, 3)))
 
 
-def _largest(held: Bool[np.ndarray, "rows columns"]) -> int:
-    """The side of the largest square that is held whole."""
-    sides = range(1, min(held.shape) + 1)
-    return bisect_left(sides, True, key=lambda side: not len(_places(held, (side, side))))
+def _largest(valid: Bool[np.ndarray, "rows columns"]) -> int:
+    """Return the side of the largest square that is wholly embedded."""
+    sides = range(1, min(valid.shape) + 1)
+    return bisect_left(sides, True, key=lambda side: not len(_places(valid, (side, side))))

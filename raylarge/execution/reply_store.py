@@ -1,11 +1,11 @@
-"""The ledger: replies of an order's requests, on disk, from which the same order goes on.
+"""The replies of an order on disk, from which the same order resumes.
 
     FOLDER/.ledger-<order digest>-<bundle digest>/<name of the reply>
 
-It is a plan's store: each reply is one atomic file from the moment the plan is fed it, and is
-read when a request takes it, so memory holds few at a time. A reply that no request needs any
-more is emptied; its name stays, so that it is known to be finished. Another order, or the
-same one for another bundle, has another folder and never meets these replies.
+A plan's store: each reply is one file, written atomically when the plan is fed it and read when
+a request takes it, so few are in memory. The file of a reply that no request needs any more is
+emptied; its name stays and says that the request is finished. Another order, or the same one for
+another bundle, has another folder.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ RECENT = 2
 
 @dataclass(frozen=True)
 class StoredReply:
-    """A reply that lies in the ledger under a name."""
+    """A reply that is in the store under a name."""
 
     name: str
 
 
 class ReplyStore:
-    """Keeps what a plan has been fed.
+    """Keeps the replies of a plan on disk.
 
     Args:
-        root: where the ledger lies; a local folder or a URL.
+        root: the folder of its folder; a path or a URL.
         order, bundle: what the replies belong to; the bundle by its digest.
     """
 
@@ -51,7 +51,7 @@ class ReplyStore:
         self._recent: OrderedDict[str, Reply] = OrderedDict()
 
     def resume(self, plan: Plan) -> int:
-        """Become a plan's store, with all that is here; how many of its requests that finished."""
+        """Become a plan's store; return how many of its requests are finished."""
         plan.store = self
         sizes = storage.sizes(self.folder)
         full = {name for name in plan.names if sizes.get(_file(name))}
@@ -86,7 +86,7 @@ class ReplyStore:
             storage.remove(self._path(name))
 
     def remove(self) -> None:
-        """Forget the order: its result is written elsewhere."""
+        """Remove all replies of the order."""
         remove(self.folder)
         self._recent.clear()
 
@@ -100,14 +100,14 @@ class ReplyStore:
 
 
 def remove(folder: str) -> None:
-    """Remove the folder of a ledger, if it is there."""
+    """Remove the folder of a store, if it exists."""
     fs, root = fsspec.core.url_to_fs(folder)
     if storage.exists(folder):
         fs.rm(root, recursive=True)
 
 
 def _needed(plan: Plan, finished: Set[str]) -> set[str]:
-    """Names of replies that are still wanted, once some requests are finished."""
+    """Return names of replies that requests or results still need."""
     open_ = (request for id, request in plan.requests.items() if id not in finished)
     return {
         name
@@ -116,9 +116,9 @@ def _needed(plan: Plan, finished: Set[str]) -> set[str]:
     }
 
 
-def _usable(plan: Plan, found: Set[str], full: Set[str]) -> frozenset[str]:
-    """Finished requests, without those whose reply is wanted but gone: they are asked again."""
-    finished = set(found)
+def _usable(plan: Plan, complete: Set[str], full: Set[str]) -> frozenset[str]:
+    """Return the finished requests without those whose reply is needed but lost."""
+    finished = set(complete)
     while lost := {whole(name) for name in _needed(plan, finished) - full}:
         finished -= lost
     return frozenset(finished)

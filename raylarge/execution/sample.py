@@ -202,26 +202,26 @@ class _Run:
         self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - began
 
     def work(self) -> dict[str, Any]:
-        """Network evaluations, FLOPs, the rate that was reached, and the peak memory."""
+        """Return network evaluations, FLOPs, the rate that was reached, and the peak memory."""
         counted = count_calls(self.plan, self.order, self.facts.patch)
-        found: dict[str, Any] = {"evaluations": dataclasses.asdict(counted)}
-        found["phases_s"] = {name: round(spent, 3) for name, spent in self.phases.items()}
-        found["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        facts: dict[str, Any] = {"evaluations": dataclasses.asdict(counted)}
+        facts["phases_s"] = {name: round(spent, 3) for name, spent in self.phases.items()}
+        facts["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if torch.cuda.is_available():
-            found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+            facts["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
         if self.costs is not None:
-            found["flops"] = cost.total_flops(counted, self.costs)
+            facts["flops"] = cost.total_flops(counted, self.costs)
             if not self.resumed:
                 seconds = self.log.facts["stages"]["sample"]["seconds"]
-                found["tflops_reached"] = found["flops"] / 1e12 / max(seconds, 1e-9)
-        return found
+                facts["tflops_reached"] = facts["flops"] / 1e12 / max(seconds, 1e-9)
+        return facts
 
-    def write(self, made: Any) -> dict[str, str]:
+    def write(self, image: Any) -> dict[str, str]:
         """Write the files, then the report; then the ledger has had its use."""
         self.output.remove(self.replaced)
         with self.log.stage("write"):
-            made_by = self.order, self.facts, made
-            files, measured = result.write(self.output.folder, *made_by, pyramid=True)
+            job = self.order, self.facts, image
+            files, measured = result.write(self.output.folder, *job, pyramid=True)
         self.log.add(
             seed=self.order.seed,
             versions={name: version(name) for name in VERSIONS},
@@ -250,8 +250,8 @@ def _here(config: Sample, folder: str, this: _Run) -> dict[str, str]:
             return reply
 
         with this.watched() as watch:
-            made = run(this.plan, answer, watch)
-        return this.write(made)
+            image = run(this.plan, answer, watch)
+        return this.write(image)
     finally:
         torch.set_num_threads(before)
 
@@ -277,7 +277,7 @@ async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
             return reply
 
         with this.watched() as watch:
-            made = await arun(this.plan, answer, watch, most=2 * config.workers)
-        return this.write(made)
+            image = await arun(this.plan, answer, watch, most=2 * config.workers)
+        return this.write(image)
     finally:
         await pool.shut_down()

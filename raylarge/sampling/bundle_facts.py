@@ -1,4 +1,4 @@
-"""What must be known of a bundle to plan orders for it, without its weights at hand."""
+"""The facts of a bundle that plans depend on, read without its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raylarge.order import Order
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """A bundle as those see it who ask its workers.
+    """What plans need to know of a bundle.
 
     Attributes:
         patch: the sizes that orders are checked against.
@@ -37,7 +37,7 @@ class BundleFacts:
     base_mpp: float | None = None
 
     def check(self, order: Order) -> None:
-        """Refuse an order, one of a plan, that the bundle has no parts for, before any work.
+        """Refuse an order that needs parts which the bundle lacks.
 
         Raises:
             UserError: what is missing, and the cure.
@@ -55,11 +55,9 @@ class BundleFacts:
                 f"{self.channels}; embed with the encoder that the bundle was trained with."
             )
         fine = condition.fine_kind if order.guided(self.patch) else ""
-        prior, given = (
-            "prior" in (condition.kind, fine),
-            condition.kind == "prior" or condition.shape,
-        )
-        if prior and (not self.prior or (given and condition.shape != (self.prior,))):
+        uses_prior = "prior" in (condition.kind, fine)
+        has_vector = condition.kind == "prior" or condition.shape
+        if uses_prior and (not self.prior or (has_vector and condition.shape != (self.prior,))):
             takes = f"takes {self.prior} values" if self.prior else "has no grid prior"
             raise UserError(
                 f"condition {condition.kind}, fine {condition.fine}: the vector has the shape "
@@ -73,7 +71,7 @@ class BundleFacts:
 
     @classmethod
     def of(cls, bundle: Bundle) -> BundleFacts:
-        """The facts of a loaded bundle."""
+        """Return the facts of a loaded bundle."""
         return cls(
             bundle.patch,
             bundle.digest,
@@ -87,7 +85,7 @@ class BundleFacts:
 
     @classmethod
     def read(cls, folder: str) -> BundleFacts:
-        """The same facts, read from a bundle's folder.
+        """Return the facts of a bundle's folder.
 
         Raises:
             UserError: there is no bundle, or a part was not trained yet.
@@ -107,7 +105,7 @@ class BundleFacts:
 
 
 def require(folder: str) -> None:
-    """Refuse a bundle that cannot sample, before anything is started for it.
+    """Refuse a folder without a bundle that can sample.
 
     Raises:
         UserError: there is none, or a part was not trained yet.

@@ -1,4 +1,4 @@
-"""The canvas: windows put together, and latents decoded in overlapping, blended windows.
+"""Assemble windows on a canvas, and decode latents in overlapping, blended windows.
 
 Blending weights are the published Gaussian, exp(-(x^2 + y^2) / sigma^2) on [-1, 1]^2 with
 sigma .8 at strides of a quarter side. A band of rows is decoded from every window that
@@ -57,7 +57,7 @@ def arranged(
         latents: [B, c, s, s] each.
         groups: (row, column) of each batch's patches.
         width: of the canvas, in cells.
-        rows: latent rows [first, last) that are wanted, of which all patches are there.
+        rows: latent rows [first, last) to return; the batches have all of their patches.
     """
     cells = [cell for group in groups for cell in group]
     side = latents[0].shape[-1]

@@ -1,4 +1,4 @@
-"""The beginning of every plan: the requests that give its windows their conditions.
+"""The first requests of a plan: the context tokens of its windows.
 
 prior's vector -> imagined ─┐
 image -> given -> inverted ─┼-> draw/…: tokens of a batch of windows
@@ -16,7 +16,7 @@ GRIDS = {"inverted": "inverted", "prior": "imagined"}
 
 
 def grids(order: Order, top: int, *, guided: bool) -> list[Request]:
-    """What must be there before windows can draw: a prior's grid, an image, what explains it.
+    """Return the requests that `encode_context` depends on: image, prior's grid, inversion.
 
     Args:
         top: scale of the guide, or of the order's own image.
@@ -38,12 +38,12 @@ def grids(order: Order, top: int, *, guided: bool) -> list[Request]:
 
 
 def encode_context(id: str, order: Order, scale: int, windows: Cells, *, guided: bool) -> Request:
-    """Tokens of windows; under a guide, such as `condition.fine` says."""
+    """Return the request of windows' tokens; under a guide `condition.fine` says of which kind."""
     kind = order.condition.fine_kind if guided else order.condition.kind
     task = EncodeContext(with_payload(order), kind, scale, windows)
     return Request(id, task, {"grid": GRIDS[kind]} if kind in GRIDS else {})
 
 
 def with_payload(order: Order) -> Order:
-    """The order as those need it who draw: with its embeddings, if that is its condition."""
+    """Return the order for `EncodeContext`: with its embeddings, if these condition it."""
     return order if order.condition.kind == "embeddings" else order.without_payload()

@@ -1,15 +1,20 @@
-"""What the requests of a plan ask of the networks, before any of them is answered.
+"""Count the evaluations of networks that a plan will take, before it runs.
 
-    plan -counts-> evaluations of U-Net, decoder, encoder  -models/cost-> FLOPs, seconds
+    plan -> evaluations of U-Net, decoder, encoder  -models/cost-> FLOPs, seconds
 
-Padded windows count: they are computed. A derivative counts as one evaluation beside that of
-the value. A step of an inversion counts as two: forward and back. Summarizers are left out.
+Windows that pad a batch count, since they are computed. A derivative counts as one evaluation
+beside that of the value; a step of an inversion as two (forward, backward). Summarizers do not
+count. `tests/test_sampling_cost.py` runs every kind of order with counting networks and finds
+the same numbers.
 """
 
 from __future__ import annotations
 
 import math
-from functools import singledispatch
+from collections import Counter
+from dataclasses import astuple
+from functools import cache, singledispatch
+from typing import Any
 
 from raylarge.diffusion.schedule import Schedule
 from raylarge.geometry import Patch, batches, origins
@@ -34,8 +39,8 @@ from raylarge.sampling.tasks import (
     Task,
 )
 
-WALK = Schedule()
-"""Stands for any schedule: prices only ask for its timesteps."""
+SCHEDULE = Schedule()
+"""Any schedule: only its timesteps count."""
 
 
 def count_calls(plan: Plan, order: Order, patch: Patch) -> CallCounts:
@@ -44,10 +49,21 @@ def count_calls(plan: Plan, order: Order, patch: Patch) -> CallCounts:
     Args:
         order: the plan's, whole: requests carry it without its condition.
     """
+    tasks = {_class_of(request.task): request.task for request in plan.requests.values()}
+    sizes = Counter(_class_of(request.task) for request in plan.requests.values())
     total = CallCounts()
-    for request in plan.requests.values():
-        total += _counts(request.task, order, patch)
+    for name, task in tasks.items():
+        each = astuple(_counts(task, order, patch))
+        total += CallCounts(*(sizes[name] * count for count in each))
     return total
+
+
+def _class_of(task: Task) -> tuple[Any, ...]:
+    """Return what a task's counts depend on: its settings, and of its windows their number."""
+    fields = vars(task).items()
+    settings = {name: value for name, value in fields if name not in ("order", "band", "row")}
+    sizes = (len(value) if isinstance(value, tuple) else value for value in settings.values())
+    return type(task), *sizes
 
 
 def passes(order: Order, kind: str, t: int = 0) -> int:
@@ -57,12 +73,12 @@ def passes(order: Order, kind: str, t: int = 0) -> int:
         t: the timestep of 1,000; guidance may be limited to an interval of them.
     """
     guided = kind != "null" and order.sampler.guidance != 1.0
-    return 2 if guided and in_interval(order.sampler.interval, t / WALK.length) else 1
+    return 2 if guided and in_interval(order.sampler.interval, t / SCHEDULE.length) else 1
 
 
-def _timesteps(order: Order, first: int, last: int) -> list[int]:
-    """Of some steps of the sampler."""
-    return [step.t for step in WALK.steps(order.sampler.steps)[first:last]]
+@cache
+def _timesteps(steps: int) -> list[int]:
+    return [step.t for step in SCHEDULE.steps(steps)]
 
 
 @singledispatch
@@ -96,7 +112,7 @@ def _(task: InvertImage, order: Order, patch: Patch) -> CallCounts:
 @_counts.register
 def _(task: DenoiseGuide, order: Order, patch: Patch) -> CallCounts:
     steps, kind = order.sampler.steps, order.condition.kind
-    unet = sum(passes(order, kind, t) for t in _timesteps(order, 0, steps))
+    unet = sum(passes(order, kind, t) for t in _timesteps(steps))
     return CallCounts(unet=unet, decode=steps + 1)
 
 
@@ -108,16 +124,16 @@ def _(task: DenoiseWindows, order: Order, patch: Patch) -> CallCounts:
     steered = (
         task.follows_image and order.source.control
     )  # a ControlNet in place of the corrections
-    inner = sampler.corrections if guided and not steered else 0
-    found = CallCounts(decode=n * (task.last - task.first) if task.traced else 0)
-    for i, t in enumerate(_timesteps(order, task.first, task.last), start=task.first):
-        corrections = inner if i % sampler.correct_every == 0 else 0
-        unet = passes(order, kind, t) * n * (1 + 2 * corrections)
+    corrections = sampler.corrections if guided and not steered else 0
+    counts = CallCounts(decode=n * (task.last - task.first) if task.traced else 0)
+    for i, t in enumerate(_timesteps(sampler.steps)[task.first : task.last], start=task.first):
+        now = corrections if i % sampler.correct_every == 0 else 0
+        unet = passes(order, kind, t) * n * (1 + 2 * now)
         if again and i == 0:  # plms begins with a step of Heun's
-            unet += n * passes(order, kind, [*_timesteps(order, 0, sampler.steps), 0][1])
-        found += CallCounts(unet=unet, control=unet if steered else 0)
-        found += _corrected(order, n * corrections)
-    return found
+            unet += n * passes(order, kind, [*_timesteps(sampler.steps), 0][1])
+        counts += CallCounts(unet=unet, control=unet if steered else 0)
+        counts += _corrected(order, n * now)
+    return counts
 
 
 @_counts.register
@@ -125,17 +141,19 @@ def _(task: DenoiseMosaicRow, order: Order, patch: Patch) -> CallCounts:
     columns = MosaicLayout.of(order, patch, task.guided_by).columns
     n = sum(map(len, batches(columns, min(columns, order.batch))))
     kind = order.condition.kind if task.follows_image else order.condition.fine_kind
-    inner, steps = order.sampler.corrections, order.sampler.steps
-    times = _timesteps(order, 0, steps)
-    found = CallCounts()
+    corrections, steps = order.sampler.corrections, order.sampler.steps
+    times = _timesteps(steps)
+    counts = CallCounts()
     if task.correction_index:
-        t = times[(task.correction_index - 1) // inner]
-        stepped = task.correction_index % inner == 0
-        found += CallCounts(unet=passes(order, kind, t) * n * (2 + stepped))
-        found += _corrected(order, n)
-    if task.correction_index < inner * steps:
-        found += CallCounts(unet=passes(order, kind, times[task.correction_index // inner]) * n)
-    return found
+        t = times[(task.correction_index - 1) // corrections]
+        stepped = task.correction_index % corrections == 0
+        counts += CallCounts(unet=passes(order, kind, t) * n * (2 + stepped))
+        counts += _corrected(order, n)
+    if task.correction_index < corrections * steps:
+        counts += CallCounts(
+            unet=passes(order, kind, times[task.correction_index // corrections]) * n
+        )
+    return counts
 
 
 def _corrected(order: Order, n: int) -> CallCounts:
@@ -154,7 +172,7 @@ def _corrected(order: Order, n: int) -> CallCounts:
 @_counts.register
 def _(task: DenoiseBand, order: Order, patch: Patch) -> CallCounts:
     n = len(batches(len(task.windows), order.batch)) * order.batch
-    steps = steps_of(order, WALK, task.refine)
+    steps = steps_of(order, SCHEDULE, task.refine)
     if task.step == len(steps):
         return CallCounts()
     return CallCounts(unet=passes(order, order.condition.kind, steps[task.step].t) * n)

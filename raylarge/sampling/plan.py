@@ -1,12 +1,12 @@
-"""The one idea: a sampling algorithm asks, it never calls anybody.
+"""Plans: sampling algorithms as graphs of requests, without I/O.
 
-A plan is a graph of requests. `ready()` gives those whose needs have been fed and that were
-not handed out yet, `feed` takes a reply (opaque here: a tensor, or a reference to one held
-elsewhere), and nobody learns who answered. Requests are pure: asking twice is harmless.
+`ready()` returns the requests whose inputs are there and that it has not returned before; `feed`
+takes a reply, in any order. A reply is opaque here: a tensor, or a reference to one. Requests are
+pure functions, so each may be answered anywhere, and more than once.
 
     plan -ready-> requests -answer-> replies -feed-> plan -> result
 
-Replies lie in a `Store` until nobody needs them: in memory, or on disk (the ledger).
+Replies are in a `Store` as long as a request needs them: in memory, or on disk (`ReplyStore`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a plan needs to go on elsewhere: the finished ids and the replies still wanted."""
+    """The state of a plan: the finished ids, and the replies that requests still need."""
 
     finished: frozenset[str]
     replies: Mapping[str, Reply]
@@ -52,34 +52,34 @@ class Snapshot:
 
 @runtime_checkable
 class Store(Protocol):
-    """Where a plan keeps replies until nobody needs them any more."""
+    """Where a plan keeps replies as long as a request needs them."""
 
     def keep(self, name: str, reply: Reply | None) -> Any:
-        """Keep a reply under a name (None: only that there was one); what `open` takes."""
+        """Keep a reply (None: only that there was one); return what `open` takes."""
         ...
 
     def open(self, kept: Any) -> Reply:
-        """A reply that was kept."""
+        """Return a reply that was kept."""
         ...
 
     def free(self, name: str) -> None:
-        """Forget a reply, not that there was one."""
+        """Delete a reply, but not that there was one."""
         ...
 
 
 class MemoryStore:
-    """The store that holds the replies themselves."""
+    """Keeps replies in memory: what it returns is the reply."""
 
     def keep(self, name: str, reply: Reply | None) -> Any:
-        """The reply."""
+        """Return the reply."""
         return reply
 
     def open(self, kept: Any) -> Reply:
-        """The reply."""
+        """Return the reply."""
         return kept
 
     def free(self, name: str) -> None:
-        """Nothing: the plan lets go of it."""
+        """Do nothing: the plan drops the reply."""
 
 
 class Plan:
@@ -138,7 +138,7 @@ class Plan:
         return frozenset(self._users)
 
     def feed(self, id: str, reply: Reply) -> None:
-        """Take a reply; one that came before is ignored. Replies nobody needs any more go."""
+        """Take a reply, unless there was one; delete the replies that no request needs any more."""
         if id in self._finished:
             return
         for name, part in _parts(id, reply).items():
@@ -173,7 +173,7 @@ class Plan:
 
     @property
     def result(self) -> Any:
-        """What the plan was for.
+        """Return the result.
 
         Raises:
             RuntimeError: the plan is not done.
@@ -219,7 +219,7 @@ def run(
 ) -> Any:
     """Carry out a plan in one process: `answer(task, **inputs)` for each request in turn.
 
-    What became possible last is asked first, so that few replies wait for their users.
+    The latest ready requests come first, so that few replies exist at a time.
     """
     stack: list[Request] = []
     while not plan.done:
@@ -236,7 +236,7 @@ async def arun(
     watch: Callable[[Plan], None] = lambda plan: None,
     most: int = 64,
 ) -> Any:
-    """The same loop over many answerers: up to `most` requests are asked at once.
+    """Carry out a plan with up to `most` requests at a time.
 
     When a request fails for good its exception is raised, after the others were cancelled.
     """

@@ -1,6 +1,6 @@
-"""Which orders a bundle's patches can carry out, and what is wrong with the others.
+"""Validate an order against the patches of a bundle, before any work.
 
-Every refusal names the field, its value and the cure, before any work.
+Every error names the field, its value and what would be right.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ def _check_numbers(order: Order) -> None:
     """Refuse conditions that hold NaN or infinity, or do not fill their shape."""
     condition = order.condition
     needed = condition.kind in ("embeddings", "prior") or condition.data
-    given = [condition.grid() if needed else None, condition.against()]
-    if not all(np.isfinite(values).all() for values in given if values is not None):
+    arrays = [condition.grid() if needed else None, condition.against()]
+    if not all(np.isfinite(values).all() for values in arrays if values is not None):
         raise UserError(
             "condition.data or condition.negative holds NaN or infinity; look at the embeddings."
         )
@@ -186,9 +186,9 @@ def _check_prior(order: Order) -> None:
         )
 
 
-def _check_condition(order: Order, wanted: tuple[int, ...]) -> None:
+def _check_condition(order: Order, expected: tuple[int, ...]) -> None:
     shape = order.condition.shape
-    if order.condition.kind == "embeddings" and shape[:-1] != wanted:
+    if order.condition.kind == "embeddings" and shape[:-1] != expected:
         raise UserError(
-            f"condition.shape {shape} does not fit: this order takes {wanted} embeddings."
+            f"condition.shape {shape} does not fit: this order takes {expected} embeddings."
         )

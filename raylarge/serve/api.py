@@ -1,4 +1,4 @@
-"""The HTTP face of a desk.
+"""The HTTP API of the image service.
 
 POST   /v1/images                  an order as JSON -> 202, where to look
 GET    /v1/images/{id}             state, progress, seconds, links
@@ -24,21 +24,21 @@ from raylarge.serve.order_queue import FullError, Job, OrderQueue
 
 
 class Api:
-    """The routes over one desk.
+    """The routes of the API, over one queue of orders.
 
     Args:
-        desk: where orders go; closed when the application shuts down.
+        queue: where orders go; closed when the application shuts down.
     """
 
-    def __init__(self, desk: OrderQueue) -> None:
-        self._desk = desk
+    def __init__(self, queue: OrderQueue) -> None:
+        self._queue = queue
 
     def app(self) -> FastAPI:
         """The application; its documentation page would load scripts from elsewhere: none."""
         app = FastAPI(title="raylarge", lifespan=self._lifespan, docs_url=None, redoc_url=None)
         app.router.default_response_class = Json
         route = app.add_api_route
-        route("/v1/images", self.take, methods=["POST"], status_code=202)
+        route("/v1/images", self.submit, methods=["POST"], status_code=202)
         route("/v1/images/{id}", self.state, methods=["GET"])
         route("/v1/images/{id}", self.cancel, methods=["DELETE"])
         route("/v1/images/{id}/order", self.order, methods=["GET"])
@@ -52,29 +52,29 @@ class Api:
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         yield
-        self._desk.close()
+        self._queue.close()
 
-    async def take(self, request: Request) -> Any:
+    async def submit(self, request: Request) -> Any:
         """Take an order."""
-        values = await read_order(request, self._desk.limits.body_bytes)
+        values = await read_order(request, self._queue.limits.body_bytes)
         try:
-            return _document(await self._desk.take(values))
+            return _document(await self._queue.submit(values))
         except FullError as error:
             raise HTTPException(429, str(error), {"Retry-After": "10"}) from error
 
     async def state(self, id: str) -> Any:
         """How an order stands."""
-        return _document(self._ticket(id))
+        return _document(self._job(id))
 
     async def cancel(self, id: str) -> Any:
         """Cancel an order, or forget one that has ended."""
-        ticket = self._ticket(id)
-        self._desk.cancel(ticket)
-        return _document(ticket)
+        job = self._job(id)
+        self._queue.cancel(job)
+        return _document(job)
 
     async def order(self, id: str) -> Any:
         """The order with all its settings, as it may be posted again."""
-        return FileResponse(self._ticket(id).folder / "order.json", media_type="application/json")
+        return FileResponse(self._job(id).folder / "order.json", media_type="application/json")
 
     async def image(self, id: str) -> Any:
         """The picture."""
@@ -86,7 +86,7 @@ class Api:
 
     async def bundle(self) -> Any:
         """What orders the bundle takes."""
-        facts = await self._desk.facts()
+        facts = await self._queue.facts()
         patch = facts.patch
         return {
             "digest": facts.digest,
@@ -101,37 +101,37 @@ class Api:
         """That the service listens."""
         return {"status": "ok"}
 
-    def _ticket(self, id: str) -> Job:
-        ticket = self._desk.find(id)
-        if ticket is None:
+    def _job(self, id: str) -> Job:
+        job = self._queue.find(id)
+        if job is None:
             name = ascii(id[:64])
             raise HTTPException(404, f"there is no image {name}; it may have been forgotten.")
-        return ticket
+        return job
 
     def _file(self, id: str, name: str) -> FileResponse:
-        ticket = self._ticket(id)
-        if ticket.state != "done":
-            raise HTTPException(409, f"the image is {ticket.state}. {ticket.error}".strip())
-        path = ticket.folder / name
+        job = self._job(id)
+        if job.state != "done":
+            raise HTTPException(409, f"the image is {job.state}. {job.error}".strip())
+        path = job.folder / name
         if not path.exists():
             raise HTTPException(404, f"this order has no {name}.")
         return FileResponse(path, media_type="image/png")
 
 
-def _document(ticket: Job) -> dict[str, Any]:
-    """A ticket as clients see it."""
-    root = f"/v1/images/{ticket.id}"
+def _document(job: Job) -> dict[str, Any]:
+    """A job as clients see it."""
+    root = f"/v1/images/{job.id}"
     links = {"self": root, "order": f"{root}/order"}
-    if ticket.state == "done":
-        files = [name for name in ("image.png", "guide.png") if (ticket.folder / name).exists()]
+    if job.state == "done":
+        files = [name for name in ("image.png", "guide.png") if (job.folder / name).exists()]
         links |= {name.removesuffix(".png"): f"{root}/{name}" for name in files}
     return {
-        "id": ticket.id,
-        "state": ticket.state,
-        "progress": round(ticket.progress, 4),
-        "seconds": round(ticket.seconds, 2),
-        "error": ticket.error or None,
-        "order_digest": ticket.digest,
+        "id": job.id,
+        "state": job.state,
+        "progress": round(job.progress, 4),
+        "seconds": round(job.seconds, 2),
+        "error": job.error or None,
+        "order_digest": job.digest,
         "links": links,
     }
 

@@ -1,9 +1,9 @@
 """The image service on Ray Serve: `serve run raylarge.serve.app:build bundle=DIR`.
 
-    HTTP -> Ingress (one: the desk, its plans) -requests-> Worker (as many as wanted)
+    HTTP -> Ingress (one: the queue, its plans) -requests-> Worker (any number)
 
-Orders live in the Ingress's memory: it is one replica, and when it goes they go. Workers come
-and go freely. Serve listens on loopback and asks nobody for a token.
+Orders are in the memory of the Ingress, which has one replica: they are lost when it restarts.
+Workers may be added and removed at any time. Serve listens on loopback, without authentication.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _running: list[ExitStack] = []
 
 
 class Service(ServiceLimits):
-    """What `build` understands, besides the limits."""
+    """Arguments of `build`, besides the limits."""
 
     bundle: str = Field(examples=["bundle"])
     """The folder of the models, visible on every node."""

@@ -16,7 +16,7 @@ from raylarge.errors import UserError
 
 DEEPEST = 16
 """Levels of lists and objects in an order, which needs four."""
-_SUCH = """post an order such as {"size": 512}."""
+_EXAMPLE = """post an order such as {"size": 512}."""
 
 
 class Json(JSONResponse):
@@ -36,16 +36,16 @@ async def read_order(request: Request, limit: int) -> dict[str, Any]:
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
     if kind and kind != "application/json" and not kind.endswith("+json"):
-        raise HTTPException(415, f"{kind[:64]!a} is not application/json; {_SUCH}")
+        raise HTTPException(415, f"{kind[:64]!a} is not application/json; {_EXAMPLE}")
     content = await _bytes(request, limit)
     try:
         values = json.loads(content, parse_constant=_refuse, object_pairs_hook=_object)
     except (RecursionError, ValueError) as error:
-        raise UserError(f"the body is not JSON; {_SUCH}") from error
+        raise UserError(f"the body is not JSON; {_EXAMPLE}") from error
     if not isinstance(values, dict):
         raise UserError('an order is a JSON object such as {"size": 512}.')
     if _is_deeper(values, DEEPEST):
-        raise UserError(f"the body has more than {DEEPEST} levels; {_SUCH}")
+        raise UserError(f"the body has more than {DEEPEST} levels; {_EXAMPLE}")
     return values
 
 
@@ -53,8 +53,8 @@ async def _bytes(request: Request, limit: int) -> bytes:
     declared = request.headers.get("content-length", "0")
     content = bytearray()
     if declared.isdecimal() and int(declared[:20]) <= limit:
-        async for piece in request.stream():
-            content += piece
+        async for chunk in request.stream():
+            content += chunk
             if len(content) > limit:
                 break
         else:
@@ -80,8 +80,8 @@ def _is_deeper(value: Any, levels: int) -> bool:
     for _ in range(levels):
         layer = [
             inner
-            for one in layer
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
+            for value in layer
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
         ]
-    return any(isinstance(one, dict | list) for one in layer)
+    return any(isinstance(value, dict | list) for value in layer)

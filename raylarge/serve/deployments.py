@@ -1,4 +1,4 @@
-"""The two deployments: workers that compute, and the ingress with the desk."""
+"""The two deployments: workers that compute, and the ingress with the queue of orders."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class WorkerReplica:
 
 
 class ServiceIngress:
-    """The desk behind HTTP, as a Serve deployment."""
+    """The queue of orders behind HTTP, as a Serve deployment."""
 
     def __init__(self, worker: DeploymentHandle, limits: ServiceLimits) -> None:
-        """Open the desk."""
+        """Create the queue."""
         replicas = Replicas(worker)
-        self._desk = OrderQueue(replicas.answer, replicas.facts, limits)
+        self._queue = OrderQueue(replicas.answer, replicas.facts, limits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The application, made where the desk is."""
-        return Api(self._desk).app()
+        """Return the application, in the process that has the queue."""
+        return Api(self._queue).app()

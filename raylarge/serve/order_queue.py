@@ -1,9 +1,9 @@
-"""The desk: takes orders, has them carried out a few at a time, keeps the results for a while.
+"""A queue of orders: run a few at a time, keep the results for a while.
 
     queued -> running -> done | failed | cancelled
 
-It knows nothing of HTTP or Ray: it is given an `answer` as `plan.arun` wants it. Everything
-lives as long as the desk: tickets in memory, pictures in a temporary folder.
+It uses neither HTTP nor Ray: `answer` is any function that `plan.arun` can call. Jobs are in
+memory and pictures in a temporary folder; both are lost when the process ends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServiceLimits(Config):
-    """What one service takes on."""
+    """Limits of one service."""
 
     running: int = Field(2, ge=1)
     """Orders carried out at the same time."""
@@ -54,12 +54,12 @@ class ServiceLimits(Config):
 
 
 class FullError(Exception):
-    """Too many orders are waiting; one may be taken later."""
+    """Too many orders are waiting; try again later."""
 
 
 @dataclass
 class Job:
-    """One order and what became of it; the order itself is a file in the folder."""
+    """One order, its state and its files; the order itself is a file in the folder."""
 
     id: str
     digest: str
@@ -73,7 +73,7 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """How long it has been worked on."""
+        """Seconds since it began to run."""
         if self.began is None:
             return 0.0
         return (self.ended or time.monotonic()) - self.began
@@ -84,12 +84,12 @@ class Job:
 
 
 class OrderQueue:
-    """Orders from the moment they are taken to the moment they are forgotten.
+    """Orders from submission until their results are removed.
 
     Args:
         answer: answers the plans' requests.
         facts: asks what bundle the workers have, once.
-        limits: what to take on.
+        limits: of orders and of the queue.
     """
 
     def __init__(
@@ -99,72 +99,72 @@ class OrderQueue:
         limits: ServiceLimits,
     ) -> None:
         self.limits = limits
-        self._answer, self._ask_facts = answer, facts
+        self._answer, self._read_facts = answer, facts
         self._facts: BundleFacts | None = None
-        self._tickets: dict[str, Job] = {}
+        self._jobs: dict[str, Job] = {}
         self._room = asyncio.Semaphore(limits.running)
         self._scratch = tempfile.TemporaryDirectory(prefix="raylarge-serve-")
 
     async def facts(self) -> BundleFacts:
-        """What orders are planned with."""
+        """Return the facts of the bundle, read once."""
         if self._facts is None:
-            self._facts = await self._ask_facts()
+            self._facts = await self._read_facts()
         return self._facts
 
-    async def take(self, values: Mapping[str, Any]) -> Job:
-        """Take an order in.
+    async def submit(self, values: Mapping[str, Any]) -> Job:
+        """Add an order to the queue.
 
         Raises:
             UserError: it cannot be read, does not fit the bundle, or is beyond the limits.
             FullError: too many orders wait.
         """
-        self._turn_away()
+        self._refuse_if_full()
         facts = await self.facts()
         order, plan = await asyncio.to_thread(self._plan, values, facts)
         name = uuid.uuid4().hex
-        self._turn_away()  # others came in while this one was read
-        ticket = Job(name, order.digest, Path(self._scratch.name, name))
-        result.write_order(str(ticket.folder), order)
-        self._tickets[name] = ticket
-        ticket.work = asyncio.create_task(self._carry_out(ticket, order, plan, facts))
-        ticket.work.add_done_callback(lambda work: self._settle(ticket, work))
-        return ticket
+        self._refuse_if_full()  # other orders may have come while this one was read
+        job = Job(name, order.digest, Path(self._scratch.name, name))
+        result.write_order(str(job.folder), order)
+        self._jobs[name] = job
+        job.work = asyncio.create_task(self._carry_out(job, order, plan, facts))
+        job.work.add_done_callback(lambda work: self._finish(job, work))
+        return job
 
     def find(self, id: str) -> Job | None:
-        """The ticket of an id, if it is known (still)."""
-        return self._tickets.get(id)
+        """Return the job of an id, or None if there is none or it was removed."""
+        return self._jobs.get(id)
 
-    def cancel(self, ticket: Job) -> None:
-        """Stop an order that waits or runs; forget one that has ended."""
-        if ticket.ended is not None:
-            self._forget(ticket)
-        elif ticket.work is not None:
-            ticket.state = "cancelled"
-            ticket.work.cancel()
+    def cancel(self, job: Job) -> None:
+        """Cancel a job that waits or runs; remove one that has ended."""
+        if job.ended is not None:
+            self._forget(job)
+        elif job.work is not None:
+            job.state = "cancelled"
+            job.work.cancel()
 
     def close(self) -> None:
         """Stop everything and remove all results."""
-        for ticket in list(self._tickets.values()):
-            self.cancel(ticket)
+        for job in list(self._jobs.values()):
+            self.cancel(job)
         self._scratch.cleanup()
 
-    def _turn_away(self) -> None:
-        waiting = sum(ticket.state == "queued" for ticket in self._tickets.values())
+    def _refuse_if_full(self) -> None:
+        waiting = sum(job.state == "queued" for job in self._jobs.values())
         if waiting >= self.limits.queued:
             raise FullError(f"{waiting} orders are waiting already; try again later.")
 
     def _plan(self, values: Mapping[str, Any], facts: BundleFacts) -> tuple[Order, Plan]:
         order = orders.parse(values)
-        self._bound(order, facts.patch)
+        self._check_limits(order, facts.patch)
         plan = joint.plan(order, facts.patch)
         facts.check(order)
         return order, plan
 
-    def _bound(self, order: Order, patch: Patch) -> None:
-        """Refuse what would keep the service busy for ever or fill its memory."""
+    def _check_limits(self, order: Order, patch: Patch) -> None:
+        """Refuse an order that is beyond the limits."""
         sampler, limits = order.sampler, self.limits
         windows = order.count or order.size[0] * order.size[1] // patch.side_px**2
-        asked = {
+        sizes = {
             "windows": windows,
             "batch": order.batch,
             "passes": max(
@@ -173,38 +173,38 @@ class OrderQueue:
                 order.condition.prior_steps,
             ),
         }
-        for name, value in asked.items():
-            if value > (most := getattr(limits, name)):
-                raise UserError(f"the order asks for {value} {name}; this service allows {most}.")
+        for name, value in sizes.items():
+            if value > (limit := getattr(limits, name)):
+                raise UserError(f"the order asks for {value} {name}; this service allows {limit}.")
 
-    async def _carry_out(self, ticket: Job, order: Order, plan: Plan, facts: BundleFacts) -> None:
+    async def _carry_out(self, job: Job, order: Order, plan: Plan, facts: BundleFacts) -> None:
         async with self._room:
-            ticket.state, ticket.began = "running", time.monotonic()
-            made = await arun(plan, self._answer, ticket.watch)
-            await asyncio.to_thread(result.write, str(ticket.folder), order, facts, made)
+            job.state, job.began = "running", time.monotonic()
+            image = await arun(plan, self._answer, job.watch)
+            await asyncio.to_thread(result.write, str(job.folder), order, facts, image)
 
-    def _settle(self, ticket: Job, work: asyncio.Task[None]) -> None:
-        """Note how an order ended, and forget the oldest."""
-        ticket.ended = time.monotonic()
+    def _finish(self, job: Job, work: asyncio.Task[None]) -> None:
+        """Record how a job ended, and remove the oldest results."""
+        job.ended = time.monotonic()
         error = None if work.cancelled() else work.exception()
         if work.cancelled():
-            ticket.state = "cancelled"
+            job.state = "cancelled"
         elif error is None:
-            ticket.state, ticket.progress = "done", 1.0
+            job.state, job.progress = "done", 1.0
         else:
-            ticket.state, ticket.error = "failed", _sentence(error)
-            logger.error("order %s failed", ticket.id, exc_info=error)
-        ended = [t for t in self._tickets.values() if t.ended is not None]
+            job.state, job.error = "failed", _sentence(error)
+            logger.error("order %s failed", job.id, exc_info=error)
+        ended = [t for t in self._jobs.values() if t.ended is not None]
         for old in sorted(ended, key=lambda t: t.ended or 0.0)[: -self.limits.kept or None]:
             self._forget(old)
 
-    def _forget(self, ticket: Job) -> None:
-        self._tickets.pop(ticket.id, None)
-        shutil.rmtree(ticket.folder, ignore_errors=True)
+    def _forget(self, job: Job) -> None:
+        self._jobs.pop(job.id, None)
+        shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def _sentence(error: BaseException) -> str:
-    """What the client is told: our own sentences, and of other errors only that there was one."""
+    """Return an error's text for clients; of unexpected errors only the type."""
     if isinstance(error, UserError):
         return str(error)
     return f"the service failed ({type(error).__name__}); its log says more."

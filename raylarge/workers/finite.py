@@ -27,7 +27,7 @@ def check_reply(task: Task, reply: Any) -> None:
         UserError: what is not finite, of which windows or rows, and what may cure it.
     """
     tensors = (reply.whole, *reply.parts) if isinstance(reply, Parts) else (reply,)
-    if all(is_finite(one) for one in tensors if isinstance(one, Tensor)):
+    if all(is_finite(tensor) for tensor in tensors if isinstance(tensor, Tensor)):
         return
     sampler = task.order.sampler
     raise UserError(

@@ -3,9 +3,9 @@
     ActorPool   Ray actors of this process      (jobs/sample.py workers=N)
     Replicas    a Ray Serve deployment          (serve/app.py)
 
-Requests are pure: one that was lost with its worker is asked again, of another worker or of
-the same one once it is back. A large reply that many requests take (the guide's frames) is
-put into Ray's object store once, owned by the asker, for as long as the plan keeps it.
+Requests are pure: one that was lost with its worker is sent again, to any worker. A large reply
+that many requests take (the guide's frames) is put into Ray's object store once, and stays there
+as long as the plan keeps it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _each(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 async def persist(ask: Callable[[], Awaitable[Any]], what: str) -> Any:
-    """Ask until an answer comes, over the loss of a few workers.
+    """Send a request until a reply comes, even if a few workers are lost.
 
     Raises:
         UserError: the worker raised one, or `TRIES` workers were lost over this request.
@@ -119,7 +119,7 @@ async def persist(ask: Callable[[], Awaitable[Any]], what: str) -> Any:
 
 
 class PooledWorker:
-    """A worker in an actor. It loads at its first call, so that errors reach the asker."""
+    """A worker in an actor. It loads at its first call, so that its errors reach the caller."""
 
     def __init__(self, bundle: str, means: ComputeConfig) -> None:
         """Nothing is loaded yet."""
@@ -139,12 +139,12 @@ class PooledWorker:
 
 
 class ActorPool:
-    """Ray actors that answer, one request at a time each; the first idle one is asked.
+    """Ray actors, each with one request at a time; a request goes to the first idle one.
 
     Args:
         bundle: the bundle's folder, visible on every node.
         workers: how many actors.
-        means: what each has. The same means give the same bytes, however many workers.
+        means: of each. The same settings give the same bytes with any number of workers.
     """
 
     def __init__(self, bundle: str, workers: int, means: ComputeConfig | None = None) -> None:
@@ -163,7 +163,7 @@ class ActorPool:
         self._coming: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Call the actors to work, and wait for the first; the others join as they come.
+        """Start the actors, and wait for the first; the others join when they are ready.
 
         Raises:
             UserError: the bundle cannot be loaded.
@@ -180,7 +180,7 @@ class ActorPool:
         self._idle.put_nowait(first)
 
     async def answer(self, task: Task, **inputs: Any) -> Reply:
-        """The reply to a task, from whichever actor is idle first."""
+        """Return the reply to a task, from the first idle actor."""
         sent = self._cache.put_inputs(inputs)
         return await persist(lambda: self._ask(task, sent), _name(task))
 
@@ -211,7 +211,7 @@ class ActorPool:
         return reply
 
     async def _next(self) -> Any:
-        """The next idle actor, or the reason why one will never come."""
+        """Return the next idle actor, or raise the error that keeps all from starting."""
         actor = await self._idle.get()
         if isinstance(actor, BaseException):
             self._idle.put_nowait(actor)
@@ -238,7 +238,7 @@ class ActorPool:
 
 
 class Replicas:
-    """The replicas of a Serve deployment of workers, which Serve chooses among and restarts.
+    """The replicas of a Serve deployment of workers; Serve routes requests and restarts replicas.
 
     Args:
         handle: the deployment's handle.

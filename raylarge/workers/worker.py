@@ -1,7 +1,7 @@
-"""The worker: a bundle that answers requests, one at a time, on one device.
+"""The worker: answers requests with the models of one bundle, on one device.
 
-It knows the models and nothing of plans, orders in flight or other workers. The same object
-answers in a notebook (`plan.run`), in an actor pool and behind Ray Serve.
+It does not depend on plans or other workers. The same class answers in a notebook (`plan.run`),
+in an actor pool and behind Ray Serve.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Worker:
 
     @classmethod
     def opened(cls, folder: str, means: ComputeConfig) -> Worker:
-        """The worker of a bundle's folder, on whatever device this process may use."""
+        """Return the worker of a bundle's folder, on the device of this process."""
         device = "cpu" if means.gpus == 0 else default_device()
         bundle = load(folder, device, means.torch_dtype)
         return cls(bundle, compiled=means.compile)
