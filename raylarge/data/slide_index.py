@@ -298,15 +298,14 @@ def _ends(path: str) -> bytes:
     try:
         if web.is_web_url(path):
             return storage.with_retries(
-                path, lambda fs, root: web.first_and_last_bytes(fs, root, _PEEK_BYTES)
+                path, lambda fs, root: web.edge_bytes(fs, root, _PEEK_BYTES)
             )
         size = storage.with_retries(path, lambda fs, root: int(fs.size(root)))
         ends = [(0, min(size, _PEEK_BYTES)), (max(0, size - _PEEK_BYTES), size)]
         content = [storage.read_range(path, *end) if size else b"" for end in ends]
     except FileNotFoundError as error:
-        raise SlideError(
-            f"slide {storage.redacted(path)} does not exist; check the path."
-        ) from error
+        name = storage.redacted(path)
+        raise SlideError(f"slide {name} does not exist; check the path.") from error
     except UserError as error:
         raise (SlideError(str(error)) if storage.is_local(path) else error) from error
     return f"{size} ".encode() + b"".join(content)

@@ -76,7 +76,7 @@ def _access_denied(url: str, status: int) -> UserError:
     )
 
 
-def first_and_last_bytes(fs: Any, url: str, count: int) -> bytes:
+def edge_bytes(fs: Any, url: str, count: int) -> bytes:
     """Return the size and the first and last bytes of a file at a web address.
 
     For a server without range requests, its version headers replace the last bytes, so that the
