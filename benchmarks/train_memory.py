@@ -118,9 +118,9 @@ def planned(config: Train, facts: Facts, explicit: bool = False) -> Plan:
     key = (config.model, network, config.precision, config.checkpointing, explicit)
     key = (*key, facts.channels, facts.image)
     if key in _KNOWN:
-        return plan.of(config, facts, task, _KNOWN[key])
+        return plan.of(config, config.worker_group, config.card, facts, task, _KNOWN[key])
     with unfused(task) if explicit else nullcontext():
-        plan_ = plan.plan(config, facts, task)
+        plan_ = plan.plan(config, config.worker_group, config.card, facts, task)
     _KNOWN[key] = plan_.activations
     return plan_
 
@@ -209,7 +209,9 @@ def largest(plan_: Plan, gib: float) -> int:
 def without_average(plan_: Plan, config: Train) -> model_states.ModelStates:
     """Return the model states without a moving average."""
     parts = [replace(part, averaged=0) for part in plan_.parts]
-    return model_states.states(parts, plan_.states.card["weights that are fixed"], config)
+    return model_states.states(
+        parts, plan_.states.card["weights that are fixed"], config, config.worker_group
+    )
 
 
 def stages(card: PlanConfig) -> Section:
@@ -221,7 +223,9 @@ def stages(card: PlanConfig) -> Section:
         for zero, offload in ((0, False), (1, False), (2, False), (3, False), (2, True)):
             fixed = plan_.states.card["weights that are fixed"]
             one = replace(config, zero=zero, offload=offload)
-            stage = replace(plan_, states=model_states.states(plan_.parts, fixed, one))
+            stage = replace(
+                plan_, states=model_states.states(plan_.parts, fixed, one, one.worker_group)
+            )
             rows.append(
                 [
                     f"{zero}{', offload' if offload else ''}",

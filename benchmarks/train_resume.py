@@ -20,7 +20,8 @@ from benchmarks.page import Section
 from benchmarks.train_runs import now, silent
 from benchmarks.train_tables import GROUP
 from raylarge import storage
-from raylarge.train.checkpoint import COMMIT, Checkpoints
+from raylarge.train.checkpoint import Checkpoints
+from raylarge.train.checkpoint_reader import COMMIT
 from raylarge.train.context import LocalContext
 from raylarge.train.history import HISTORY, TrainingHistory
 from raylarge.train.ingest import Ingest

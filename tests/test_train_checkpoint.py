@@ -46,7 +46,7 @@ def said(saver):
     with pytest.raises(UserError) as error:
         saver.wait()
     assert saver.problem() == str(error.value)
-    saver._under_way = None  # as the loop that hears it begins no other
+    saver._future = None  # the loop starts no other write after this error
     return str(error.value)
 
 

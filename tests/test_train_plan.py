@@ -52,7 +52,7 @@ def full():
         {"model": "ldm", "data": "-", "out": "-", "workers": 8, "batch": 600, "precision": "bf16"},
     )
     task = plan.on_meta(ldm.build, config, BRCA)
-    return config, task, plan.plan(config, BRCA, task)
+    return config, task, plan.plan(config, config.worker_group, config.card, BRCA, task)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
@@ -146,8 +146,11 @@ def test_weights_are_left_as_they_are(one_thread):
 def test_states_are_those_of_a_real_step(one_thread):
     config = config_of()
     task, batch = real(config)
-    said = model_states.states(
-        model_states.parts(task), model_states.fixed_bytes(task.network), config
+    states = model_states.states(
+        model_states.parts(task),
+        model_states.fixed_bytes(task.network),
+        config,
+        config.worker_group,
     )
     engine = TorchEngine(task, config, LocalContext(lambda status: None))
     (engine.network(batch).sum()).backward()
@@ -159,8 +162,8 @@ def test_states_are_those_of_a_real_step(one_thread):
     engine.step([MicroBatch(batch, 2)], 1e-3, float("inf"))
     kept = [value for one in engine.optimizer.state.values() for value in one.values()]
     bytes_of["optimiser"] = sum(value.nbytes for value in kept if value.ndim)
-    assert {name: size for name, size in said.card.items() if size} == bytes_of
-    assert said.host == 0
+    assert {name: size for name, size in states.card.items() if size} == bytes_of
+    assert states.host == 0
 
 
 def test_the_full_model_in_seconds(full):
@@ -182,7 +185,8 @@ def test_stages_divide_more_and_more(full):
     n = 4.0 * 439_576_579
 
     def states(**more):
-        return model_states.states(made.parts, 0.0, dataclasses.replace(config, **more))
+        changed = dataclasses.replace(config, **more)
+        return model_states.states(made.parts, 0.0, changed, changed.worker_group)
 
     totals = [states(zero=stage).total for stage in (3, 2, 1, 0)]
     assert totals == sorted(totals)
@@ -215,7 +219,7 @@ def test_time_and_money(full):
 
 def test_a_plan_is_told_plainly(full):
     _, _, made = full
-    text = plan.told(made)
+    text = plan.format_plan(made)
     for words in ("400,920,579", "600 samples = 8 x 1 x 75", "dollars", "It fits", "Left out"):
         assert words in text
     assert f"the largest pass that fits has {made.largest} samples" in text
@@ -235,7 +239,9 @@ def test_what_is_frozen_and_hidden_counts():
     tokens = Summarizer(8, 64, 1, 4, 4)
     bundle = Bundle(None, None, tokens, None, Schedule(), Patch(64, 4, 3, 4), "")
     bundle.schedule.abar  # noqa: B018 (kept from before, on a real device)
-    made = plan.plan(config, FACTS, CdmTask(config.cdm, bundle, 0))
+    made = plan.plan(
+        config, config.worker_group, config.card, FACTS, CdmTask(config.cdm, bundle, 0)
+    )
     cdm, beside = made.parts
     count = sum(one.numel() for one in tokens.parameters())
     assert (cdm.fixed, beside.trained, beside.fixed, beside.averaged) == (0, 0, count, 0)
@@ -254,7 +260,7 @@ def test_what_joins_later_counts():
     config = config_of("vae", vae={**more, **judge})
     task = plan.on_meta(vae.build, config, FACTS)
     early = {**plan.example(FACTS, 2), "sample": torch.arange(2)}
-    made = plan.plan(config, FACTS, task, early)
+    made = plan.plan(config, config.worker_group, config.card, FACTS, task, early)
     alone = memory.on_paper(task.network, task.draw(early), 2, half=False)
     assert made.activations.forward > alone.forward / 2
 

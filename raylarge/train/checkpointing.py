@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 
 from raylarge.errors import UserError
 from raylarge.train.async_checkpoint import AsyncCheckpointer
-from raylarge.train.checkpoint import Checkpoints, Found
+from raylarge.train.checkpoint import Checkpoints
+from raylarge.train.checkpoint_reader import Checkpoint
 from raylarge.train.context import Context
 from raylarge.train.coordination import on_all_ranks
 from raylarge.train.engine import Engine
@@ -94,7 +95,7 @@ class RunState:
         best = self._checkpoints.best()
         return best.name if best else ""
 
-    def _resume(self, checkpoint: Found) -> None:
+    def _resume(self, checkpoint: Checkpoint) -> None:
         previous = checkpoint.facts.get("data")
         if previous != self._data:
             raise UserError(
@@ -105,7 +106,7 @@ class RunState:
         self._history.resume(checkpoint.facts, *self._load(checkpoint))
         self.saved_step, self.saved_s = self._history.step, self._history.seconds
 
-    def _load(self, checkpoint: Found) -> list[str]:
+    def _load(self, checkpoint: Checkpoint) -> list[str]:
         """Load a checkpoint into the engine; return the tables of its history.
 
         Raises:

@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from raylarge import config as configuration
 from raylarge import storage
 from raylarge.errors import UserError
+from raylarge.train.estimate.model_states import WorkerGroup
 from raylarge.train.estimate.plan import PlanConfig
 from raylarge.train.ingest import check_batch
 from raylarge.train.monitor.trackers import TRACKERS
@@ -83,6 +84,11 @@ class Train(Recipe):
     controlnet: ControlnetConfig = field(default_factory=ControlnetConfig)
     mil: MilConfig = field(default_factory=MilConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+
+    @property
+    def worker_group(self) -> WorkerGroup:
+        """How many workers train, and whether by DeepSpeed."""
+        return WorkerGroup(self.workers, self.by_deepspeed)
 
     @property
     def by_deepspeed(self) -> bool:

@@ -59,7 +59,7 @@ class DeepSpeedEngine:
             last = micro_batch is micro_batches[-1]
             losses = self.engine(to(micro_batch.batch, self.context.device, self.recipe))
             loss = accumulator.add(losses, micro_batch)
-            if last and not accumulator.fine(self.context):
+            if last and not accumulator.check(self.context):
                 loss = nan_loss(loss)
             self.engine.backward(loss * factor)  # it takes the mean over workers and passes
             if last and self.recipe.zero == 0:  # nobody else looks at the gradient
@@ -67,7 +67,7 @@ class DeepSpeedEngine:
                 if not math.isfinite(norm):
                     self.network.zero_grad(set_to_none=True)
             self.engine.step()
-        applied = accumulator.is_fine and self.engine.was_step_applied()
+        applied = accumulator.is_finite and self.engine.was_step_applied()
         if self.recipe.zero:
             norm = float(self.engine.get_global_grad_norm() or math.nan)
         elif not math.isfinite(norm):

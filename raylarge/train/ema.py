@@ -15,14 +15,14 @@ EMA_DECAY = 0.9999
 
 
 class EMA:
-    """The average of a module's parameters, or of this rank's shards of them."""
+    """Moving average of a module's parameters, or of this rank's shards of them."""
 
     def __init__(self, module: nn.Module, shard: Callable[[Tensor], Tensor] = Tensor.detach):
-        """Begin at the module's present weights.
+        """Start from the module's present weights.
 
         Args:
             module: whose parameters are averaged.
-            shard: what of a parameter this rank holds, in float32.
+            shard: returns this rank's shard of a parameter.
         """
         self.module = module
         self.shard = shard
@@ -32,20 +32,20 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take one step's weights in."""
+        """Update the average with the present weights."""
         self.count += 1
         decay = min(EMA_DECAY, (1 + self.count) / (10 + self.count))
         now = [self._now(parameter) for parameter in self.parameters.values()]
         torch._foreach_lerp_(list(self.shadow.values()), now, 1 - decay)
 
     def whole(self) -> dict[str, Tensor]:
-        """State dict of the module (on the CPU) with averaged parameters; no shards."""
+        """Return the module's state dict (on the CPU) with averaged parameters; not for shards."""
         state = {name: value.detach().cpu().clone() for name, value in _state(self.module)}
         return state | {name: value.cpu().clone() for name, value in self.shadow.items()}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the module computes with the averaged weights; no shards."""
+        """Within the block, the module uses the averaged weights; not for shards."""
         before = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
             self._put(self.shadow)

@@ -96,12 +96,13 @@ def plan(config: Train) -> str:
     module = module_of(config)
     if not config.data and config.model not in ("vae", "ldm"):
         raise UserError(f"model={config.model} is planned on data alone; give data= and out=.")
-    if not config.data:
-        task = plans.on_meta(module.build, config, plans.BRCA)
-        return f"assumed: {plans.ASSUMED}\n\n" + plans.told(plans.plan(config, plans.BRCA, task))
-    source = module.source(config)
-    task = plans.on_meta(module.build, config, source.facts)
-    return plans.told(plans.plan(config, source.facts, task, source.batch(range(2))))
+    batch, facts, assumed = None, plans.BRCA, f"assumed: {plans.ASSUMED}\n\n"
+    if config.data:
+        source = module.source(config)
+        batch, facts, assumed = source.batch(range(2)), source.facts, ""
+    task = plans.on_meta(module.build, config, facts)
+    plan_ = plans.plan(config, config.worker_group, config.card, facts, task, batch)
+    return assumed + plans.format_plan(plan_)
 
 
 def train_folds(config: Train) -> list[dict[str, Any]]:

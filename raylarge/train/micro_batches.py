@@ -1,7 +1,7 @@
-"""One step's samples on one worker: cut into passes, their losses told and added up.
+"""Splitting a worker's share of a step into micro batches, and summing their losses.
 
-The loss of a step is the mean over the global batch, whatever share of it a worker has and in
-how many passes it goes: sums are divided by the batch once, at the end.
+The loss of a step is the mean over the global batch, for any number of workers and micro
+batches: sums are divided by the global batch once, at the end.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from raylarge.train.task import Batch, Recipe
 
 
 class MicroBatch(NamedTuple):
-    """Samples of one pass; of those after the first `real` ones the loss does not count."""
+    """Samples of one pass; only the losses of the first `real` ones count."""
 
     batch: Batch
     real: int
 
 
 class StepResult(NamedTuple):
-    """What became of a step.
+    """The result of a step.
 
     Attributes:
         loss: mean over the global batch.
-        applied: whether the weights moved.
-        norm: of the gradient, before clipping; NaN where nobody asked.
+        applied: whether the weights changed.
+        norm: of the gradient, before clipping; NaN where it is not known.
         losses: of this worker's samples, in their order, on the CPU.
     """
 
@@ -42,13 +42,13 @@ class StepResult(NamedTuple):
 
 
 def passes(batch: int, world_size: int, micro_batch: int | None) -> int:
-    """In how many passes every worker does its share of a step."""
+    """Return the number of micro batches of each worker in a step."""
     share = -(-batch // world_size)
     return 1 if micro_batch is None else -(-share // micro_batch)
 
 
 def split(batch: Batch, count: int) -> list[MicroBatch]:
-    """A share in so many passes of about one size; an empty pass repeats the first sample."""
+    """Split a share into `count` micro batches of similar size; an empty one repeats sample 0."""
     size = len(batch["sample"])
     edges = [size * i // count for i in range(count + 1)]
     return [
@@ -60,39 +60,39 @@ def split(batch: Batch, count: int) -> list[MicroBatch]:
 
 
 class LossAccumulator:
-    """The losses of a step while its passes are made."""
+    """Collects the losses of a step over its micro batches."""
 
     def __init__(self, batch: int, most: float) -> None:
-        """Take the global batch, and above which mean loss a step is not made."""
+        """Take the global batch size, and the mean loss above which a step is skipped."""
         self._batch, self._most = batch, most
         self._losses: list[Tensor] = []
-        self.loss, self.is_fine = math.nan, False
+        self.loss, self.is_finite = math.nan, False
 
-    def add(self, losses: Tensor, piece: MicroBatch) -> Tensor:
-        """Enter a pass; the sum of its losses."""
-        losses = losses.float()[: piece.real]
+    def add(self, losses: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Add the losses of a micro batch; return their sum."""
+        losses = losses.float()[: micro_batch.real]
         self._losses.append(losses.detach())
         return losses.sum()
 
-    def fine(self, context: Context) -> bool:
-        """Whether the step may be made, by the losses of all workers; asked in the last pass."""
+    def check(self, context: Context) -> bool:
+        """Return whether the loss over all workers allows the step; call after the last `add`."""
         total = torch.cat(self._losses).double().sum()
         self.loss = context.all_reduce_sum([float(total)])[0] / self._batch
-        self.is_fine = math.isfinite(self.loss) and self.loss <= self._most
-        return self.is_fine
+        self.is_finite = math.isfinite(self.loss) and self.loss <= self._most
+        return self.is_finite
 
     def step(self, applied: bool, norm: float) -> StepResult:
-        """What became of it."""
+        """Return the result of the step."""
         return StepResult(self.loss, applied, norm, torch.cat(self._losses).cpu())
 
 
 def nan_loss(loss: Tensor) -> Tensor:
-    """A loss whose gradient is NaN on every worker: whoever applies gradients will not."""
+    """Return a loss whose gradient is NaN, so that no engine applies it on any worker."""
     return loss * float("nan")
 
 
 def to(batch: Batch, device: torch.device, recipe: Recipe) -> Batch:
-    """The batch on a device, images and latents in the layout that the recipe asks for."""
+    """Copy a batch to a device, images and latents in the recipe's memory format."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     if not recipe.channels_last:
         return moved
@@ -103,5 +103,5 @@ def to(batch: Batch, device: torch.device, recipe: Recipe) -> Batch:
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Several batches as one."""
+    """Concatenate batches."""
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

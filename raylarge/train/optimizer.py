@@ -1,6 +1,6 @@
-"""The optimiser of both engines, and what is done to gradients before it.
+"""The optimizer of both engines, and gradient clipping.
 
-AdamW everywhere: fused on a GPU, in 8 bit (bitsandbytes) where that is asked for. The norm of
+AdamW: fused on a GPU, or in 8 bit (bitsandbytes). The norm of
 the gradient is clipped as in the published training code of latent diffusion.
 """
 
@@ -16,12 +16,12 @@ from raylarge.train.task import Recipe
 
 
 def make(network: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """The optimiser of what can be trained in a network.
+    """Return the optimizer of a network's trainable parameters.
 
     Raises:
         UserError: 8 bit without a GPU, or without bitsandbytes.
     """
-    parameters = [one for one in network.parameters() if one.requires_grad]
+    parameters = [p for p in network.parameters() if p.requires_grad]
     options: dict[str, Any] = {"betas": recipe.betas, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adamw":
         fused = device.type == "cuda" and not recipe.offload
@@ -35,17 +35,17 @@ def make(network: nn.Module, recipe: Recipe, device: torch.device) -> torch.opti
             "optimizer=adamw8bit needs bitsandbytes; pip install 'raylarge[adam8bit]', or give "
             "optimizer=adamw."
         ) from error
-    made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, recipe.lr, **options)
-    return made
+    adamw: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, recipe.lr, **options)
+    return adamw
 
 
 def set_lr(optimizer: Any, lr: float) -> None:
-    """The learning rate of the step to come."""
+    """Set the learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def clip(network: nn.Module, largest: float) -> float:
-    """Clip the norm of the gradient to `largest` (0: leave it); what it was."""
+    """Clip the norm of the gradient to `largest` (0: no limit); return the norm before."""
     norm = nn.utils.clip_grad_norm_(network.parameters(), largest or float("inf"))
     return float(norm)

@@ -1,4 +1,4 @@
-"""This rank's batches in order, made and drawn by a thread while the step before is computed."""
+"""Prefetching: a thread reads and draws this rank's next batches during the present step."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from raylarge.train.context import Context
 from raylarge.train.ingest import share
 from raylarge.train.task import Batch, Source, Task
 
-DEPTH = 2  # batches in hand
+DEPTH = 2  # batches read ahead
 
 
 class Prefetcher:
-    """The batches of one rank from a step on."""
+    """Yields the batches of one rank in order, from a step on."""
 
     def __init__(self, task: Task, source: Source, context: Context, batch: int, step: int) -> None:
-        """Begin to make the first ones."""
+        """Start to read the first batches."""
         self._task, self._source, self._context = task, source, context
         self._batch, self._step = batch, step
         self._pin = context.device.type == "cuda"
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
-        self._made: list[Future[Batch]] = [self._ask() for _ in range(DEPTH)]
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._futures: list[Future[Batch]] = [self._submit() for _ in range(DEPTH)]
         self.waited = 0.0
-        """Seconds for which the batch taken last was waited for."""
+        """Seconds spent waiting for the last batch."""
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -41,27 +41,27 @@ class Prefetcher:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def take(self) -> tuple[Batch, str]:
-        """The next batch; or an empty one, and what is wrong with the data in words."""
+        """Return the next batch; or an empty one, and the error message of the data."""
         began = time.monotonic()
-        future = self._made.pop(0)
+        future = self._futures.pop(0)
         try:
             return future.result(), ""
         except UserError as error:
             return {}, str(error)
         finally:
             self.waited = time.monotonic() - began
-            self._made.append(self._ask())
+            self._futures.append(self._submit())
 
-    def _ask(self) -> Future[Batch]:
+    def _submit(self) -> Future[Batch]:
         step, self._step = self._step, self._step + 1
-        return self._pool.submit(self._make, step)
+        return self._pool.submit(self._read, step)
 
-    def _make(self, step: int) -> Batch:
+    def _read(self, step: int) -> Batch:
         samples = share(step, self._batch, self._context.rank, self._context.world_size)
         batch = self._task.draw(self._source.batch(samples))
         return _pinned(batch) if self._pin else batch
 
 
 def _pinned(batch: Batch) -> Batch:
-    """In memory that a GPU copies from by itself."""
+    """Copy a batch to pinned memory."""
     return {name: torch.Tensor.pin_memory(value) for name, value in batch.items()}

@@ -18,7 +18,8 @@ from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models import bundle_parts
-from raylarge.train.checkpoint import Checkpoints, document
+from raylarge.train.checkpoint import Checkpoints
+from raylarge.train.checkpoint_reader import document
 from raylarge.train.config import MODELS, Train
 from raylarge.train.history import HISTORY
 from raylarge.train.ingest import latents_table

@@ -1,19 +1,19 @@
-"""Which row a global sample index stands for: a pure function of the seed, in constant time.
+"""The order of training samples: maps a sample index to a row, in constant time.
 
     sample -> scale:   every DEAL samples hold each scale as often as its weight says,
                        in an order drawn for each deal
            -> row:     the n-th sample of a scale is the n-th row of its stream
 
 In every epoch of a stream the scale's row groups come in a newly drawn order; `super_block` of
-them together are shuffled row by row. So whoever reads on needs few row groups at a time, and
-who resumes needs the index alone.
+them together are shuffled row by row. So a reader needs few row groups at a time, and resuming
+needs only the index.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -22,7 +22,6 @@ from raylarge.diffusion.noise import generator, split_64
 from raylarge.errors import UserError
 
 DEAL = 4096
-_Key, _Value = TypeVar("_Key", bound=Hashable), TypeVar("_Value")
 
 
 class Block(NamedTuple):
@@ -42,7 +41,7 @@ class Place(NamedTuple):
 
 
 class Sequencer:
-    """The order in which rows of some scales are drawn."""
+    """Maps global sample indices to rows of some scales."""
 
     def __init__(
         self,
@@ -66,38 +65,38 @@ class Sequencer:
         self._rows = {k: np.asarray(sizes, np.int64) for k, sizes in sorted(groups.items())}
         self._total = {k: int(sizes.sum()) for k, sizes in self._rows.items()}
         self._quota = _quotas(list(self._rows), weights)
-        self._deals = _Recent(self._deal, 4)
-        self._orders = _Recent(self._order, 4 * len(groups))
-        self._blocks = _Recent(self._block, 4 * len(groups))
+        self._deals = lru_cache(4)(self._deal)
+        self._orders = lru_cache(4 * len(groups))(self._order)
+        self._blocks = lru_cache(4 * len(groups))(self._block)
 
     def place(self, sample: int) -> Place:
-        """The row of a global sample index."""
+        """Return the row of a global sample index."""
         deal, at = divmod(sample, DEAL)
-        scales, ranks = self._deals[deal]
+        scales, ranks = self._deals(deal)
         k = int(scales[at])
         epoch, offset = divmod(deal * self._quota[k] + int(ranks[at]), self._total[k])
-        _, edges = self._orders[k, epoch]
+        _, edges = self._orders(k, epoch)
         number = int(np.searchsorted(edges, offset, side="right")) - 1
         block = Block(k, epoch, number)
-        group, row = self._blocks[block][offset - edges[number]]
+        group, row = self._blocks(block)[offset - edges[number]]
         return Place(block, int(group), int(row))
 
     def groups(self, block: Block) -> list[int]:
-        """The row groups of a super-block, among those of its scale."""
-        order, _ = self._orders[block.scale, block.epoch]
+        """Return the row groups of a super-block, as indices among those of its scale."""
+        order, _ = self._orders(block.scale, block.epoch)
         start = block.number * self._width
-        found: list[int] = order[start : start + self._width].tolist()
-        return found
+        groups: list[int] = order[start : start + self._width].tolist()
+        return groups
 
     def after(self, block: Block) -> Block:
-        """The super-block that comes next in the stream."""
-        _, edges = self._orders[block.scale, block.epoch]
+        """Return the next super-block of the stream."""
+        _, edges = self._orders(block.scale, block.epoch)
         if block.number + 2 < len(edges):
             return block._replace(number=block.number + 1)
         return Block(block.scale, block.epoch + 1, 0)
 
     def _deal(self, deal: int) -> tuple[Int[np.ndarray, " deal"], Int[np.ndarray, " deal"]]:
-        """The scale of each sample of a deal, and how many of that scale came before it there."""
+        """Return each sample's scale in a deal, and how many of that scale precede it there."""
         scales = np.repeat(list(self._quota), list(self._quota.values()))
         scales = self._draw("deal", deal).permutation(scales)
         ranks = np.empty(DEAL, np.int64)
@@ -106,46 +105,29 @@ class Sequencer:
         return scales, ranks
 
     def _order(
-        self, key: tuple[int, int]
+        self, k: int, epoch: int
     ) -> tuple[Int[np.ndarray, "groups"], Int[np.ndarray, " edges"]]:
-        """The row groups of a scale in the order of an epoch, and where super-blocks begin."""
-        k, epoch = key
+        """Return a scale's row groups in the order of an epoch, and where super-blocks begin."""
         order = self._draw("groups", k, epoch).permutation(len(self._rows[k]))
         ends = np.cumsum(self._rows[k][order])
         last = np.arange(self._width, len(order) + self._width, self._width).clip(max=len(order))
         return order, np.concatenate([[0], ends[last - 1]])
 
     def _block(self, block: Block) -> Int[np.ndarray, "rows 2"]:
-        """(row group, row) of a super-block's rows, shuffled."""
+        """Return (row group, row) of a super-block's rows, shuffled."""
         groups = self.groups(block)
         sizes = self._rows[block.scale][groups]
         rows = np.concatenate([np.arange(size) for size in sizes])
-        found = np.stack([np.repeat(groups, sizes), rows], axis=1)
-        return self._draw("rows", *block).permutation(found)
+        pairs = np.stack([np.repeat(groups, sizes), rows], axis=1)
+        return self._draw("rows", *block).permutation(pairs)
 
     def _draw(self, what: str, *address: int) -> np.random.Generator:
         halves = [half for part in address for half in split_64(part)]
         return generator(self._seed, f"ingest {what}", *halves)
 
 
-class _Recent(Generic[_Key, _Value]):
-    """What a function gives, remembered for the keys asked for last."""
-
-    def __init__(self, make: Callable[[_Key], _Value], most: int) -> None:
-        self._make, self._most = make, most
-        self._kept: OrderedDict[_Key, _Value] = OrderedDict()
-
-    def __getitem__(self, key: _Key) -> _Value:
-        if key not in self._kept:
-            self._kept[key] = self._make(key)
-            if len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-
 def _quotas(scales: Sequence[int], weights: Sequence[float]) -> dict[int, int]:
-    """How many samples of every deal each scale gets: largest remainders, none forgotten.
+    """Return each scale's samples per deal: largest remainders, at least 1 where the weight is > 0.
 
     Raises:
         UserError: not one weight, 0 or more, for each scale.

@@ -38,12 +38,12 @@ class TorchEngine:
                 with self._autocast():
                     losses = self.model(to(micro_batch.batch, self.context.device, self.recipe))
                 loss = accumulator.add(losses, micro_batch)
-                if last and not accumulator.fine(self.context):
+                if last and not accumulator.check(self.context):
                     loss = nan_loss(loss)
                 # DDP takes the mean over workers of what is a sum over samples.
                 (loss * self.context.world_size / self.recipe.batch).backward()
         norm = optimizers.clip(self.network, self.recipe.clip)
-        applied = accumulator.is_fine and norm == norm and norm != float("inf")
+        applied = accumulator.is_finite and norm == norm and norm != float("inf")
         if applied:
             optimizers.set_lr(self.optimizer, lr)
             self.optimizer.step()
@@ -64,10 +64,10 @@ class TorchEngine:
 
     def state(self) -> TrainState:
         """See `Engine`."""
-        held = {p: moments(values) for p, values in self.optimizer.state.items()}
+        moments_of = {p: moments(values) for p, values in self.optimizer.state.items()}
         kinds: dict[str, Any] = {"weights": lambda _, p: p}
-        for kind in sorted({kind for values in held.values() for kind in values}):
-            kinds[kind] = lambda _, p, kind=kind: held.get(p, {}).get(kind)
+        for kind in sorted({kind for values in moments_of.values() for kind in values}):
+            kinds[kind] = lambda _, p, kind=kind: moments_of.get(p, {}).get(kind)
         if self.ema is not None:
             names = {id(p): name for name, p in self.ema.parameters.items()}
             shadow = self.ema.shadow

@@ -1,6 +1,6 @@
 """A training on paper: parameters, memory of a card, FLOPs, days, dollars. `plan=true` shows it.
 
-    config, facts of the data, task -> Plan -told-> text
+    config, facts of the data, task -> Plan -format_plan-> text
 
 Nothing is started and nothing allocated: networks come from the meta device (`on_meta`), passes
 are of fake tensors (`memory.py`), states by ZeRO stage (`held.py`). What of a card's peak is
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -20,12 +21,16 @@ from raylarge import report
 from raylarge.config import require
 from raylarge.models.conditioner import SIDE, SLOTS
 from raylarge.train.estimate.memory import Activations, activations
-from raylarge.train.estimate.model_states import ModelStates, PartSize, fixed_bytes, parts, states
+from raylarge.train.estimate.model_states import (
+    ModelStates,
+    PartSize,
+    WorkerGroup,
+    fixed_bytes,
+    parts,
+    states,
+)
 from raylarge.train.micro_batches import passes
-from raylarge.train.task import Batch, Build, Facts, Task
-
-if TYPE_CHECKING:
-    from raylarge.train.config import Train
+from raylarge.train.task import Batch, Facts, Recipe, Task
 
 GIB = 1 << 30
 _LEAST, _MOST = 1e-6, 1e9  # of what a card can be said to have
@@ -165,11 +170,11 @@ class Plan:
         return self.seconds / 3600 * self.workers * self.card.dollars_per_hour
 
 
-def on_meta(build: Build, config: Train, facts: Facts) -> Task:
+def on_meta(build: Callable[..., Task], *arguments: Any) -> Task:
     """A task whose new networks have shapes and no weights; what it loads is there as ever."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*which is a no-op")  # weights into no weights
-        task: Task = build(config, facts)
+        task: Task = build(*arguments)
     return task
 
 
@@ -199,11 +204,20 @@ def example(facts: Facts, size: int) -> Batch:
     return batch
 
 
-def plan(config: Train, facts: Facts, task: Task, batch: Batch | None = None) -> Plan:
+def plan(
+    recipe: Recipe,
+    workers: WorkerGroup,
+    card: PlanConfig,
+    facts: Facts,
+    task: Task,
+    batch: Batch | None = None,
+) -> Plan:
     """What a training takes, by the shapes of its networks alone.
 
     Args:
-        config: how it would be carried out; `config.card` is the card.
+        recipe: of the training.
+        workers: which train.
+        card: the GPU of each of them.
         facts: of the data.
         task: its networks on any device, none of which are computed with.
         batch: some samples of the source; left out, `example` stands for them.
@@ -211,27 +225,35 @@ def plan(config: Train, facts: Facts, task: Task, batch: Batch | None = None) ->
     Raises:
         UserError: a card that cannot be, or a network whose forward pass looks at values.
     """
-    config.card.check()
+    card.check()
     drawn = task.draw(example(facts, 2) if batch is None else _late(batch))
-    half = config.precision == "bf16"
-    return of(config, facts, task, activations(task.network, drawn, half, config.checkpointing))
+    half = recipe.precision == "bf16"
+    grown = activations(task.network, drawn, half, recipe.checkpointing)
+    return of(recipe, workers, card, facts, task, grown)
 
 
-def of(config: Train, facts: Facts, task: Task, grown: Activations) -> Plan:
+def of(
+    recipe: Recipe,
+    workers: WorkerGroup,
+    card: PlanConfig,
+    facts: Facts,
+    task: Task,
+    grown: Activations,
+) -> Plan:
     """The plan of a training whose passes are known; arguments as of `plan`."""
-    found, workers = tuple(parts(task)), max(1, config.workers)
+    sizes, count = tuple(parts(task)), max(1, workers.count)
     return Plan(
-        parts=found,
-        states=states(found, fixed_bytes(task.network), config),
+        parts=sizes,
+        states=states(sizes, fixed_bytes(task.network), recipe, workers),
         activations=grown,
-        workers=workers,
-        batch=config.batch,
-        passes=passes(config.batch, workers, config.micro_batch),
-        steps=config.steps,
-        minutes=config.minutes,
+        workers=count,
+        batch=recipe.batch,
+        passes=passes(recipe.batch, count, recipe.micro_batch),
+        steps=recipe.steps,
+        minutes=recipe.minutes,
         rows=sum(facts.counts.values()),
-        half=config.precision == "bf16",
-        card=config.card,
+        half=recipe.precision == "bf16",
+        card=card,
     )
 
 
@@ -239,48 +261,51 @@ def _late(batch: Batch) -> Batch:
     return {**batch, "sample": batch["sample"] + LATE}
 
 
-def told(made: Plan) -> str:
-    """A plan as text."""
+def format_plan(needs: Plan) -> str:
+    """Return a plan as text."""
     parts = report.table(
         ["part", "trained", "fixed", "averaged"],
         [
             [part.name, *(f"{count:,}" for count in (part.trained, part.fixed, part.averaged))]
-            for part in made.parts
+            for part in needs.parts
         ],
     )
-    held = report.table(["memory of one card", "GiB"], _memory_rows(made))
-    work = report.table(["the training", ""], _work_rows(made))
-    return "\n\n".join([parts, held, work, verdict(made), LEFT_OUT])
+    held = report.table(["memory of one card", "GiB"], _memory_rows(needs))
+    work = report.table(["the training", ""], _work_rows(needs))
+    return "\n\n".join([parts, held, work, verdict(needs), LEFT_OUT])
 
 
-def _memory_rows(made: Plan) -> list[list[str]]:
-    grown, samples = made.activations, made.micro_batch
+def _memory_rows(needs: Plan) -> list[list[str]]:
+    grown, samples = needs.activations, needs.micro_batch
     saved = grown.saved.sample * samples
     brief = grown.peak(samples) - grown.saved.at(samples)
-    least = made.memory / 1000
-    rows = [(name, size) for name, size in made.states.card.items() if size > least]
+    least = needs.memory / 1000
+    rows = [(name, size) for name, size in needs.states.card.items() if size > least]
     rows += [("weights in half precision", grown.saved.fixed)] if grown.saved.fixed > 0 else []
     rows += [
         (f"activations of {samples} samples ({grown.saved.sample / 2**20:.1f} MiB each)", saved),
         ("more at the worst moment", brief),
-        ("in all", made.memory),
-        (f"card, {made.card.free:.0%} of which stay free", made.usable),
+        ("in all", needs.memory),
+        (f"card, {needs.card.free:.0%} of which stay free", needs.usable),
     ]
-    rows += [("host, per worker: optimiser", made.states.host)] if made.states.host else []
+    rows += [("host, per worker: optimiser", needs.states.host)] if needs.states.host else []
     return [[name, f"{size / GIB:.2f}"] for name, size in rows]
 
 
-def _work_rows(made: Plan) -> list[list[str]]:
-    grown, card = made.activations, made.card
-    share = f"{made.workers} x {made.passes} x {made.micro_batch} (cards, passes, samples)"
+def _work_rows(needs: Plan) -> list[list[str]]:
+    grown, card = needs.activations, needs.card
+    share = f"{needs.workers} x {needs.passes} x {needs.micro_batch} (cards, passes, samples)"
     return [
-        ["a step", f"{made.batch} samples = {share}"],
+        ["a step", f"{needs.batch} samples = {share}"],
         ["FLOPs of a sample", f"{grown.flops / 1e9:.1f} G, {grown.forward / 1e9:.1f} G forward"],
-        ["FLOPs of a step", f"{_figure(grown.flops * made.batch / 1e12)} T"],
-        ["samples/s", f"{_figure(made.samples_per_s)}, at {card.utilisation:.0%} of the peak"],
-        ["steps", f"{made.steps:,}, {_figure(made.epochs)} epochs"],
-        ["days", f"{made.days:.2g}, {_figure(made.days * 24 * made.workers)} hours of a card"],
-        ["dollars", f"{made.dollars:,.2f}, at {card.dollars_per_hour:g} an hour"],
+        ["FLOPs of a step", f"{_figure(grown.flops * needs.batch / 1e12)} T"],
+        ["samples/s", f"{_figure(needs.samples_per_s)}, at {card.utilisation:.0%} of the peak"],
+        ["steps", f"{needs.steps:,}, {_figure(needs.epochs)} epochs"],
+        [
+            "days",
+            f"{needs.days:.2g}, {_figure(needs.days * 24 * needs.workers)} hours of a card",
+        ],
+        ["dollars", f"{needs.dollars:,.2f}, at {card.dollars_per_hour:g} an hour"],
     ]
 
 
@@ -289,18 +314,18 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def verdict(made: Plan) -> str:
+def verdict(needs: Plan) -> str:
     """Whether it fits, in a sentence, with the largest pass that does."""
-    card, needed = f"{made.card.card_gib:g} GiB", f"{made.memory / GIB:.1f} GiB"
-    if made.fits:
+    card, needed = f"{needs.card.card_gib:g} GiB", f"{needs.memory / GIB:.1f} GiB"
+    if needs.fits:
         return (
-            f"It fits: {needed} of a card of {card} with passes of {made.micro_batch}; the "
-            f"largest pass that fits has {made.largest} samples."
+            f"It fits: {needed} of a card of {card} with passes of {needs.micro_batch}; the "
+            f"largest pass that fits has {needs.largest} samples."
         )
-    if made.largest:
+    if needs.largest:
         return (
-            f"It does not fit: passes of {made.micro_batch} take {needed} and a card has {card}; "
-            f"micro_batch={made.largest} is the largest that fits."
+            f"It does not fit: passes of {needs.micro_batch} take {needed} and a card has {card}; "
+            f"micro_batch={needs.largest} is the largest that fits."
         )
     return (
         f"It does not fit: a card of {card} does not hold one sample beside what is there all "

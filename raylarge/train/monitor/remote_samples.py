@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from raylarge.errors import UserError
-from raylarge.train.checkpoint import LOOK_S, SHARED_S, Checkpoints, Found
+from raylarge.train.checkpoint import LOOK_S, SHARED_S, Checkpoints
+from raylarge.train.checkpoint_reader import Checkpoint
 from raylarge.train.monitor import monitor
 from raylarge.train.state import StoredState, put_buffers
 from raylarge.train.task import Batch, Facts, Source, Task
@@ -82,7 +83,7 @@ def put(task: Task, stored: StoredState) -> None:
     put_buffers(task.network, stored)
 
 
-def _committed(checkpoints: Checkpoints, step: int) -> Found:
+def _committed(checkpoints: Checkpoints, step: int) -> Checkpoint:
     """Wait for the checkpoint of a step, or a later one, and return it.
 
     Raises:
