@@ -135,7 +135,7 @@ def test_a_web_page_in_the_place_of_a_slide_is_one_sentence(served, cache):
 
 def test_a_refused_address_does_not_show_its_query(served, tmp_path, tiny_prepare):
     url = served("forbidden")
-    with pytest.raises(UserError, match=rf"{url}: the server answers 403; .*run out") as told:
+    with pytest.raises(UserError, match=rf"{url}: the server answers 403; .*expired") as told:
         open_slide(url.replace("http://", "http://me:S3CR3T@") + QUERY)
     assert "S3CR3T" not in str(told.value)
     config = tiny_prepare(slides=url + QUERY, verbs="tile")
