@@ -32,8 +32,8 @@ from raylarge import report, storage
 from raylarge.compute.session import QUIET, session
 from raylarge.config import build, parse
 from raylarge.errors import UserError
+from raylarge.train import registry
 from raylarge.train.launch import Train
-from raylarge.train.tasks import ldm
 
 GOALS = {"Ray, torch": 0.03, "Ray, DeepSpeed": 0.08}
 SAME = 1e-3
@@ -152,7 +152,7 @@ class TrainMeasure:
 
 
 def _parameters(config: Train) -> int:
-    task = ldm.build(config, ldm.source(config).facts)
+    task = registry.build(config.run, registry.source(config.run).facts)
     return sum(parameter.numel() for parameter in task.network.parameters())
 
 

@@ -31,7 +31,7 @@ from raylarge.train.config import Train
 from raylarge.train.estimate import model_states, plan
 from raylarge.train.estimate.memory import Activations
 from raylarge.train.estimate.plan import GIB, Plan, PlanConfig
-from raylarge.train.task import Facts, Task
+from raylarge.train.task import DataFacts, TrainTask
 from raylarge.train.tasks.cdm import CdmTask
 from raylarge.train.tasks.ldm import LdmTask
 from raylarge.train.tasks.vae import build as build_vae
@@ -47,14 +47,14 @@ BRCA = (12_509_760, 3_036_288, 752_000, 187_280, 57_090, 20_679, 7_923, 2_489)
 NAIP = (365_119, 94_263, 25_690, 8_772)
 """Examples by scale of ZoomLDM's two data sets."""
 
-SMALL = Facts(1280, dict.fromkeys(range(6), 10_000), (3, 64, 64), (3, 16, 16), 0.7, {})
-"""Facts of some slides; the number of rows only defines an epoch."""
+SMALL = DataFacts(1280, dict.fromkeys(range(6), 10_000), (3, 64, 64), (3, 16, 16), 0.7, {})
+"""DataFacts of some slides; the number of rows only defines an epoch."""
 
 
-def facts(channels: int, counts: tuple[int, ...], side_px: int = 256) -> Facts:
+def facts(channels: int, counts: tuple[int, ...], side_px: int = 256) -> DataFacts:
     """Return the facts of published data: f4 latents of 3 channels."""
     latent = (3, side_px // 4, side_px // 4)
-    return Facts(channels, dict(enumerate(counts)), (3, side_px, side_px), latent, None, {})
+    return DataFacts(channels, dict(enumerate(counts)), (3, side_px, side_px), latent, None, {})
 
 
 PUBLISHED = {
@@ -88,7 +88,7 @@ def config_of(model: str, *layers: dict[str, Any]) -> Train:
     return build(Train, {"model": model, "data": "-", "out": "-"}, *layers)
 
 
-def task_of(config: Train, facts: Facts) -> Task:
+def task_of(config: Train, facts: DataFacts) -> TrainTask:
     """Build the task of a training on the meta device, without a bundle."""
     with torch.device("meta"):
         if config.model == "vae":
@@ -107,7 +107,7 @@ _KNOWN: dict[tuple[Any, ...], Activations] = {}
 """Cache of activations; they do not depend on the number of scales."""
 
 
-def planned(config: Train, facts: Facts, explicit: bool = False) -> Plan:
+def planned(config: Train, facts: DataFacts, explicit: bool = False) -> Plan:
     """Estimate a training.
 
     Args:
@@ -126,7 +126,7 @@ def planned(config: Train, facts: Facts, explicit: bool = False) -> Plan:
 
 
 @contextmanager
-def unfused(task: Task) -> Iterator[None]:
+def unfused(task: TrainTask) -> Iterator[None]:
     """Use explicit attention with softmax in float32, as in the released code."""
     unet: Any = task.network.unet
     before = unet.attn_processors

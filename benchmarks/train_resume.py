@@ -20,15 +20,15 @@ from benchmarks.page import Section
 from benchmarks.train_runs import now, silent
 from benchmarks.train_tables import GROUP
 from raylarge import storage
+from raylarge.train import registry
 from raylarge.train.checkpoint import Checkpoints
 from raylarge.train.checkpoint_reader import COMMIT
 from raylarge.train.context import LocalContext
 from raylarge.train.history import HISTORY, TrainingHistory
 from raylarge.train.ingest import Ingest
-from raylarge.train.launch import Train, run_folder, train
+from raylarge.train.launch import Train, train
 from raylarge.train.state import StoredState
-from raylarge.train.task import Facts, Task
-from raylarge.train.tasks import ldm
+from raylarge.train.task import DataFacts, TrainTask
 from raylarge.train.torch_engine import TorchEngine
 
 STEP = 1_000_000
@@ -55,7 +55,7 @@ def resume(config: Train, times: int) -> tuple[Section, list[Spent]]:
     values = {name: np.median([sample[name] for sample in samples], axis=0) for name in samples[0]}
     values["table and state"] = values["table"] + values["state"]
     rows = [[_PHASES[name], *(f"{value:.2f}" for value in values[name])] for name in _PHASES]
-    source = ldm.source(config)
+    source = registry.source(config.run)
     total = sum(source.facts.counts.values())
     needed, batch, total_s = (
         float(values[name][0]) for name in ("table and state", "batch", "all")
@@ -92,7 +92,7 @@ _PHASES = {
 def age_checkpoint(config: Train) -> None:
     """Train one step, and change its checkpoint to one of a million steps."""
     train(replace(config, steps=1), silent)
-    root = run_folder(config)
+    root = config.run.folder
     checkpoint = Checkpoints(root, 1).newest()
     assert checkpoint is not None
     old = Path(root, checkpoint.name)
@@ -111,14 +111,14 @@ def age_checkpoint(config: Train) -> None:
 def _resumed(config: Train) -> Spent:
     """Measure each phase, and the total."""
     spent: Spent = {}
-    source, spent["table"] = timed(lambda: ldm.source(config))
+    source, spent["table"] = timed(lambda: registry.source(config.run))
     _, spent["state"] = timed(lambda: _loaded(config, source.facts))
     first = range(STEP * config.batch, (STEP + 1) * config.batch)
     _, spent["batch"] = timed(lambda: source.batch(first))
     samples: list[list[int]] = []
     began = now()
 
-    def build(config: Train, facts: Facts) -> Task:
+    def build(config: Train, facts: DataFacts) -> TrainTask:
         """Build a task that stops at its first pass."""
         task = silent(config, facts)
 
@@ -137,10 +137,10 @@ def _resumed(config: Train) -> Spent:
     return spent
 
 
-def _loaded(config: Train, facts: Facts) -> None:
+def _loaded(config: Train, facts: DataFacts) -> None:
     """Load the task and the checkpoint."""
-    engine = TorchEngine(ldm.build(config, facts), config, LocalContext(lambda _: None))
-    checkpoints = Checkpoints(run_folder(config), config.keep)
+    engine = TorchEngine(registry.build(config.run, facts), config, LocalContext(lambda _: None))
+    checkpoints = Checkpoints(config.run.folder, config.keep)
     newest = checkpoints.newest()
     assert newest is not None
     with checkpoints.fetch(newest) as folder:
@@ -167,7 +167,7 @@ def ingest(config: Train, blocks: int) -> tuple[Section, list[list[str]]]:
         config: of a training of `ldm`, whose table exists.
         blocks: super-blocks to read of a scale.
     """
-    scales = sorted(ldm.source(config).facts.counts)
+    scales = sorted(registry.source(config.run).facts.counts)
     large = [k for k in scales if 2**k >= 8] or scales[-1:]
     cases = {"8 x 8 cells, one scale": large[:1], f"all {len(scales)} scales alike": scales}
     rows = [_ingest_row(config, name, ks, blocks) for name, ks in cases.items()]
@@ -203,7 +203,7 @@ def _ingest_row(config: Train, name: str, scales: Sequence[int], blocks: int) ->
     peaks = Peaks()
     first_s, wall, cpu = peaks.during("ingest", measure)
     count, batch = blocks * block, source.batch(range(BATCH))
-    task = ldm.build(config, source.facts)
+    task = registry.build(config.run, source.facts)
     draw = min(timed(lambda: task.draw(batch))[1][0] for _ in range(5))
     figures = [f"{count / wall:.1f}", f"{count * BATCH / wall:.0f}", f"{count * BATCH / cpu:.0f}"]
     figures += [f"{1000 * draw / BATCH:.2f}", f"{first_s:.1f}"]

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from raylarge.train import registry
 from raylarge.train.launch import Train, train
-from raylarge.train.task import Batch, Facts, Task
-from raylarge.train.tasks import ldm
+from raylarge.train.task import Batch, DataFacts, TrainTask
 
 WARMUP = 10
 """Steps at the start of each run that do not count."""
@@ -78,8 +78,8 @@ class TimedTask:
 
     path: str
 
-    def __call__(self, config: Train, facts: Facts) -> Task:
-        """See `task.Build`."""
+    def __call__(self, config: Train, facts: DataFacts) -> TrainTask:
+        """See `task.BuildTask`."""
         torch.set_num_threads(1)
         task = silent(config, facts)
         timer = StepTimer(self.path, config.steps)
@@ -93,9 +93,9 @@ class TimedTask:
         return task
 
 
-def silent(config: Train, facts: Facts) -> Task:
+def silent(config: Train, facts: DataFacts) -> TrainTask:
     """Build the real task without sample grids and bundle."""
-    task = ldm.build(config, facts)
+    task = registry.build(config.run, facts)
     vars(task).update(sheet=_nothing, finish=_nothing)
     return task
 
@@ -143,8 +143,8 @@ def run_way(way: Way, path: str, address: str = "") -> dict[str, Any]:
 def bare(way: Way, timer: StepTimer) -> dict[str, Any]:
     """Train by plain torch: forward, backward, clipping, AdamW and the moving average."""
     config = way.config
-    source = ldm.source(config)
-    task = ldm.build(config, source.facts)
+    source = registry.source(config.run)
+    task = registry.build(config.run, source.facts)
     network, facts = task.network.train(), {}
     averaged = list(task.averaged.parameters())
     options = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}

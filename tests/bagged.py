@@ -1,12 +1,11 @@
 """Tables of features of a few slides whose label a few patches tell, and a config to learn it."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import toy
 
 from raylarge import schema, storage
-from raylarge.train.tasks.mil import MilConfig
+from raylarge.train.config import Train
+from raylarge.train.tasks.mil import MilConfig, fold_of
 
 WIDTH = 4
 
@@ -76,4 +75,9 @@ def rows(root):
 
 def config(root, seed=0, **values):
     known = {"label": "grade", "folds": 3, "width": 16, "attention": 8}
-    return SimpleNamespace(data=root, seed=seed, mil=MilConfig(**(known | values)))
+    return Train(model="mil", data=root, out="", seed=seed, mil=MilConfig(**(known | values)))
+
+
+def fold(wish):
+    """Return the fold that a configuration asks for."""
+    return fold_of(wish.mil, wish.run)

@@ -15,7 +15,7 @@ from raylarge.models.cdm import CDM
 from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.unet import UNetConfig
 from raylarge.train.config import Train, checked
-from raylarge.train.task import Facts
+from raylarge.train.task import DataFacts
 from raylarge.train.tasks.ldm import LdmTask
 
 TRAININGS = [(model, name) for model in TRAIN for name in TRAIN[model]]
@@ -93,7 +93,7 @@ def test_graikos_as_published():
 
 
 def test_small_is_as_large_as_it_says():
-    facts = Facts(1280, dict.fromkeys(range(6), 1), (3, 64, 64), (3, 16, 16), 0.7, {})
+    facts = DataFacts(1280, dict.fromkeys(range(6), 1), (3, 64, 64), (3, 16, 16), 0.7, {})
     config = trained("ldm", "small")
     cdm, vae = trained("cdm", "small").cdm, trained("vae", "small").vae
     with torch.device("meta"):

@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 from bagged import WIDTH, add, config, row_of, rows, write
+from bagged import fold as fold_by
 
 from raylarge import storage
 from raylarge.errors import UserError
+from raylarge.train import registry
 from raylarge.train.labels import bags
-from raylarge.train.tasks import mil
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def data(tmp_path_factory):
 def test_folds_share_no_patient_and_hold_out_every_slide_once(data):
     held = []
     for number in range(3):
-        fold = bags.load(config(data, fold=number))
+        fold = fold_by(config(data, fold=number))
         names = np.array(fold.bags.found.patients)
         sides = {split: fold.slides(split) for split in ("train", "val", "test")}
         who = {split: set(names[slides]) for split, slides in sides.items()}
@@ -41,7 +42,7 @@ def test_patients_are_dealt_evenly_label_by_label():
 
 
 def test_a_patch_stands_with_the_coarse_patch_that_covers_it(data):
-    fold = bags.load(config(data, scales=(0, 2)))
+    fold = fold_by(config(data, scales=(0, 2)))
     coarse = [row for row in rows(data) if row["scale"] == 2]
     fine = sorted(
         (row for row in rows(data) if row["scale"] == 0),
@@ -69,7 +70,7 @@ def test_the_nearest_of_several_patches_that_cover_is_taken(tmp_path):
     write(root, patches=(36, 37))
     # A crop of scale 2 at (1, 1) covers (3, 3), and its centre is nearer than that of (0, 0).
     add(root, row_of(0, 2, 1, 1) | {"feature": np.full(WIDTH, 50, np.float16)})
-    found = bags.load(config(root, scales=(0, 2))).bags.found
+    found = fold_by(config(root, scales=(0, 2))).bags.found
     fine = [row for row in rows(root) if row["scale"] == 0 and row["slide_id"] == "s00"]
     cells = sorted((row["row"], row["column"]) for row in fine)
     of_crop = {cell for cell, x in zip(cells, found.features, strict=False) if x[WIDTH] == 50}
@@ -78,7 +79,7 @@ def test_the_nearest_of_several_patches_that_cover_is_taken(tmp_path):
 
 
 def test_what_no_coarse_patch_covers_has_the_mean_of_the_slides_that_train(data):
-    fold = bags.load(config(data, scales=(0, 2)))
+    fold = fold_by(config(data, scales=(0, 2)))
     found, (mean, deviation) = fold.bags.found, fold.statistics
     real = np.concatenate(
         [
@@ -98,12 +99,12 @@ def test_what_no_coarse_patch_covers_has_the_mean_of_the_slides_that_train(data)
 
 def test_features_are_read_once_and_only_where_they_are_used(tmp_path):
     wish = config(write(tmp_path), scales=(0, 2))
-    source, found = mil.source(wish), bags.load(wish).bags.found
+    source, found = registry.source(wish.run), fold_by(wish).bags.found
     assert source.facts.channels == found.channels == 2 * WIDTH
     assert "features" not in vars(found)
     source.batch([0])
     assert vars(found)["features"].shape == (len(found), 2 * WIDTH)
-    assert bags.load(config(wish.data, scales=(0, 2), fold=1)).bags.found is found
+    assert fold_by(config(wish.data, scales=(0, 2), fold=1)).bags.found is found
 
 
 @pytest.mark.parametrize(
@@ -113,12 +114,12 @@ def test_features_that_are_none_are_refused(tmp_path, feature, said):
     root = write(tmp_path)
     add(root, row_of(0, 0, 9, 9) | {"feature": np.array(feature, np.float16)})
     with pytest.raises(UserError, match=said):
-        mil.source(config(root)).batch([0])
+        registry.source(config(root).run).batch([0])
 
 
 def test_an_epoch_holds_every_slide_once_in_an_order_of_its_own(data):
-    source = mil.source(config(data))
-    slides = bags.load(config(data)).slides("train")
+    source = registry.source(config(data).run)
+    slides = fold_by(config(data)).slides("train")
     orders = [[source.slide(len(slides) * e + i) for i in range(len(slides))] for e in range(3)]
     for order in orders:
         assert sorted(order) == slides.tolist()
@@ -127,7 +128,7 @@ def test_an_epoch_holds_every_slide_once_in_an_order_of_its_own(data):
 
 
 def test_a_large_bag_is_drawn_from_without_replacement(data):
-    full, few = mil.source(config(data)), mil.source(config(data, instances=7))
+    full, few = registry.source(config(data).run), registry.source(config(data, instances=7).run)
     samples = [sample for sample in range(1000) if few.slide(sample) == few.slide(0)]
     drawn = set()
     for sample in samples:
@@ -144,7 +145,7 @@ def test_a_large_bag_is_drawn_from_without_replacement(data):
 
 def test_slides_without_the_label_are_left_out(tmp_path):
     root = write(tmp_path, says=lambda i: -1 if i == 7 else i % 2)
-    fold = bags.load(config(root))
+    fold = fold_by(config(root))
     assert len(fold.bags) == 23
     assert "s07" not in fold.bags.found.slides
     assert fold.bags.facts.classes == ("high", "low")
@@ -168,20 +169,20 @@ def test_slides_without_the_label_are_left_out(tmp_path):
 )
 def test_what_cannot_be_is_refused(data, values, said):
     with pytest.raises(UserError, match=said):
-        mil.source(config(data, **values))
+        registry.source(config(data, **values).run)
 
 
 def test_one_class_is_refused(tmp_path):
     root = write(tmp_path, says=lambda i: 1)
     with pytest.raises(UserError, match="is 'high' for all 24 slides"):
-        mil.source(config(root))
+        registry.source(config(root).run)
 
 
 def test_a_fold_that_leaves_one_class_to_learn_from_is_refused(tmp_path):
     root, said = write(tmp_path, says=lambda i: int(i == 0)), []
     for fold in range(3):
         try:
-            mil.source(config(root, fold=fold))
+            registry.source(config(root, fold=fold).run)
         except UserError as error:
             said.append(str(error))
     (only,) = said
@@ -190,8 +191,8 @@ def test_a_fold_that_leaves_one_class_to_learn_from_is_refused(tmp_path):
 
 def test_features_must_be_named_where_there_are_several(data, tmp_path):
     with pytest.raises(UserError, match="there are 0 tables of features"):
-        mil.source(config(str(tmp_path)))
+        registry.source(config(str(tmp_path)).run)
     write(tmp_path)
     storage.write_json(f"{tmp_path}/features-1.json", {})
     with pytest.raises(UserError, match=r"mil\.features=: features-0, features-1"):
-        mil.source(config(str(tmp_path)))
+        registry.source(config(str(tmp_path)).run)

@@ -21,7 +21,7 @@ from raylarge.storage import files
 from raylarge.train import checkpoint
 from raylarge.train.async_checkpoint import AsyncCheckpointer
 from raylarge.train.checkpoint import Checkpoints
-from raylarge.train.launch import Train, run_folder, train
+from raylarge.train.launch import Train, train
 from raylarge.train.state import StoredState, TrainState
 
 machine, store = servers.machine, servers.store  # fixtures
@@ -245,7 +245,7 @@ def test_a_store_that_fails_for_good_leaves_the_last_checkpoint(store, tmp_path)
     with pytest.raises(UserError, match="see that the server"):
         train(config, down)
     store.line.up()
-    last = newest_step(Checkpoints(run_folder(config), 2))
+    last = newest_step(Checkpoints(config.run.folder, 2))
     assert last in (5, 10)  # the one of step 10 was perhaps still being written
     assert train(config, toy.Toy(local=str(tmp_path)))["resumed_from"] == last
 
@@ -270,4 +270,4 @@ def test_a_store_that_comes_back_is_waited_for(store, tmp_path):
 
     facts = train(config, toy.Toy(before={13 * 8: blink}, local=str(tmp_path)))
     assert (facts["step"], facts["resumed_from"]) == (20, None)
-    assert newest_step(Checkpoints(run_folder(config), 2)) == 20
+    assert newest_step(Checkpoints(config.run.folder, 2)) == 20

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,18 +8,17 @@ import toy
 from raylarge import images, schema, storage
 from raylarge.errors import UserError
 from raylarge.models.classifier import Classifier
+from raylarge.train import registry
+from raylarge.train.config import Train
 from raylarge.train.ingest import Ingest
-from raylarge.train.task import Facts, Recipe, Source, Task
+from raylarge.train.task import DataFacts, SampleSource, TrainTask
 from raylarge.train.tasks import classifier
 from raylarge.train.tasks.classifier import ClassifierConfig, Mixed
 
 COLOURS = {"blue": (60, 60, 200), "green": (60, 200, 60), "red": (200, 60, 60)}
 
 
-@dataclass(frozen=True)
-class Config(Recipe):
-    data: str = ""
-    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+Config = partial(Train, model="classifier", data="", out="")
 
 
 def write(root, split="train", slides=6, images_of=8, names=tuple(COLOURS), offset=0):
@@ -63,8 +62,8 @@ def synthetic(tmp_path_factory):
 
 
 def trained(config, steps=50, batch=12):
-    source = classifier.source(config)
-    task = classifier.build(config, source.facts)
+    source = registry.source(config.run)
+    task = registry.build(config.run, source.facts)
     optimizer = torch.optim.Adam(task.network.parameters(), lr=3e-3)
     for step in range(steps):
         drawn = task.draw(source.batch(range(step * batch, (step + 1) * batch)))
@@ -94,13 +93,14 @@ def test_colours_are_learned_and_scored_on_each_held_out_image_once(data, task, 
 
 
 def test_held_out_images_are_spread_evenly_where_there_are_too_many(data, task, tmp_path):
-    few = classifier.ClassifierTask(task.network.classifier, config(data, held_out=4))
+    wish = config(data, held_out=4)
+    few = classifier.ClassifierTask(task.network.classifier, wish.classifier, wish.run)
     few.finish(str(tmp_path), None, {}, {})
     assert storage.read_json(f"{tmp_path}/classifier.json")["samples"] == 4
 
 
 def test_a_sheet_shows_images_by_what_they_are_taken_for(data, task):
-    held = classifier.source(config(data), "val")
+    held = registry.source(config(data).run, "val")
     task.network.eval()
     sheet = task.sheet(held.batch(range(12)))
     assert sheet.dtype == np.uint8
@@ -114,10 +114,10 @@ def test_a_sheet_shows_images_by_what_they_are_taken_for(data, task):
 
 def test_a_sample_does_not_depend_on_its_batch(data, synthetic):
     wish = config(data, synthetic=synthetic, share=0.3)
-    source, again = classifier.source(wish), classifier.source(wish)
-    task = classifier.build(wish, source.facts)
-    assert isinstance(source, Source)
-    assert isinstance(task, Task)
+    source, again = registry.source(wish.run), registry.source(wish.run)
+    task = registry.build(wish.run, source.facts)
+    assert isinstance(source, SampleSource)
+    assert isinstance(task, TrainTask)
     samples = [41, 3, 1 << 34, 40, 42, 43]
     together = task.draw(source.batch(samples))
     for i, sample in enumerate(samples):
@@ -131,8 +131,8 @@ def test_a_sample_does_not_depend_on_its_batch(data, synthetic):
 
 
 def test_images_are_mirrored_in_four_ways_each_at_its_address(data):
-    source = classifier.source(config(data))
-    task = classifier.build(config(data), source.facts)
+    source = registry.source(config(data).run)
+    task = registry.build(config(data).run, source.facts)
     batch = source.batch(range(64))
     seen = set()
     for plain, drawn in zip(batch["image"], task.draw(batch)["image"], strict=True):
@@ -140,7 +140,7 @@ def test_images_are_mirrored_in_four_ways_each_at_its_address(data):
         (way,) = [i for i, one in enumerate(ways) if torch.equal(one, drawn)]
         seen.add(way)
     assert seen == {0, 1, 2, 3}
-    other = classifier.build(config(data, seed=1), source.facts)
+    other = registry.build(config(data, seed=1).run, source.facts)
     assert not torch.equal(other.draw(batch)["image"], task.draw(batch)["image"])
 
 
@@ -149,7 +149,7 @@ class Fake:
 
     def __init__(self, name, classes, side=8):
         self.digest, self.name = name, len(name)
-        self.facts = Facts(0, {0: 100}, (3, side, side), None, None, {}, classes=classes)
+        self.facts = DataFacts(0, {0: 100}, (3, side, side), None, None, {}, classes=classes)
 
     def batch(self, samples):
         index = torch.tensor(list(samples))
@@ -178,22 +178,24 @@ def test_every_run_of_samples_has_its_share_and_no_source_is_asked_twice(share):
 
 def test_synthetic_images_keep_their_class_and_are_not_held_out(data, synthetic, tmp_path):
     wish = config(data, synthetic=synthetic, share=1.0)
-    batch = classifier.source(wish).batch(range(40))
+    batch = registry.source(wish.run).batch(range(40))
     strongest = 2 - batch["image"].mean(dim=(2, 3)).argmax(dim=1)  # blue, green, red
     assert torch.equal(strongest, batch["label"])
     assert set(batch["label"].tolist()) == {1, 2}
-    assert isinstance(classifier.source(wish, "val"), Ingest)
+    assert isinstance(registry.source(wish.run, "val"), Ingest)
     task = trained(wish, steps=1)
     task.finish(str(tmp_path), None, {}, {})
     found = storage.read_json(f"{tmp_path}/classifier.json")
     assert (found["synthetic_share"], found["samples"]) == (1.0, 12)
-    half = classifier.source(config(data, synthetic=synthetic)).digest
-    assert len({half, classifier.source(wish).digest, classifier.source(config(data)).digest}) == 3
+    half = registry.source(config(data, synthetic=synthetic).run).digest
+    assert (
+        len({half, registry.source(wish.run).digest, registry.source(config(data).run).digest}) == 3
+    )
 
 
 def test_the_scale_is_chosen(data):
     for scales in ((0,), (1,), (0, 1)):
-        batch = classifier.source(config(data, scales=scales)).batch(range(30))
+        batch = registry.source(config(data, scales=scales).run).batch(range(30))
         assert set(batch["scale"].tolist()) == set(scales)
 
 
@@ -213,13 +215,13 @@ def test_what_cannot_be_is_refused(data, synthetic, values, said):
     values = values | ({"synthetic": synthetic} if "synthetic" in values else {})
     wish = config(data, **values)
     with pytest.raises(UserError, match=said):
-        classifier.build(wish, classifier.source(wish).facts)
+        registry.build(wish.run, registry.source(wish.run).facts)
 
 
 def test_without_held_out_images_nothing_is_trained(tmp_path):
     wish = config(write(tmp_path))
     with pytest.raises(UserError, match="is of the split 'val' at scales"):
-        classifier.build(wish, classifier.source(wish).facts)
+        registry.build(wish.run, registry.source(wish.run).facts)
 
 
 def test_slides_without_the_label_are_refused(tmp_path):
@@ -230,7 +232,7 @@ def test_slides_without_the_label_are_refused(tmp_path):
         row["labels"] = [] if row["slide_id"] == "train-2" else row["labels"]
     other = toy.write(str(tmp_path / "b"), "examples", rows, schema.EXAMPLES, "train")
     with pytest.raises(UserError, match="colour: 1 of the 3 slides"):
-        classifier.source(config(other))
+        registry.source(config(other).run)
 
 
 @pytest.mark.parametrize(

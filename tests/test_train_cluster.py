@@ -13,7 +13,7 @@ import toy
 
 from raylarge import storage
 from raylarge.train.checkpoint import Checkpoints
-from raylarge.train.launch import Train, run_folder, train
+from raylarge.train.launch import Train, train
 
 HEALTH = {
     "health_check_initial_delay_ms": 1000,
@@ -81,7 +81,7 @@ class Running(threading.Thread):
         self.facts = train(self.config, self.task)
 
     def step(self):
-        path = storage.join(run_folder(self.config), "status.json")
+        path = storage.join(self.config.run.folder, "status.json")
         return storage.read_json(path)["step"] if storage.exists(path) else 0
 
     def wait_for(self, condition):
@@ -151,7 +151,7 @@ def test_a_notice_of_departure_is_answered_with_a_checkpoint(nodes, config, tmp_
     deadline = int(time.time() * 1000) + 15_000
     accepted, _ = client.drain_node(second.node_id, reason, "", deadline)
     assert accepted
-    checkpoints = Checkpoints(run_folder(rare), 2)
+    checkpoints = Checkpoints(rare.run.folder, 2)
     running.wait_for(lambda: checkpoints.newest() is not None)
     assert abs(checkpoints.newest().facts["step"] - running.step()) <= 10
     # When the time is over, Ray ends the workers; no failure of theirs is counted.

@@ -1,7 +1,7 @@
 """A ControlNet starts as the plain U-Net, learns to follow its control, touches nothing else."""
 
 import shutil
-from dataclasses import dataclass, field
+from functools import partial
 
 import bundles as small
 import numpy as np
@@ -20,26 +20,22 @@ from raylarge.models import bundle as bundles
 from raylarge.models.controlnet import lift
 from raylarge.models.summarizer import Summarizer
 from raylarge.resample import downsample
-from raylarge.train.task import Facts, Recipe, Task
-from raylarge.train.tasks import controlnet
+from raylarge.train import registry
+from raylarge.train.config import Train
+from raylarge.train.task import DataFacts, TrainTask
 from raylarge.train.tasks.controlnet import ControlnetConfig
 
 SIDE = 32
 
 
-@dataclass(frozen=True)
-class Config(Recipe):
-    data: str = ""
-    out: str = ""
-    model: str = "controlnet"
-    controlnet: ControlnetConfig = field(default_factory=ControlnetConfig)
+Config = partial(Train, model="controlnet", data="", out="")
 
 
 class Rows:
     """A few smooth random images, over and over; a latent is its image made small."""
 
     digest = "rows"
-    facts = Facts(8, {0: 6}, (3, SIDE, SIDE), (3, 8, 8), None, {"name": "toy"})
+    facts = DataFacts(8, {0: 6}, (3, SIDE, SIDE), (3, 8, 8), None, {"name": "toy"})
 
     def batch(self, samples):
         coarse = [generator(2, "row", s % 6).uniform(-1, 1, (3, 4, 4)) for s in samples]
@@ -69,7 +65,7 @@ def folder(tmp_path_factory):
 
 def made(folder, seed=0, **more):
     config = Config(out=folder, seed=seed, controlnet=ControlnetConfig(**more))
-    return controlnet.build(config, Rows.facts)
+    return registry.build(config.run, Rows.facts)
 
 
 def loud(task):
@@ -124,7 +120,7 @@ def weights(task):
 
 def test_it_starts_as_the_plain_unet(folder):
     task = made(folder, drop=0.3)
-    assert isinstance(task, Task)
+    assert isinstance(task, TrainTask)
     batch, bundle = drawn(task, range(8)), bundles.load(folder)
     size = torch.stack([batch["grid_rows"], batch["grid_columns"]], dim=1)
     tokens = bundle.summarizer(batch["grid"], batch["scale"], size)
@@ -169,7 +165,7 @@ def test_every_weight_hears_of_the_loss(folder):
 
 def test_activations_may_be_computed_again(folder):
     task = loud(made(folder))
-    again = loud(controlnet.build(Config(out=folder, checkpointing=True), Rows.facts))
+    again = loud(registry.build(Config(out=folder, checkpointing=True).run, Rows.facts))
     assert again.bundle.unet.is_gradient_checkpointing
     for one in (task, again):
         one.network(drawn(one, range(2))).mean().backward()
@@ -241,16 +237,16 @@ def test_latents_meet_their_images_however_flipped(small_examples, tiny_bundle, 
     shape = {"channels": 32, "width": 64, "layers": 1, "heads": 4, "scales": 4}
     bundles.save(out, {"summarizer": Summarizer(**shape)}, {})
     config = Config(data=root, out=out, batch=4)
-    rows = controlnet.source(config)
+    rows = registry.source(config.run)
     batch = rows.batch(range(32))
     found = bundles.load_autoencoder(out).encode(batch["image"])
     assert torch.allclose(found, batch["latent"], atol=5e-3)
     turned = bundles.load_autoencoder(out).encode(batch["image"].flip(3))
     assert not torch.allclose(turned, batch["latent"], atol=5e-2)
-    task = controlnet.build(config, rows.facts)
+    task = registry.build(config.run, rows.facts)
     loss = task.network(task.draw(rows.batch(range(4))))
     assert loss.isfinite().all()
-    assert task.sheet(controlnet.source(config, "val").batch(range(2))).shape[2] == 3
+    assert task.sheet(registry.source(config.run, "val").batch(range(2))).shape[2] == 3
 
 
 def test_what_does_not_fit_is_refused_with_the_cure(folder, tmp_path):

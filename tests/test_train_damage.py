@@ -15,7 +15,7 @@ from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.train.checkpoint import Checkpoints
-from raylarge.train.launch import Train, run_folder, train
+from raylarge.train.launch import Train, train
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def config(tmp_path):
 @pytest.mark.parametrize("name", ["state-0.safetensors", "loss.csv"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(config, name):
     train(config, toy.Toy())
-    root = Path(run_folder(config))
+    root = Path(config.run.folder)
     newest = root / Checkpoints(str(root), 2).newest().name
     content = bytearray((newest / name).read_bytes())
     content[8:20] = b"\xff" * 12
@@ -43,7 +43,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(config, name):
 @pytest.mark.parametrize("document", [[], {}, {"step": 4}])
 def test_a_commit_that_says_nothing_is_none(config, document):
     train(config, toy.Toy())
-    root = run_folder(config)
+    root = config.run.folder
     newest = Checkpoints(root, 2).newest().name
     storage.write_json(f"{root}/{newest}/checkpoint.json", document)
     assert train(replace(config, steps=5), toy.Toy())["resumed_from"] == 2
@@ -52,7 +52,7 @@ def test_a_commit_that_says_nothing_is_none(config, document):
 @pytest.mark.parametrize("document", [[], {}, {"step": 4}])
 def test_facts_that_say_nothing_are_made_again(config, document):
     train(config, toy.Toy())
-    path = f"{run_folder(config)}/facts.json"
+    path = f"{config.run.folder}/facts.json"
     storage.write_json(path, document)
     assert train(config, toy.Toy())["resumed_from"] == 4
     assert storage.read_json(path)["step"] == 4
@@ -64,7 +64,7 @@ def test_what_differs_is_named_and_checkpoints_of_nobody_are_not_taken(config):
     other = replace(config, ldm=replace(config.ldm, summarizer=summarizer))
     with pytest.raises(UserError, match=r"trained with ldm\.summarizer\.layers=12, not 2; give"):
         train(other, toy.Toy())
-    Path(run_folder(config), "config.json").unlink()
+    Path(config.run.folder, "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json does not say what the checkpoints beside"):
         train(replace(config, steps=5), toy.Toy())
 
@@ -140,7 +140,7 @@ def test_what_a_model_is_trained_on_stays_while_it_trains(config):
         """Somebody else puts another autoencoder there on the way."""
 
         def __call__(self, its_config, facts):
-            path = Path(run_folder(its_config), "config.json")
+            path = Path(its_config.run.folder, "config.json")
             path.write_text(json.dumps(json.loads(path.read_text()) | {"on": "another"}))
             return super().__call__(its_config, facts)
 
@@ -187,7 +187,7 @@ def lose_file(newest, _):
 )
 def test_a_damaged_checkpoint_is_passed_over_with_a_sentence(config, capsys, damage, content, said):
     train(config, toy.Toy())
-    root = Path(run_folder(config))
+    root = Path(config.run.folder)
     newest = root / Checkpoints(str(root), 2).newest().name
     damage(newest, content)
     capsys.readouterr()
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_sentence(config, capsys, dam
 
 def test_no_whole_checkpoint_means_a_new_start_that_is_announced(config, capsys):
     train(config, toy.Toy())
-    for path in Path(run_folder(config)).glob("step-*/checkpoint.json"):
+    for path in Path(config.run.folder).glob("step-*/checkpoint.json"):
         path.write_bytes(b"")
     capsys.readouterr()
     assert train(config, toy.Toy())["resumed_from"] is None
@@ -209,12 +209,12 @@ def test_no_whole_checkpoint_means_a_new_start_that_is_announced(config, capsys)
 @pytest.mark.parametrize("name", ["facts.json", "owner.json", "status.json"])
 def test_a_damaged_file_that_is_written_anew_anyway_costs_nothing(config, name):
     train(config, toy.Toy())
-    Path(run_folder(config), name).write_bytes(b"")
+    Path(config.run.folder, name).write_bytes(b"")
     assert train(replace(config, steps=5), toy.Toy())["step"] == 5
 
 
 def test_a_damaged_record_is_a_sentence(config):
     train(config, toy.Toy())
-    Path(run_folder(config), "config.json").write_bytes(b"")
+    Path(config.run.folder, "config.json").write_bytes(b"")
     with pytest.raises(UserError, match=r"does not say what .* were trained with; bring it back"):
         train(replace(config, steps=5), toy.Toy())

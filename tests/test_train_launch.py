@@ -20,8 +20,8 @@ from raylarge.models.cdm import CDM
 from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.prior import GridPrior
 from raylarge.models.summarizer import Summarizer
-from raylarge.train.launch import Train, run_folder, train
-from raylarge.train.tasks import vae
+from raylarge.train import registry
+from raylarge.train.launch import Train, train
 from raylarge.train.tasks.vae import VaeConfig
 
 SCRIPT = textwrap.dedent(
@@ -67,13 +67,13 @@ def test_of_two_that_start_at_one_moment_one_is_refused(config, tmp_path):
     refused = answers[codes.index(2)][1]
     assert "is in use: the training of model=ldm has been writing to it since" in refused
     assert "Traceback" not in refused
-    assert storage.read_json(f"{run_folder(config)}/facts.json")["step"] == 20
+    assert storage.read_json(f"{config.run.folder}/facts.json")["step"] == 20
 
 
 def test_a_killed_one_keeps_nobody_out(config, tmp_path):
     (tmp_path / "go").touch()
     process = started(tmp_path, "a")
-    root = Path(run_folder(config))
+    root = Path(config.run.folder)
     while not list(root.glob("step-*/checkpoint.json")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -93,7 +93,7 @@ def test_another_model_may_train_into_the_same_bundle_meanwhile(config, tmp_path
     def late(its_config, facts):
         begun.set()
         end.wait(60)
-        return vae.build(its_config, facts)
+        return registry.build(its_config.run, facts)
 
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(train, of_images, late)

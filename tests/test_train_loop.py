@@ -12,7 +12,7 @@ from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.train import launch, preemption
 from raylarge.train.checkpoint import Checkpoints
-from raylarge.train.launch import Train, run_folder, train
+from raylarge.train.launch import Train, train
 from raylarge.train.state import StoredState
 from raylarge.train.tasks.ldm import LdmConfig
 from raylarge.train.worker import STATISTICS
@@ -114,7 +114,7 @@ def test_too_many_bad_steps_end_the_run(config):
     poison = tuple(range(8 * BATCH, STEPS * BATCH))
     with pytest.raises(UserError, match=r"4 steps running.*samples 64 to 95.*a lower lr"):
         train(replace(config, patience=4), toy.Toy(poison=poison))
-    assert Checkpoints(run_folder(config), 2).newest().facts["step"] == 10
+    assert Checkpoints(config.run.folder, 2).newest().facts["step"] == 10
     assert train(config, toy.Toy())["resumed_from"] == 10
 
 
@@ -123,7 +123,7 @@ def test_a_spike_is_skipped_and_told(config):
     loud = tuple(range(70 * BATCH, 72 * BATCH))
     facts = train(replace(config, steps=80, spike=3.0), toy.Toy(loud=loud))
     assert facts["skipped"] == 2
-    with Path(run_folder(config), "skipped.csv").open() as file:
+    with Path(config.run.folder, "skipped.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == facts["skipped"]
     assert [(row["step"], row["why"]) for row in rows] == [("71", "spike"), ("72", "spike")]
@@ -139,10 +139,10 @@ def test_held_out_samples_are_told_and_the_best_is_kept(config):
         held = {int(row["step"]): float(row["val"]) for row in csv.DictReader(file) if row["val"]}
     assert set(held) == set(range(5, 61, 5))
     assert (facts["best_step"], facts["best_loss"]) == min(held.items(), key=lambda one: one[1])
-    checkpoints = Checkpoints(run_folder(config), 1)
+    checkpoints = Checkpoints(config.run.folder, 1)
     assert checkpoints.newest().facts["step"] == 60
     assert checkpoints.best().facts["step"] == facts["best_step"] < 60
-    kept = list(Path(run_folder(config)).glob("step-*"))
+    kept = list(Path(config.run.folder).glob("step-*"))
     assert len(kept) == 2
 
 
@@ -151,7 +151,7 @@ def test_the_bundle_is_of_the_last_or_of_the_best_checkpoint(config, result):
     toy.write_latents(config.data, counts=(4, 4, 4), split="val", seed=7)
     config = replace(config, steps=60, lr=0.3, clip=0.0, validate=5, result=result)
     facts = train(config, toy.Toy())
-    checkpoints = Checkpoints(run_folder(config), 2)
+    checkpoints = Checkpoints(config.run.folder, 2)
     found = {"last": checkpoints.newest(), "best": checkpoints.best()}
     assert found["best"].facts["step"] < found["last"].facts["step"] == 60
     assert facts["result_step"] == found[result].facts["step"]
@@ -169,7 +169,7 @@ def test_the_bundle_is_of_the_last_or_of_the_best_checkpoint(config, result):
 
 def test_time_asks_for_checkpoints_too(config):
     train(replace(config, checkpoint_every=1000, checkpoint_minutes=0.0, keep=100), toy.Toy())
-    assert len(list(Path(run_folder(config)).glob("step-*"))) == STEPS
+    assert len(list(Path(config.run.folder).glob("step-*"))) == STEPS
 
 
 def test_who_is_preempted_saves_first(config, tmp_path, monkeypatch):
@@ -182,7 +182,7 @@ def test_who_is_preempted_saves_first(config, tmp_path, monkeypatch):
 
 def test_what_a_run_leaves(config):
     facts = train(replace(config, track="tensorboard", sheet_every=12), toy.Toy(pictures=True))
-    root = Path(run_folder(config))
+    root = Path(config.run.folder)
     assert {path.name for path in root.iterdir()} >= {
         "loss.csv",
         "skipped.csv",
@@ -201,9 +201,9 @@ def test_what_a_run_leaves(config):
 
 def test_a_broken_checkpoint_is_passed_over(config):
     facts = train(config, toy.Toy())
-    kept = sorted(Path(run_folder(config)).glob("step-*"))
+    kept = sorted(Path(config.run.folder).glob("step-*"))
     assert [path.name[:13] for path in kept] == ["step-00000015", "step-00000020"]
-    Path(run_folder(config), "facts.json").unlink()
+    Path(config.run.folder, "facts.json").unlink()
     Path(kept[-1], "state-0.safetensors").write_bytes(b"cut short")
     again = train(config, toy.Toy())
     assert again["resumed_from"] == 15
@@ -263,5 +263,5 @@ def test_a_notice_is_heeded_at_once_and_before_its_time_is_over(config, monkeypa
     monkeypatch.setattr(preemption, "NOTICE_S", 0.0)
     monkeypatch.setattr(launch, "LocalContext", Leaving)
     train(replace(config, checkpoint_every=1000, keep=100), toy.Toy())
-    names = sorted(path.name for path in Path(run_folder(config)).glob("step-*"))
+    names = sorted(path.name for path in Path(config.run.folder).glob("step-*"))
     assert [int(name.split("-")[1]) for name in names] == [3, 6, 12, STEPS]

@@ -2,17 +2,18 @@ import numpy as np
 import pytest
 import torch
 from bagged import config, write
+from bagged import fold as fold_by
 
 from raylarge import storage
 from raylarge.models.mil import ABMIL
-from raylarge.train.labels import bags
-from raylarge.train.task import Source, Task
+from raylarge.train import registry
+from raylarge.train.task import SampleSource, TrainTask
 from raylarge.train.tasks import mil
 
 
 def trained(config, steps=120, batch=8):
-    source = mil.source(config)
-    task = mil.build(config, source.facts)
+    source = registry.source(config.run)
+    task = registry.build(config.run, source.facts)
     optimizer = torch.optim.Adam(task.network.parameters(), lr=3e-3)
     for step in range(steps):
         drawn = task.draw(source.batch(range(step * batch, (step + 1) * batch)))
@@ -49,7 +50,7 @@ def test_a_few_patches_that_decide_are_found(done):
 
 def test_the_network_is_kept_and_gives_the_scores_that_are_told(data, done):
     network = ABMIL.from_pretrained(f"{done}/mil/fold-2").eval()
-    fold = bags.load(config(data, fold=2))
+    fold = fold_by(config(data, fold=2))
     found = storage.read_json(f"{done}/mil/fold-2.json")["slides"]
     slides = fold.slides("val")
     assert {fold.bags.found.slides[slide] for slide in slides} == found.keys()
@@ -94,13 +95,13 @@ def test_a_coarse_feature_that_alone_tells_is_found(tmp_path):
 
 
 def test_a_sample_does_not_depend_on_its_batch(data):
-    source = mil.source(config(data, instances=20))
-    task = mil.build(config(data, instances=20), source.facts)
-    assert isinstance(source, Source)
-    assert isinstance(task, Task)
+    source = registry.source(config(data, instances=20).run)
+    task = registry.build(config(data, instances=20).run, source.facts)
+    assert isinstance(source, SampleSource)
+    assert isinstance(task, TrainTask)
     samples = [3, 90, 1 << 33, 5]
     together = task.draw(source.batch(samples))
-    again = mil.source(config(data, instances=20))
+    again = registry.source(config(data, instances=20).run)
     for i, sample in enumerate(samples):
         alone = task.draw(again.batch([sample]))
         for name, value in alone.items():

@@ -18,7 +18,7 @@ from raylarge.train.monitor import meter, progress
 from raylarge.train.monitor import trackers as watch
 from raylarge.train.monitor.bins import Bins
 from raylarge.train.monitor.meter import Meter
-from raylarge.train.monitor.trackers import Run, track
+from raylarge.train.monitor.trackers import TrackedRun, track
 
 CONFIG = {"model": "ldm", "ldm": {"layers": 2}}
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -55,21 +55,21 @@ def local(root):
 
 
 def test_a_resumed_run_does_not_double_its_curve(tmp_path):
-    killed = track("tensorboard", Run(str(tmp_path), "a run", CONFIG))
+    killed = track("tensorboard", TrackedRun(str(tmp_path), "a run", CONFIG))
     for step in (10, 20, 30, 40):
         killed.scalars(step, {"loss/scale 3": step / 8})
-    resumed = track("tensorboard", Run(str(tmp_path), "a run", CONFIG, step=20))
+    resumed = track("tensorboard", TrackedRun(str(tmp_path), "a run", CONFIG, step=20))
     resumed.scalars(30, {"loss/scale 3": 1.0})
     resumed.close()
     assert curve_of(local(tmp_path), "loss/scale 3") == [(10, 1.25), (20, 2.5), (30, 1.0)]
     assert len(local(tmp_path)) == 2
-    anew = track("tensorboard", Run(str(tmp_path), "a run", CONFIG))
+    anew = track("tensorboard", TrackedRun(str(tmp_path), "a run", CONFIG))
     anew.scalars(10, {"loss/scale 3": 9.0})
     assert curve_of(local(tmp_path), "loss/scale 3") == [(10, 9.0)]
 
 
 def test_a_picture_comes_back_as_it_was(tmp_path):
-    tracker = track("tensorboard", Run(str(tmp_path), "a run", CONFIG))
+    tracker = track("tensorboard", TrackedRun(str(tmp_path), "a run", CONFIG))
     tracker.picture(50, "sheet", PICTURE)
     [(step, value)] = shown(local(tmp_path))
     assert (step, value.tag, value.image.height, value.image.width) == (50, "sheet", 4, 6)
@@ -79,7 +79,7 @@ def test_a_picture_comes_back_as_it_was(tmp_path):
 @pytest.mark.s3
 def test_events_reach_a_bucket_with_every_flush(s3_bucket, monkeypatch):
     root = f"{s3_bucket}/watch/run"
-    tracker = track("tensorboard", Run(root, "a run", CONFIG))
+    tracker = track("tensorboard", TrackedRun(root, "a run", CONFIG))
 
     def there():
         found = storage.children(storage.join(root, watch.EVENTS))
@@ -98,7 +98,7 @@ def test_events_reach_a_bucket_with_every_flush(s3_bucket, monkeypatch):
     assert curve_of(there(), "loss") == [(10, 0.5), (20, 0.25), (30, 0.25), (40, 0.125)]
     assert len(there()) == 3
     assert not tracker._folder.exists()
-    resumed = track("tensorboard", Run(root, "a run", CONFIG, step=20))
+    resumed = track("tensorboard", TrackedRun(root, "a run", CONFIG, step=20))
     resumed.close()
     assert curve_of(there(), "loss") == [(10, 0.5), (20, 0.25)]
 
@@ -126,10 +126,10 @@ class FakeWandb(ModuleType):
 def test_wandb_goes_on_with_the_same_run_and_is_not_told_twice(tmp_path, monkeypatch):
     service = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", service)
-    tracker = track("wandb", Run(str(tmp_path), "a run", CONFIG))
+    tracker = track("wandb", TrackedRun(str(tmp_path), "a run", CONFIG))
     for step in (10, 20, 30):
         tracker.scalars(step, {"loss": 1 / step})
-    again = track("wandb", Run(str(tmp_path), "a run", CONFIG, step=20))
+    again = track("wandb", TrackedRun(str(tmp_path), "a run", CONFIG, step=20))
     for step in (30, 40):
         again.scalars(step, {"loss": 1 / step})
         again.picture(step, "sheet", PICTURE)
@@ -141,11 +141,11 @@ def test_wandb_goes_on_with_the_same_run_and_is_not_told_twice(tmp_path, monkeyp
     assert service.runs[0]["id"] == service.runs[1]["id"]
     assert service.runs[0]["config"] == CONFIG
     assert service.runs[2] == "end"
-    track("wandb", Run(str(tmp_path), "begun anew", CONFIG))
+    track("wandb", TrackedRun(str(tmp_path), "begun anew", CONFIG))
     assert service.runs[3]["id"] != service.runs[0]["id"]
     monkeypatch.setenv("WANDB_PROJECT", "refused")
     with pytest.raises(UserError, match=r"no key.*WANDB_API_KEY"):
-        track("wandb", Run(str(tmp_path), "a run", CONFIG))
+        track("wandb", TrackedRun(str(tmp_path), "a run", CONFIG))
 
 
 class FakeMlflow(ModuleType):
@@ -195,12 +195,12 @@ def test_mlflow_goes_on_with_the_same_run_and_may_be_lost(tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "mlflow", service)
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    tracker = track("mlflow", Run(str(tmp_path), "a run", CONFIG))
+    tracker = track("mlflow", TrackedRun(str(tmp_path), "a run", CONFIG))
     assert service.uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert service.params == {"model": '"ldm"', "ldm.layers": "2"}
     for step in (10, 20, 30):
         tracker.scalars(step, {"loss": 1 / step})
-    again = track("mlflow", Run(str(tmp_path), "a run", CONFIG, step=20))
+    again = track("mlflow", TrackedRun(str(tmp_path), "a run", CONFIG, step=20))
     for step in (30, 40):
         again.scalars(step, {"loss": 1 / step})
         again.picture(step, "sheet", PICTURE)
@@ -212,7 +212,7 @@ def test_mlflow_goes_on_with_the_same_run_and_may_be_lost(tmp_path, monkeypatch,
     again.close()
     assert service.status == "FINISHED"
     with pytest.raises(UserError, match=r"s3://bucket/run.*MLFLOW_TRACKING_URI"):
-        track("mlflow", Run("s3://bucket/run", "a run", CONFIG))
+        track("mlflow", TrackedRun("s3://bucket/run", "a run", CONFIG))
 
 
 def test_a_tracker_is_imported_only_where_it_is_chosen(tmp_path, monkeypatch):
@@ -220,15 +220,15 @@ def test_a_tracker_is_imported_only_where_it_is_chosen(tmp_path, monkeypatch):
     for package in packages.values():
         monkeypatch.setitem(sys.modules, package, None)  # importing it fails
         monkeypatch.setitem(sys.modules, f"{package}.record_writer", None)
-    silent = track("none", Run(str(tmp_path), "a run", CONFIG))
+    silent = track("none", TrackedRun(str(tmp_path), "a run", CONFIG))
     silent.scalars(1, {"loss": 1.0})
     silent.close()
     assert list(tmp_path.iterdir()) == []
     for kind, package in packages.items():
         with pytest.raises(UserError, match=f"track={kind} .*pip install {package}"):
-            track(kind, Run(str(tmp_path), "a run", CONFIG))
+            track(kind, TrackedRun(str(tmp_path), "a run", CONFIG))
     with pytest.raises(UserError, match="track=visdom is not known"):
-        track("visdom", Run(str(tmp_path), "a run", CONFIG))
+        track("visdom", TrackedRun(str(tmp_path), "a run", CONFIG))
 
 
 def test_losses_are_told_apart_by_scale_and_timestep():

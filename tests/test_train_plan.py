@@ -1,6 +1,7 @@
 """Training on paper: its counts against real tensors, its states against a real optimiser."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -15,18 +16,18 @@ from raylarge.geometry import Patch
 from raylarge.models import cost
 from raylarge.models.bundle import Bundle
 from raylarge.models.summarizer import Summarizer
+from raylarge.train import registry
 from raylarge.train.activations import recompute
 from raylarge.train.config import Train, checked
 from raylarge.train.context import LocalContext
 from raylarge.train.estimate import memory, model_states, plan
 from raylarge.train.micro_batches import MicroBatch
-from raylarge.train.task import Facts
-from raylarge.train.tasks import ldm, vae
+from raylarge.train.task import DataFacts
 from raylarge.train.tasks.cdm import CdmTask
 from raylarge.train.torch_engine import TorchEngine
 
-FACTS = Facts(8, {0: 900, 1: 90, 3: 10}, (3, 64, 64), (3, 16, 16), 0.5, {})
-BRCA = Facts(1024, dict.fromkeys(range(8), 2_000_000), (3, 256, 256), (3, 64, 64), 0.5, {})
+FACTS = DataFacts(8, {0: 900, 1: 90, 3: 10}, (3, 64, 64), (3, 16, 16), 0.5, {})
+BRCA = DataFacts(1024, dict.fromkeys(range(8), 2_000_000), (3, 256, 256), (3, 64, 64), 0.5, {})
 TINY = {
     "unet": {"channels": [32, 64], "attention": [False, True], "layers": 1, "groups": 8},
     "summarizer": {"width": 64, "layers": 1, "heads": 4},
@@ -40,7 +41,7 @@ def config_of(model="ldm", **more):
 
 def real(config):
     """The tiny diffusion model with weights, and two of its samples."""
-    task = ldm.build(config, FACTS)
+    task = registry.build(config.run, FACTS)
     return task, task.draw(plan.example(FACTS, 2))
 
 
@@ -51,7 +52,7 @@ def full():
         Train,
         {"model": "ldm", "data": "-", "out": "-", "workers": 8, "batch": 600, "precision": "bf16"},
     )
-    task = plan.on_meta(ldm.build, config, BRCA)
+    task = plan.on_meta(partial(registry.build, config.run), BRCA)
     return config, task, plan.plan(config, config.worker_group, config.card, BRCA, task)
 
 
@@ -258,7 +259,7 @@ def test_what_joins_later_counts():
     judge = {"adversarial": 0.1, "discriminator": {"width": 16, "layers": 2}}
     more = {"kind": "vq", "channels": [32, 32, 32], "layers": 1, "adversarial_from": 50_000}
     config = config_of("vae", vae={**more, **judge})
-    task = plan.on_meta(vae.build, config, FACTS)
+    task = plan.on_meta(partial(registry.build, config.run), FACTS)
     early = {**plan.example(FACTS, 2), "sample": torch.arange(2)}
     made = plan.plan(config, config.worker_group, config.card, FACTS, task, early)
     alone = memory.on_paper(task.network, task.draw(early), 2, half=False)
@@ -351,4 +352,4 @@ def test_a_network_that_cannot_be_is_refused(change, says, on_paper):
 def test_a_diffusion_model_that_can_be_is_taken(change):
     config = checked(config_of(ldm=change))
     assert config == checked(config)
-    plan.on_meta(ldm.build, config, FACTS)
+    plan.on_meta(partial(registry.build, config.run), FACTS)

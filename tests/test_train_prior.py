@@ -1,7 +1,8 @@
 """The grid prior learns grids from vectors, each sample by itself, in the units of sampling."""
 
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,9 @@ from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models import bundle_parts
 from raylarge.models.prior import GridSampling
-from raylarge.train.task import Facts, Recipe, Task
+from raylarge.train import registry
+from raylarge.train.config import Train
+from raylarge.train.task import DataFacts, TrainTask
 from raylarge.train.tasks import prior
 from raylarge.train.tasks.prior import PriorConfig
 
@@ -28,18 +31,14 @@ RELATION = generator(0, "relation").standard_normal((VECTOR, CHANNELS)).astype(n
 SIZE, PLACE = np.float32([1, 2, 4, 4, 2, 1]), np.float32([0, 5, 10, -10, 0, 3])
 
 
-@dataclass(frozen=True)
-class Config(Recipe):
-    data: str = ""
-    out: str = ""
-    prior: PriorConfig = field(default_factory=lambda: SMALL)
+Config = partial(Train, model="prior", data="", out="", prior=SMALL)
 
 
 class Rows:
     """Random rows: the mean of a grid is a linear function of its vector, in uneven units."""
 
     digest = "rows"
-    facts = Facts(CHANNELS, {2: 1000}, (3, 8, 8), None, None, {"name": "toy"}, vector=VECTOR)
+    facts = DataFacts(CHANNELS, {2: 1000}, (3, 8, 8), None, None, {"name": "toy"}, vector=VECTOR)
 
     def batch(self, samples):
         vectors, grids = [], []
@@ -76,9 +75,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def make(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(prior, "source", lambda config, split="train": Rows())
-    return lambda **more: prior.build(
-        Config(data=folder, out=str(tmp_path / "bundle"), **more), Rows.facts
+    monkeypatch.setattr(prior, "source", lambda config, run, split="train": Rows())
+    return lambda **more: registry.build(
+        Config(data=folder, out=str(tmp_path / "bundle"), **more).run, Rows.facts
     )
 
 
@@ -102,8 +101,8 @@ def fitted(task, rows, steps, batch=64):
 def trained(folder):
     threads, patch = torch.get_num_threads(), pytest.MonkeyPatch()
     torch.set_num_threads(1)
-    patch.setattr(prior, "source", lambda config, split="train": Rows())
-    task = prior.build(Config(data=folder, out=f"{folder}/bundle"), Rows.facts)
+    patch.setattr(prior, "source", lambda config, run, split="train": Rows())
+    task = registry.build(Config(data=folder, out=f"{folder}/bundle").run, Rows.facts)
     losses = fitted(task, Rows(), 250)
     task.network.eval()
     patch.undo()
@@ -125,7 +124,7 @@ def wanted_means(task, vectors):
 
 def test_training_lowers_the_loss(trained):
     task, losses = trained
-    assert isinstance(task, Task)
+    assert isinstance(task, TrainTask)
     assert task.averaged is task.network.prior
     assert np.mean(losses[-20:]) < 0.5 * losses[0]
 
@@ -275,7 +274,7 @@ def real(small_examples, tmp_path):
 @pytest.mark.parametrize("missing", ["refuse", "drop"])
 def test_vectors_of_a_table_meet_their_grids(small_examples, tmp_path, missing):
     real = with_vectors(small_examples, tmp_path, missing)
-    rows = prior.source(real)
+    rows = registry.source(real.run)
     batch = rows.batch(range(40))
     assert set(batch["scale"].tolist()) == {2}
     means = prior.grids_of(batch, 4).mean(dim=(2, 3))
@@ -284,7 +283,7 @@ def test_vectors_of_a_table_meet_their_grids(small_examples, tmp_path, missing):
     assert not given.all()
     assert torch.allclose(batch["vector"][given], means[given], atol=1e-2)
     assert rows.facts.vector == rows.facts.channels == means.shape[1]
-    task = prior.build(real, rows.facts)
+    task = registry.build(real.run, rows.facts)
     losses = fitted(task, rows, 40, batch=16)
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
     vector = batch["vector"][given][:1]
@@ -303,14 +302,14 @@ def test_what_does_not_fit_is_refused_with_the_cure(real, tmp_path):
         ({"scale": 3}, r"scale 3 has no row of the split 'train'"),
     ):
         with pytest.raises(UserError, match=told):
-            prior.source(replace(real, prior=replace(SMALL, **wrong)))
-    facts = prior.source(real).facts
+            registry.source(replace(real, prior=replace(SMALL, **wrong)).run)
+    facts = registry.source(real.run).facts
     bundles.save(real.out, {}, {"encoder": {"name": "uni"}})
     with pytest.raises(UserError, match=r"embeddings of uni, the data hold those of toy; prepare"):
-        prior.build(real, facts)
+        registry.build(real.run, facts)
     name = storage.children(real.data, "text_embed-*.json")[0]
     storage.write_json(f"{real.data}/text_embed-other.json", storage.read_json(name))
     with pytest.raises(UserError, match=r"has 2 tables of vectors; choose one: prior\.vectors="):
-        prior.source(real)
+        registry.source(real.run)
     with pytest.raises(UserError, match=r"has 0 tables of vectors; make one with .*text_embed"):
-        prior.source(replace(real, data=str(tmp_path)))
+        registry.source(replace(real, data=str(tmp_path)).run)

@@ -9,7 +9,7 @@ import torch
 import toy
 
 from raylarge.errors import UserError
-from raylarge.train.launch import Train, run_folder, train
+from raylarge.train.launch import Train, train
 
 STEPS, BATCH = 20, 8
 
@@ -90,7 +90,7 @@ def test_others_go_on_under_ray_from_where_the_twin_stopped(twin, tmp_path):
     assert facts["resumed_from"] == 10
     facts = train(replace(mine, workers=2, zero=3, sheet_every=18), toy.Toy(pictures=True))
     assert facts["resumed_from"] == 15
-    sheets = sorted(path.name for path in Path(run_folder(mine), "sheets").iterdir())
+    sheets = sorted(path.name for path in Path(mine.run.folder, "sheets").iterdir())
     assert sheets == ["step-00000018.png", "step-00000020.png"]  # by tasks of their own
     assert losses(facts) == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(weights(mine), weights(config), atol=1e-5, rtol=0)
@@ -108,4 +108,4 @@ def test_workers_that_keep_failing_are_given_up_with_a_sentence(twin, tmp_path):
     mine = replace(config, out=str(tmp_path), workers=1, max_failures=0)
     with pytest.raises(UserError, match=r"the toy was told to fail.*the last checkpoint is kept"):
         train(mine, toy.Toy(fatal_sample=50, fatal_once="raise"))
-    assert "RuntimeError" in Path(run_folder(mine), "error.txt").read_text()
+    assert "RuntimeError" in Path(mine.run.folder, "error.txt").read_text()

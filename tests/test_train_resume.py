@@ -12,7 +12,7 @@ from raylarge import config as config_of
 from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.train import resume
-from raylarge.train.launch import Train, run_folder, train
+from raylarge.train.launch import Train, train
 
 DEFAULTS = json.loads(Path(__file__).with_name("data").joinpath("train_defaults.json").read_text())
 """The default of every key when it first came."""
@@ -45,7 +45,7 @@ def without(record, key):
 def test_a_record_may_lack_any_key(config):
     """Absent keys mean the default of their time; what differs from it is named exactly."""
     train(config, toy.Toy())
-    root = run_folder(config)
+    root = config.run.folder
     path = f"{root}/config.json"
     record = storage.read_json(path)
     keys = leaves(record).keys() - {"on", "model"}
@@ -56,20 +56,20 @@ def test_a_record_may_lack_any_key(config):
         value = leaves(record)[key]
         cure = f"{key}={config_of.format_value(DEFAULTS[key])}"
         if value == DEFAULTS[key]:
-            resume.refuse_mixing(config, root)
+            resume.refuse_mixing(config)
             assert storage.read_json(path) == record  # the record is complete again
             continue
         other = config_of.format_value(value)
         said = f"without the key {key}, which means {cure}, not {other}; give {cure}"
         with pytest.raises(UserError, match=re.escape(said)):
-            resume.refuse_mixing(config, root)
+            resume.refuse_mixing(config)
         refused.add(key)
     assert refused == {"lr", "batch", "ldm.drop", "ldm.summarizer.layers"}
 
 
 def test_a_run_resumes_without_a_key_in_its_record(config):
     train(config, toy.Toy())
-    path = f"{run_folder(config)}/config.json"
+    path = f"{config.run.folder}/config.json"
     storage.write_json(path, without(storage.read_json(path), "super_block"))
     facts = train(replace(config, steps=4), toy.Toy())
     assert (facts["resumed_from"], facts["step"]) == (2, 4)
@@ -79,11 +79,11 @@ def test_a_run_resumes_without_a_key_in_its_record(config):
 def record(config):
     """A function that adds keys to the record of a run."""
     train(config, toy.Toy())
-    path = f"{run_folder(config)}/config.json"
+    path = f"{config.run.folder}/config.json"
 
     def change(**more):
         storage.write_json(path, storage.read_json(path) | more)
-        resume.refuse_mixing(config, run_folder(config))
+        resume.refuse_mixing(config)
         return storage.read_json(path)
 
     return change
@@ -103,7 +103,7 @@ def test_keys_that_may_change_or_are_of_other_models_do_not_count(record):
 
 
 def test_a_key_may_be_renamed_and_a_default_may_change(config, record, monkeypatch):
-    path = f"{run_folder(config)}/config.json"
+    path = f"{config.run.folder}/config.json"
     monkeypatch.setitem(resume.RENAMED, "block", "super_block")
     storage.write_json(path, without(storage.read_json(path), "super_block"))
     with pytest.raises(UserError, match="with super_block=3, not 16; give the old value"):
@@ -140,13 +140,13 @@ def test_models_in_the_wrong_order_are_refused_and_leave_nothing(config, change,
 
 
 def test_a_diffusion_model_before_its_autoencoder_knows_it_still(config, capsys):
-    resume.refuse_lacking(config)
+    resume.refuse_lacking(config.run)
     assert "has no autoencoder: model=ldm is trained on latents-0 of" in capsys.readouterr().out
-    assert resume.stands_on(config) == "0"
-    path = f"{run_folder(config)}/config.json"
+    assert resume.stands_on(config.run) == "0"
+    path = f"{config.run.folder}/config.json"
     train(config, toy.Toy())
     storage.write_json(path, storage.read_json(path) | {"on": ""})  # as older versions wrote it
-    resume.refuse_mixing(config, run_folder(config))
+    resume.refuse_mixing(config)
     storage.write_json(path, storage.read_json(path) | {"on": "1"})
     with pytest.raises(UserError, match=r"not what .* was trained on"):
-        resume.refuse_mixing(config, run_folder(config))
+        resume.refuse_mixing(config)

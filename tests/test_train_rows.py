@@ -8,10 +8,10 @@ import toy
 from raylarge import images, schema, storage, tables
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
+from raylarge.train import registry
 from raylarge.train.ingest import Ingest
 from raylarge.train.launch import Train
 from raylarge.train.task import Recipe
-from raylarge.train.tasks import ldm
 
 LATENTS, EXAMPLES = {"latents-0": ("latent", "grid")}, {"examples": ("image", "grid")}
 RECIPE = Recipe(batch=4, super_block=2)
@@ -81,7 +81,7 @@ def test_latents_that_the_autoencoder_does_not_make_are_refused(tiny_bundle, tmp
     toy.write_latents(tmp_path, name=f"latents-{bundles.digest(tiny_bundle, ('vae',))}")
     config = Train(model="ldm", data=str(tmp_path), out=tiny_bundle)
     with pytest.raises(UserError, match=r"of shape \(3, 4, 4\), the autoencoder .* makes \(3, 2"):
-        ldm.build(config, ldm.source(config).facts)
+        registry.build(config.run, registry.source(config.run).facts)
 
 
 def lacking(*keys):

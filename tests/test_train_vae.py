@@ -14,9 +14,9 @@ from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
 from raylarge.models.discriminator import DiscriminatorConfig, hinge_loss
 from raylarge.models.perceptual import FeatureDistance, Perceptual
+from raylarge.train import registry
 from raylarge.train.activations import recompute
-from raylarge.train.task import Task
-from raylarge.train.tasks import vae
+from raylarge.train.task import TrainTask
 from raylarge.train.tasks.vae import VaeConfig
 
 KINDS = pytest.mark.parametrize("kind", list(SMALL))
@@ -32,7 +32,7 @@ def backbone(tmp_path_factory):
 @KINDS
 def test_it_learns_and_goes_into_the_bundle(kind, tmp_path):
     task = made(SMALL[kind])
-    assert isinstance(task, Task)
+    assert isinstance(task, TrainTask)
     assert task.averaged is None
     before, after = learn(task, 60 if kind == "light" else 12, 1e-2)
     assert after < 0.8 * before
@@ -254,7 +254,7 @@ def taught(tiny_bundle, tmp_path):
 def test_a_small_one_learns_the_latents_of_another(taught):
     teacher = bundles.load_autoencoder(taught)
     config = Config(out=taught, vae=VaeConfig(distill=True, width=16, blocks=1))
-    task = vae.build(config, FACTS)
+    task = registry.build(config.run, FACTS)
     image = rows(range(500, 508))["image"]
 
     def errors(codec):
@@ -291,17 +291,21 @@ def test_a_student_takes_its_teachers_sizes_and_holds_none_of_its_weights(tmp_pa
 def test_images_come_from_the_examples(tmp_path):
     toy.write_examples(tmp_path)
     config = Config(data=str(tmp_path), vae=SMALL["light"])
-    source = vae.source(config)
+    source = registry.source(config.run)
     batch = source.batch([0, 1, 2])
     assert source.facts.image == (3, 8, 8)
-    loss = vae.build(config, source.facts).network(vae.build(config, source.facts).draw(batch))
+    loss = registry.build(config.run, source.facts).network(
+        registry.build(config.run, source.facts).draw(batch)
+    )
     assert loss.shape == (3,)
     assert loss.isfinite().all()
 
 
 def test_the_published_one_has_its_size():
     with torch.device("meta"):
-        task = vae.build(Config(vae=VaeConfig(kind="vq")), replace(FACTS, image=(3, 256, 256)))
+        task = registry.build(
+            Config(vae=VaeConfig(kind="vq")).run, replace(FACTS, image=(3, 256, 256))
+        )
     assert sum(p.numel() for p in task.network.parameters()) == 55_322_782
 
 

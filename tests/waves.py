@@ -1,18 +1,20 @@
 """Small autoencoders, and coloured waves for them to learn from."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from raylarge.diffusion.noise import generator
 from raylarge.models.discriminator import DiscriminatorConfig
-from raylarge.train.task import Facts, Recipe
-from raylarge.train.tasks import vae
+from raylarge.train import registry
+from raylarge.train.config import Train
+from raylarge.train.task import DataFacts
 from raylarge.train.tasks.vae import VaeConfig
 
 SIDE = 16
-FACTS = Facts(0, {0: 100}, (3, SIDE, SIDE), None, None, {})
+FACTS = DataFacts(0, {0: 100}, (3, SIDE, SIDE), None, None, {})
 JUDGE = DiscriminatorConfig(width=16, layers=2)
 SMALL = {
     "light": VaeConfig(width=16, blocks=1),
@@ -22,13 +24,7 @@ SMALL = {
 JUDGED = replace(SMALL["light"], adversarial=0.02, discriminator=JUDGE)
 
 
-@dataclass(frozen=True)
-class Config(Recipe):
-    data: str = ""
-    out: str = ""
-    workers: int = 0
-    strategy: str = "deepspeed"
-    vae: VaeConfig = field(default_factory=VaeConfig)
+Config = partial(Train, model="vae", data="", out="")
 
 
 def rows(samples):
@@ -45,7 +41,7 @@ def rows(samples):
 
 
 def made(config, **recipe):
-    return vae.build(Config(vae=config, **recipe), FACTS)
+    return registry.build(Config(vae=config, **recipe).run, FACTS)
 
 
 def learn(task, steps, lr=3e-3, batch=8):

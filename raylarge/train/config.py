@@ -16,8 +16,9 @@ from raylarge.train.estimate.model_states import WorkerGroup
 from raylarge.train.estimate.plan import PlanConfig
 from raylarge.train.ingest import check_batch
 from raylarge.train.monitor.trackers import TRACKERS
+from raylarge.train.registry import TASKS
 from raylarge.train.sequence import DEAL
-from raylarge.train.task import Recipe
+from raylarge.train.task import Recipe, Run
 from raylarge.train.tasks.cdm import CdmConfig
 from raylarge.train.tasks.classifier import ClassifierConfig
 from raylarge.train.tasks.controlnet import ControlnetConfig
@@ -26,8 +27,7 @@ from raylarge.train.tasks.mil import MilConfig
 from raylarge.train.tasks.prior import PriorConfig
 from raylarge.train.tasks.vae import VaeConfig
 
-MODELS = ("vae", "ldm", "cdm", "prior", "controlnet", "mil", "classifier")
-"""raylarge/train/tasks/<model>.py has the source and the task of each."""
+MODELS = tuple(TASKS)
 
 CHOICES = {
     "model": MODELS,
@@ -66,10 +66,8 @@ class Train(Recipe):
     model: str = MISSING  # one of MODELS. Example: ldm
     data: str = MISSING  # folder of the tables. Example: data
     out: str = MISSING  # the bundle. Example: bundle
-    workers: int = 0  # 0: the local twin, in this process; n: Ray Train
     min_workers: int = 0  # go on with as few as these while nodes are missing; 0: with all only
     resize_s: float = 60.0  # between two looks whether more workers can be had again
-    strategy: str = "deepspeed"  # among workers: deepspeed or torch (DDP); the twin is torch
     gpu: bool | None = None  # one per worker; None: where the cluster has enough
     max_failures: int = 3  # of workers, before giving up; lost machines do not count
     logs: str | None = None  # folder for the workers' output; None: Ray's own. Example: /tmp/logs
@@ -91,19 +89,12 @@ class Train(Recipe):
         return WorkerGroup(self.workers, self.by_deepspeed)
 
     @property
-    def by_deepspeed(self) -> bool:
-        """Whether DeepSpeed does the work."""
-        return self.workers > 0 and self.strategy == "deepspeed"
-
-
-def run_folder(config: Train) -> str:
-    """Where a run keeps its checkpoints and its history."""
-    name = config.model
-    if config.model == "mil":
-        name = f"mil-{config.mil.fold}"
-    if config.model == "vae" and config.vae.distill:
-        name = "vae_small"
-    return storage.join(config.out, ".train", name)
+    def run(self) -> Run:
+        """The training with its paths."""
+        own = getattr(self, self.model)
+        names = {"mil": f"mil-{self.mil.fold}", "vae": self.vae.part}
+        name = names.get(self.model, self.model)
+        return Run(self, self.data, self.out, self.model, name, own)
 
 
 def checked(config: Train) -> Train:

@@ -24,7 +24,7 @@ from raylarge.train.micro_batches import (
     to,
 )
 from raylarge.train.state import StoredState, TrainState, gathered, put_buffers
-from raylarge.train.task import Batch, Recipe, Task
+from raylarge.train.task import Batch, Recipe, TrainTask
 from raylarge.train.zero_tensors import MOMENTS, ZeroTensors
 
 REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's own 500 M would reserve 2 GB a worker
@@ -33,7 +33,7 @@ REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's own 500 M would reserve 2 GB
 class DeepSpeedEngine:
     """DeepSpeed; states, gradients and weights are sharded as the ZeRO stage says."""
 
-    def __init__(self, task: Task, recipe: Recipe, context: Context) -> None:
+    def __init__(self, task: TrainTask, recipe: Recipe, context: Context) -> None:
         """Hand the task's network to DeepSpeed; the process group is up."""
         deepspeed = _import_deepspeed(context.device)
         self.network, self.recipe, self.context = task.network, recipe, context

@@ -27,7 +27,7 @@ from raylarge.models.conditioner import SLOTS
 from raylarge.pixels import mirrored
 from raylarge.train.rows import Group, RowGroup, Table, manifest_groups
 from raylarge.train.sequence import Place, Sequencer
-from raylarge.train.task import Batch, Facts, Recipe
+from raylarge.train.task import Batch, DataFacts, Recipe
 
 CACHE_BYTES = 1 << 30  # of row groups that no super-block needs at present
 READERS = 4  # threads
@@ -168,7 +168,7 @@ class Ingest:
         ]
         self._cache.want(list(dict.fromkeys(wanted)))
 
-    def _facts(self, classes: tuple[str, ...]) -> Facts:
+    def _facts(self, classes: tuple[str, ...]) -> DataFacts:
         made = self._tables[0].made
         shapes = {str(part.get("shape")) for part in self._tables[0].parts if part["groups"]}
         if len(shapes) > 1:
@@ -178,7 +178,7 @@ class Ingest:
             )
         first = self._cache[next(iter(self._groups.values()))[0]]
         side = int(made["patch_px"])
-        return Facts(
+        return DataFacts(
             channels=first.channels,
             counts={k: sum(one.rows for one in found) for k, found in self._groups.items()},
             image=(3, side, side),

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,21 @@ from tqdm import tqdm
 from raylarge import report, storage
 from raylarge.errors import UserError
 from raylarge.models import bundle as bundles
-from raylarge.train import ray_trainer, resume
+from raylarge.train import ray_trainer, registry, resume
 from raylarge.train.checkpoint import Checkpoints
-from raylarge.train.config import Train, checked, run_folder
+from raylarge.train.config import Train, checked
 from raylarge.train.context import LocalContext, Status
 from raylarge.train.estimate import plan as plans
 from raylarge.train.history import HISTORY
 from raylarge.train.monitor import progress
 from raylarge.train.ray_context import RayContext
-from raylarge.train.task import Build, Source
-from raylarge.train.worker import module_of, work
+from raylarge.train.task import BuildTask, SampleSource
+from raylarge.train.worker import work
 
-__all__ = ["Train", "plan", "run_folder", "train", "train_folds"]
+__all__ = ["Train", "plan", "train", "train_folds"]
 
 
-def train(config: Train, build: Build | None = None) -> dict[str, Any]:
+def train(config: Train, build: BuildTask | None = None) -> dict[str, Any]:
     """Train a model and put it into the bundle.
 
     Args:
@@ -53,14 +54,15 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
     """
     began = time.monotonic()
     config = checked(config)
-    root = run_folder(config)
+    run = config.run
+    root = run.folder
     if build is None:
-        resume.refuse_lacking(config)
+        resume.refuse_lacking(run)
     storage.require_writable("out", config.out)
-    source = module_of(config).source(config)  # what is missing is said before any worker starts
+    source = registry.source(run)  # what is missing is said before any worker starts
     with storage.exclusive(root, f"the training of model={config.model}"):
-        resume.refuse_mixing(config, root)
-        facts = resume.finished(config, root, source.digest)
+        resume.refuse_mixing(config)
+        facts = resume.finished(run, source.digest)
         if facts is None:
             facts = _carried_out(config, build, source)
             facts |= {"seconds_total": round(time.monotonic() - began, 2)}
@@ -71,9 +73,9 @@ def train(config: Train, build: Build | None = None) -> dict[str, Any]:
     return facts
 
 
-def _carried_out(config: Train, build: Build | None, source: Source) -> dict[str, Any]:
+def _carried_out(config: Train, build: BuildTask | None, source: SampleSource) -> dict[str, Any]:
     """Train from the newest whole checkpoint on; what `fit` says, with bundle and loss_csv."""
-    root = run_folder(config)
+    root = config.run.folder
     for sentence in Checkpoints(root, config.keep).damage():
         report.say(sentence)
     with progress.progress(config.model, config.batch) as show:
@@ -93,14 +95,14 @@ def plan(config: Train) -> str:
         UserError: a config that cannot be, or data that do not fit.
     """
     config = checked(config)
-    module = module_of(config)
+    build = partial(registry.build, config.run)
     if not config.data and config.model not in ("vae", "ldm"):
         raise UserError(f"model={config.model} is planned on data alone; give data= and out=.")
     batch, facts, assumed = None, plans.BRCA, f"assumed: {plans.ASSUMED}\n\n"
     if config.data:
-        source = module.source(config)
+        source = registry.source(config.run)
         batch, facts, assumed = source.batch(range(2)), source.facts, ""
-    task = plans.on_meta(module.build, config, facts)
+    task = plans.on_meta(build, facts)
     plan_ = plans.plan(config, config.worker_group, config.card, facts, task, batch)
     return assumed + plans.format_plan(plan_)
 
@@ -112,21 +114,23 @@ def train_folds(config: Train) -> list[dict[str, Any]]:
 
 
 def _here(
-    config: Train, build: Build | None, show: Callable[[Status], None], source: Source
+    config: Train, build: BuildTask | None, show: Callable[[Status], None], source: SampleSource
 ) -> dict[str, Any]:
     context = LocalContext(show)
     with context.listening():
         return work(config, build, context, source)
 
 
-def _on_ray(config: Train, build: Build | None, show: Callable[[Status], None]) -> dict[str, Any]:
+def _on_ray(
+    config: Train, build: BuildTask | None, show: Callable[[Status], None]
+) -> dict[str, Any]:
     crew = ray_trainer.Crew(
         workers=config.workers,
         fewest=config.min_workers or config.workers,
         gpu=config.gpu,
         max_failures=config.max_failures,
         resize_s=config.resize_s,
-        root=run_folder(config),
+        root=config.run.folder,
         logs=config.logs,
     )
     return ray_trainer.run(_worker, (config, build), crew, show)
@@ -139,7 +143,7 @@ def _worker(settings: dict[str, bytes]) -> dict[str, Any]:
     starting again, so it is returned; anything else is raised, and Ray starts again.
     """
     config, build = pickle.loads(settings["job"])
-    context = RayContext(run_folder(config))
+    context = RayContext(config.run.folder)
     context.use_cores()
     if config.logs is not None:
         _redirect(Path(config.logs, f"train-{config.model}-rank{context.rank}.log"))

@@ -26,7 +26,7 @@ from raylarge.train.monitor.monitor import Monitor
 from raylarge.train.monitor.remote_samples import RemoteSamples
 from raylarge.train.preemption import PreemptionWatch
 from raylarge.train.prefetch import Prefetcher
-from raylarge.train.task import Batch, Recipe, Source, Task
+from raylarge.train.task import Batch, Recipe, SampleSource, TrainTask
 from raylarge.train.validation import Validator
 
 WORST = 3  # samples of a skipped step that each worker names
@@ -36,9 +36,9 @@ WORST = 3  # samples of a skipped step that each worker names
 class TrainingJob:
     """What is trained on which samples, where its checkpoints go, and what watches it."""
 
-    task: Task
-    source: Source
-    held_out: Source | None
+    task: TrainTask
+    source: SampleSource
+    held_out: SampleSource | None
     checkpoints: Checkpoints
     monitor: Monitor
     remote_samples: RemoteSamples | None = None  # draws samples where weights are sharded

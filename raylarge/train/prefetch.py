@@ -11,7 +11,7 @@ import torch
 from raylarge.errors import UserError
 from raylarge.train.context import Context
 from raylarge.train.ingest import share
-from raylarge.train.task import Batch, Source, Task
+from raylarge.train.task import Batch, SampleSource, TrainTask
 
 DEPTH = 2  # batches read ahead
 
@@ -19,7 +19,9 @@ DEPTH = 2  # batches read ahead
 class Prefetcher:
     """Yields the batches of one rank in order, from a step on."""
 
-    def __init__(self, task: Task, source: Source, context: Context, batch: int, step: int) -> None:
+    def __init__(
+        self, task: TrainTask, source: SampleSource, context: Context, batch: int, step: int
+    ) -> None:
         """Start to read the first batches."""
         self._task, self._source, self._context = task, source, context
         self._batch, self._step = batch, step

@@ -23,6 +23,7 @@ from raylarge.train.checkpoint_reader import document
 from raylarge.train.config import MODELS, Train
 from raylarge.train.history import HISTORY
 from raylarge.train.ingest import latents_table
+from raylarge.train.task import Run
 
 FREE = {"out", "data", "steps", "minutes", "logs", "checkpoint_every", "checkpoint_minutes"}
 FREE |= {"keep", "log_every", "gpu", "patience", "spike", "micro_batch", "workers", "min_workers"}
@@ -59,24 +60,25 @@ def shareable(config: Train) -> dict[str, Any]:
     return named
 
 
-def refuse_mixing(config: Train, root: str) -> None:
+def refuse_mixing(config: Train) -> None:
     """Refuse to go on with a run under values that shape another result.
 
     Raises:
         UserError: naming the first key that differs, and the cure.
     """
-    path = storage.join(root, CONFIG)
+    run = config.run
+    path = storage.join(run.folder, CONFIG)
     now = {key: value for key, value in told(config).items() if key not in FREE}
-    now |= {"on": stands_on(config)}
-    if Checkpoints(root, config.keep).newest() is not None:
+    now |= {"on": stands_on(run)}
+    if Checkpoints(run.folder, config.keep).newest() is not None:
         before = _before(path)
         if before["on"] and before["on"] != now["on"]:
-            raise UserError(_replaced(config, root))
+            raise UserError(_replaced(run))
         before["on"] = now["on"]  # older records do not name the latents' autoencoder
         if difference := _difference(_recorded(before, config.model), _leaves(now)):
             raise UserError(
-                f"{root} was trained {difference} to go on, another out=, or remove that folder "
-                f"to begin anew."
+                f"{run.folder} was trained {difference} to go on, another out=, or remove that "
+                f"folder to begin anew."
             )
     storage.write_json(path, now)
 
@@ -117,31 +119,31 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ""
 
 
-def refuse_replaced(config: Train, root: str) -> None:
+def refuse_replaced(run: Run) -> None:
     """Refuse to finish a model whose ground was changed while it was trained.
 
     Raises:
         UserError: naming what was replaced.
     """
-    if _before(storage.join(root, CONFIG))["on"] != stands_on(config):
-        raise UserError(_replaced(config, root))
+    if _before(storage.join(run.folder, CONFIG))["on"] != stands_on(run):
+        raise UserError(_replaced(run))
 
 
-def stands_on(config: Train) -> str:
+def stands_on(run: Run) -> str:
     """The digest of the bundle's parts that a model is trained on, which stay as they are."""
-    ground = _ground(config)
-    if ground and not lacking(config):
-        return bundles.digest(config.out, ground)
-    return latents_table(config.data, config.out)[len(LATENTS) :] if config.model == "ldm" else ""
+    ground = _ground(run)
+    if ground and not lacking(run):
+        return bundles.digest(run.out, ground)
+    return latents_table(run.data, run.out)[len(LATENTS) :] if run.model == "ldm" else ""
 
 
-def lacking(config: Train) -> list[str]:
+def lacking(run: Run) -> list[str]:
     """Parts that the model is trained on and the bundle does not have."""
-    paths = {name: storage.join(config.out, name, "config.json") for name in _ground(config)}
+    paths = {name: storage.join(run.out, name, "config.json") for name in _ground(run)}
     return [name for name, path in paths.items() if not storage.exists(path)]
 
 
-def refuse_lacking(config: Train) -> None:
+def refuse_lacking(run: Run) -> None:
     """Refuse to train a model before those that it is trained on.
 
     A diffusion model may come first, on latents that are there already: which autoencoder made
@@ -150,31 +152,30 @@ def refuse_lacking(config: Train) -> None:
     Raises:
         UserError: naming the parts and the commands that make them.
     """
-    missing = lacking(config)
-    if config.model == "ldm" and missing:
-        table = latents_table(config.data, config.out)
+    missing = lacking(run)
+    if run.model == "ldm" and missing:
+        table = latents_table(run.data, run.out)
         report.say(
-            f"{config.out} has no autoencoder: model=ldm is trained on {table} of {config.data}, "
-            f"and samples only once that autoencoder is in {storage.join(config.out, 'vae')}."
+            f"{run.out} has no autoencoder: model=ldm is trained on {table} of {run.data}, "
+            f"and samples only once that autoencoder is in {storage.join(run.out, 'vae')}."
         )
     elif missing:
         first = "vae" if missing == ["vae"] else "ldm"
         raise UserError(
-            f"model={config.model} is trained on {' and '.join(missing)}, which {config.out} does "
-            f"not have; run python jobs/train.py model={first} out={config.out} first, or give "
+            f"model={run.model} is trained on {' and '.join(missing)}, which {run.out} does "
+            f"not have; run python jobs/train.py model={first} out={run.out} first, or give "
             f"the bundle that has it as out=."
         )
 
 
-def _ground(config: Train) -> tuple[str, ...]:
+def _ground(run: Run) -> tuple[str, ...]:
     """Parts of the bundle that a model is trained on."""
-    small = config.model == "vae" and config.vae.distill
-    return bundles.TRAINED_ON.get("vae_small" if small else config.model, ())
+    return bundles.TRAINED_ON.get(run.name or run.model, ())
 
 
-def _replaced(config: Train, root: str) -> str:
+def _replaced(run: Run) -> str:
     return (
-        f"{' and '.join(_ground(config))} in {config.out}: not what {root} was trained on; bring "
+        f"{' and '.join(_ground(run))} in {run.out}: not what {run.folder} was trained on; bring "
         f"the old back to go on, or remove that folder to begin anew."
     )
 
@@ -204,29 +205,30 @@ def _leaves(values: Any, key: str = "") -> dict[str, Any]:
     return found
 
 
-def finished(config: Train, root: str, data: str) -> dict[str, Any] | None:
+def finished(run: Run, data: str) -> dict[str, Any] | None:
     """The facts of a run that has nothing left to do.
 
     Args:
         data: the digest of the rows that there are now.
     """
+    root, recipe = run.folder, run.recipe
     path = storage.join(root, "facts.json")
     if not storage.exists(path):
         return None
     facts = document(path)
     if not isinstance(facts, dict) or not facts.keys() >= _NEEDED:
         return None
-    newest = Checkpoints(root, config.keep).newest()
+    newest = Checkpoints(root, recipe.keep).newest()
     if newest is None or newest.facts["step"] != facts["step"] or facts["data_digest"] != data:
         return None
-    if facts["config"].get("result", config.result) != config.result:
+    if facts["config"].get("result", recipe.result) != recipe.result:
         return None
-    part = bundles.MAIN_PART.get(config.model, "")
-    if part and not _stands(config.out, part):
+    part = bundles.MAIN_PART.get(run.model, "")
+    if part and not _stands(run.out, part):
         return None
-    over = config.minutes is not None and facts["seconds"] >= config.minutes * 60
-    facts |= {"bundle": config.out, "loss_csv": storage.join(root, HISTORY)}  # it may be a copy
-    return facts if over or facts["step"] >= config.steps else None
+    over = recipe.minutes is not None and facts["seconds"] >= recipe.minutes * 60
+    facts |= {"bundle": run.out, "loss_csv": storage.join(root, HISTORY)}  # it may be a copy
+    return facts if over or facts["step"] >= recipe.steps else None
 
 
 def _stands(out: str, part: str) -> bool:

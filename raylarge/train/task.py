@@ -1,11 +1,12 @@
 """The nouns of training: a recipe, what data tell a task, and what source and task are to the loop.
 
-A task owns a network whose loss is a pure function of the batch. Whatever is random about a
-sample (noise, timestep, dropout, flips) is drawn by `Task.draw` with `raylarge.diffusion.noise`
-at the address (seed, batch["sample"]), the sample's global index: rank, world size and the
-split into micro-batches change nothing (resume and Ray equivalence).
+A task owns a network whose loss is a pure function of the batch. All that is random about a sample
+(noise, timestep, dropout, flips) is drawn by `TrainTask.draw` with `raylarge.diffusion.noise` at
+the address (seed, batch["sample"]), the sample's global index: rank, world size and the split into
+micro-batches change nothing (resume and Ray equivalence).
 
-Every raylarge/train/tasks/<model>.py has `source(config, split)` and `build(config, facts)`.
+Every raylarge/train/tasks/<model>.py has a config, `source(config, run, split)` and
+`build(config, run, facts)`; `registry.py` lists them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import UInt8
 from numpy import ndarray
 from torch import Tensor, nn
+
+from raylarge import storage
 
 Batch = dict[str, Tensor]
 """Columns of samples, the first axis theirs; always `sample`, the global indices (int64)."""
@@ -52,12 +55,45 @@ class Recipe:
     validate: int = 64  # held-out samples whose loss each checkpoint tells; 0: none
     log_every: int = 10  # steps
     sheet_every: int = 0  # steps between sheets of samples; 0: none but the last
+    workers: int = 0  # 0: the local twin, in this process; n: Ray Train
+    strategy: str = "deepspeed"  # among workers: deepspeed or torch (DDP); the twin is torch
     spike: float = 10.0  # times the running loss that count as a spike, which is skipped; 0: none
     patience: int = 10  # steps skipped running before giving up
 
+    @property
+    def by_deepspeed(self) -> bool:
+        """Whether DeepSpeed does the work."""
+        return self.workers > 0 and self.strategy == "deepspeed"
+
 
 @dataclass(frozen=True)
-class Facts:
+class Run:
+    """One training, with its paths: which model learns from which data, into which bundle.
+
+    Attributes:
+        recipe: how it is trained.
+        data: folder of the tables.
+        out: folder of the bundle.
+        model: one of `registry.TASKS`.
+        name: of what is trained, where a model has several: `vae_small`, `mil-0`.
+        config: the model's own.
+    """
+
+    recipe: Recipe
+    data: str = ""
+    out: str = ""
+    model: str = ""
+    name: str = ""
+    config: Any = None
+
+    @property
+    def folder(self) -> str:
+        """Where its checkpoints and its history are."""
+        return storage.join(self.out, ".train", self.name or self.model)
+
+
+@dataclass(frozen=True)
+class DataFacts:
     """What the data tell a task before its network is built."""
 
     channels: int  # of one embedding; 0 where there are none
@@ -76,11 +112,11 @@ class Facts:
 
 
 @runtime_checkable
-class Source(Protocol):
+class SampleSource(Protocol):
     """Where samples come from: which sample is which row is a pure function."""
 
     digest: str  # of the rows; a run is only ever gone on with on the same
-    facts: Facts
+    facts: DataFacts
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """The rows that global sample indices stand for, on the CPU."""
@@ -88,7 +124,7 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class Task(Protocol):
+class TrainTask(Protocol):
     """A network to train and the parts of the bundle it becomes."""
 
     network: nn.Module  # everything trainable; network(batch) -> loss per sample, float32 [b]
@@ -126,5 +162,5 @@ class Task(Protocol):
         ...
 
 
-Build = Callable[[Any, Facts], Task]
-"""(config: raylarge.train.launch.Train, facts of the data) -> the task, its weights drawn."""
+BuildTask = Callable[[Any, DataFacts], TrainTask]
+"""(`raylarge.train.config.Train`, facts of the data) -> the task, its weights drawn."""

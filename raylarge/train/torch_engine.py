@@ -14,13 +14,13 @@ from raylarge.train.context import Context
 from raylarge.train.ema import EMA
 from raylarge.train.micro_batches import LossAccumulator, MicroBatch, StepResult, nan_loss, to
 from raylarge.train.state import StoredState, TrainState, gathered, moments, put_buffers
-from raylarge.train.task import Batch, Recipe, Task
+from raylarge.train.task import Batch, Recipe, TrainTask
 
 
 class TorchEngine:
     """Whole weights on every worker; see `engine.Engine`."""
 
-    def __init__(self, task: Task, recipe: Recipe, context: Context) -> None:
+    def __init__(self, task: TrainTask, recipe: Recipe, context: Context) -> None:
         """Move the task's network to the device and make its optimiser."""
         self.network, self.recipe, self.context = task.network, recipe, context
         self.network.to(context.device).train()

@@ -9,13 +9,15 @@ from raylarge.train.engine import Engine
 from raylarge.train.history import number
 from raylarge.train.ingest import share
 from raylarge.train.micro_batches import passes, split
-from raylarge.train.task import Recipe, Source, Task
+from raylarge.train.task import Recipe, SampleSource, TrainTask
 
 
 class Validator:
     """One rank's share of the held-out samples."""
 
-    def __init__(self, task: Task, source: Source | None, recipe: Recipe, context: Context) -> None:
+    def __init__(
+        self, task: TrainTask, source: SampleSource | None, recipe: Recipe, context: Context
+    ) -> None:
         """Read and draw this rank's samples; none where there is no source or `validate` is 0."""
         self._context, self._batch = context, None
         if source is None or not recipe.validate:

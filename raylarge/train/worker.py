@@ -5,7 +5,6 @@ What one rank alone finds wrong while it sets up is told to all, so that all of 
 
 from __future__ import annotations
 
-import importlib
 import secrets
 from functools import partial
 from typing import Any
@@ -15,10 +14,10 @@ import torch
 from raylarge import storage
 from raylarge.errors import UserError
 from raylarge.models import model_card
-from raylarge.train import resume
+from raylarge.train import registry, resume
 from raylarge.train.activations import recompute
 from raylarge.train.checkpoint import Checkpoints
-from raylarge.train.config import Train, run_folder
+from raylarge.train.config import Train
 from raylarge.train.context import Context
 from raylarge.train.deepspeed_engine import DeepSpeedEngine
 from raylarge.train.engine import Engine
@@ -32,22 +31,17 @@ from raylarge.train.monitor.curve import curve, report, rows_of
 from raylarge.train.monitor.meter import Meter
 from raylarge.train.monitor.monitor import Monitor
 from raylarge.train.monitor.remote_samples import RemoteSamples, SampleJob
-from raylarge.train.monitor.trackers import Run, track
+from raylarge.train.monitor.trackers import TrackedRun, track
 from raylarge.train.rows import NoRows
-from raylarge.train.task import Build, Source, Task
+from raylarge.train.task import BuildTask, Run, SampleSource, TrainTask
 from raylarge.train.torch_engine import TorchEngine
 
 STATISTICS = 64
 """Training samples that a task sees at its end, to standardise by."""
 
 
-def module_of(config: Train) -> Any:
-    """raylarge/train/tasks/<model>.py."""
-    return importlib.import_module(f"raylarge.train.tasks.{config.model}")
-
-
 def work(
-    config: Train, build: Build | None, context: Context, source: Source | None = None
+    config: Train, build: BuildTask | None, context: Context, source: SampleSource | None = None
 ) -> dict[str, Any]:
     """Train, and on rank 0 write the parts of the bundle.
 
@@ -65,7 +59,7 @@ def work(
     problem = ""
     attempt = context.all_gather_str(secrets.token_hex(4))[0]
     try:
-        source = source or module_of(config).source(config)
+        source = source or registry.source(config.run)
         made = _set_up(config, build, context, attempt, source)
     except UserError as error:
         problem = str(error)
@@ -91,8 +85,8 @@ def _trained(config: Train, made: TrainingJob, context: Context) -> dict[str, An
     average = engine.average()
     with engine.whole():
         if context.rank == 0:
-            resume.refuse_replaced(config, run_folder(config))
-            facts |= {"on": resume.stands_on(config)}
+            resume.refuse_replaced(config.run)
+            facts |= {"on": resume.stands_on(config.run)}
             sample = made.source.batch(range(STATISTICS))
             made.task.finish(config.out, average, facts, sample)
             _tell(config, made, facts)
@@ -100,38 +94,38 @@ def _trained(config: Train, made: TrainingJob, context: Context) -> dict[str, An
 
 
 def _set_up(
-    config: Train, build: Build | None, context: Context, attempt: str, source: Source
+    config: Train, build: BuildTask | None, context: Context, attempt: str, source: SampleSource
 ) -> TrainingJob:
     """Everything but the engine.
 
     Raises:
         UserError: data, a bundle or settings that do not fit.
     """
-    module, root = module_of(config), run_folder(config)
-    task = (build or module.build)(config, source.facts)
-    held = _held(config, module)
+    run = config.run
+    make = partial(build, config) if build else partial(registry.build, run)
+    task = make(source.facts)
+    held = _held(run)
     watcher = _watcher(config, task, source, context)
     if config.checkpointing:
         recompute(task.network)
     sharded = config.by_deepspeed and config.zero == 3
     remote = None
     if sharded:
-        job = SampleJob(root, partial(build or module.build, config), source.facts)
+        job = SampleJob(run.folder, make, source.facts)
         remote = RemoteSamples(job, held or source, config.sheet_gpus)
-    checkpoints = Checkpoints(root, config.keep, attempt)
+    checkpoints = Checkpoints(run.folder, config.keep, attempt)
     return TrainingJob(task, source, held, checkpoints, watcher, remote)
 
 
-def _held(config: Train, module: Any) -> Source | None:
+def _held(run: Run) -> SampleSource | None:
     """Where held-out samples come from, if there are any."""
     try:
-        found: Source = module.source(config, "val")
+        return registry.source(run, "val")
     except NoRows:
         return None
-    return found
 
 
-def _watcher(config: Train, task: Task, source: Source, context: Context) -> Monitor:
+def _watcher(config: Train, task: TrainTask, source: SampleSource, context: Context) -> Monitor:
     flops, begin = None, None
     if context.rank == 0:
         name = f"{config.model} {config.out.rstrip('/').rsplit('/', 1)[-1]}"
@@ -142,16 +136,16 @@ def _watcher(config: Train, task: Task, source: Source, context: Context) -> Mon
             flops = training_flops(task.network, task.draw(batch), config.checkpointing)
     meter = Meter(context.device, context.world_size, config.precision, flops)
     length = getattr(getattr(task.network, "schedule", None), "length", 1000)
-    return Monitor(run_folder(config), Bins(source.facts.scales, length=length), meter, begin)
+    return Monitor(config.run.folder, Bins(source.facts.scales, length=length), meter, begin)
 
 
 def _track(config: Train, name: str, step: int) -> Any:
-    return track(config.track, Run(run_folder(config), name, resume.told(config), step))
+    return track(config.track, TrackedRun(config.run.folder, name, resume.told(config), step))
 
 
 def _tell(config: Train, made: TrainingJob, facts: dict[str, Any]) -> None:
     """What a run leaves for people."""
-    root = run_folder(config)
+    root = config.run.folder
     if storage.exists(storage.join(config.out, "model_index.json")):
         model_card.write(config.out)
     rows = rows_of(storage.read_bytes(storage.join(root, HISTORY)).decode())

@@ -135,7 +135,7 @@ def training_flops(network: nn.Module, batch: Batch, again: bool = False) -> flo
 
     Args:
         network: a task's, before an engine shards it.
-        batch: as `Task.draw` gives it.
+        batch: as `TrainTask.draw` gives it.
         again: with activation checkpointing.
     """
     silent = logging.root.manager.disable

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raylarge.train.deepspeed_engine import REDUCE_BUCKET
 from raylarge.train.estimate.memory import modules, tensors
-from raylarge.train.task import Recipe, Task
+from raylarge.train.task import Recipe, TrainTask
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ModelStates:
         return sum(self.card.values())
 
 
-def parts(task: Task) -> list[PartSize]:
+def parts(task: TrainTask) -> list[PartSize]:
     """Return the sizes of a network's children, of its own parameters, and of modules it hides."""
     network, counted = task.network, set[int]()
     averaged = set(map(id, task.averaged.parameters())) if task.averaged is not None else set()

@@ -30,7 +30,7 @@ from raylarge.train.estimate.model_states import (
     states,
 )
 from raylarge.train.micro_batches import passes
-from raylarge.train.task import Batch, Facts, Recipe, Task
+from raylarge.train.task import Batch, DataFacts, Recipe, TrainTask
 
 GIB = 1 << 30
 _LEAST, _MOST = 1e-6, 1e9  # of what a card can be said to have
@@ -44,7 +44,7 @@ LEFT_OUT = (
 )
 
 
-BRCA = Facts(
+BRCA = DataFacts(
     channels=1024,
     counts=dict(enumerate((12509760, 3036288, 752000, 187280, 57090, 20679, 7923, 2489))),
     image=(3, 256, 256),
@@ -170,15 +170,15 @@ class Plan:
         return self.seconds / 3600 * self.workers * self.card.dollars_per_hour
 
 
-def on_meta(build: Callable[..., Task], *arguments: Any) -> Task:
+def on_meta(build: Callable[..., TrainTask], *arguments: Any) -> TrainTask:
     """A task whose new networks have shapes and no weights; what it loads is there as ever."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*which is a no-op")  # weights into no weights
-        task: Task = build(*arguments)
+        task: TrainTask = build(*arguments)
     return task
 
 
-def example(facts: Facts, size: int) -> Batch:
+def example(facts: DataFacts, size: int) -> Batch:
     """Samples as a source gives them, all zeros, of the coarsest scale.
 
     Returns:
@@ -208,8 +208,8 @@ def plan(
     recipe: Recipe,
     workers: WorkerGroup,
     card: PlanConfig,
-    facts: Facts,
-    task: Task,
+    facts: DataFacts,
+    task: TrainTask,
     batch: Batch | None = None,
 ) -> Plan:
     """What a training takes, by the shapes of its networks alone.
@@ -236,8 +236,8 @@ def of(
     recipe: Recipe,
     workers: WorkerGroup,
     card: PlanConfig,
-    facts: Facts,
-    task: Task,
+    facts: DataFacts,
+    task: TrainTask,
     grown: Activations,
 ) -> Plan:
     """The plan of a training whose passes are known; arguments as of `plan`."""

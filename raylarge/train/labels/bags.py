@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +26,28 @@ from raylarge.diffusion.noise import generator, split_64
 from raylarge.errors import UserError
 from raylarge.train.labels import fused, labelled
 from raylarge.train.labels.fused import Fused
-from raylarge.train.task import Batch, Facts
-
-if TYPE_CHECKING:
-    from raylarge.train.launch import Train
+from raylarge.train.task import Batch, DataFacts
 
 TEST = -1
 """The fold of slides of the split `test`: they never train, whatever the fold."""
+
+
+class FeatureTable(NamedTuple):
+    """Which features are read.
+
+    Attributes:
+        root: the data folder.
+        name: of the table; empty: the only one there is.
+        scales: the finest, whose patches are the instances, and those that go with it.
+        label: of slides.
+        memory_gib: the most memory that the features may take.
+    """
+
+    root: str
+    name: str
+    scales: tuple[int, ...]
+    label: str
+    memory_gib: float
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class Bags:
     found: Fused
     labels: Int[np.ndarray, " slides"]
     classes: tuple[str, ...]
-    facts: Facts
+    facts: DataFacts
     digest: str
 
     def __len__(self) -> int:
@@ -72,7 +87,7 @@ class Fold:
     def instances(
         self, slide: int, rows: Int[np.ndarray, " some"] | slice = slice(None)
     ) -> Float32[np.ndarray, "some F"]:
-        """Features of a slide's patches; where no patch of a scale covers one, the mean."""
+        """FeatureTable of a slide's patches; where no patch of a scale covers one, the mean."""
         own = slice(*self.bags.found.starts[slide : slide + 2])
         found = self.bags.found.features[own][rows].astype(np.float32)
         gaps = self.bags.found.lacking[own][rows]
@@ -158,29 +173,17 @@ class BagSource:
         return np.sort(draw.permutation(there)[: self._side])
 
 
-def load(config: Train) -> Fold:
-    """The fold that a config asks for; once per process, and the features on first use.
+def load(features: FeatureTable, folds: int, number: int, seed: int) -> Fold:
+    """Deal slides to folds and hold one fold out; once per process.
 
     Raises:
         UserError: no features or several, a scale that they lack, no such label, one class only,
-            a fold that is not among the folds or has nothing to hold out or to learn from, bags
-            larger than `mil.memory_gib`.
+            a fold that has nothing to hold out or to learn from, bags larger than the memory.
     """
-    mil = config.mil
-    if not 0 <= mil.fold < mil.folds or mil.folds < 2:
-        raise UserError(
-            f"mil.fold={mil.fold} is none of mil.folds={mil.folds}; give 2 folds or more, and "
-            f"one from 0 to {max(1, mil.folds - 1)}."
-        )
-    if mil.instances < 1:
-        raise UserError(f"mil.instances={mil.instances} must be 1 or more.")
-    scales = tuple(mil.scales)
-    if not scales or list(scales) != sorted(set(scales)):
-        raise UserError(f"mil.scales={list(scales)} must be ascending scales, the finest first.")
-    name = mil.features or _only(config.data)
-    digests = [str(tables.manifest(config.data, one)["digest"]) for one in (name, "examples")]
-    read = (config.data, name, scales, mil.label, float(mil.memory_gib))
-    return _fold(read, storage.digest(*map(str.encode, digests)), mil.folds, mil.fold, config.seed)
+    features = features._replace(name=features.name or _only(features.root))
+    names = (features.name, "examples")
+    digests = [str(tables.manifest(features.root, name)["digest"]) for name in names]
+    return _fold(features, storage.digest(*map(str.encode, digests)), folds, number, seed)
 
 
 def deal(
@@ -223,7 +226,7 @@ def _only(root: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _bags(read: tuple[str, str, tuple[int, ...], str, float], digest: str) -> Bags:
+def _bags(read: FeatureTable, digest: str) -> Bags:
     """The bags of a table; `digest` tells when what was read before is out of date."""
     root, name, scales, label, gib = read
     everybody = labelled.slide_labels(root, label, "mil.label")
@@ -238,7 +241,7 @@ def _bags(read: tuple[str, str, tuple[int, ...], str, float], digest: str) -> Ba
         )
     made = tables.manifest(root, name)
     side = int(made["patch_px"])
-    facts = Facts(
+    facts = DataFacts(
         channels=found.channels,
         counts={scales[0]: len(found)},
         image=(3, side, side),
@@ -253,7 +256,7 @@ def _bags(read: tuple[str, str, tuple[int, ...], str, float], digest: str) -> Ba
 
 @lru_cache(maxsize=1)
 def _fold(
-    read: tuple[str, str, tuple[int, ...], str, float],
+    read: FeatureTable,
     digest: str,
     folds: int,
     number: int,

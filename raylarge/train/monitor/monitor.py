@@ -19,7 +19,7 @@ from raylarge.train.monitor.bins import Bins
 from raylarge.train.monitor.meter import Meter
 from raylarge.train.monitor.sample_grid import spread
 from raylarge.train.monitor.trackers import Tracker
-from raylarge.train.task import Batch, Source, Task
+from raylarge.train.task import Batch, SampleSource, TrainTask
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 SHOWN = 64  # held-out samples among which those of a sheet are found
@@ -60,7 +60,7 @@ class Monitor:
         if self._tracker is not None:
             self._tracker.scalars(step, values)
 
-    def picture(self, step: int, task: Task, source: Source) -> None:
+    def picture(self, step: int, task: TrainTask, source: SampleSource) -> None:
         """Have a task draw what it makes of some samples; keep it beside the checkpoints."""
         try:
             sheet = draw(self._root, step, task, source.batch(range(SHOWN)))
@@ -85,7 +85,7 @@ class Monitor:
             self._tracker.close()
 
 
-def draw(root: str, step: int, task: Task, batch: Batch) -> Pixels | None:
+def draw(root: str, step: int, task: TrainTask, batch: Batch) -> Pixels | None:
     """A sheet of what a task makes of some samples, kept below the run's folder."""
     task.network.eval()
     with torch.no_grad():

@@ -18,7 +18,7 @@ from raylarge.train.checkpoint import LOOK_S, SHARED_S, Checkpoints
 from raylarge.train.checkpoint_reader import Checkpoint
 from raylarge.train.monitor import monitor
 from raylarge.train.state import StoredState, put_buffers
-from raylarge.train.task import Batch, Facts, Source, Task
+from raylarge.train.task import Batch, DataFacts, SampleSource, TrainTask
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class SampleJob:
     """
 
     root: str
-    build: Callable[[Facts], Task]
-    facts: Facts
+    build: Callable[[DataFacts], TrainTask]
+    facts: DataFacts
 
     def __call__(self, batch: Batch, step: int) -> None:
         """Draw the samples of a step, once its checkpoint is committed."""
@@ -48,7 +48,7 @@ class SampleJob:
 class RemoteSamples:
     """Requests and awaits the Ray tasks that draw samples; used by rank 0."""
 
-    def __init__(self, job: SampleJob, source: Source, num_gpus: float) -> None:
+    def __init__(self, job: SampleJob, source: SampleSource, num_gpus: float) -> None:
         """Take the job, the samples that serve as conditions, and the GPUs of a task."""
         self._job, self._source, self._num_gpus = job, source, num_gpus
         self._requests: list[Any] = []
@@ -72,7 +72,7 @@ def _draw(job: SampleJob, batch: Batch, step: int) -> None:
     job(batch, step)
 
 
-def put(task: Task, stored: StoredState) -> None:
+def put(task: TrainTask, stored: StoredState) -> None:
     """Copy the weights of a checkpoint into a task's network, averaged ones where they exist."""
     averaged = {id(p) for p in task.averaged.parameters()} if task.averaged is not None else set()
     trained = {n: p for n, p in task.network.named_parameters() if p.requires_grad}

@@ -57,7 +57,7 @@ class Tracker(Protocol):
 
 
 @dataclass(frozen=True)
-class Run:
+class TrackedRun:
     """What a tracker knows of a run.
 
     Attributes:
@@ -73,7 +73,7 @@ class Run:
     step: int = 0
 
 
-def track(kind: str, run: Run) -> Tracker:
+def track(kind: str, run: TrackedRun) -> Tracker:
     """Open a tracker.
 
     Args:
@@ -91,7 +91,7 @@ def track(kind: str, run: Run) -> Tracker:
 class Silent:
     """Nobody watches."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         """Keep nothing."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -114,7 +114,7 @@ class TensorBoard:
     are written at once, not by tensorboardX's own thread, whose `flush` leaves its queue out.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         """Begin a file; a session's start hides what earlier files say of later steps."""
         self._records = _imported("tensorboard", "tensorboardX.record_writer", "tensorboardX")
         self._proto = importlib.import_module("tensorboardX.proto.event_pb2")
@@ -183,7 +183,7 @@ class Wandb:
     In offline mode nobody knows what an interrupted run had told: its parts stay apart.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         """Begin a run, or go on with the one that the run's folder names."""
         wandb = _imported("wandb", "wandb", "wandb")
         name = _remembered(run, "wandb") or uuid.uuid4().hex[:8]
@@ -230,7 +230,7 @@ class Mlflow:
     the run.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         """Begin a run, or go on with the one that the run's folder names."""
         mlflow = _imported("mlflow", "mlflow", "mlflow")
         self._entities = importlib.import_module("mlflow.entities")
@@ -267,7 +267,7 @@ class Mlflow:
         """See `Tracker`."""
         self._try(self._last + 1, self._client.set_terminated, self._id)
 
-    def _new(self, run: Run, artifacts: str | None) -> str:
+    def _new(self, run: TrackedRun, artifacts: str | None) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "raylarge")
         known = self._client.get_experiment_by_name(name)
         within = known.experiment_id if known else self._client.create_experiment(name, artifacts)
@@ -286,7 +286,7 @@ class Mlflow:
             report.say(f"mlflow did not take step {step}: {error}")
 
 
-TRACKERS: dict[str, Callable[[Run], Tracker]] = {
+TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,
     "mlflow": Mlflow,
@@ -304,17 +304,17 @@ def _imported(kind: str, module: str, package: str) -> Any:
         ) from error
 
 
-def _remembered(run: Run, kind: str) -> str | None:
+def _remembered(run: TrackedRun, kind: str) -> str | None:
     """The service's name of a run that is gone on with."""
     path = storage.join(run.root, f"{kind}.json")
     return storage.read_json(path)["run"] if run.step and storage.exists(path) else None
 
 
-def _remember(run: Run, kind: str, name: str) -> None:
+def _remember(run: TrackedRun, kind: str, name: str) -> None:
     storage.write_json(storage.join(run.root, f"{kind}.json"), {"run": name})
 
 
-def _database(run: Run) -> tuple[str, str | None]:
+def _database(run: TrackedRun) -> tuple[str, str | None]:
     """MLflow's tracking URI, and where pictures go if it is ours."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,8 @@ from raylarge.models import bundle as bundles
 from raylarge.models.cdm import CDM
 from raylarge.train.ingest import Ingest, latents_table
 from raylarge.train.monitor.sample_grid import Painter, cdm_sheet
-from raylarge.train.task import Batch, Facts, Source
+from raylarge.train.task import Batch, DataFacts, Run, SampleSource
 from raylarge.train.tasks.ldm import check_conditioner, condition
-
-if TYPE_CHECKING:
-    from raylarge.train.launch import Train
 
 STATISTICS, SOME = 1024, 64
 """Training samples whose tokens tell the units of each scale, and how many at a time."""
@@ -95,7 +92,7 @@ class CdmTask:
         self.network, self.seed, self.bundle = _Network(cdm, summarizer), seed, bundle
         self.averaged = cdm
 
-    def standardise(self, rows: Source) -> None:
+    def standardise(self, rows: SampleSource) -> None:
         """Have the CDM work in the units of the first samples' tokens."""
         starts = range(0, STATISTICS, SOME)
         some = [rows.batch(range(start, start + SOME)) for start in starts]
@@ -131,26 +128,26 @@ class CdmTask:
         bundles.save(bundle, {"cdm": self.network.cdm.cpu()}, {"cdm": facts})
 
 
-def source(config: Train, split: str = "train") -> Ingest:
+def source(config: CdmConfig, run: Run, split: str = "train") -> Ingest:
     """The grids of the latents that the U-Net learns from, and vectors of their regions."""
-    region = bundles.facts(config.out).get("ldm", {}).get("config", {}).get("ldm", {}).get("region")
-    columns = {latents_table(config.data, config.out): ("grid",)} | (
+    region = bundles.facts(run.out).get("ldm", {}).get("config", {}).get("ldm", {}).get("region")
+    columns = {latents_table(run.data, run.out): ("grid",)} | (
         {region: ("vector",)} if region else {}
     )
-    return Ingest(config.data, columns, config, split)
+    return Ingest(run.data, columns, run.recipe, split)
 
 
-def build(config: Train, facts: Facts) -> CdmTask:
+def build(config: CdmConfig, run: Run, facts: DataFacts) -> CdmTask:
     """The task, its weights drawn from the training's seed.
 
     Raises:
         UserError: the bundle `out` holds no trained Summarizer yet.
     """
-    bundle = bundles.load(config.out, without={"cdm", "controlnet", "vae_small"})
-    check_conditioner(bundle.summarizer, facts, config.out)
-    torch.manual_seed(config.seed)
-    task = CdmTask(config.cdm, bundle, config.seed)
-    if config.cdm.standardised and not task.network.cdm.pos_embed.is_meta:  # plans have no values
-        with closing(source(config)) as rows:
+    bundle = bundles.load(run.out, without={"cdm", "controlnet", "vae_small"})
+    check_conditioner(bundle.summarizer, facts, run.out)
+    torch.manual_seed(run.recipe.seed)
+    task = CdmTask(config, bundle, run.recipe.seed)
+    if config.standardised and not task.network.cdm.pos_embed.is_meta:  # plans have no values
+        with closing(source(config, run)) as rows:
             task.standardise(rows)
     return task

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +27,7 @@ from raylarge.models.classifier import Classifier
 from raylarge.models.classifier import build as build_classifier
 from raylarge.train.ingest import Ingest, Label
 from raylarge.train.labels import labelled
-from raylarge.train.task import Batch, Facts, Source
-
-if TYPE_CHECKING:
-    from raylarge.train.launch import Train
+from raylarge.train.task import Batch, DataFacts, Run, SampleSource
 
 _AT_ONCE = 32  # held-out images
 _SHOWN = 8  # images of a class on a sheet
@@ -67,7 +64,7 @@ class Mixed:
     neighbours are does not thin out the epochs of either.
     """
 
-    def __init__(self, first: Source, second: Source, share: float) -> None:
+    def __init__(self, first: SampleSource, second: SampleSource, share: float) -> None:
         """Join them.
 
         Raises:
@@ -132,9 +129,9 @@ class ClassifierTask:
 
     averaged = None
 
-    def __init__(self, classifier: Classifier, config: Train) -> None:
+    def __init__(self, classifier: Classifier, config: ClassifierConfig, run: Run) -> None:
         self.network = _Network(classifier)
-        self._config, self._root, self._seed = config.classifier, config.data, config.seed
+        self._config, self._root, self._seed = config, run.data, run.recipe.seed
         self._classes = tuple(classifier.config.classes)
 
     def draw(self, batch: Batch) -> Batch:
@@ -199,42 +196,43 @@ class ClassifierTask:
         return torch.cat(logits).numpy(), np.array(labels)
 
 
-def source(config: Train, split: str = "train") -> Source:
+def source(config: ClassifierConfig, run: Run, split: str = "train") -> SampleSource:
     """The images of a split; of `train`, synthetic ones among them where the config says so.
 
     Raises:
         UserError: no label, one that rows lack, one class alone, a share that is none, or folders
             that do not go together.
     """
-    wish, columns = config.classifier, {"examples": ("image",)}
-    values = labelled.classes(config.data, wish.label, "classifier.label")
-    scales = tuple(wish.scales) or None
-    real = Ingest(config.data, columns, config, split, scales, Label(wish.label, values))
-    if not wish.synthetic or split != "train":
+    columns = {"examples": ("image",)}
+    values = labelled.classes(run.data, config.label, "classifier.label")
+    scales = tuple(config.scales) or None
+    real = Ingest(run.data, columns, run.recipe, split, scales, Label(config.label, values))
+    if not config.synthetic or split != "train":
         return real
-    if not 0 < wish.share <= 1:
-        raise UserError(f"classifier.share={wish.share} must be above 0 and at most 1.")
-    said = labelled.slide_labels(wish.synthetic, wish.label, "classifier.label")
+    if not 0 < config.share <= 1:
+        raise UserError(f"classifier.share={config.share} must be above 0 and at most 1.")
+    said = labelled.slide_labels(config.synthetic, config.label, "classifier.label")
     theirs = tuple(sorted({value for value in said.values() if value}))
-    made = Ingest(wish.synthetic, columns, config, "train", scales, Label(wish.label, theirs))
-    return Mixed(real, made, wish.share)
+    made = Ingest(
+        config.synthetic, columns, run.recipe, "train", scales, Label(config.label, theirs)
+    )
+    return Mixed(real, made, config.share)
 
 
-def build(config: Train, facts: Facts) -> ClassifierTask:
+def build(config: ClassifierConfig, run: Run, facts: DataFacts) -> ClassifierTask:
     """The task, its weights drawn from the training's seed.
 
     Raises:
         UserError: nothing is held out, or a network or weights that do not fit.
     """
-    wish = config.classifier
-    if not labelled.count(config.data, _where(wish)):
+    if not labelled.count(run.data, _where(config)):
         raise UserError(
-            f"no image in {config.data} is of the split 'val' at scales {list(wish.scales)}, so "
+            f"no image in {run.data} is of the split 'val' at scales {list(config.scales)}, so "
             f"nothing would tell how good the classifier is; hold some out (tile.val_fraction=)."
         )
-    torch.manual_seed(config.seed)
-    classifier = build_classifier(wish.network, facts.classes, facts.image[-1], wish.weights)
-    return ClassifierTask(classifier, config)
+    torch.manual_seed(run.recipe.seed)
+    classifier = build_classifier(config.network, facts.classes, facts.image[-1], config.weights)
+    return ClassifierTask(classifier, config, run)
 
 
 def _where(config: ClassifierConfig) -> labelled.Where:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +31,8 @@ from raylarge.models.denoiser import bind_context
 from raylarge.resample import downsample
 from raylarge.train.ingest import Ingest, latents_table
 from raylarge.train.monitor.sample_grid import AT_ONCE, spread
-from raylarge.train.task import Batch, Facts, Source
+from raylarge.train.task import Batch, DataFacts, Run, SampleSource
 from raylarge.train.tasks.ldm import check_conditioner, condition
-
-if TYPE_CHECKING:
-    from raylarge.train.config import Train
 
 SHEET_STEPS = 10
 
@@ -179,7 +176,7 @@ def _addresses(samples: Tensor) -> list[tuple[int, int]]:
     return [split_64(sample) for sample in samples.tolist()]
 
 
-def source(config: Train, split: str = "train") -> Source:
+def source(config: ControlnetConfig, run: Run, split: str = "train") -> SampleSource:
     """Latents of the bundle's autoencoder with their grids and images.
 
     Embeddings of regions are left out: sampling under a control gives none either.
@@ -187,25 +184,25 @@ def source(config: Train, split: str = "train") -> Source:
     Raises:
         UserError: as `latents_table` and `Ingest`.
     """
-    latents = latents_table(config.data, config.out)
+    latents = latents_table(run.data, run.out)
     columns = {latents: ("latent", "grid"), "examples": ("image",)}
-    return Ingest(config.data, columns, config, split)
+    return Ingest(run.data, columns, run.recipe, split)
 
 
-def build(config: Train, facts: Facts) -> ControlnetTask:
+def build(config: ControlnetConfig, run: Run, facts: DataFacts) -> ControlnetTask:
     """The task, its weights those of the U-Net's encoder and drawn from the training's seed.
 
     Raises:
         UserError: the bundle `out` is not whole yet, or factors that its patches do not have.
     """
-    config.controlnet.check(facts.image[-1])
-    bundle = bundles.load(config.out, without={"cdm", "prior", "controlnet", "vae_small"})
-    check_conditioner(bundle.summarizer, facts, config.out)
+    config.check(facts.image[-1])
+    bundle = bundles.load(run.out, without={"cdm", "prior", "controlnet", "vae_small"})
+    check_conditioner(bundle.summarizer, facts, run.out)
     for part in (bundle.vae, bundle.unet, bundle.summarizer):
         part.eval().requires_grad_(False)
-    if config.channels_last:
+    if run.recipe.channels_last:
         bundle.unet.to(memory_format=torch.channels_last)
-    if config.checkpointing:  # the gradient passes through it to the residuals
+    if run.recipe.checkpointing:  # the gradient passes through it to the residuals
         bundle.unet.enable_gradient_checkpointing()
-    torch.manual_seed(config.seed)  # here: loading draws weights, too, of whatever there is
-    return ControlnetTask(config.controlnet, bundle, config.seed)
+    torch.manual_seed(run.recipe.seed)  # here: loading draws weights, too, of whatever there is
+    return ControlnetTask(config, bundle, run.recipe.seed)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +30,7 @@ from raylarge.models.summarizer import ConvSummarizer, Summarizer
 from raylarge.models.unet import UNet, UNetConfig
 from raylarge.train.ingest import Ingest, latents_table
 from raylarge.train.monitor.sample_grid import Painter, ldm_sheet
-from raylarge.train.task import Batch, Facts
-
-if TYPE_CHECKING:
-    from raylarge.train.launch import Train
+from raylarge.train.task import Batch, DataFacts, Run
 
 KINDS = ("vit", "cnn", "vector")
 
@@ -168,7 +165,7 @@ class _Network(nn.Module):
 class LdmTask:
     """Trains the latent diffusion model with its Summarizer."""
 
-    def __init__(self, config: LdmConfig, facts: Facts, seed: int, vae: Any = None) -> None:
+    def __init__(self, config: LdmConfig, facts: DataFacts, seed: int, vae: Any = None) -> None:
         assert facts.latent is not None
         channels, rows, columns = facts.latent
         context = config.summarizer.width
@@ -219,7 +216,7 @@ def condition(summarizer: Any, batch: Batch) -> Float[Tensor, "B n D"]:
     return tokens
 
 
-def check_conditioner(summarizer: Any, facts: Facts, out: str) -> None:
+def check_conditioner(summarizer: Any, facts: DataFacts, out: str) -> None:
     """Refuse data that a trained Summarizer cannot read.
 
     Raises:
@@ -249,7 +246,7 @@ def initialise(unet: UNet, path: str, heads: int) -> None:
     unet.load_state_dict(found)
 
 
-def _conditioner(config: SummarizerConfig, facts: Facts) -> nn.Module:
+def _conditioner(config: SummarizerConfig, facts: DataFacts) -> nn.Module:
     """The network that makes context tokens of embeddings."""
     known = {"channels": facts.channels, "width": config.width, "scales": max(facts.scales) + 1}
     if config.kind == "vit":
@@ -259,28 +256,28 @@ def _conditioner(config: SummarizerConfig, facts: Facts) -> nn.Module:
     return VectorEmbedder(region=facts.vector, **known)
 
 
-def source(config: Train, split: str = "train") -> Ingest:
+def source(config: LdmConfig, run: Run, split: str = "train") -> Ingest:
     """Latents of the bundle's autoencoder with their grids, and vectors of their regions."""
-    columns = {latents_table(config.data, config.out): ("latent", "grid")}
-    if config.ldm.region:
-        columns[config.ldm.region] = ("vector",)
-    return Ingest(config.data, columns, config, split)
+    columns = {latents_table(run.data, run.out): ("latent", "grid")}
+    if config.region:
+        columns[config.region] = ("vector",)
+    return Ingest(run.data, columns, run.recipe, split)
 
 
-def build(config: Train, facts: Facts) -> LdmTask:
+def build(config: LdmConfig, run: Run, facts: DataFacts) -> LdmTask:
     """The task, its weights drawn from the training's seed.
 
     Raises:
         UserError: latents of a shape that the bundle's autoencoder does not make.
     """
-    torch.manual_seed(config.seed)
-    found = bundles.facts(config.out)
-    vae = bundles.load_autoencoder(config.out) if found.get("digests", {}).get("vae") else None
+    torch.manual_seed(run.recipe.seed)
+    found = bundles.facts(run.out)
+    vae = bundles.load_autoencoder(run.out) if found.get("digests", {}).get("vae") else None
     if vae is not None:
         made = (vae.channels, *(side // vae.factor for side in facts.image[1:]))
         if facts.latent != made:
             raise UserError(
-                f"the latents in {config.data} are of shape {facts.latent}, the autoencoder of "
-                f"{config.out} makes {made}; encode the examples again with it."
+                f"the latents in {run.data} are of shape {facts.latent}, the autoencoder of "
+                f"{run.out} makes {made}; encode the examples again with it."
             )
-    return LdmTask(config.ldm, facts, config.seed, vae)
+    return LdmTask(config, facts, run.recipe.seed, vae)

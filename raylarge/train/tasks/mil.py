@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +21,12 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from raylarge import storage
+from raylarge.errors import UserError
 from raylarge.metrics import classification
 from raylarge.models.mil import ABMIL
 from raylarge.train.labels import bags, labelled
-from raylarge.train.labels.bags import BagSource, Fold
-from raylarge.train.task import Batch, Facts
-
-if TYPE_CHECKING:
-    from raylarge.train.launch import Train
+from raylarge.train.labels.bags import BagSource, FeatureTable, Fold
+from raylarge.train.task import Batch, DataFacts, Run
 
 _AT_ONCE = 4096  # instances of a held-out slide
 _FIGURES = ("auc", "balanced_accuracy", "accuracy")
@@ -62,6 +60,24 @@ class MilConfig:
     attention: int = 128
     gated: bool = True
     memory_gib: float = 32.0
+
+    def check(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            UserError: naming the key, its value and what it may be.
+        """
+        if not 0 <= self.fold < self.folds or self.folds < 2:
+            raise UserError(
+                f"mil.fold={self.fold} is none of mil.folds={self.folds}; give 2 folds or more, "
+                f"and one from 0 to {max(1, self.folds - 1)}."
+            )
+        if self.instances < 1:
+            raise UserError(f"mil.instances={self.instances} must be 1 or more.")
+        if not self.scales or list(self.scales) != sorted(set(self.scales)):
+            raise UserError(
+                f"mil.scales={list(self.scales)} must be ascending scales, the finest first."
+            )
 
 
 class _Network(nn.Module):
@@ -144,27 +160,40 @@ def summary(out: str, of: Mapping[str, Any] | None = None) -> dict[str, Any]:
     return {"of": of, "folds": [one["fold"] for one in found], **_means(found), **test}
 
 
-def source(config: Train, split: str = "train") -> BagSource:
+def source(config: MilConfig, run: Run, split: str = "train") -> BagSource:
     """The bags of a side of the fold: `train`, or those held out, `val`.
 
     Raises:
-        UserError: as `bags.load`.
+        UserError: as `fold_of`.
     """
-    return BagSource(bags.load(config), split, config.mil.instances, config.seed)
+    return BagSource(fold_of(config, run), split, config.instances, run.recipe.seed)
 
 
-def build(config: Train, facts: Facts) -> MilTask:
+def build(config: MilConfig, run: Run, facts: DataFacts) -> MilTask:
     """The task, its weights drawn from the training's seed.
 
     Raises:
-        UserError: as `bags.load`.
+        UserError: as `fold_of`.
     """
-    fold, mil = bags.load(config), config.mil
+    fold = fold_of(config, run)
     shared = ("label", "folds", "instances", "width", "attention", "gated")
-    told = {name: getattr(mil, name) for name in shared}
-    told |= {"scales": list(mil.scales), "seed": config.seed, "data": fold.bags.digest}
-    torch.manual_seed(config.seed)
-    return MilTask(mil, fold, told)
+    told = {name: getattr(config, name) for name in shared}
+    told |= {"scales": list(config.scales), "seed": run.recipe.seed, "data": fold.bags.digest}
+    torch.manual_seed(run.recipe.seed)
+    return MilTask(config, fold, told)
+
+
+def fold_of(config: MilConfig, run: Run) -> Fold:
+    """Return the fold that is held out; once per process, and the features on first use.
+
+    Raises:
+        UserError: values that make no sense, or as `bags.load`.
+    """
+    config.check()
+    features = FeatureTable(
+        run.data, config.features, tuple(config.scales), config.label, float(config.memory_gib)
+    )
+    return bags.load(features, config.folds, config.fold, run.recipe.seed)
 
 
 @torch.inference_mode()

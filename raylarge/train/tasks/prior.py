@@ -10,7 +10,7 @@ al., supplement 14.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,7 @@ from raylarge.models import bundle as bundles
 from raylarge.models.conditioner import SIDE
 from raylarge.models.prior import GridPrior
 from raylarge.train.ingest import Ingest
-from raylarge.train.task import Batch, Facts, Source
-
-if TYPE_CHECKING:
-    from raylarge.train.config import Train
+from raylarge.train.task import Batch, DataFacts, Run, SampleSource
 
 STATISTICS = 512
 """Samples, the first of the training, whose means and spreads are the network's units."""
@@ -157,60 +154,60 @@ def false_colours(
     return found
 
 
-def vectors_table(config: Train) -> str:
+def vectors_table(data: str, name: str) -> str:
     """The table of vectors that is meant: the one named, or the only one there is.
 
     Raises:
         UserError: there are none, or several and no name.
     """
-    if name := config.prior.vectors:
+    if name:
         return name if name.startswith("vectors-") else f"vectors-{name}"
-    made = [path.rsplit("/", 1)[-1] for path in storage.children(config.data, "text_embed-*.json")]
+    made = [path.rsplit("/", 1)[-1] for path in storage.children(data, "text_embed-*.json")]
     names = [f"vectors-{one.removeprefix('text_embed-').removesuffix('.json')}" for one in made]
     if len(names) != 1:
         cure = f"choose one: prior.vectors={' or '.join(names)}."
         if not names:
-            cure = f"make one with python jobs/prepare.py out={config.data} verbs=text_embed."
-        raise UserError(f"{config.data} has {len(names)} tables of vectors; {cure}")
+            cure = f"make one with python jobs/prepare.py out={data} verbs=text_embed."
+        raise UserError(f"{data} has {len(names)} tables of vectors; {cure}")
     return names[0]
 
 
-def source(config: Train, split: str = "train") -> Source:
+def source(config: PriorConfig, run: Run, split: str = "train") -> SampleSource:
     """Grids of one scale with the vectors beside them.
 
     Raises:
         UserError: a config that makes no sense, no telling which vectors, or as `Ingest`.
     """
-    config.prior.check()
-    columns = {"examples": ("grid",), vectors_table(config): ("vector",)}
-    return Ingest(config.data, columns, config, split, scales=(config.prior.scale,))
+    config.check()
+    columns = {"examples": ("grid",), vectors_table(run.data, config.vectors): ("vector",)}
+    return Ingest(run.data, columns, run.recipe, split, scales=(config.scale,))
 
 
-def build(config: Train, facts: Facts) -> PriorTask:
+def build(config: PriorConfig, run: Run, facts: DataFacts) -> PriorTask:
     """The task, its weights drawn from the training's seed, its units those of the data.
 
     Raises:
         UserError: grids of another size than the scale's, or a bundle for another encoder.
     """
-    torch.manual_seed(config.seed)
-    _refuse_other_encoder(config.out, facts)
-    some, side = source(config).batch(range(STATISTICS)), config.prior.side
+    torch.manual_seed(run.recipe.seed)
+    _refuse_other_encoder(run.out, facts)
+    some, side = source(config, run).batch(range(STATISTICS)), config.side
     odd = (some["grid_rows"] != side) | (some["grid_columns"] != side)
     if odd.any():
         found = f"{some['grid_rows'][odd][0]}x{some['grid_columns'][odd][0]}"
         raise UserError(
-            f"examples of prior.scale={config.prior.scale} have grids of {found} embeddings, not "
+            f"examples of prior.scale={config.scale} have grids of {found} embeddings, not "
             f"{side}x{side}; prepare the data with one embedding per base tile."
         )
-    size = {"side": side, "width": config.prior.width, "blocks": config.prior.blocks}
+    size = {"side": side, "width": config.width, "blocks": config.blocks}
     prior = GridPrior(facts.channels, facts.vector, **size)
     prior.standardise(grids_of(some, side), some["vector"])
-    table = vectors_table(config)
-    made = tables.manifest(config.data, table)["config"].get("text_embed", {})
-    return PriorTask(prior, config.prior.drop, config.seed, {"table": table, **made})
+    table = vectors_table(run.data, config.vectors)
+    made = tables.manifest(run.data, table)["config"].get("text_embed", {})
+    return PriorTask(prior, config.drop, run.recipe.seed, {"table": table, **made})
 
 
-def _refuse_other_encoder(out: str, facts: Facts) -> None:
+def _refuse_other_encoder(out: str, facts: DataFacts) -> None:
     """Refuse embeddings that the bundle's Summarizer would not understand.
 
     Raises:

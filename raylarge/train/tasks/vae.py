@@ -13,7 +13,7 @@ follows gradients of the batch; ours is fixed, so that a sample's loss is its ow
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -30,10 +30,7 @@ from raylarge.models.discriminator import Discriminator, DiscriminatorConfig, ad
 from raylarge.models.light_autoencoder import LightAutoencoder
 from raylarge.models.perceptual import SMALLEST, FeatureDistance, Perceptual
 from raylarge.train.ingest import Ingest
-from raylarge.train.task import Batch, Facts
-
-if TYPE_CHECKING:
-    from raylarge.train.launch import Train
+from raylarge.train.task import Batch, DataFacts, Recipe, Run
 
 KINDS = ("light", "vq", "kl")
 _LEAST = {
@@ -76,6 +73,11 @@ class VaeConfig:
     commitment: float = 0.25  # vq: β
     average: bool = False  # keep the moving average of the autoencoder
     distill: bool = False
+
+    @property
+    def part(self) -> str:
+        """The part of the bundle that is trained."""
+        return "vae_small" if self.distill else "vae"
 
 
 class _Beside:
@@ -189,10 +191,12 @@ class _Distilled(nn.Module):
 class VaeTask:
     """Trains an autoencoder, or distils a small one."""
 
-    def __init__(self, network: _Trained | _Distilled, config: Train, facts: Facts) -> None:
-        self.network, self.config, self.seed = network, config.vae, config.seed
-        self.batch, self.patch_px = config.batch, facts.image[-1]
-        self.averaged = network.codec if config.vae.average else None
+    def __init__(
+        self, network: _Trained | _Distilled, config: VaeConfig, recipe: Recipe, patch_px: int
+    ) -> None:
+        self.network, self.config, self.seed = network, config, recipe.seed
+        self.batch, self.patch_px = recipe.batch, patch_px
+        self.averaged = network.codec if config.average else None
 
     def draw(self, batch: Batch) -> Batch:
         """The batch with its images mirrored at random, a posterior's noise, and the gate.
@@ -252,12 +256,12 @@ class VaeTask:
         bundles.save(bundle, {"vae": codec}, {"patch_px": self.patch_px, "vae": facts})
 
 
-def source(config: Train, split: str = "train") -> Ingest:
+def source(config: VaeConfig, run: Run, split: str = "train") -> Ingest:
     """The images of a split."""
-    return Ingest(config.data, {"examples": ("image",)}, config, split)
+    return Ingest(run.data, {"examples": ("image",)}, run.recipe, split)
 
 
-def build(config: Train, facts: Facts) -> VaeTask:
+def build(config: VaeConfig, run: Run, facts: DataFacts) -> VaeTask:
     """The task, its weights drawn from the training's seed.
 
     Raises:
@@ -265,21 +269,20 @@ def build(config: Train, facts: Facts) -> VaeTask:
             package or weights for LPIPS.
     """
     side = facts.image[-1]
-    _check(config.vae, side)
-    sharded = config.workers and config.strategy == "deepspeed" and config.zero == 3
-    if config.vae.adversarial and sharded:
+    _check(config, side)
+    if config.adversarial and run.recipe.by_deepspeed and run.recipe.zero == 3:
         raise UserError(
             "zero=3 shards the weights that vae.adversarial needs whole; give zero=2 or less."
         )
-    torch.manual_seed(config.seed)
-    if config.vae.distill:
-        network: Any = _Distilled(config.vae, bundles.load_autoencoder(config.out))
+    torch.manual_seed(run.recipe.seed)
+    if config.distill:
+        network: Any = _Distilled(config, bundles.load_autoencoder(run.out))
     else:
-        network = _Trained(config.vae)
+        network = _Trained(config)
     factor = network.codec.factor
     if side % factor:
         raise UserError(f"images of {side} px cannot be coded by factor {factor}: it must divide.")
-    return VaeTask(network, config, facts)
+    return VaeTask(network, config, run.recipe, side)
 
 
 def _check(config: VaeConfig, side: int) -> None:
