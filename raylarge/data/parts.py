@@ -36,7 +36,7 @@ class Stage(ABC):
     kind: pa.Schema
 
     @abstractmethod
-    def make(self, unit: Unit) -> tuple[pa.Table, Facts]:
+    def make(self, unit: Any) -> tuple[pa.Table, Facts]:
         """A unit's table, and what is worth saying about it.
 
         `groups`, where it is said, is [scale, split, rows] of each row group to be written.

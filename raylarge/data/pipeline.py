@@ -30,7 +30,7 @@ from raylarge.data.units import Unit
 from raylarge.errors import SlideError, UserError
 
 Facts = dict[str, Any]
-Work = Callable[[Unit], Facts]
+Work = Callable[[Any], Facts]
 _RUN = 8
 """Blocks of one slide that go to a worker together, at most."""
 _ATTEMPTS = 5

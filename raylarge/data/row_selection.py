@@ -34,7 +34,7 @@ def read(
     """
     wanted = [i for i, (k, _, _) in enumerate(unit.groups) if scales is None or k in scales]
     table = storage.read_rows(storage.join(root, unit.source), wanted, columns)
-    return table, [unit.groups[i] for i in wanted]
+    return table, [list(unit.groups[i]) for i in wanted]
 
 
 def kept(groups: Groups, keep: Bool[np.ndarray, " n"]) -> Groups:

@@ -22,7 +22,8 @@ def grids(order: Order, top: int, *, guided: bool) -> list[Request]:
         top: scale of the guide, or of the order's own image.
         guided: whether a guide is sampled, under an id of that name.
     """
-    requests, kinds = [], {order.condition.kind}
+    requests: list[Request] = []
+    kinds: set[str] = {order.condition.kind}
     if order.algorithm == "superres":
         requests.append(Request("given", LoadSource(order)))
     if guided:

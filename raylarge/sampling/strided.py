@@ -68,8 +68,8 @@ def canvas(order: Order, patch: Patch, start: Start | None = None) -> tuple[list
         if windows and kind in ("embeddings", "prior"):
             vectors = {"vectors": f"between/{j}"}
             place = (with_payload(order), kind, order.scale, windows)
-            task = EncodeContext(*place, interpolated=True)
-            requests.append(Request(vectors["vectors"], task, grid))
+            context = EncodeContext(*place, interpolated=True)
+            requests.append(Request(vectors["vectors"], context, grid))
         near = tuple(b for b in (j - 1, j, j + 1) if 0 <= b < count)
         latents, groups = start(j, min(j + 2, count)) if start else ((), ())
         placed = tuple(map(tuple, groups))
@@ -79,7 +79,9 @@ def canvas(order: Order, patch: Patch, start: Start | None = None) -> tuple[list
         for i in range(1, steps + 1):
             last = i == steps
             task = DenoiseBand(brief, j, i, () if last else windows, near, refine=refine)
-            before = {"neighbours": tuple(f"band/{i - 1}/{b}" for b in near)}
+            before: dict[str, str | tuple[str, ...]] = {
+                "neighbours": tuple(f"band/{i - 1}/{b}" for b in near)
+            }
             needs = before if last else {**vectors, **before}
             requests.append(Request(f"final/{j}" if last else f"band/{i}/{j}", task, needs))
     return requests, count

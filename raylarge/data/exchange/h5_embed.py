@@ -272,7 +272,7 @@ class Importing(EmbedStage):
             self._encoder: Any = _Unloaded(ssl.card(config.encoder))
         self._grid = _AtNeed(tile)
 
-    def make(self, unit: ImportUnit) -> tuple[Any, Facts]:
+    def make(self, unit: ImportUnit) -> tuple[Any, Facts]:  # type: ignore[override]
         """The block's rows of the base grid, as `embed` makes them."""
         self._unit = unit
         table, facts = super().make(unit)
