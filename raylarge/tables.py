@@ -1,7 +1,7 @@
-"""Reading a table by the manifest of the verb that made it, never by what lies in its folder.
+"""Read tables through the manifest of the verb that wrote them.
 
-The manifest lists the table's parts, so parts of an unfinished run or of a slide that was
-taken out are not seen. Rows come in one canonical order, however the parts were cut.
+The manifest lists the parts of a table, so parts of an unfinished run or of a removed slide are
+ignored. Rows have one canonical order, which does not depend on how the parts were cut.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ KEYS = ("scale", "slide_id", "row", "column", "flip")
 
 
 def verb(name: str) -> str:
-    """The verb that makes a table, with what follows the table's name: encode-<digest>."""
+    """Return the verb that writes a table, with the table's suffix: encode-<digest>."""
     table, *rest = name.split("-", 1)
     return "-".join([VERBS[table], *rest])
 
 
 def manifest(root: str, name: str) -> dict[str, Any]:
-    """What the verb that made a table wrote when it had finished.
+    """Return the manifest of a table: what its verb wrote when it had finished.
 
     Args:
         root: the data folder; a path or an `s3://` URL.
         name: tiles, embeddings, examples, latents-<digest> and so on (`VERBS`).
 
     Raises:
-        UserError: it has not finished, or not here.
+        UserError: the manifest is missing or damaged.
     """
     if not (document := read_manifest(root, verb(name), name)):
         more = " verbs=encode bundle=..." if name.startswith("latents") else ""
@@ -88,25 +88,25 @@ def _is_manifest(document: Any) -> bool:
 def rows(
     root: str, name: str, split: str | None = None, columns: Iterable[str] | None = None
 ) -> pa.Table:
-    """The rows of a table, of one split if given, sorted by scale, slide, row and column.
+    """Return the rows of a table (of one split, unless None) by scale, slide, row and column.
 
     Raises:
         UserError: no such table, none of its rows is of the split, or a part does not fit.
     """
-    made = manifest(root, name)
+    listing = manifest(root, name)
     parts = [
         part
-        for part in made["parts"]
+        for part in listing["parts"]
         if split is None or any(by.get(split) for by in part["counts"].values())
     ]
     if not parts:
         raise UserError(
-            f"none of the {made['rows']} rows that {made['verb']} made in {root} is of the "
+            f"none of the {listing['rows']} rows that {listing['verb']} made in {root} is of the "
             f"split '{split}'; prepare more slides, or hold out fewer."
         )
     kind = getattr(schema, name.split("-", 1)[0].upper())
-    wanted = set(kind.names if columns is None else columns) | {"split", *KEYS}
-    some = [column for column in kind.names if column in wanted]
+    required = set(kind.names if columns is None else columns) | {"split", *KEYS}
+    some = [column for column in kind.names if column in required]
     table = pa.concat_tables([_checked(root, part, kind, some) for part in parts])
     if split is not None:
         table = table.filter(pc.equal(table["split"], split))
@@ -116,41 +116,41 @@ def rows(
 
 
 def lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """All values of a list column end to end, and where each row's begin."""
+    """Return all values of a list column end to end, and the offset of each row."""
     array = column.combine_chunks()
     array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
     return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
 
 
 def dense(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of EMBEDDINGS as a grid: which cells are valid [r, c], and vectors [r, c, C]."""
+    """Return rows of EMBEDDINGS as a grid: valid cells [r, c], and vectors [r, c, C]."""
     columns = table["columns"][0].as_py()
     valid = lists(table["valid"])[0].reshape(table.num_rows, columns)
     return valid, lists(table["embedding"])[0].reshape(table.num_rows, columns, -1)
 
 
-def check_part(path: str, told: Mapping[bytes, bytes], part: Mapping[str, Any]) -> None:
-    """Refuse a part that is not the one which the manifest lists.
+def check_part(path: str, metadata: Mapping[bytes, bytes], part: Mapping[str, Any]) -> None:
+    """Raise if a part is not the one that the manifest lists.
 
     Args:
-        path: of the part.
-        told: the metadata of its schema.
-        part: what the manifest says of it.
+        path: path of the part.
+        metadata: the metadata of its schema.
+        part: its entry in the manifest.
 
     Raises:
-        UserError: it is of another version, or was made anew.
+        UserError: it is of another version, or was replaced.
     """
-    found = told.get(b"version", b"?").decode()
-    if found != schema.VERSION:
+    version = metadata.get(b"version", b"?").decode()
+    if version != schema.VERSION:
         raise UserError(
-            f"{path} is of version {found}, not {schema.VERSION}; prepare the data again."
+            f"{path} is of version {version}, not {schema.VERSION}; prepare the data again."
         )
-    if json.loads(told.get(b"facts", b"{}")).get("stamp") != part.get("stamp"):
+    if json.loads(metadata.get(b"facts", b"{}")).get("stamp") != part.get("stamp"):
         raise UserError(f"{path} was made anew since its table was whole; prepare it again.")
 
 
 def _checked(root: str, part: dict[str, Any], kind: pa.Schema, columns: list[str]) -> pa.Table:
-    """Some columns of a part, if it is the one that the manifest lists."""
+    """Return columns of a part; raise if it is not the one that the manifest lists."""
     path = storage.join(root, part["part"])
     table = storage.read_table(path, columns)
     check_part(path, table.schema.metadata or {}, part)
@@ -158,7 +158,7 @@ def _checked(root: str, part: dict[str, Any], kind: pa.Schema, columns: list[str
 
 
 def fitting(path: str, table: pa.Table, kind: pa.Schema, columns: Sequence[str]) -> pa.Table:
-    """Some columns of a part, cast to their kinds.
+    """Return columns of a part, cast to the types of its schema.
 
     Raises:
         UserError: one is missing, or cannot be cast.

@@ -35,8 +35,8 @@ def test_a_large_table_is_read_by_row_groups(data, tmp_path, monkeypatch):
     drawn = own_vectors(data, tmp_path / "v.parquet", 10)
     examples = examples_of(data)
     user_table = UserTable(str(tmp_path / "v.parquet"), "v", vectors=True)
-    size = max(user_table._source.sizes)
-    monkeypatch.setattr(user_table_rows, "HELD_BYTES", size)
+    size = max(user_table._row_groups.sizes)
+    monkeypatch.setattr(user_table_rows, "COLUMN_BYTES", size)
     groups, read = [], storage.read_rows
 
     def counted(path, wanted, columns=None):
@@ -62,7 +62,7 @@ def test_tables_that_no_worker_can_hold_are_refused(data, own_texts, tmp_path, m
     own_vectors(data, tmp_path / "one.parquet", count)
     mixed = np.random.default_rng(1).permutation(count)
     own_vectors(data, tmp_path / "mixed.parquet", 2, mixed)
-    monkeypatch.setattr(user_table_rows, "HELD_BYTES", 1000)
+    monkeypatch.setattr(user_table_rows, "COLUMN_BYTES", 1000)
     monkeypatch.setattr("raylarge.data.user_table._READ_TWICE", 0)
     for wish, told in (
         ({"vectors": f"{tmp_path}/one.parquet:v"}, r"a row group with 0\.0 GB of v; write it with"),

@@ -32,9 +32,9 @@ def read(
         columns: what is read of a row.
         scales: which scales.
     """
-    wanted = [i for i, (k, _, _) in enumerate(unit.groups) if scales is None or k in scales]
-    table = storage.read_rows(storage.join(root, unit.source), wanted, columns)
-    return table, [list(unit.groups[i]) for i in wanted]
+    selected = [i for i, (k, _, _) in enumerate(unit.groups) if scales is None or k in scales]
+    table = storage.read_rows(storage.join(root, unit.source), selected, columns)
+    return table, [list(unit.groups[i]) for i in selected]
 
 
 def kept(groups: Groups, keep: Bool[np.ndarray, " n"]) -> Groups:
@@ -45,18 +45,18 @@ def kept(groups: Groups, keep: Bool[np.ndarray, " n"]) -> Groups:
     return [[scale, split, count] for (scale, split, _), count in pairs if count]
 
 
-def require(made: Mapping[str, Any], scales: Sequence[int] | None, key: str) -> None:
+def require(manifest: Mapping[str, Any], scales: Sequence[int] | None, key: str) -> None:
     """Refuse scales of which a table has no row.
 
     Args:
-        made: the table's manifest.
+        manifest: the table's manifest.
         scales: what the user wants; None: whatever there is.
         key: what the configuration calls it, such as `caption.scales`.
 
     Raises:
         UserError: none are wanted, or one that the table lacks.
     """
-    there = sorted(map(int, made["counts"]))
+    there = sorted(map(int, manifest["counts"]))
     if scales is not None and (not scales or not set(scales) <= set(there)):
         raise UserError(
             f"{key}={list(scales)}: choose among the scales that have rows, {there}, or leave it "

@@ -80,24 +80,24 @@ def index(paths: Sequence[str], config: TileConfig) -> SlideIndex:
             without a split where a table gives splits, a patient in two splits.
     """
     _refuse_same_names(paths)
-    found = SlideIndex([])
-    rows, has_split = _rows(paths, config, found) if config.table else ({}, False)
-    known = {path: _entry(path, config, rows.get(path, {})) for path in paths}
+    result = SlideIndex([])
+    rows, has_split = _rows(paths, config, result) if config.table else ({}, False)
+    entries = {path: _entry(path, config, rows.get(path, {})) for path in paths}
     if has_split or is_file(config.split):
         by_row = {path: row["split"] for path, row in rows.items() if row.get("split")}
-        by_file = _splits_by_file(known, config, found) if is_file(config.split) else {}
+        by_file = _splits_by_file(entries, config, result) if is_file(config.split) else {}
         for path, split in by_row.items():
             if by_file.get(path, split) != split:
                 raise UserError(
                     f"{file_name(path)} is in {split} by tile.table={config.table} and in "
                     f"{by_file[path]} by tile.split={config.split}; mend one of them."
                 )
-        for path, entry in known.items():
-            known[path] = replace(entry, split={**by_row, **by_file}.get(path, ""))
-        _place_unlisted(known, config, found)
-    _one_split_per_patient(known.values())
-    found.entries = sorted(known.values(), key=lambda entry: entry.slide_id)
-    return found
+        for path, entry in entries.items():
+            entries[path] = replace(entry, split={**by_row, **by_file}.get(path, ""))
+        _place_unlisted(entries, config, result)
+    _one_split_per_patient(entries.values())
+    result.entries = sorted(entries.values(), key=lambda entry: entry.slide_id)
+    return result
 
 
 def account(index: SlideIndex, salt: str, names: bool) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _refuse_same_names(paths: Sequence[str]) -> None:
 
 
 def _rows(
-    paths: Sequence[str], config: TileConfig, found: SlideIndex
+    paths: Sequence[str], config: TileConfig, index: SlideIndex
 ) -> tuple[dict[str, Row], bool]:
     """The row of each slide in `tile.table`, and whether the table gives splits."""
     table = text_table.read(config.table)
@@ -157,10 +157,10 @@ def _rows(
     )
     named = NameTable("tile.table", config.table, pairs)
     rows = named.match(paths)
-    _compare("table", named, paths, rows, found)
+    _compare("table", named, paths, rows, index)
     columns = [name for name in COLUMNS if name in table.columns]
-    found.lines += table.missing_words([*columns, *config.labels])
-    found.counts["missing"] = {
+    index.lines += table.missing_words([*columns, *config.labels])
+    index.counts["missing"] = {
         name: table.missing[name].total()
         for name in dict.fromkeys([*columns, *config.labels])
         if name in table.missing
@@ -173,7 +173,7 @@ def _compare(
     named: NameTable[Any],
     paths: Sequence[str],
     rows: Mapping[str, Any],
-    found: SlideIndex,
+    index: SlideIndex,
 ) -> None:
     """Note which rows mean no slide and which slides have no row.
 
@@ -182,7 +182,7 @@ def _compare(
     """
     without = [path for path in paths if path not in rows]
     unused, hint = named.unused(), named.hint(without)
-    found.hint = found.hint or hint
+    index.hint = index.hint or hint
     if not rows:
         who = "slides" if what == "table" else "slides and patients"
         cure = hint or "write the names of the files there"
@@ -190,11 +190,11 @@ def _compare(
     for who, names in (("rows without a slide", unused), ("slides without a row", without)):
         if names:
             listed = some([file_name(name) for name in names])
-            found.lines.append(f"{named.title}: {who}: {len(names):,} ({listed})")
-    found.lines += named.shared()
+            index.lines.append(f"{named.title}: {who}: {len(names):,} ({listed})")
+    index.lines += named.shared()
     if hint:
-        found.lines.append(f"{named.title}: {hint}")
-    found.counts[what] = {
+        index.lines.append(f"{named.title}: {hint}")
+    index.counts[what] = {
         "rows_without_slide": len(unused),
         "slides_without_row": len(without),
         "unmatched_rows": unused[:SOME],
@@ -224,47 +224,47 @@ def _entry(path: str, config: TileConfig, row: Mapping[str, str]) -> Entry:
 
 
 def _splits_by_file(
-    known: dict[str, Entry], config: TileConfig, found: SlideIndex
+    entries: dict[str, Entry], config: TileConfig, index: SlideIndex
 ) -> dict[str, str]:
     """The split of each slide that the file of `tile.split` lists, by name or patient."""
     named, table = split_table.read(config.split)
-    listed = named.match(list(known))
-    for path, entry in known.items():
+    listed = named.match(list(entries))
+    for path, entry in entries.items():
         if path not in listed and (split := named.find(entry.patient)):
             listed[path] = split
-    _compare("split", named, list(known), listed, found)
-    found.lines += table.missing_words(table.columns)
+    _compare("split", named, list(entries), listed, index)
+    index.lines += table.missing_words(table.columns)
     return listed
 
 
-def _place_unlisted(known: dict[str, Entry], config: TileConfig, found: SlideIndex) -> None:
+def _place_unlisted(entries: dict[str, Entry], config: TileConfig, index: SlideIndex) -> None:
     """Do with slides without a split as `tile.unlisted` says.
 
     Raises:
         UserError: there are some, and it says `refuse`.
     """
-    without = [path for path, entry in known.items() if not entry.split]
+    without = [path for path, entry in entries.items() if not entry.split]
     source = f"tile.split={config.split}" if is_file(config.split) else f"tile.table={config.table}"
     if without and config.unlisted == "refuse":
-        hint = f" ({found.hint})" if found.hint else ""
+        hint = f" ({index.hint})" if index.hint else ""
         raise UserError(
-            f"{len(without):,} of {len(known):,} slides have no split in {source}: "
+            f"{len(without):,} of {len(entries):,} slides have no split in {source}: "
             f"{some([file_name(path) for path in without])}{hint}; add them, or set "
             "tile.unlisted=skip (leave them out) or tile.unlisted=hash (split by hash of the "
             "patient)."
         )
-    of_patient = {entry.patient_id: entry.split for entry in known.values() if entry.split}
+    of_patient = {entry.patient_id: entry.split for entry in entries.values() if entry.split}
     for path in without:
         if config.unlisted == "skip":
-            found.skipped.append(known.pop(path).path)
+            index.skipped.append(entries.pop(path).path)
             continue
-        patient = known[path].patient_id
+        patient = entries[path].patient_id
         drawn = by_hash(patient, config.val_fraction, config.test_fraction)
-        known[path] = replace(known[path], split=of_patient.get(patient, drawn))
+        entries[path] = replace(entries[path], split=of_patient.get(patient, drawn))
     if without:
         how = "left out" if config.unlisted == "skip" else "split by hash of the patient"
-        found.lines.append(f"{source}: slides without a split, {how}: {len(without):,}")
-    found.counts["unlisted"] = len(without)
+        index.lines.append(f"{source}: slides without a split, {how}: {len(without):,}")
+    index.counts["unlisted"] = len(without)
 
 
 def is_file(split: str) -> bool:
@@ -321,15 +321,15 @@ def _patient(name: str, pattern: str) -> str:
     if not pattern:
         return name
     try:
-        found = re.search(pattern, name)
+        match = re.search(pattern, name)
     except re.error as error:
         raise UserError(f"tile.patient={pattern} is no regular expression: {error}.") from error
-    if found is None or not any(found.groups()):
+    if match is None or not any(match.groups()):
         raise UserError(
             f"tile.patient={pattern} finds no patient in '{name}'; give a regular expression "
             "with one group, such as '^(TCGA-..-....)'."
         )
-    return str(next(group for group in found.groups() if group))
+    return str(next(group for group in match.groups() if group))
 
 
 def _mpp(text: str, name: str) -> float | None:
@@ -341,9 +341,9 @@ def _mpp(text: str, name: str) -> float | None:
     return mpp or None
 
 
-def _one_split_per_patient(found: Iterable[Entry]) -> None:
+def _one_split_per_patient(entries: Iterable[Entry]) -> None:
     split: dict[str, Entry] = {}
-    for entry in found:
+    for entry in entries:
         other = split.setdefault(entry.patient_id, entry)
         if other.split != entry.split:
             raise UserError(

@@ -145,10 +145,10 @@ def _csv(path: str, content: bytes) -> tuple[list[str], list[list[str]]]:
     """Header and lines of a CSV table; lines without any text are left out."""
     text = _decoded(path, content)
     first, _, rest = text.partition("\n")
-    told = ""
+    hint = ""
     if first.lower().startswith("sep=") and len(first.strip()) == 5:  # Excel's own hint
-        told, text = first[4], rest
-    separator = told or max(_SEPARATORS, key=lambda mark: _width(text, mark))
+        hint, text = first[4], rest
+    separator = hint or max(_SEPARATORS, key=lambda mark: _width(text, mark))
     header, *lines = _lines(path, text, separator)
     for number, line in lines:
         if len(line) != len(header[1]):

@@ -246,5 +246,5 @@ def covered(
         (last, cells[:, 1] + factor, 1),
     ):
         np.add.at(marks, (r, c), sign)
-    found: np.ndarray = marks.cumsum(axis=0).cumsum(axis=1)[:-1, :-1] > 0
-    return found
+    coverage: np.ndarray = marks.cumsum(axis=0).cumsum(axis=1)[:-1, :-1] > 0
+    return coverage

@@ -17,7 +17,7 @@ from raylarge import storage
 from raylarge.data import text_table
 from raylarge.errors import UserError
 
-HELD_BYTES = 1 << 30
+COLUMN_BYTES = 1 << 30
 """Of a column, held by each worker. What is read at a time must fit: a row group, or a CSV."""
 PLACE = {
     "slide_id": pa.string(),
@@ -35,7 +35,7 @@ class RowGroups(ABC):
     counts: list[int]
     """Rows of each group."""
     sizes: list[int]
-    """Bytes (about) of the wanted column in each group."""
+    """Bytes (about) of the column in each group."""
 
     @abstractmethod
     def read(self, group: int, names: Sequence[str]) -> pa.Table:
@@ -43,7 +43,7 @@ class RowGroups(ABC):
 
     @abstractmethod
     def whole(self, group: int) -> bool:
-        """Whether it is known without a look that no list of the wanted column is empty."""
+        """Whether it is known without a look that no list of the column is empty."""
 
 
 def open_table(path: str, column: str, vectors: bool) -> RowGroups:
@@ -70,13 +70,13 @@ class _Parquet(RowGroups):
         self.counts = [group.num_rows for group in groups]
         leaves = [i for i, name in enumerate(_leaves(footer)) if name.split(".")[0] == column]
         self.sizes = [sum(g.column(i).total_uncompressed_size for i in leaves) for g in groups]
-        told = [[g.column(i).statistics for i in leaves] for g in groups]
+        statistics = [[g.column(i).statistics for i in leaves] for g in groups]
         # A list without numbers counts as one number that is null.
         self._whole = [
             all(one is not None and one.has_null_count and not one.null_count for one in group)
-            for group in told
+            for group in statistics
         ]
-        if max(self.sizes, default=0) > HELD_BYTES:
+        if max(self.sizes, default=0) > COLUMN_BYTES:
             raise UserError(
                 f"{path} has a row group with {max(self.sizes) / 1e9:.1f} GB of {column}; write it "
                 "with smaller ones (row_group_size=4096), in the order of examples/*.parquet."
@@ -137,7 +137,7 @@ class _Csv(RowGroups):
 
     def __init__(self, path: str, column: str) -> None:
         size = storage.with_retries(path, lambda fs, root: int(fs.size(root)))
-        if size > HELD_BYTES:
+        if size > COLUMN_BYTES:
             raise UserError(f"{path} has {size / 1e9:.1f} GB; save it as .parquet.")
         # Without types the reader takes keys above 2**63 for floats, and loses their last digits.
         types = {"key": pa.uint64(), **PLACE, column: pa.string()}

@@ -5,7 +5,7 @@
                                             features_<encoder>/<slide>.h5
 
 `coords` are (x, y) of upper left corners in level-0 pixels, whatever the scale of the patches, and
-their attributes tell how wide a patch is. Slides bear their pseudonyms. Source: save_h5 and
+their attributes give the width of a patch. Slides are named by pseudonym. Source: save_h5 and
 coords_to_h5 of github.com/mahmoodlab/TRIDENT, extract_features_fp.py of mahmoodlab/CLAM.
 """
 
@@ -40,7 +40,7 @@ _INSET = 1 / 32
 
 @dataclass(frozen=True)
 class Export:
-    """What goes out, and where to."""
+    """Configuration of an export of EMBEDDINGS."""
 
     data: str = MISSING  # the data folder. Example: data
     out: str = MISSING  # where the files go. Example: trident
@@ -71,10 +71,10 @@ class ExportUnit(Unit):
 
 
 def run(config: Export) -> Facts:
-    """Write one set of files per slide; those that stand as they should are left alone.
+    """Write one set of files per slide; skip slides whose files are up to date.
 
     Returns:
-        `slides`, `cells`, `made` (slides written just now) and `output`.
+        `slides`, `cells`, `made` (number of slides written in this run) and `output`.
 
     Raises:
         UserError: `embed` has not run, or h5py is not installed.
@@ -98,9 +98,9 @@ def run(config: Export) -> Facts:
         if slide.slide_id not in embedded["lost"]
     ]
     work = partial(Exporting, (root, out), config, tile, embedded["encoder"])
-    found = pipeline.run(units, work, ExecutorConfig(workers=config.workers), "export")
-    totals = {key: sum(one[key] for one in found) for key in ("cells", "made")}
-    return {"slides": len(found), **totals, "output": out}
+    facts = pipeline.run(units, work, ExecutorConfig(workers=config.workers), "export")
+    totals = {key: sum(one[key] for one in facts) for key in ("cells", "made")}
+    return {"slides": len(facts), **totals, "output": out}
 
 
 def tile_of(manifest: Mapping[str, Any]) -> TileConfig:
@@ -114,12 +114,12 @@ class Exporting:
     def __init__(
         self, folders: tuple[str, str], config: Export, tile: TileConfig, encoder: Mapping[str, Any]
     ) -> None:
-        """Hold where the data lies, where the files go, and what tiles and vectors are."""
+        """Store (data folder, output folder), the config, and how tiles and vectors were made."""
         self._root, self._out = folders
         self._config, self._tile, self._encoder = config, tile, encoder
 
     def __call__(self, unit: ExportUnit) -> Facts:
-        """How many `cells` the slide has, and whether its files were `made` just now."""
+        """Write the files of a slide; return its number of `cells` and `made` (0 if up to date)."""
         name = unit.slide_id
         of_coords, of_features = self._paths(name)
         standing = _standing(storage.join(self._out, of_features), unit.stamp)
@@ -129,20 +129,20 @@ class Exporting:
         per_px = zoom(unit.mpp, self._tile.base_mpp)
         xy = np.rint(cells[:, ::-1] * (self._tile.patch_px * per_px)).astype(np.int64)
         features, stamp = vectors.astype(np.float32), {"raylarge": unit.stamp}
-        told = {"coords": self._told(name, per_px, unit.size_l0)}
-        self._write(of_coords, {"coords": xy}, told)
+        attributes = {"coords": self._attributes(name, per_px, unit.size_l0)}
+        self._write(of_coords, {"coords": xy}, attributes)
         if self._config.format == "clam":
             sink = io.BytesIO()
             torch.save(torch.from_numpy(features), sink)
             storage.write_bytes(storage.join(self._out, "pt_files", f"{name}.pt"), sink.getvalue())
-            told, xy = {}, xy.astype(np.int32)
+            attributes, xy = {}, xy.astype(np.int32)
         else:
-            told["features"] = {"name": name, "savetodir": of_features.rsplit("/", 1)[0]}
-        self._write(of_features, {"features": features, "coords": xy}, told, stamp)
+            attributes["features"] = {"name": name, "savetodir": of_features.rsplit("/", 1)[0]}
+        self._write(of_features, {"features": features, "coords": xy}, attributes, stamp)
         return {"cells": len(cells), "made": 1}
 
     def _paths(self, name: str) -> tuple[str, str]:
-        """The files of coords and of features, below the folder."""
+        """Return the paths of the coords and the features files, relative to the folder."""
         if self._config.format == "clam":
             return f"patches/{name}.h5", f"h5_files/{name}.h5"
         folder = f"{self._magnification:g}x_{self._tile.patch_px}px_0px_overlap"
@@ -154,8 +154,8 @@ class Exporting:
         """20 at 0.5 um/px: both tools count in objectives."""
         return _whole(10 / self._tile.base_mpp)
 
-    def _told(self, name: str, per_px: float, size_l0: Sequence[int]) -> dict[str, Any]:
-        """The attributes of coords by the names that each tool reads."""
+    def _attributes(self, name: str, per_px: float, size_l0: Sequence[int]) -> dict[str, Any]:
+        """Return the attributes of coords under the names that each tool reads."""
         side, side_l0 = self._tile.patch_px, round(self._tile.patch_px * per_px)
         if self._config.format == "clam":
             size = np.array(size_l0[::-1])
@@ -175,16 +175,16 @@ class Exporting:
         }
 
     def _content(self, unit: ExportUnit) -> tuple[Cells, Vectors]:
-        """(row, column) of the slide's cells, and their vectors, row by row."""
-        wanted = None
+        """Return (row, column) of the slide's cells and their vectors, row by row."""
+        selected = None
         if self._config.cells == "kept":
             scale, cells = scale_and_cells(kept(self._root, unit.slide_id))
-            wanted = cells[scale == 0]
-        found = [_of_block(storage.join(self._root, part), wanted) for part in unit.parts]
-        if not found:
+            selected = cells[scale == 0]
+        blocks = [_of_block(storage.join(self._root, part), selected) for part in unit.parts]
+        if not blocks:
             width = self._encoder["width"]
             return np.empty((0, 2), np.int64), np.empty((0, width), np.float16)
-        return np.concatenate([c for c, _ in found]), np.concatenate([v for _, v in found])
+        return np.concatenate([c for c, _ in blocks]), np.concatenate([v for _, v in blocks])
 
     def _write(
         self,
@@ -202,18 +202,18 @@ class Exporting:
 
 
 def _whole(value: float) -> int | float:
-    """A magnification as the tools write it: whole where it is."""
+    """Return a magnification as the tools write it: an integer where it is one."""
     near = round(value)
     return near if near and abs(value / near - 1) < 1e-6 else value
 
 
-def _of_block(path: str, wanted: Int64[np.ndarray, "wanted 2"] | None) -> tuple[Cells, Vectors]:
-    """(row, column) and vectors of the valid cells of one part, of the wanted ones if given."""
+def _of_block(path: str, selected: Int64[np.ndarray, "selected 2"] | None) -> tuple[Cells, Vectors]:
+    """Return (row, column) and vectors of a part's valid cells, or of those in `selected`."""
     table = storage.read_table(path)
     rows, columns = table["row"].to_numpy(), table["columns"][0].as_py()
     chosen: Bool[np.ndarray, "rows columns"] = tables.lists(table["valid"])[0].reshape(-1, columns)
-    if wanted is not None:
-        inside = wanted[np.isin(wanted[:, 0], rows)]
+    if selected is not None:
+        inside = selected[np.isin(selected[:, 0], rows)]
         marks = np.zeros(chosen.shape, bool)
         marks[inside[:, 0] - int(rows[0]), inside[:, 1]] = True
         chosen = chosen & marks
@@ -222,7 +222,7 @@ def _of_block(path: str, wanted: Int64[np.ndarray, "wanted 2"] | None) -> tuple[
 
 
 def _standing(path: str, stamp: str) -> int | None:
-    """How many rows the features at a path have; None where it is not this stamp's."""
+    """Return the number of rows of a features file, or None if its stamp differs."""
     if not storage.exists(path):
         return None
     with opened(path) as file:
@@ -231,7 +231,7 @@ def _standing(path: str, stamp: str) -> int | None:
 
 @dataclass(frozen=True)
 class Outlines:
-    """Whose patches become tissue masks."""
+    """Configuration of an export of tissue masks."""
 
     source: str = MISSING
     """A folder of h5 files with coords, such as TRIDENT's `patches`. Example: trident/patches."""
@@ -247,28 +247,28 @@ def outlines(config: Outlines) -> Facts:
     Raises:
         UserError: no file there, or one without coords.
     """
-    found = storage.children(storage.absolute(config.source), "*.h5")
-    if not found:
+    paths = storage.children(storage.absolute(config.source), "*.h5")
+    if not paths:
         raise UserError(f"source={config.source}: there is no .h5 file in it.")
     count = 0
-    for path in found:
+    for path in paths:
         name = path.rsplit("/", 1)[-1].removesuffix(".h5").removesuffix("_patches")
         try:
-            told = patches([path])
+            covered = patches([path])
         except UserError as error:
             raise UserError(f"{path}: {error}.") from error
-        shape = {"type": "MultiPolygon", "coordinates": [[ring] for ring in _rings(told)]}
+        shape = {"type": "MultiPolygon", "coordinates": [[ring] for ring in _rings(covered)]}
         feature = {"type": "Feature", "properties": {}, "geometry": shape}
         document = {"type": "FeatureCollection", "features": [feature]}
         storage.write_json(storage.join(config.out, f"{name}.geojson"), document)
-        count += len(told.xy)
-    return {"slides": len(found), "patches": count, "output": config.out}
+        count += len(covered.xy)
+    return {"slides": len(paths), "patches": count, "output": config.out}
 
 
-def _rings(told: Patches) -> Iterator[list[list[float]]]:
-    """A rectangle around each run of patches side by side, a little smaller than they are."""
-    inset, side = told.side_l0 * _INSET, told.side_l0
-    xy = told.xy[np.lexsort((told.xy[:, 0], told.xy[:, 1]))]
+def _rings(covered: Patches) -> Iterator[list[list[float]]]:
+    """Yield a rectangle around each run of adjacent patches, inset by `_INSET` of a side."""
+    inset, side = covered.side_l0 * _INSET, covered.side_l0
+    xy = covered.xy[np.lexsort((covered.xy[:, 0], covered.xy[:, 1]))]
     gaps = (np.diff(xy[:, 1]) != 0) | (np.diff(xy[:, 0]) > side + 1)
     for run in np.split(xy, np.flatnonzero(gaps) + 1) if len(xy) else []:
         left, top = (run[0] + inset).tolist()

@@ -281,14 +281,14 @@ class Importing(EmbedStage):
     def _embed(self, cells: Sequence[tuple[int, int]], facts: Facts) -> Vectors:
         """A vector per cell: the file's, or of our own making where it has none."""
         index, vectors = self._read(self._unit.slide_id)
-        found = np.empty((len(cells), self._encoder.card.width), np.float16)
+        embeddings = np.empty((len(cells), self._encoder.card.width), np.float16)
         gaps = [i for i, cell in enumerate(cells) if cell not in index]
-        known = [i for i, cell in enumerate(cells) if cell in index]
-        found[known] = vectors[[index[cells[i]] for i in known]]
+        imported = [i for i, cell in enumerate(cells) if cell in index]
+        embeddings[imported] = vectors[[index[cells[i]] for i in imported]]
         if gaps:
-            found[gaps] = super()._embed([cells[i] for i in gaps], facts)
-        facts["imported"] = len(known)
-        return found
+            embeddings[gaps] = super()._embed([cells[i] for i in gaps], facts)
+        facts["imported"] = len(imported)
+        return embeddings
 
     def _read_anew(self, slide_id: str) -> tuple[Index, Vectors]:
         """All vectors of a slide; its blocks come one after the other."""

@@ -2,9 +2,10 @@
 
     FEATURES of one scale -> FOLDER/<slide_id>.h5:  features float32 [N, D], coords int64 [N, 2]
 
-Parts are read one by one, and their rows put aside on the disk by slide ($TMPDIR).
-`coords` are (x, y) of the upper left corners in level-0 pixels; its attributes bear the names that
-TRIDENT reads. Files are named by pseudonyms: `names.json` of the data folder says whose they are.
+Parts are read one by one; their rows are collected in a temporary file per slide ($TMPDIR).
+`coords` are (x, y) of the upper left corners in level-0 pixels; its attributes have the names
+that TRIDENT reads. Files are named by pseudonyms: `names.json` of the data folder maps them
+to file names.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from raylarge.slides.mpp import zoom
 
 @dataclass(frozen=True)
 class Features:
-    """What `jobs/exchange.py export=features` understands.
+    """Configuration of `jobs/exchange.py export=features`.
 
     Attributes:
         data: the data folder. Example: data.
@@ -60,24 +61,26 @@ def run(config: Features) -> Facts:
     root, table, scale = storage.absolute(config.data), config.table, config.scale
     folder = storage.absolute(config.out)
     h5py = h5_read.library()
-    made = tables.manifest(root, table)
-    if str(scale) not in made["counts"]:
-        there = ", ".join(made["counts"]) or "none"
+    manifest = tables.manifest(root, table)
+    if str(scale) not in manifest["counts"]:
+        there = ", ".join(manifest["counts"]) or "none"
         raise UserError(f"{table} has no features of scale {scale}; its scales: {there}.")
     slides = storage.read_json(storage.join(root, "slides.json"))["slides"]
-    known = {slide["slide_id"]: slide for slide in slides}
-    with tempfile.TemporaryDirectory() as aside:
-        counts = _put_aside(root, made, scale, aside)
+    slide_by_id = {slide["slide_id"]: slide for slide in slides}
+    with tempfile.TemporaryDirectory() as spool:
+        counts = _spool(root, manifest, scale, spool)
         for name in report.progress(sorted(counts), "slides", unit="slide"):
-            content = _file(h5py, _Rows.of(aside, name, counts[name]), known[name], made, scale)
+            content = _file(
+                h5py, _Rows.of(spool, name, counts[name]), slide_by_id[name], manifest, scale
+            )
             storage.write_bytes(storage.join(folder, f"{name}.h5"), content)
     return {"slides": len(counts), "rows": sum(counts.values()), "output": folder}
 
 
-def _put_aside(root: str, made: Mapping[str, Any], scale: int, folder: str) -> dict[str, int]:
-    """Append the rows of a scale to one pair of files per slide; how many each has."""
+def _spool(root: str, manifest: Mapping[str, Any], scale: int, folder: str) -> dict[str, int]:
+    """Append the rows of a scale to a pair of files per slide; return their number by slide."""
     counts: dict[str, int] = {}
-    mine = [part for part in made["parts"] if str(scale) in part["counts"]]
+    mine = [part for part in manifest["parts"] if str(scale) in part["counts"]]
     for part in report.progress(mine, "parts", unit="part"):
         unit = DerivedUnit(source=part["part"], groups=part["groups"])
         table, _ = row_selection.read(root, unit, ["slide_id", "row", "column", "feature"], [scale])
@@ -96,14 +99,14 @@ def _put_aside(root: str, made: Mapping[str, Any], scale: int, folder: str) -> d
 
 
 class _Rows(NamedTuple):
-    """What a slide's file holds, by row and column."""
+    """The rows of a slide's file, sorted by row and column."""
 
     cells: Int64[np.ndarray, "n 2"]
     features: Float16[np.ndarray, "n width"]
 
     @classmethod
     def of(cls, folder: str, name: str, count: int) -> _Rows:
-        """The rows that were put aside."""
+        """Read and remove the temporary files of a slide."""
         paths = [Path(folder, f"{name}.{kind}") for kind in ("cells", "features")]
         cells = np.fromfile(paths[0], np.int64).reshape(count, 2)
         features = np.fromfile(paths[1], np.float16).reshape(count, -1)
@@ -114,13 +117,13 @@ class _Rows(NamedTuple):
 
 
 def _file(
-    h5py: Any, rows: _Rows, slide: Mapping[str, Any], made: Mapping[str, Any], scale: int
+    h5py: Any, rows: _Rows, slide: Mapping[str, Any], manifest: Mapping[str, Any], scale: int
 ) -> bytes:
-    """One slide's file."""
-    base_mpp, side = made["config"]["tile"]["base_mpp"], made["patch_px"]
+    """Return the bytes of one slide's HDF5 file."""
+    base_mpp, side = manifest["config"]["tile"]["base_mpp"], manifest["patch_px"]
     per_px = zoom(slide["mpp"], base_mpp)
     coords = np.rint(rows.cells[:, ::-1] * (side * per_px)).astype(np.int64)
-    told = {
+    attributes = {
         "patch_size": side,
         "patch_size_level0": round(side * Scale(scale).factor * per_px),
         "overlap": 0,
@@ -129,11 +132,15 @@ def _file(
         "mpp": Scale(scale).mpp(base_mpp),
         "level0_mpp": slide["mpp"],
     }
-    taken = {key: made["config"]["features"][key] for key in ("blocks", "t", "condition", "seed")}
+    settings = {
+        key: manifest["config"]["features"][key] for key in ("blocks", "t", "condition", "seed")
+    }
     sink = io.BytesIO()
     with h5py.File(sink, "w") as file:
         vectors = rows.features.astype(np.float32)
-        file.create_dataset("features", data=vectors).attrs.update({**taken, "name": told["name"]})
-        file.create_dataset("coords", data=coords).attrs.update(told)
-        file.attrs.update({"patient_id": slide["patient_id"], "table": made["verb"]})
+        file.create_dataset("features", data=vectors).attrs.update(
+            {**settings, "name": attributes["name"]}
+        )
+        file.create_dataset("coords", data=coords).attrs.update(attributes)
+        file.attrs.update({"patient_id": slide["patient_id"], "table": manifest["verb"]})
     return sink.getvalue()

@@ -93,11 +93,11 @@ def grid(
             finite.
         UserError: see `cells`.
     """
-    found = cells(_array(folder, layout.grid.format(i=i)), width, layout.axes)
-    side = math.isqrt(len(found))
-    if side**2 != len(found) or side not in (1 << scale, min(1 << scale, GRID_SIDE)):
-        raise Unfit(f"a grid of {len(found)} cells at scale {scale}")
-    return pooled(_half(found.reshape(side, side, width), "grid"))
+    vectors = cells(_array(folder, layout.grid.format(i=i)), width, layout.axes)
+    side = math.isqrt(len(vectors))
+    if side**2 != len(vectors) or side not in (1 << scale, min(1 << scale, GRID_SIDE)):
+        raise Unfit(f"a grid of {len(vectors)} cells at scale {scale}")
+    return pooled(_half(vectors.reshape(side, side, width), "grid"))
 
 
 def cells(
@@ -136,10 +136,10 @@ def latent(layout: Layout, folder: str, i: int) -> Float16[np.ndarray, "3 64 64"
     Raises:
         Unfit: no such file, a damaged one, of another shape, or with values that are not finite.
     """
-    found = _array(folder, layout.latent.format(i=i))
-    if found.shape != LATENT:
-        raise Unfit(f"a latent of shape {found.shape}, not {LATENT}")
-    return _half(found, "latent")
+    values = _array(folder, layout.latent.format(i=i))
+    if values.shape != LATENT:
+        raise Unfit(f"a latent of shape {values.shape}, not {LATENT}")
+    return _half(values, "latent")
 
 
 def image(layout: Layout, folder: str, i: int) -> bytes:
@@ -197,7 +197,7 @@ def _content(folder: str, name: str) -> bytes:
 
 def _loaded(content: bytes, name: str) -> np.ndarray:
     try:
-        found: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+        array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OverflowError, MemoryError) as error:
         raise Unfit(f"{name} is damaged: {error}") from error
-    return found
+    return array

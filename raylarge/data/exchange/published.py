@@ -76,7 +76,11 @@ class Published:
         """
         held_out = self.val_fraction + self.test_fraction
         for key, fine, wish in (
-            ("tables", set(self.wanted) <= {"examples", "latents"}, "examples, latents, or both"),
+            (
+                "tables",
+                set(self.table_names) <= {"examples", "latents"},
+                "examples, latents, or both",
+            ),
             ("autoencoder", not (self.autoencoder and self.bundle), "left out beside bundle="),
             ("autoencoder", re.fullmatch(r"[\w.-]*", self.autoencoder), "letters, digits, . and -"),
             ("val_fraction", 0 <= self.val_fraction < 1, "0 or more and below 1"),
@@ -95,8 +99,8 @@ class Published:
             raise UserError(f"import={self.format}: it must be one of {', '.join(LAYOUTS)}.")
 
     @property
-    def wanted(self) -> list[str]:
-        """The tables that are asked for."""
+    def table_names(self) -> list[str]:
+        """Return the tables that the user asks for."""
         return [name.strip() for name in self.tables.split(",") if name.strip()]
 
 
@@ -113,7 +117,7 @@ class ItemsUnit(Unit):
 def run(config: Published) -> dict[str, Facts]:
     """Bring a published set into tables; the same command run again makes what is missing.
 
-    A part is known by the names of the files that it was made of, not by what is in them.
+    A part is identified by the names of its files, not by their content.
 
     Returns:
         Per table what `parts.finish` says, and `rejected`: how many items did not fit.
@@ -147,10 +151,10 @@ def run(config: Published) -> dict[str, Facts]:
 
 def _section(config: Published, encoder: str) -> dict[str, Any]:
     """What of the config the rows depend on."""
-    known = plain(config)
+    section = plain(config)
     for name in ("source", "out", "tables", "bundle", "autoencoder", "workers"):
-        known.pop(name)
-    return {**known, "encoder": encoder}
+        section.pop(name)
+    return {**section, "encoder": encoder}
 
 
 def _of_table(unit: ItemsUnit, table: str, sections: Mapping[str, Any]) -> ItemsUnit:
@@ -161,17 +165,17 @@ def _of_table(unit: ItemsUnit, table: str, sections: Mapping[str, Any]) -> Items
 def _tables(config: Published, unit: ItemsUnit) -> list[str]:
     """The tables to make: those asked for, or those that the first item has files for."""
     layout, first = LAYOUTS[config.format], int(_ids(unit)[0])
-    wanted = config.wanted
-    for table in wanted:
+    names = config.table_names
+    for table in names:
         if not layout.file(table):
             raise UserError(f"tables={config.tables}: the set {config.format} has no {table}.")
-    for table in () if wanted else ("examples", "latents"):
+    for table in () if names else ("examples", "latents"):
         name = layout.file(table)
         if name and storage.exists(storage.join(unit.folder, name.format(i=first))):
-            wanted.append(table)
-    if not wanted:
+            names.append(table)
+    if not names:
         raise UserError(f"item {first} in {unit.folder} has neither an image nor a latent.")
-    return [f"latents-{_digest(config)}" if table == "latents" else table for table in wanted]
+    return [f"latents-{_digest(config)}" if table == "latents" else table for table in names]
 
 
 def _digest(config: Published) -> str:
@@ -250,11 +254,11 @@ class Publishing(Stage):
         """The unit's items by split and key; those that do not fit are named in `rejected`."""
         ids = _ids(unit).tolist()
         with ThreadPoolExecutor(_READERS) as pool:
-            found = list(pool.map(partial(self._row, unit), ids))
-        rows = [row for row in found if isinstance(row, dict)]
-        rejected = [[i, row] for i, row in zip(ids, found, strict=True) if isinstance(row, str)]
+            items = list(pool.map(partial(self._row, unit), ids))
+        rows = [row for row in items if isinstance(row, dict)]
+        rejected = [[i, row] for i, row in zip(ids, items, strict=True) if isinstance(row, str)]
         if not rows:
-            raise UserError(f"no item of {unit.folder} fits; item {ids[0]}: {found[0]}.")
+            raise UserError(f"no item of {unit.folder} fits; item {ids[0]}: {items[0]}.")
         table = _as_table(sorted(rows, key=lambda row: (row["split"], row["key"])), self.kind)
         groups = bucket.groups(table, self._config.group_rows)
         shape = {"shape": list(layouts.LATENT)} if self._table == "latents" else {}

@@ -126,7 +126,7 @@ def _summary(facts: Sequence[Facts], failed: Sequence[Mapping[str, Any]], scales
     splits = in_order(slides)
     rows = [(s, [slides[s], *(total[k, s] for k in scales)]) for s in splits]
     sums = [len(facts), *(sum(total[k, s] for s in splits) for k in scales)]
-    told = [
+    items = [
         f"{len(facts):,} slides read",
         f"{len(failed):,} failed",
         f"{sum(not _kept(one) for one in facts):,} with nothing kept",
@@ -135,7 +135,7 @@ def _summary(facts: Sequence[Facts], failed: Sequence[Mapping[str, Any]], scales
     ]
     heads = ["split", "slides", *(f"scale {k}" for k in scales)]
     table = _table("Kept regions by split and scale", heads, [*rows, ("all", sums)])
-    return f"<h1>Quality control of the slides</h1><p>{' · '.join(told)}</p>{table}"
+    return f"<h1>Quality control of the slides</h1><p>{' · '.join(items)}</p>{table}"
 
 
 def _controls(splits: Sequence[str], count: int) -> str:
@@ -215,7 +215,7 @@ def _card(one: Facts, scales: Sequence[int], names: Mapping[str, str]) -> str:
     name, file = escape(slide["slide_id"]), quote(f"{slide['slide_id']}.png")
     counts = [(s, [one["counts"].get(str(k), {}).get(s, 0) for k in scales]) for s in _splits(one)]
     alt = f"Slide {name}: bare, its regions by scale, and {'examples' if kept else 'no examples'}"
-    told = [
+    items = [
         f"{rows:,} × {columns:,} px",
         f"{length(slide['mpp'])}/px" + by_hand * ' <span class="note">by hand</span>',
         f"{kept:,} of {one['rows']:,} kept",
@@ -224,7 +224,7 @@ def _card(one: Facts, scales: Sequence[int], names: Mapping[str, str]) -> str:
     return (
         f'<article id="slide-{name}" {_data(data)}><h2>{name}</h2>{_file(slide, names)}'
         f'<a href="{file}"><img src="{file}" loading="lazy" alt="{alt}"></a>'
-        f"<p>{' · '.join(told)}</p>"
+        f"<p>{' · '.join(items)}</p>"
         f'<p class="soft">patient {escape(slide["patient_id"])}</p>'
         + (f"<p>{escape(' · '.join(labels))}</p>" if labels else "")
         + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
@@ -260,5 +260,5 @@ def _kept(one: Facts) -> int:
 
 def _splits(one: Facts) -> list[str]:
     """The splits of what a slide keeps; of an empty slide, its own."""
-    found = {name for by in one["counts"].values() for name in by}
-    return in_order(found) or [one["slide"]["split"]]
+    splits = {name for by in one["counts"].values() for name in by}
+    return in_order(splits) or [one["slide"]["split"]]

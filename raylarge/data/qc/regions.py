@@ -56,8 +56,8 @@ class Layer:
     @cached_property
     def regular(self) -> Bool[np.ndarray, " n"]:
         """False for random crops, which never lie on the grid of their scale."""
-        found: np.ndarray = (self.origin_px % self.side_px == 0).all(axis=1)
-        return found
+        regular: np.ndarray = (self.origin_px % self.side_px == 0).all(axis=1)
+        return regular
 
     @cached_property
     def counts(self) -> Mapping[tuple[str, bool], int]:
@@ -146,18 +146,18 @@ def _under(
     cells = layer.origin_px // layer.side_px
     here = np.flatnonzero(layer.regular & (cells < index.shape).all(axis=1))
     index[cells[here, 0], cells[here, 1]] = here
-    found: np.ndarray = index[y][:, x]
-    return found
+    candidates: np.ndarray = index[y][:, x]
+    return candidates
 
 
 def _borders(names: Int[np.ndarray, "rows columns"]) -> Bool[np.ndarray, "rows columns"]:
     """Pixels beside another name or at the picture's edge."""
     rows, columns = names.shape
     padded = np.pad(names, 1, constant_values=-2)
-    found = np.zeros(names.shape, bool)
+    borders = np.zeros(names.shape, bool)
     for y, x in ((0, 1), (2, 1), (1, 0), (1, 2)):
-        found |= padded[y : y + rows, x : x + columns] != names
-    return found
+        borders |= padded[y : y + rows, x : x + columns] != names
+    return borders
 
 
 def heat(shown: Image.Image, size_px: tuple[int, int], layer: Layer) -> Image.Image:
@@ -167,7 +167,7 @@ def heat(shown: Image.Image, size_px: tuple[int, int], layer: Layer) -> Image.Im
     return Image.fromarray(np.round(250 + (np.array(_TISSUE) - 250) * share).astype(np.uint8))
 
 
-def in_order(names: Iterable[str], known: Iterable[str] = SPLITS) -> list[str]:
-    """Known names first, in their own order, then others."""
-    places = {name: place for place, name in enumerate(known)}
+def in_order(names: Iterable[str], order: Iterable[str] = SPLITS) -> list[str]:
+    """Sort names: those in `order` first, in that order, then others."""
+    places = {name: place for place, name in enumerate(order)}
     return sorted(names, key=lambda name: (places.get(name, len(places)), name))

@@ -1,10 +1,10 @@
-"""What became of the slides, for the eye: a sheet for each one, and a page with all of them.
+"""Draw quality-control sheets of slides, and write the page that shows them all.
 
     Slide + its TILES ─▶ sheet ─▶ qc/<slide_id>.png       facts of all parts ─▶ qc/index.html
 
 A sheet shows the bare slide; each scale's regions over it, kept ones tinted by split, rejected
-ones faded by reason, random crops dashed; and examples as a network will see them. Nothing names
-a file. Colours of splits: Okabe and Ito's palette, which colour-blind people tell apart.
+ones faded by reason, random crops dashed; and examples as a network will see them. No file name
+appears. Colours of splits: Okabe and Ito's palette, which colour-blind people tell apart.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Place = tuple[int, int]
 """x and y on the sheet, or a width and a height, as Pillow has them."""
 
 SIDE_PX = 1600
-"""A sheet is so wide, and at most so tall."""
+"""Width of a sheet, and its greatest height."""
 _MARGIN_PX, _GAP_PX = 24, 14
 _THUMBNAIL_PX = 800
 _OVERVIEW_PX, _PANEL_PX, _EXAMPLE_PX = 600, 210, 130
@@ -58,7 +58,7 @@ _READ_PX = 1 << 23
 
 
 def sheet(slide: Slide, table: pa.Table, patch_px: int) -> Pixels:
-    """The sheet of one slide; the same every time.
+    """Return the quality-control sheet of one slide; it is deterministic.
 
     Args:
         slide: open; its thumbnail and a few regions are read.
@@ -84,19 +84,19 @@ def write_page(
 
 
 class _Sheet:
-    """A page that is drawn from the top to the bottom."""
+    """A sheet, drawn from top to bottom."""
 
-    def __init__(self, slide: Slide, found: Sequence[Layer]) -> None:
+    def __init__(self, slide: Slide, regions: Sequence[Layer]) -> None:
         self._page = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
         self._pen = ImageDraw.Draw(self._page)
         self._slide = slide
         self._mpp = slide.mpp * slide.zoom
-        self._layers = found
+        self._layers = regions
         self._downscale = max(1, round(max(slide.size_px) / _THUMBNAIL_PX))
         self._picture = Image.fromarray(slide.thumbnail(self._downscale))
 
     def draw(self, slide_id: str, patch_px: int) -> Pixels:
-        """The whole sheet."""
+        """Draw the sheet and return its pixels."""
         self._header(slide_id, patch_px)
         top = self._overview(96)
         shown = self._layers[:_MOST_LAYERS]
@@ -126,7 +126,7 @@ class _Sheet:
             self._write((_MARGIN_PX, 78), _cut("   ·   ".join(slide.notes), 13), 13, _NOTE)
 
     def _overview(self, top: int) -> int:
-        """The bare slide, its finest scale, the legend, the tissue; where they end."""
+        """Draw the slide, its finest scale, legend and tissue; return their bottom in px."""
         finest, left = self._layers[0], _MARGIN_PX
         wide = (SIDE_PX - 2 * _MARGIN_PX - 2 * _GAP_PX - _LEGEND_PX) // 2
         bare = _fitted(self._picture, (wide, _OVERVIEW_PX))
@@ -145,14 +145,14 @@ class _Sheet:
         return max(bottom + 24, below + 22 + tissue.height) + 24
 
     def _column(self, layer: Layer, place: Place, wide: int) -> int:
-        """A scale: its numbers, regions and examples; where they end."""
+        """Draw a scale's counts, regions and examples; return their bottom in px."""
         left, top = place
         self._write(place, f"scale {layer.k} · {length(self._mpp * (1 << layer.k))}/px", 17)
         crops = int((layer.kept & ~layer.regular).sum())
-        told = (
+        counts = (
             f"{layer.kept.sum():,} of {len(layer.kept):,} kept" + bool(crops) * f", {crops} crops"
         )
-        self._write((left, top + 24), told, 14, _SOFT)
+        self._write((left, top + 24), counts, 14, _SOFT)
         for i, kept in enumerate((True, False)):
             x = left
             for name in _named(layer.counts, kept):
@@ -176,7 +176,7 @@ class _Sheet:
         return top + rows * pitch
 
     def _example(self, layer: Layer, i: int, side: int) -> Image.Image:
-        """A region as a small picture; of a coarse one the thumbnail shows enough."""
+        """Return a region as a small picture; coarse ones are cut from the thumbnail."""
         downscale = max(1, layer.side_px // side)
         top, left = layer.origin_px[i].tolist()
         if downscale < self._downscale:
@@ -192,7 +192,7 @@ class _Sheet:
         return page
 
     def _legend(self, place: Place) -> int:
-        """What the colours mean, of those that are there; where it ends."""
+        """Draw the legend of the colours in use; return its bottom in px."""
         x, y = place
         present = Counter[tuple[str, bool]]()
         for layer in self._layers:
@@ -204,8 +204,8 @@ class _Sheet:
             self._write((x, y), head, 15)
             for name in names:
                 y += 21
-                told = f"{title(name, kept)}  {present[name, kept]:,}"
-                self._swatch((x, y), told, ink(name, kept))
+                label = f"{title(name, kept)}  {present[name, kept]:,}"
+                self._swatch((x, y), label, ink(name, kept))
             y += 31
         if not all(layer.regular.all() for layer in self._layers):
             self._write((x, y - 6), "dashed: kept random crops", 13, _SOFT)
@@ -213,16 +213,14 @@ class _Sheet:
         return y
 
     def _scale_bar(self, place: Place, wide: int) -> None:
-        um_per_px = self._slide.size_px[1] * self._mpp / wide
-        even = (n * 10.0**power for power in range(-3, 12) for n in (1, 2, 5))
-        bar_um = max((one for one in even if one <= um_per_px * wide / 4), default=um_per_px)
-        x, y = place
+        um_per_px, (x, y) = self._slide.size_px[1] * self._mpp / wide, place
+        bar_um = _bar_um(um_per_px, wide)
         end = x + round(bar_um / um_per_px)
         self._pen.rectangle((x, y + 9, end, y + 12), fill=_INK)
         self._write((end + 8, y + 2), length(bar_um), 13)
 
     def _paste(self, panel: Image.Image, place: Place) -> None:
-        """A picture with a hairline around it: glass is as white as the page."""
+        """Paste a picture with a hairline around it, as glass is as white as the page."""
         x, y = place
         self._pen.rectangle((x - 1, y - 1, x + panel.width, y + panel.height), outline=_LINE)
         self._page.paste(panel, place)
@@ -237,8 +235,14 @@ class _Sheet:
         self._pen.text(place, text.replace("µ", "u"), fill=fill, font=_font(size))
 
 
+def _bar_um(um_per_px: float, wide: int) -> float:
+    """Return the longest of 1, 2, 5, 10, ... µm that covers at most a quarter of a width."""
+    even = (n * 10.0**power for power in range(-3, 12) for n in (1, 2, 5))
+    return max((length for length in even if length <= um_per_px * wide / 4), default=um_per_px)
+
+
 def _spread(layer: Layer, grid: tuple[int, int]) -> Iterator[int]:
-    """Kept regions nearest to the centres of an even grid over all of them."""
+    """Yield the kept regions nearest to the centres of an even grid over all of them."""
     rest = np.flatnonzero(layer.kept)
     if not len(rest):
         return
@@ -251,7 +255,7 @@ def _spread(layer: Layer, grid: tuple[int, int]) -> Iterator[int]:
 
 
 def _read(slide: Slide, origin_px: tuple[int, int], side_px: int, downscale: int) -> Pixels:
-    """A square region in strips, so that a slide of one level needs little memory."""
+    """Read a square region in strips, to save memory for slides with a single level."""
     top, left = origin_px
     columns = side_px // downscale
     strips = spans(columns, max(1, _READ_PX // (side_px * downscale)))
@@ -270,13 +274,13 @@ def _read(slide: Slide, origin_px: tuple[int, int], side_px: int, downscale: int
 
 
 def _named(counts: Mapping[tuple[str, bool], int], kept: bool) -> list[str]:
-    """The splits of kept ones, or the reasons of others."""
+    """Return the splits of kept regions, or the reasons of rejected ones."""
     names = [name for name, whether in counts if whether == kept]
     return in_order(names, SPLITS if kept else REASONS)
 
 
 def _cut(text: str, size: int) -> str:
-    """As much of a line as a sheet has room for."""
+    """Cut a line to the width of a sheet."""
     wide = SIDE_PX - 2 * _MARGIN_PX
     if _font(size).getlength(text) <= wide:
         return text
@@ -286,7 +290,7 @@ def _cut(text: str, size: int) -> str:
 
 
 def _fitted(picture: Image.Image, box: Place) -> Image.Image:
-    """A picture as large as a box allows."""
+    """Return a picture scaled to fit a box."""
     scale = min(box[0] / picture.width, box[1] / picture.height)
     size = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
     return picture.resize(size, Image.Resampling.LANCZOS)
