@@ -14,12 +14,13 @@ import os
 
 from raylarge import report, storage
 from raylarge.config import parse, require_place
-from raylarge.execution.sample import Sample, sample
+from raylarge.execution.config import SampleConfig
+from raylarge.execution.sample import sample
 
 
 def main(arguments: list[str]) -> None:
     """Carry out the order and print its files and figures."""
-    config = parse(Sample, arguments, {}, __doc__)
+    config = parse(SampleConfig, arguments, {}, __doc__)
     require_place("bundle", config.bundle)
     require_place("out", config.out)
     log = report.Report(storage.join(config.out, "report.json"))

@@ -10,7 +10,7 @@ from mutations import Refused, numbers, outcome, pick, texts
 from raylarge import order
 from raylarge.config import parse
 from raylarge.data.prepare import Prepare
-from raylarge.execution.sample import Sample
+from raylarge.execution.config import SampleConfig
 from raylarge.geometry import Patch
 from raylarge.sampling import joint
 from raylarge.train.config import Train
@@ -26,9 +26,9 @@ TEXT_KEYS = [
     (Prepare, "embed.encoder"),
     (Train, "logs"),
     (Train, "mil.label"),
-    (Sample, "reference"),
-    (Sample, "text"),
-    (Sample, "negative"),
+    (SampleConfig, "reference"),
+    (SampleConfig, "text"),
+    (SampleConfig, "negative"),
 ]
 NUMBER_KEYS = [  # with the least that the key may be, and the most
     (Prepare, "tile.patch_px", int),
@@ -41,14 +41,14 @@ NUMBER_KEYS = [  # with the least that the key may be, and the most
     (Train, "steps", int),
     (Train, "lr", float),
     (Train, "clip", float),
-    (Sample, "threads", int, 1),
-    (Sample, "workers", int, 0),
-    (Sample, "tflops", float, 1e-300),
+    (SampleConfig, "threads", int, 1),
+    (SampleConfig, "workers", int, 0),
+    (SampleConfig, "tflops", float, 1e-300),
 ]
 REQUIRED = {
     Prepare: ["out=data"],
     Train: ["model=ldm", "data=data", "out=bundle"],
-    Sample: ["bundle=bundle", "out=image"],
+    SampleConfig: ["bundle=bundle", "out=image"],
 }
 
 
@@ -115,7 +115,7 @@ def test_a_place_is_two_plain_numbers(seed):
     expected = (
         tuple(numbers_) if fine else Refused("at=", "must be" if whole else "row and a column")
     )
-    assert outcome(lambda: value_of(Sample, "at", word)) == expected
+    assert outcome(lambda: value_of(SampleConfig, "at", word)) == expected
 
 
 RANGES = {  # what the documentation of the order says
@@ -211,7 +211,7 @@ def test_a_key_that_is_not_there_is_named(seed):
     last = key.split(".")[-1] if len(key) < 99 and key.isprintable() else ""
     assert outcome(lambda: order_of(key, 1)) == Refused(last)
     words = ["bundle=b", "out=o", f"order.{key}=1"]
-    assert outcome(lambda: parse(Sample, words, {})) == Refused(last)
+    assert outcome(lambda: parse(SampleConfig, words, {})) == Refused(last)
 
 
 UNREAD = [

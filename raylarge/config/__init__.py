@@ -71,13 +71,13 @@ def parse(
         show_help(about, {"": schema}, presets)
     for word in arguments:
         if "=" not in word:
-            known = ", ".join(leaves(schema))
-            raise UserError(f"'{format_value(word)}' is not of the form key=value; keys: {known}.")
+            keys = ", ".join(leaves(schema))
+            raise UserError(f"'{format_value(word)}' is not of the form key=value; keys: {keys}.")
     pairs = [word.split("=", 1) for word in arguments]
     names = [value for key, value in pairs if key == "preset"]
     if names and names[-1] not in presets:
-        known = ", ".join(sorted(presets))
-        cure = f"choose one of: {known}" if known else "leave out preset="
+        choices = ", ".join(sorted(presets))
+        cure = f"choose one of: {choices}" if choices else "leave out preset="
         raise UserError(f"there is no preset '{format_value(names[-1])}'; {cure}.")
     layers = [presets[names[-1]]] if names else []
     words = [_layer(key, value) for key, value in pairs if key != "preset"]

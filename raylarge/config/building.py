@@ -73,12 +73,12 @@ def _merge(
     schema: type, into: dict[str, Any], layer: Mapping[str, Any], root: type, prefix: str
 ) -> None:
     """Put the values of a layer into a mapping, each as a value of its field's type."""
-    known = {key.name: key for key in fields.keys(schema)}
+    by_name = {key.name: key for key in fields.keys(schema)}
     for name, value in layer.items():
         full = f"{prefix}{name}"
-        if name not in known:
+        if name not in by_name:
             raise UserError(messages.unknown(root, messages.deepest(full, value)))
-        key = known[name]
+        key = by_name[name]
         if key.section:
             inner = plain(value) if _is_instance(value) else value
             if not isinstance(inner, Mapping):

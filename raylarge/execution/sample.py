@@ -13,21 +13,19 @@ import dataclasses
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 
-from raylarge import config as configuration
 from raylarge import report, storage
 from raylarge.compute.config import ComputeConfig
 from raylarge.compute.session import session
 from raylarge.execution import result
+from raylarge.execution.config import SampleConfig
 from raylarge.execution.output import Output
-from raylarge.execution.reference import Place
 from raylarge.execution.sample_order import read_order
 from raylarge.models import bundle as bundles
 from raylarge.models import cost
@@ -47,62 +45,13 @@ NETWORKS = (
 VERSIONS = ("raylarge", "torch", "diffusers", "ray")
 
 
-class Sample(ComputeConfig):
-    """What `jobs/sample.py` understands."""
-
-    bundle: str = Field(examples=["bundle"])
-    """The folder of the models."""
-    out: str = Field(examples=["image"])
-    """The folder to write into."""
-    order: Order = Order()
-    """The order, such as `order.size=512 order.recipe=released`."""
-    workers: int = Field(0, ge=0)
-    """Ray actors; 0 samples in this process, without Ray."""
-    reference: str = Field("", examples=["data"])
-    """`DATA` or `DATA:slide_id`, whose embeddings condition the image."""
-    at: Place = Field(None, examples=["3,5"])
-    """`row,column` of the region's first base tile, of `patch` pixels at scale 0; left out: the
-    first place that has them all. The job prints the region that it takes, and its right
-    neighbour."""
-    image: str = Field("", examples=["small.png"])
-    """A PNG to make larger by `order.source.octaves` (`order.algorithm` superres)."""
-    text: str = Field("", examples=["tumour nests"])
-    """What the image should show, for the bundle's grid prior."""
-    negative: str = Field("", examples=["blur"])
-    """What it should not show."""
-    text_encoder: str = "minilm"
-    """Card of the encoder that the prior was trained with (`models/text.py`)."""
-    text_weights: str = Field("", examples=["minilm/"])
-    """Its folder, where it does not come with a package or from the hub."""
-    overwrite: bool = False
-    """Replace what `out` holds of another order, or files that are not raylarge's."""
-    dry_run: bool = False
-    """Only say what the order costs."""
-    tflops: float = Field(200.0, gt=0)
-    """The rate, in 10^12 FLOP/s per GPU, that the price is told at; the default is a fifth of an
-    H100's bf16 peak."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _enlarge(cls, values: Any) -> Any:
-        """Return the values; an `image` is made larger by `order.algorithm=superres`."""
-        if not isinstance(values, Mapping) or not values.get("image"):
-            return values
-        return configuration.merged({"order": {"algorithm": "superres"}}, values)
-
-    @property
-    def means(self) -> ComputeConfig:
-        """What each worker has."""
-        return ComputeConfig(**{name: getattr(self, name) for name in ComputeConfig.model_fields})
-
-
-def sample(config: Sample, log: report.Report) -> dict[str, str]:
+def sample(config: SampleConfig, log: report.Report) -> dict[str, str]:
     """Carry out the order, unless its image is there already; file name -> path.
 
     Raises:
         UserError: no bundle, an order or a reference that does not fit, lost workers.
     """
-    means = config.means
+    compute = config.compute
     folder = storage.absolute(config.bundle)
     facts = BundleFacts.read(folder)
     order, region = read_order(config, facts.patch)
@@ -113,7 +62,7 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
     if config.dry_run:
         _say_price(config, folder, order, plan)
         return {}
-    output = Output(storage.absolute(config.out), order, facts.digest, means.name)
+    output = Output(storage.absolute(config.out), order, facts.digest, compute.name)
     storage.require_writable("out", output.folder)
     with storage.exclusive(output.folder, "sample"):
         log.read()
@@ -122,13 +71,13 @@ def sample(config: Sample, log: report.Report) -> dict[str, str]:
             report.say("this order was carried out before; nothing is left to do")
             return files
         carry_out = _on_ray if config.workers else _here
-        this = _Run(means, output, facts, plan, log, replaced)
+        this = _Run(compute, output, facts, plan, log, replaced)
         if region:
             log.facts["reference"] = region.facts
         return carry_out(config, folder, this)
 
 
-def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
+def _say_price(config: SampleConfig, folder: str, order: Order, plan: Plan) -> None:
     """Print requests, evaluations, FLOPs and GPU-seconds of an order."""
     bundle = bundles.load(folder)
     counted = count_calls(plan, order, bundle.patch)
@@ -149,7 +98,7 @@ def _say_price(config: Sample, folder: str, order: Order, plan: Plan) -> None:
 
 
 def _seconds_here(
-    config: Sample, bundle: bundles.Bundle, counted: cost.CallCounts, costs: cost.CallFlops
+    config: SampleConfig, bundle: bundles.Bundle, counted: cost.CallCounts, costs: cost.CallFlops
 ) -> float:
     """Expected seconds on this machine's CPU, by a few timed evaluations of the U-Net."""
     before = torch.get_num_threads()
@@ -168,14 +117,14 @@ class _Run:
 
     def __init__(
         self,
-        means: ComputeConfig,
+        compute: ComputeConfig,
         output: Output,
         facts: BundleFacts,
         plan: Plan,
         log: report.Report,
         replaced: list[str],
     ) -> None:
-        self.means, self.output, self.replaced = means, output, replaced
+        self.compute, self.output, self.replaced = compute, output, replaced
         self.order, self.facts, self.plan, self.log = output.order, facts, plan, log
         log.facts = {"stages": {}, **output.facts}
         self.ledger = output.ledger
@@ -234,13 +183,13 @@ class _Run:
         return files
 
 
-def _here(config: Sample, folder: str, this: _Run) -> dict[str, str]:
+def _here(config: SampleConfig, folder: str, this: _Run) -> dict[str, str]:
     """The local twin: one worker in this process."""
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
         with this.log.stage("start"):
-            worker = Worker.opened(folder, this.means)
+            worker = Worker.opened(folder, this.compute)
             this.costs = cost.bundle_flops(worker.bundle)
 
         def answer(task: Task, **inputs: Any) -> Any:
@@ -256,16 +205,16 @@ def _here(config: Sample, folder: str, this: _Run) -> dict[str, str]:
         torch.set_num_threads(before)
 
 
-def _on_ray(config: Sample, folder: str, this: _Run) -> dict[str, str]:
+def _on_ray(config: SampleConfig, folder: str, this: _Run) -> dict[str, str]:
     """Actors on the cluster that RAY_ADDRESS names, or on a Ray of our own."""
     with session(config.workers * config.threads):
         return asyncio.run(_many(config, folder, this))
 
 
-async def _many(config: Sample, folder: str, this: _Run) -> dict[str, str]:
+async def _many(config: SampleConfig, folder: str, this: _Run) -> dict[str, str]:
     from raylarge.workers.pool import ActorPool  # knows Ray, which workers=0 does without
 
-    pool = ActorPool(folder, config.workers, this.means)
+    pool = ActorPool(folder, config.workers, this.compute)
     try:
         with this.log.stage("start"):
             await pool.start()

@@ -7,22 +7,19 @@ user typed is never ignored.
 from __future__ import annotations
 
 import base64
-from typing import TYPE_CHECKING
 
 from raylarge import storage, uploads
 from raylarge.errors import UserError
+from raylarge.execution.config import SampleConfig
 from raylarge.execution.reference import Region, find_region
 from raylarge.geometry import Patch
 from raylarge.order import Condition, Order
-
-if TYPE_CHECKING:
-    from raylarge.execution.sample import Sample
 
 _OF_TEXT = ("fine", "draw", "prior_guidance", "prior_steps")
 """Settings of `order.condition` that stay where a text decides the rest."""
 
 
-def read_order(config: Sample, patch: Patch) -> tuple[Order, Region | None]:
+def read_order(config: SampleConfig, patch: Patch) -> tuple[Order, Region | None]:
     """Return the order of a job, and the region that its `reference` names, if it names one.
 
     Args:
@@ -45,7 +42,7 @@ def read_order(config: Sample, patch: Patch) -> tuple[Order, Region | None]:
     return order.replace(condition=Condition.of(region.grid)), region
 
 
-def _require_partners(config: Sample) -> None:
+def _require_partners(config: SampleConfig) -> None:
     """Refuse keys of which another one would make nothing.
 
     Raises:
@@ -79,7 +76,7 @@ def _require_partners(config: Sample) -> None:
             raise UserError(message)
 
 
-def _with_image(config: Sample) -> Order:
+def _with_image(config: SampleConfig) -> Order:
     """Return the order with the image that is made larger, and the size that follows.
 
     Raises:
@@ -99,7 +96,7 @@ def _with_image(config: Sample) -> Order:
     return order.replace(size=size, source=source)
 
 
-def _of_text(config: Sample, condition: Condition) -> Condition:
+def _of_text(config: SampleConfig, condition: Condition) -> Condition:
     """Return the condition of a text, and perhaps against another."""
     from raylarge.models import text
 

@@ -63,15 +63,15 @@ class Worker:
         network = partial(NetworkDenoiser, bundle.unet, bundle.schedule, compiled=fast)
         self._denoiser = denoiser or network()
         self._conditions = Conditions(bundle)
-        # The released seam removal tells its network t + 1, and so does ours.
+        # The released seam removal passes t + 1 to its network, and so does ours.
         self._late_denoiser = denoiser or network(timestep_offset=1)
 
     @classmethod
-    def opened(cls, folder: str, means: ComputeConfig) -> Worker:
+    def opened(cls, folder: str, compute: ComputeConfig) -> Worker:
         """Return the worker of a bundle's folder, on the device of this process."""
-        device = "cpu" if means.gpus == 0 else default_device()
-        bundle = load(folder, device, means.torch_dtype)
-        return cls(bundle, compiled=means.compile)
+        device = "cpu" if compute.gpus == 0 else default_device()
+        bundle = load(folder, device, compute.torch_dtype)
+        return cls(bundle, compiled=compute.compile)
 
     @torch.no_grad()
     def answer(self, task: Task, **inputs: Any) -> Any:
@@ -84,16 +84,13 @@ class Worker:
         Raises:
             UserError: the bundle lacks a part that the task needs, or the reply is not finite.
         """
-        reply = self._answer(task, **{name: self._to_device(i) for name, i in inputs.items()})
+        reply = self._answer(
+            task, **{name: _to_device(i, self.bundle.device) for name, i in inputs.items()}
+        )
         check_reply(task, reply)
         if isinstance(reply, Parts):
             return Parts(reply.whole.cpu(), tuple(part.cpu() for part in reply.parts))
         return reply.cpu() if isinstance(reply, Tensor) else reply
-
-    def _to_device(self, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self._to_device(item) for item in value]
-        return value.to(self.bundle.device) if isinstance(value, Tensor) else value
 
     @singledispatchmethod
     def _answer(self, task: Task, **inputs: Any) -> Any:
@@ -155,15 +152,11 @@ class Worker:
         else:
             latent, first = canvas.arranged(latents, task.windows, order.size[1] // patch.factor)
         band = canvas.PixelBand(task.top, task.bottom, order.size[0], first * patch.side_lat)
-        return self._pixels(task, canvas.decode_band(self._codec, latent, band, patch, order.batch))
+        return _pixels(task, canvas.decode_band(self._codec, latent, band, patch, order.batch))
 
     @_answer.register
     def _decode_patches(self, task: DecodePatches, latents: Tensor) -> UInt8[np.ndarray, "B P P 3"]:
-        return self._pixels(task, self._codec.decode(latents))
-
-    def _pixels(self, task: Task, decoded: Tensor) -> UInt8[np.ndarray, "... 3"]:
-        check_reply(task, decoded)
-        return to_uint8(decoded)
+        return _pixels(task, self._codec.decode(latents))
 
     @_answer.register
     def _denoise_band(
@@ -183,38 +176,50 @@ class Worker:
             x_t = band.start(None).to(self.bundle.device)
         if task.step == len(band.steps):
             return x_t[:, : patch.side_lat]
-        return band.reply(x_t, self._estimates(task, vectors))
-
-    def _estimates(self, task: DenoiseBand, vectors: Tensor | None) -> bands.Estimate:
-        """What asks the denoiser for a band's windows, each under its own embedding.
-
-        Canvases are float32; the networks see their own precision.
-        """
-        conditioner = self.bundle.summarizer
-        plain = self._late_denoiser if task.refine else self._denoiser
-        null, sampler = conditioner.null(1), task.order.sampler
-
-        def estimate(cut: Tensor, windows: list[int], t: int) -> Tensor:
-            """x_0 of some windows, each under its embedding."""
-            if vectors is None:
-                return plain(cut, t, conditioner.null(len(cut)))
-            scale = torch.full((len(cut),), task.order.scale, device=cut.device)
-            tokens = conditioner(vectors[windows][..., None, None], scale)
-            asked = guided(plain, sampler.guidance, null, sampler.interval)
-            return asked(cut, t, tokens)
-
-        return estimate
+        denoiser = self._late_denoiser if task.refine else self._denoiser
+        return band.reply(x_t, _band_denoiser(denoiser, self.bundle, task, vectors))
 
     def _networks(
         self, order: Order, tokens: Tensor, denoiser: Denoiser | None = None
     ) -> trajectory.Networks:
         """Guided, unless the tokens are the null condition, which guidance would not change."""
-        null = self.bundle.summarizer.null(1).to(tokens)
         sampler, bundle = order.sampler, self.bundle
+        null = bundle.summarizer.null(1).to(tokens)
         w = 1.0 if torch.equal(tokens, null.expand_as(tokens)) else sampler.guidance
         denoiser = guided(denoiser or self._denoiser, w, null, sampler.interval)
         small = bundle.vae_small if sampler.small_autoencoder else None
         return trajectory.Networks(denoiser, self._codec, bundle.patch, small)
+
+
+def _band_denoiser(
+    denoiser: Denoiser, bundle: Bundle, task: DenoiseBand, vectors: Tensor | None
+) -> bands.Estimate:
+    """Return the function that estimates x_0 of a band's windows, each under its embedding.
+
+    Canvases are float32; the networks have their own precision.
+    """
+    conditioner, sampler = bundle.summarizer, task.order.sampler
+    null = conditioner.null(1)
+
+    def estimate(windows: Tensor, indices: list[int], t: int) -> Tensor:
+        if vectors is None:
+            return denoiser(windows, t, conditioner.null(len(windows)))
+        scale = torch.full((len(windows),), task.order.scale, device=windows.device)
+        tokens = conditioner(vectors[indices][..., None, None], scale)
+        return guided(denoiser, sampler.guidance, null, sampler.interval)(windows, t, tokens)
+
+    return estimate
+
+
+def _pixels(task: Task, decoded: Tensor) -> UInt8[np.ndarray, "... 3"]:
+    check_reply(task, decoded)
+    return to_uint8(decoded)
+
+
+def _to_device(value: Any, device: str) -> Any:
+    if isinstance(value, list):
+        return [_to_device(item, device) for item in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class _Compiled:
