@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -197,7 +197,7 @@ def strides(config: SampleBench) -> Section:
     side, steps = bundle.patch.side_lat, 2 * config.steps
     base = canvas_order(bundle, steps)
     each = {
-        share: replace(base, strided=replace(base.strided, share=share))
+        share: base.replace(strided=base.strided.replace(share=share))
         for share in map(int, config.shares.split(","))
     }
     images: dict[int, Tensor] = {}

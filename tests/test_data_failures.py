@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,8 +117,8 @@ NO_FILES = {
     "dangling.tif": "does not exist",
     "loop.tif": "does not exist",
     "folder.tif": "the folder holds 0 DICOM slides",
-    "pipe.tif": "is no file but a pipe, socket or device",
-    "socket.tif": "is no file but a pipe, socket or device",
+    "pipe.tif": "the path names a pipe, socket or device",
+    "socket.tif": "the path names a pipe, socket or device",
 }
 
 
@@ -266,7 +267,7 @@ def test_no_name_is_in_any_output_but_the_private_one(tiny_slide, tmp_path, bad)
     ],
 )
 def test_a_slides_own_names_are_replaced_once_and_no_others(path, text, expected):
-    unit = {"slide_id": "ID", "path": path, "mask": "/m/m_a.png"}
+    unit = SimpleNamespace(slide_id="ID", path=path, mask="/m/m_a.png")
     with pytest.raises(UserError) as told, about(unit):
         raise UserError(text)
     assert str(told.value) == f"{expected} (names.json says which file ID is)"

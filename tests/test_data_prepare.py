@@ -63,7 +63,7 @@ def test_all_slides_without_a_pixel_size_are_said_at_once(run, tmp_path, capsys)
     with pytest.raises(UserError, match="3 of 4 slides"):
         run(names=True)
     lines = capsys.readouterr().out
-    assert all(f"({name}.tif) does not say its resolution" in lines for name in "bcd")
+    assert all(f"({name}.tif): the file does not say its resolution" in lines for name in "bcd")
 
 
 def test_failures_are_listed_with_their_reasons_and_by_choice_their_files(run, tmp_path, capsys):
@@ -81,14 +81,14 @@ def test_failures_are_listed_with_their_reasons_and_by_choice_their_files(run, t
     assert "c.tif" not in page
     run(on_error="skip", names=True)
     lines = capsys.readouterr().out
-    assert "(<b>.tif) does not say its resolution" in lines
-    assert "(c.tif) is empty" in lines
+    assert "(<b>.tif): the file does not say its resolution" in lines
+    assert "(c.tif): the file is empty" in lines
     page = (tmp_path / "data/qc/index.html").read_text()
     assert "<p>&lt;b&gt;.tif</p>" in page
     assert all(f"<p>{name}.tif</p>" in page for name in "ac")
     assert "This page names the files" in page
     assert "(c.tif)" not in str(storage.read_table(f"{tmp_path}/data/failed.parquet").to_pylist())
-    with pytest.raises(UserError, match=r"^slide [0-9a-f]{16} \(c\.tif\) is empty"):
+    with pytest.raises(UserError, match=r"^slide [0-9a-f]{16} \(c\.tif\): the file is empty"):
         run(names=True, slides=f"{tmp_path}/c.tif")
 
 

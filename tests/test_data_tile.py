@@ -105,10 +105,10 @@ def test_patients_are_held_out_whole(tiny_slide, tmp_path):
     root = str(tmp_path / "data")
     tile.run(root, find_slides(f"{tmp_path}/*.tif"), config, ExecutorConfig())
     slides = slides_of(root)
-    assert len({slide["slide_id"] for slide in slides}) == 16
+    assert len({slide.slide_id for slide in slides}) == 16
     splits = {}
     for slide in slides:
-        splits.setdefault(slide["patient_id"], set()).add(slide["split"])
+        splits.setdefault(slide.patient_id, set()).add(slide.split)
     assert len(splits) == 8
     assert all(len(found) == 1 for found in splits.values())
     assert set.union(*splits.values()) == {"train", "val"}
@@ -202,11 +202,11 @@ def test_views_are_training_rows_of_the_same_patient(tiny_prepare, run):
     run(config)
     root = config.out
     slides = slides_of(root)
-    assert [slide["view"] for slide in sorted(slides, key=lambda one: one["view"])] == [0, 1, 2, 3]
-    assert len({slide["patient_id"] for slide in slides}) == 1
-    assert len({slide["path"] for slide in slides}) == 1
+    assert [slide.view for slide in sorted(slides, key=lambda slide: slide.view)] == [0, 1, 2, 3]
+    assert len({slide.patient_id for slide in slides}) == 1
+    assert len({slide.path for slide in slides}) == 1
     rows = tables.rows(root, "examples", columns=["slide_id", "split", "scale", "row", "column"])
-    by_view = {slide["slide_id"]: slide["view"] for slide in slides}
+    by_view = {slide.slide_id: slide.view for slide in slides}
     splits = {(by_view[row["slide_id"]] > 0, row["split"]) for row in rows.to_pylist()}
     assert splits == {(False, "train"), (False, "val"), (True, "train")}
 
@@ -218,12 +218,12 @@ def test_views_show_no_held_out_pixel_and_embed_their_own(tiny_prepare, run):
     rows = tables.rows(config.out, "examples").to_pylist()
     for slide in slides_of(config.out):
         view = view_of(slide, config.tile)
-        with open_slide(slide["path"]) as whole:
+        with open_slide(slide.path) as whole:
             edge_px = 64 * (12 - 4)  # four of twelve rows are held out
             pixels = whole.read(0, 0, *whole.size_px)
             top, left = view.shift_px
             seen = view.turned(pixels[top:, left:])
-            for row in (one for one in rows if one["slide_id"] == slide["slide_id"]):
+            for row in (one for one in rows if one["slide_id"] == slide.slide_id):
                 r, c, side = row["row"] * 64, row["column"] * 64, 64 << row["scale"]
                 y, _, height, _ = view.source((r, c, side, side), whole.size_px)
                 assert (y + height <= edge_px) == (row["split"] == "train")

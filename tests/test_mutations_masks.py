@@ -164,7 +164,7 @@ def cut(rng, mask, path):
 
 def empty(rng, mask, path):
     path.with_suffix(".png").write_bytes(b"")
-    return Refused("is no image")
+    return Refused("is not an image that can be read")
 
 
 def text(rng, mask, path):

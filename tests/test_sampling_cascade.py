@@ -144,7 +144,7 @@ def test_law_4_for_levels(worker, tmp_path, seed):
         ("2,1", "must fall from the guide's scale 2 to 0"),
         ("1,0", "must fall from the guide's scale 2 to 0"),
         ("2,0,1,0", "must fall"),
-        ("a,b", "is not a list of scales"),
+        ("a,b", "does not fit; give a list of scales"),
     ],
 )
 def test_levels_that_lead_nowhere_are_refused(levels, told):

@@ -36,6 +36,8 @@ def sentence(
     name, key = _located(schema, (*path, *detail["loc"]))
     if detail["type"] == "extra_forbidden":
         return unknown(schema, deepest(name, detail["input"]))
+    if detail["type"] == "string_unicode" and (key is None or key.section):
+        return unknown(schema, f"{name}.{detail['input']}".lstrip("."))  # a key, not a value
     if detail["type"] == "value_error" and (key is None or key.section):
         text = str(detail["ctx"]["error"])
         return f"{name}: {text}" if name else text
