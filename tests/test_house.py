@@ -4,8 +4,11 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
+
+import grimp
 
 import raylarge
 
@@ -39,7 +42,7 @@ def public(body: list[ast.stmt]) -> Iterator[Function]:
             yield from [node] if isinstance(node, Function) else public(node.body)
 
 
-def lines(node: Function) -> int:
+def lines(node: Function | ast.ClassDef) -> int:
     return node.end_lineno - node.lineno + 1
 
 
@@ -114,3 +117,23 @@ def test_no_bare_except():
         if isinstance(node, ast.ExceptHandler) and node.type is None
     ]
     assert handlers == []
+
+
+def test_a_class_name_has_one_owner_and_a_class_is_small():
+    classes = [
+        (node.name, f"{name}:{node.lineno}", lines(node))
+        for name, tree in TREES.items()
+        if name.startswith("raylarge/")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
+    owners = {name: [place for other, place, _ in classes if other == name] for name, *_ in classes}
+    assert {name: places for name, places in owners.items() if len(places) > 1} == {}
+    assert [place for _, place, count in classes if count > 150] == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    # Imports inside functions and for type checking count too.
+    graph = grimp.build_graph("raylarge")
+    uses = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    TopologicalSorter(uses).prepare()  # raises CycleError

@@ -57,9 +57,7 @@ def run(
         for one in manifest["parts"]
     ]
     built = parts.build(root, units, make_stage, executor, verb)
-    more = {name: manifest[name] for name in ("encoder", "patch_px")} | {
-        "input": manifest["digest"]
-    }
+    more = {"input": manifest["digest"], **{key: manifest[key] for key in ("encoder", "patch_px")}}
     done = parts.finish(root, verb, built, {**manifest["config"], **config}, **more)
     return {**done, "table": storage.join(root, table)}
 

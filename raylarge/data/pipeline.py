@@ -117,14 +117,11 @@ def run(
     """
     if not units:
         return []
-    if executor.gpus and executor.workers is None and not torch.cuda.is_available():
-        raise UserError(
-            f"gpus={executor.gpus:g}: this machine has no CUDA device; leave gpus= out, or give "
-            "workers= on a cluster that has some."
-        )
-    answers = (
-        _here(units, work) if executor.workers is None else _on_ray(units, work, executor, title)
-    )
+    if executor.workers is None:
+        _require_gpu(executor.gpus)
+        answers = _here(units, work)
+    else:
+        answers = _on_ray(units, work, executor, title)
     results: dict[int, Facts] = {}
     with closing(answers), _Progress(units, title) as progress:
         for answer in answers:
@@ -140,6 +137,14 @@ def run(
             results[index] = {**facts, "again": again} if again else facts
             progress.advance(index)
     return [results[index] for index in range(len(units))]
+
+
+def _require_gpu(gpus: float) -> None:
+    if gpus and not torch.cuda.is_available():
+        raise UserError(
+            f"gpus={gpus:g}: this machine has no CUDA device; leave gpus= out, or give workers= on "
+            "a cluster that has some."
+        )
 
 
 class _Progress:

@@ -1,9 +1,7 @@
-"""Who is who among the slides: pseudonyms, patients, splits, labels, fingerprints.
+"""Index of slides: pseudonym, patient, split, labels and fingerprint of each.
 
-A user's table (CSV or parquet) may say more of a slide: `slide` is its file name
-(`name_table.py`); `patient`, `split` and `mpp` are read, and `tile.labels` names the columns that
-go into the examples. A split file lists slides or patients (`split_table.py`). A patient never
-crosses splits.
+A user's table may add columns: `slide` (a file name), `patient`, `split`, `mpp` and those of
+`tile.labels`. A split file lists slides or patients. All slides of a patient have one split.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from raylarge.data.tile_candidates import (
     splits,
 )
 from raylarge.data.tile_table import file_names, remember, scale_and_cells, section
-from raylarge.data.units import SlideFacts, TileUnit
+from raylarge.data.units import SlideFacts, TileUnit, Unit
 from raylarge.data.views import drop_unused_crops, mask_cell_px, view_of, view_splits, with_views
 from raylarge.errors import SlideError, UserError
 from raylarge.slides import masks
@@ -78,16 +78,26 @@ def run(
         built = parts.build(root, units, partial(TileStage, root, config), executor, "tile")
     except SlideError as error:
         raise readable.refuse_all(root, units, config, executor, shown) or error from error
-    _tell_of_others(root, {unit.slide_id for unit in units})
-    _say_notes(built.facts)
-    write_page(root, built.facts, built.failed, shown)
+    _report(root, units, built, shown)
     if not any(one["counts"] for one in built.facts):
         raise _nothing_kept(root, built, config, shown)
-    rows = [one["slide"] for one in built.facts]
-    storage.write_json(storage.join(root, "slides.json"), {"slides": rows})
+    _write_slides(root, built.facts)
     facts = parts.finish(root, "tile", built, sections, patch_px=config.patch_px)
     tables = slide_index.account(index, config.salt, names)
     return {**facts, "user_tables": tables} if tables else facts
+
+
+def _write_slides(root: str, facts: Sequence[Facts]) -> None:
+    slides = [part["slide"] for part in facts]
+    storage.write_json(storage.join(root, "slides.json"), {"slides": slides})
+
+
+def _report(
+    root: str, units: Sequence[Unit], built: parts.BuildResult, shown: dict[str, str]
+) -> None:
+    _tell_of_others(root, {unit.slide_id for unit in units})
+    _say_notes(built.facts)
+    write_page(root, built.facts, built.failed, shown)
 
 
 def _nothing_kept(

@@ -2,8 +2,7 @@
 
     card, file -> network: float32 [B, 3, P, P] -> [B, width]
 
-timm and transformers build most networks. This file has the parts that they lack: CTransPath's
-stem, CONCH v1.5's pooler, and the statistics of `toy`.
+timm and transformers build most; here are CTransPath's stem, CONCH v1.5's pooler, and `toy`.
 """
 
 from __future__ import annotations
