@@ -92,7 +92,7 @@ def task_of(config: Train, facts: DataFacts) -> TrainTask:
     """Build the task of a training on the meta device, without a bundle."""
     with torch.device("meta"):
         if config.model == "vae":
-            return build_vae(config, facts)
+            return build_vae(config.vae, config.run, facts)
         if config.model == "ldm":
             return LdmTask(config.ldm, facts, config.seed)
         ours = config_of("ldm", TRAIN["ldm"]["small"] if facts is SMALL else {}).ldm.summarizer

@@ -61,7 +61,7 @@ def test_help_holds_the_keys_of_what_is_named(job, words, inside, outside, capsy
     [
         ("raylarge.data.prepare", "Prepare"),
         ("raylarge.train.config", "Train"),
-        ("raylarge.execution.sample", "Sample"),
+        ("raylarge.execution.config", "SampleConfig"),
         ("raylarge.data.exchange.h5", "Export"),
         ("raylarge.data.exchange.h5", "Outlines"),
         ("raylarge.data.exchange.h5_embed", "Import"),
