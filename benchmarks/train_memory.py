@@ -30,7 +30,7 @@ from raylarge.models.summarizer import Summarizer
 from raylarge.train.config import Train
 from raylarge.train.estimate import model_states, plan
 from raylarge.train.estimate.memory import Activations
-from raylarge.train.estimate.plan import GIB, Plan, PlanConfig
+from raylarge.train.estimate.plan import GIB, PlanConfig, TrainEstimate
 from raylarge.train.task import DataFacts, TrainTask
 from raylarge.train.tasks.cdm import CdmTask
 from raylarge.train.tasks.ldm import LdmTask
@@ -107,7 +107,7 @@ _KNOWN: dict[tuple[Any, ...], Activations] = {}
 """Cache of activations; they do not depend on the number of scales."""
 
 
-def planned(config: Train, facts: DataFacts, explicit: bool = False) -> Plan:
+def planned(config: Train, facts: DataFacts, explicit: bool = False) -> TrainEstimate:
     """Estimate a training.
 
     Args:
@@ -167,7 +167,9 @@ _HEADER = (
 )
 
 
-def _patches_row(side_px: int, explicit: bool, plan_: Plan, patch: Plan) -> list[str]:
+def _patches_row(
+    side_px: int, explicit: bool, plan_: TrainEstimate, patch: TrainEstimate
+) -> list[str]:
     sample = plan_.activations.peak(2) - plan_.activations.peak(1)
     hours, of_patches = (one.rows / one.samples_per_s / 3600 for one in (plan_, patch))
     return [
@@ -183,7 +185,7 @@ def _patches_row(side_px: int, explicit: bool, plan_: Plan, patch: Plan) -> list
     ]
 
 
-def _notes(plans: dict[tuple[int, bool], Plan]) -> list[str]:
+def _notes(plans: dict[tuple[int, bool], TrainEstimate]) -> list[str]:
     card = plans[256, True].card
     least = [largest(plans[side_px, True], CARDS_GIB[0]) for side_px in QUOTED]
     return [
@@ -201,12 +203,12 @@ def _notes(plans: dict[tuple[int, bool], Plan]) -> list[str]:
     ]
 
 
-def largest(plan_: Plan, gib: float) -> int:
+def largest(plan_: TrainEstimate, gib: float) -> int:
     """Return the samples of the largest micro-batch on a GPU of some memory."""
     return replace(plan_, card=replace(plan_.card, card_gib=float(gib))).largest
 
 
-def without_average(plan_: Plan, config: Train) -> model_states.ModelStates:
+def without_average(plan_: TrainEstimate, config: Train) -> model_states.ModelStates:
     """Return the model states without a moving average."""
     parts = [replace(part, averaged=0) for part in plan_.parts]
     return model_states.states(

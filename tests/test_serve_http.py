@@ -99,7 +99,7 @@ def test_the_deployments_are_those_that_the_cluster_file_configures(url, tiny_bu
     [ours] = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())["applications"]
     deployments = serve.status().applications["raylarge"].deployments
     assert deployments.keys() == {deployment["name"] for deployment in ours["deployments"]}
-    assert ours["args"].keys() <= app.Service.__dataclass_fields__.keys()
+    assert ours["args"].keys() <= app.Service.model_fields.keys()
     with pytest.raises(UserError, match="Serve runs on this Ray already"):
         app.start(tiny_bundle, port=0)
 

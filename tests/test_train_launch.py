@@ -123,8 +123,11 @@ def test_parts_that_are_saved_at_one_moment_are_all_there(tmp_path):
     }  # fmt: skip
     for turn in range(3):
         with ThreadPoolExecutor(len(parts)) as pool:
-            for name, make in parts.items():
+            saves = [
                 pool.submit(bundles.save, out, {name: make()}, {f"{name}-{turn}": turn})
+                for name, make in parts.items()
+            ]
+        assert [save.exception() for save in saves] == [None] * len(saves)
         index = storage.read_json(f"{out}/model_index.json")
         assert parts.keys() <= index.keys()
         assert index["raylarge"]["digests"].keys() == parts.keys()

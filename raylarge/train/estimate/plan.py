@@ -1,6 +1,6 @@
 """A training on paper: parameters, memory of a card, FLOPs, days, dollars. `plan=true` shows it.
 
-    config, facts of the data, task -> Plan -format_plan-> text
+    config, facts of the data, task -> TrainEstimate -format_plan-> text
 
 Nothing is started and nothing allocated: networks come from the meta device (`on_meta`), passes
 are of fake tensors (`memory.py`), states by ZeRO stage (`held.py`). What of a card's peak is
@@ -86,7 +86,7 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainEstimate:
     """What a training takes.
 
     Attributes:
@@ -211,7 +211,7 @@ def plan(
     facts: DataFacts,
     task: TrainTask,
     batch: Batch | None = None,
-) -> Plan:
+) -> TrainEstimate:
     """What a training takes, by the shapes of its networks alone.
 
     Args:
@@ -239,10 +239,10 @@ def of(
     facts: DataFacts,
     task: TrainTask,
     grown: Activations,
-) -> Plan:
+) -> TrainEstimate:
     """The plan of a training whose passes are known; arguments as of `plan`."""
     sizes, count = tuple(parts(task)), max(1, workers.count)
-    return Plan(
+    return TrainEstimate(
         parts=sizes,
         states=states(sizes, fixed_bytes(task.network), recipe, workers),
         activations=grown,
@@ -261,7 +261,7 @@ def _late(batch: Batch) -> Batch:
     return {**batch, "sample": batch["sample"] + LATE}
 
 
-def format_plan(needs: Plan) -> str:
+def format_plan(needs: TrainEstimate) -> str:
     """Return a plan as text."""
     parts = report.table(
         ["part", "trained", "fixed", "averaged"],
@@ -275,7 +275,7 @@ def format_plan(needs: Plan) -> str:
     return "\n\n".join([parts, held, work, verdict(needs), LEFT_OUT])
 
 
-def _memory_rows(needs: Plan) -> list[list[str]]:
+def _memory_rows(needs: TrainEstimate) -> list[list[str]]:
     grown, samples = needs.activations, needs.micro_batch
     saved = grown.saved.sample * samples
     brief = grown.peak(samples) - grown.saved.at(samples)
@@ -292,7 +292,7 @@ def _memory_rows(needs: Plan) -> list[list[str]]:
     return [[name, f"{size / GIB:.2f}"] for name, size in rows]
 
 
-def _work_rows(needs: Plan) -> list[list[str]]:
+def _work_rows(needs: TrainEstimate) -> list[list[str]]:
     grown, card = needs.activations, needs.card
     share = f"{needs.workers} x {needs.passes} x {needs.micro_batch} (cards, passes, samples)"
     return [
@@ -314,7 +314,7 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def verdict(needs: Plan) -> str:
+def verdict(needs: TrainEstimate) -> str:
     """Whether it fits, in a sentence, with the largest pass that does."""
     card, needed = f"{needs.card.card_gib:g} GiB", f"{needs.memory / GIB:.1f} GiB"
     if needs.fits:

@@ -54,7 +54,7 @@ class CdmConfig:
         )
 
 
-class _Network(nn.Module):
+class CdmLoss(nn.Module):
     """The CDM and its loss per sample; the conditioner is frozen and not part of it."""
 
     def __init__(self, cdm: CDM, summarizer: Any) -> None:
@@ -89,7 +89,7 @@ class CdmTask:
             scales=summarizer.config.scales,
             **vars(config),
         )
-        self.network, self.seed, self.bundle = _Network(cdm, summarizer), seed, bundle
+        self.network, self.seed, self.bundle = CdmLoss(cdm, summarizer), seed, bundle
         self.averaged = cdm
 
     def standardise(self, rows: SampleSource) -> None:

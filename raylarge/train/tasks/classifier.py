@@ -111,7 +111,7 @@ class Mixed:
         return {**joined, "sample": torch.tensor(list(samples), dtype=torch.int64)}
 
 
-class _Network(nn.Module):
+class ClassifierLoss(nn.Module):
     """The classifier and its loss per image."""
 
     def __init__(self, classifier: Classifier) -> None:
@@ -130,7 +130,7 @@ class ClassifierTask:
     averaged = None
 
     def __init__(self, classifier: Classifier, config: ClassifierConfig, run: Run) -> None:
-        self.network = _Network(classifier)
+        self.network = ClassifierLoss(classifier)
         self._config, self._root, self._seed = config, run.data, run.recipe.seed
         self._classes = tuple(classifier.config.classes)
 

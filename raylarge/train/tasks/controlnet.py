@@ -67,7 +67,7 @@ class ControlnetConfig:
             raise UserError(f"controlnet.drop={self.drop}: it must be 0 to 1.")
 
 
-class _Network(nn.Module):
+class ControlnetLoss(nn.Module):
     """The ControlNet and its loss per sample; what it controls is frozen and no part of it."""
 
     def __init__(self, controlnet: nn.Module, bundle: Bundle, drop: float) -> None:
@@ -104,7 +104,7 @@ class ControlnetTask:
     def __init__(self, config: ControlnetConfig, bundle: Bundle, seed: int) -> None:
         """A ControlNet that adds nothing yet."""
         controlnet = controlnets.build(bundle.unet, bundle.patch.factor)
-        self.network, self.averaged = _Network(controlnet, bundle, config.drop), controlnet
+        self.network, self.averaged = ControlnetLoss(controlnet, bundle, config.drop), controlnet
         self.bundle, self.factors, self.seed = bundle, config.factors, seed
 
     def draw(self, batch: Batch) -> Batch:

@@ -140,7 +140,7 @@ def _any(choices: Sequence[str]) -> str:
     return f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
-class _Network(nn.Module):
+class LdmLoss(nn.Module):
     """U-Net and Summarizer and their loss per sample."""
 
     def __init__(self, unet: nn.Module, summarizer: Any, config: LdmConfig) -> None:
@@ -173,7 +173,7 @@ class LdmTask:
         if config.init:
             initialise(unet, config.init, config.unet.heads)
         summarizer = _conditioner(config.summarizer, facts)
-        self.network, self.seed, self.vae = _Network(unet, summarizer, config), seed, vae
+        self.network, self.seed, self.vae = LdmLoss(unet, summarizer, config), seed, vae
         self.averaged = self.network if config.average_summarizer else unet
         licence = {"encoder": facts.encoder.get("licence", "unknown")}
         self.stratified = config.stratified

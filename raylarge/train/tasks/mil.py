@@ -80,7 +80,7 @@ class MilConfig:
             )
 
 
-class _Network(nn.Module):
+class MilLoss(nn.Module):
     """ABMIL and its loss per bag."""
 
     def __init__(self, mil: ABMIL) -> None:
@@ -111,7 +111,7 @@ class MilTask:
         channels = fold.bags.facts.channels
         mil = ABMIL(channels, config.width, config.attention, classes, config.gated)
         mil.standardise(*map(torch.from_numpy, fold.statistics))
-        self.network = _Network(mil)
+        self.network = MilLoss(mil)
 
     def draw(self, batch: Batch) -> Batch:
         """The batch: what is random about a bag, its instances, the source has drawn."""

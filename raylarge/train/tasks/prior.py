@@ -74,7 +74,7 @@ class PriorConfig:
                 raise UserError(f"prior.{key}={getattr(self, key)}: it must be {wish}.")
 
 
-class _Network(nn.Module):
+class PriorLoss(nn.Module):
     """The grid prior and its loss per sample."""
 
     def __init__(self, prior: GridPrior, drop: float) -> None:
@@ -94,7 +94,7 @@ class PriorTask:
     """Trains the grid prior."""
 
     def __init__(self, prior: GridPrior, drop: float, seed: int, origin: dict[str, Any]) -> None:
-        self.network, self.averaged = _Network(prior, drop), prior
+        self.network, self.averaged = PriorLoss(prior, drop), prior
         self.seed, self.origin = seed, origin
 
     def draw(self, batch: Batch) -> Batch:

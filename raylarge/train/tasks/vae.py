@@ -4,10 +4,8 @@
            + lpips · LPIPS + adversarial · PatchGAN
            + VQ: |sg z - e|² + β |z - sg e|²  |  KL: λ Σ KL / 3 P²
 
-First differences keep nuclei and fibres sharp where there is no LPIPS. The rest is VQGAN (Esser
-et al. 2021, section 3.1) and Latent Diffusion (Rombach et al. 2022, section 3.1, appendix G):
-gradient=0, lpips=1, betas (0.5, 0.9), for kl adversarial_from=50001. Their adversarial weight
-follows gradients of the batch; ours is fixed, so that a sample's loss is its own.
+First differences keep nuclei sharp without LPIPS. VQGAN (section 3.1) and Latent Diffusion
+(appendix G): gradient=0, lpips=1, betas (0.5, 0.9), adversarial_from=50001; our weights are fixed.
 """
 
 from __future__ import annotations
