@@ -37,6 +37,8 @@ RENEW_S = 10.0
 """Interval between two renewals of a lock in an object store."""
 STALE_S = 60.0
 """A lock that was not renewed for this long may be replaced."""
+_REMOVALS = 100
+"""How often the folder of a lock may vanish while it is being locked."""
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of a file system without `flock`."""
 
@@ -99,12 +101,7 @@ def _file_lock(path: str, holder: dict[str, Any]) -> Iterator[Callable[[], None]
     """Hold an exclusive `flock`; none, with a warning, if the file system has no locks."""
     file = Path(path)
     new_folder = not file.parent.exists()
-    try:
-        with disk_errors(str(file.parent)):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = _try_flock(file)
-    except FileNotFoundError as error:  # such as below /proc
-        raise UserError(f"{file.parent} cannot be created; choose another path.") from error
+    lock = _lock_in_folder(file)
     if lock is None:
         yield lambda: None
         return
@@ -118,6 +115,19 @@ def _file_lock(path: str, holder: dict[str, Any]) -> Iterator[Callable[[], None]
         if new_folder:
             with suppress(OSError):  # it has content
                 file.parent.rmdir()
+
+
+def _lock_in_folder(file: Path) -> int | None:
+    """Create the folder of a lock file and lock the file, although others may remove the folder."""
+    with disk_errors(str(file.parent)):
+        for _ in range(_REMOVALS):
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError:  # such as below /proc
+                break
+            with suppress(FileNotFoundError):
+                return _try_flock(file)
+    raise UserError(f"{file.parent} cannot be created; choose another path.")
 
 
 def _try_flock(file: Path) -> int | None:
